@@ -26,12 +26,23 @@ class RunError(Exception):
     ) -> None:
         self.stage, self.round, self.client = stage, round, client
         self.message = message
-        super().__init__(message, stage, round, client)
+        super().__init__(message)
+
+    def __reduce__(self):
+        return _run_error, (self.message, self.stage, self.round, self.client)
+
+    def at(self, stage: str) -> RunError:
+        """The same failure with its stage, where that was not known yet."""
+        return RunError(self.message, stage=self.stage or stage, round=self.round, client=self.client)
 
     def __str__(self) -> str:
         named = (("stage", self.stage), ("round", self.round), ("client", self.client))
         where = ", ".join(f"{word} {value}" for word, value in named if value is not None)
         return f"{where}: {self.message}" if where else self.message
+
+
+def _run_error(message: str, stage: str | None, round: int | None, client: int | None) -> RunError:
+    return RunError(message, stage=stage, round=round, client=client)
 
 
 def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:

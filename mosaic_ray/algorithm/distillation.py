@@ -1,0 +1,178 @@
+"""Distillation: the student learns from the teacher on synthetic batches (ALGORITHM stage KD)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config import ExperimentConfig
+from ..models.classifiers import build_classifier
+from ..models.tensors import load_weights, to_weights, use_precision
+from ..records import DataFacts, Prototypes, Weights
+from ..seeding import stream
+from .generation import classifier_view, latents, load_generator
+from .heads import scores
+from .losses import distillation_loss
+from .prototypes import prototype_weights
+from .teacher import TeacherState, build_teacher
+
+
+@dataclass(frozen=True)
+class DistillTask:
+    """Everything that distillation reads; plain arrays, so that it travels to Ray Train workers as it is."""
+
+    config: ExperimentConfig
+    facts: DataFacts
+    student: Weights
+    teacher: TeacherState
+    generators: tuple[Weights, ...]
+    counts: np.ndarray  # int64 [K], images of each generator in a step
+    kept: Prototypes
+    held_out: Prototypes
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The other workers: this one's rank, how many there are, and a sum over all of them (in place)."""
+
+    rank: int = 0
+    size: int = 1
+    sum_: Callable[[Tensor], None] = lambda tensor: None
+
+
+class Batcher:
+    """Synthetic batches: ``counts[k]`` images of every generator k, from a stream per step and generator.
+
+    With n workers, worker r draws the generators k = r mod n, so the union is the batch of a single process.
+    """
+
+    def __init__(self, task: DistillTask, peers: Peers, device: torch.device) -> None:
+        self.task, self.device = task, device
+        mine = [k for k in range(len(task.generators)) if k % peers.size == peers.rank and task.counts[k] > 0]
+        self.generators = {
+            k: load_generator(task.config.generator, task.facts, task.generators[k]).to(device) for k in mine
+        }
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> Tensor:
+        """Classifier inputs float32 [B, C, H, W] of ``step``, generators in client order; no graph is kept (K3)."""
+        task, config = self.task, self.task.config
+        images = [torch.empty(0, task.facts.channels, task.facts.image_size, task.facts.image_size, device=self.device)]
+        for k, generator in self.generators.items():
+            draws = stream(config.seed, "distill/z", step, k)
+            z = latents(generator, int(task.counts[k]), draws, self.device)
+            with use_precision(config.runtime.precision, self.device):
+                fake = generator(z).float()
+            images.append(classifier_view(fake, config.generator.gan_range, task.facts))
+        return torch.cat(images)
+
+
+def sample_weights(teacher_logits: Tensor, confidence: float, class_balance: bool, peers: Peers) -> Tensor:
+    """[B] >= 0: 0 below the teacher confidence asked for; balanced, each class the teacher sees counts alike.
+
+    Class counts are taken over all workers.
+    """
+    probabilities = teacher_logits.softmax(1)
+    top, labels = probabilities.max(1)
+    weights = (top >= confidence).float()
+    if class_balance:
+        totals = torch.zeros(teacher_logits.shape[1], device=weights.device).index_add_(0, labels, weights)
+        peers.sum_(totals)
+        weights = weights / totals.clamp(min=1)[labels]
+    return weights
+
+
+def distil(
+    task: DistillTask,
+    device: torch.device,
+    peers: Peers,
+    report: Callable[[int, dict[str, float]], None],
+) -> tuple[Weights, dict[str, float]]:
+    """Teach the student; returns its weights and figures, equal on all workers.
+
+    Per step: loss = sum_i w_i (alpha T^2 KL + (1 - alpha) CE + beta JS)_i / sum_i w_i over the synthetic batch, plus
+    ``anchor_weight`` times the head's cross-entropy on prototypes. With ``guard`` the state that is best on held-out
+    prototypes is handed back, the one that went in included. While the backbone moves, prototypes (taken before) only
+    judge the head.
+    """
+    config, distill = task.config, task.config.distill
+    student = build_classifier(config.model, task.facts.num_classes, task.facts.channels, task.facts.image_size)
+    load_weights(student, task.student).to(device).train(distill.student_bn == "train")
+    teacher = build_teacher(config, task.facts, task.teacher).to(device)
+    batch_of = Batcher(task, peers, device)
+    head = list(student.head.parameters())
+    backbone = [p for name, p in student.named_parameters() if not name.startswith("head.")]
+    moving = distill.backbone_lr > 0
+    for parameter in backbone:
+        parameter.requires_grad_(moving)
+    # a frozen student that shares the teacher's backbone needs one pass for both
+    shared = not moving and distill.student_bn == "frozen" and teacher.reads_student_features(task.student)
+    groups = [{"params": head, "lr": distill.lr}]
+    if moving:
+        groups.append({"params": backbone, "lr": distill.backbone_lr})
+    optimiser = torch.optim.Adam(groups)
+    anchors, labels = torch.tensor(task.kept.vectors, device=device), torch.tensor(task.kept.labels, device=device)
+    weights_of_anchors = torch.tensor(prototype_weights(task.kept, config.prototypes.weighting), device=device)
+    judged = task.held_out if len(task.held_out) else task.kept
+    judged_vectors = torch.tensor(judged.vectors, device=device)
+
+    def standing() -> tuple[float, float]:
+        with torch.no_grad():
+            accuracy, loss = scores(student.head(judged_vectors), judged)
+        return accuracy, -loss
+
+    best, best_step = standing(), 0
+    entered, best_state = best, copy.deepcopy(student.state_dict())
+    seen = torch.zeros(task.facts.num_classes, device=device)
+    for step in range(1, distill.steps + 1):
+        images = batch_of(step)
+        with torch.no_grad(), use_precision(config.runtime.precision, device):
+            features = student.features(images).float() if shared else None
+            target = teacher(images, features).float()
+        weights = sample_weights(target, distill.confidence, distill.class_balance, peers)
+        normaliser = weights.sum()
+        peers.sum_(normaliser)
+        with use_precision(config.runtime.precision, device):
+            logits = (student.head(features) if shared else student(images)).float()
+        if normaliser > 0:
+            loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
+        else:
+            loss, parts = logits.sum() * 0.0, {}
+        if distill.anchor_weight and len(anchors):
+            anchor = nn.functional.cross_entropy(student.head(anchors), labels, reduction="none")
+            anchor = (weights_of_anchors * anchor).mean()
+            loss = loss + distill.anchor_weight * anchor / peers.size
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if peers.size > 1:
+            for parameter in head + (backbone if moving else []):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                peers.sum_(parameter.grad)
+        optimiser.step()
+        seen += torch.bincount(target.argmax(1), minlength=len(seen))
+        if step % distill.check_steps == 0 or step == distill.steps:
+            now = standing()
+            if now > best:
+                best, best_step, best_state = now, step, copy.deepcopy(student.state_dict())
+            agreement = (logits.argmax(1) == target.argmax(1)).float().mean() if len(logits) else torch.ones(())
+            report(
+                step,
+                {"loss": float(loss.detach()), "agreement": float(agreement), "held_out_accuracy": now[0]}
+                | {name: float(part) for name, part in parts.items()},
+            )
+    peers.sum_(seen)
+    if distill.guard:
+        student.load_state_dict(best_state)
+    figures = {
+        "held_out_before": entered[0],
+        "held_out_after": standing()[0],
+        "step": float(best_step if distill.guard else distill.steps),
+        "class_coverage": float((seen / seen.sum().clamp(min=1) >= 0.1 / len(seen)).float().mean()),
+    }
+    return to_weights(student.eval()), figures

@@ -1,0 +1,142 @@
+"""The meta model: a small transformer that reads every expert's logits and speaks for all (ALGORITHM stage M)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MetaConfig
+from ..records import Prototypes
+from ..seeding import seeded, stream
+from .heads import scores
+from .prototypes import prototype_weights
+
+
+class MetaModel(nn.Module):
+    """Logits [B, E, C] of E experts to logits [B, C].
+
+    Each expert's logit row becomes a token (shared linear C -> d), tokens pass an encoder-decoder transformer used
+    with source = target, are pooled over experts, and a linear map gives logits. d = 10 C with C heads as in the
+    authors' code (948,206 parameters at C = 10). Without ``expert_embedding`` the output does not depend on the order
+    of the experts (M3).
+    """
+
+    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig) -> None:
+        super().__init__()
+        dim = config.token_dim or 10 * num_classes
+        heads = num_classes if dim % num_classes == 0 else 1
+        self.expand = nn.Linear(num_classes, dim)
+        self.transformer = nn.Transformer(
+            dim, heads, 1, 1, config.feedforward, config.dropout, activation="relu", batch_first=True
+        )
+        self.out = nn.Linear(dim, num_classes)
+        self.identity = nn.Parameter(0.02 * torch.randn(num_experts, dim)) if config.expert_embedding else None
+        self.pool = config.pool
+
+    def forward(self, expert_logits: Tensor) -> Tensor:
+        tokens = self.expand(expert_logits)
+        if self.identity is not None:
+            tokens = tokens + self.identity
+        tokens = self.transformer(tokens, tokens)
+        return self.out(tokens.mean(1) if self.pool == "mean" else tokens.sum(1))
+
+
+class Teacher(nn.Module):
+    """Meta model, and where asked a head on features that it corrects: logits = H phi + h + g * meta(experts).
+
+    ``skip`` starts at the re-fitted head and g at 0, so training begins at that head's answer and can only be kept
+    where held-out prototypes say that it improved.
+    """
+
+    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig, feature_dim: int) -> None:
+        super().__init__()
+        self.meta = MetaModel(num_experts, num_classes, config)
+        warm = config.init == "prototype_head"
+        self.skip = nn.Linear(feature_dim, num_classes) if warm else None
+        self.gain = nn.Parameter(torch.zeros(())) if warm else None
+
+    def forward(self, expert_logits: Tensor, features: Tensor | None = None) -> Tensor:
+        logits = self.meta(expert_logits)
+        if self.skip is None:
+            return logits
+        return self.skip(features) + self.gain * logits
+
+
+def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * parameters, in place."""
+    for name, parameter in model.named_parameters():
+        average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+
+
+def ema_weights(average: dict[str, Tensor], start: dict[str, Tensor], decay: float, updates: int, correct: bool):
+    """The averaged parameters; corrected, the start's share decay^n is taken out (M2): it holds 22 % at n = 150, .99.
+
+    (A_n - decay^n theta_0) / (1 - decay^n), the average of what was visited alone.
+    """
+    if not correct or updates == 0:
+        return average
+    share = decay**updates
+    return {name: (value - share * start[name]) / (1 - share) for name, value in average.items()}
+
+
+def train_meta(
+    teacher: Teacher,
+    expert_logits: Callable[[Tensor], Tensor],
+    kept: Prototypes,
+    held_out: Prototypes,
+    config: MetaConfig,
+    weighting: str,
+    seed: int,
+    progress: Callable[[int, dict[str, float]], None],
+) -> tuple[Teacher, dict[str, float]]:
+    """Train on ``kept`` prototypes; the teacher is the EMA copy (the best on ``held_out``, where ``select``).
+
+    ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C] through their heads. ``teacher`` should be
+    built under a seeded stream; batches and dropout draw from streams of their own.
+    """
+    vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
+    weights = torch.tensor(prototype_weights(kept, weighting))
+    inputs = expert_logits(vectors)
+    judged = held_out if len(held_out) else kept
+    judged_features = torch.tensor(judged.vectors)
+    judged_inputs = expert_logits(judged_features)
+    averaged = copy.deepcopy(teacher).eval()
+    start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    average = {name: value.clone() for name, value in start.items()}
+    optimiser = torch.optim.Adam(teacher.parameters(), lr=config.lr)
+    order = stream(seed, "meta", "batches")
+    best: tuple[float, float] | None = None
+    best_state, best_update = copy.deepcopy(averaged.state_dict()), 0
+
+    def look(update: int, loss: dict[str, float]) -> None:
+        nonlocal best, best_state, best_update
+        decay, correct = config.ema, config.ema_bias_correction
+        averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
+        with torch.no_grad():
+            accuracy, judged_loss = scores(averaged(judged_inputs, judged_features), judged)
+        progress(update, {"held_out_accuracy": accuracy, "held_out_loss": judged_loss} | loss)
+        if not config.select or best is None or (accuracy, -judged_loss) > best:
+            best = (accuracy, -judged_loss)
+            best_state, best_update = copy.deepcopy(averaged.state_dict()), update
+
+    look(0, {})
+    teacher.train()
+    batch = min(config.batch_size, len(kept))
+    with seeded(seed, "meta", "dropout"):
+        for update in range(1, config.updates + 1):
+            rows = torch.randperm(len(kept), generator=order)[:batch]
+            logits = teacher(inputs[rows], vectors[rows])
+            loss = (weights[rows] * nn.functional.cross_entropy(logits, labels[rows], reduction="none")).mean()
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            ema_update(average, teacher, config.ema)
+            if update % 25 == 0 or update == config.updates:
+                look(update, {"loss": float(loss.detach())})
+    averaged.load_state_dict(best_state)
+    with torch.no_grad():
+        accuracy, judged_loss = scores(averaged(judged_inputs, judged_features), judged)
+    return averaged, {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}

@@ -1,0 +1,293 @@
+"""The ``mosaic`` command: words in, a config out. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .config import ExperimentConfig, read_toml, resolve, to_toml
+from .errors import RequestError, RunError, neighbours
+from .presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: Options that are another spelling of a knob.
+KNOB_OF_OPTION = {
+    "algorithm": "algorithm",
+    "dataset": "data.name",
+    "clients": "partition.num_clients",
+    "omega": "partition.omega",
+    "sampler": "partition.sampler",
+    "method": "method",
+    "seed": "seed",
+    "host": "runtime.host",
+}
+
+#: What the doctor's words look like on a terminal.
+COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+class Door(click.Group):
+    """A group that ends every failure in one line on standard error.
+
+    Exit status: 2 a wrong request, 1 a failed run, 130 interrupted.
+    """
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the neighbours of an unknown name."""
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            raise RequestError(f'unknown command "{args[0]}"; {neighbours(args[0], self.commands)}')
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+        """Parse, run, exit."""
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            extra |= {"standalone_mode": False, "obj": words}
+            status = super().main(words, prog_name or "mosaic", **extra) or 0
+        except click.ClickException as error:
+            status = _complain(error.format_message(), 2)
+        except RequestError as error:
+            status = _complain(str(error), 2)
+        except RunError as error:
+            status = _complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 1)
+        except (click.Abort, KeyboardInterrupt):
+            resume = f"; to resume: {shlex.join(resume_command(words))}" if words[:1] == ["run"] else ""
+            click.echo(f"mosaic: interrupted{resume}", err=True)
+            status = 130
+        sys.exit(status)
+
+
+def _complain(message: str, status: int) -> int:
+    click.echo(f"mosaic: error: {' '.join(message.split())}", err=True)
+    return status
+
+
+def resume_command(words: Sequence[str]) -> list[str]:
+    """The command line that continues ``words``, as this user reaches the command."""
+    script = sys.argv[0]
+    if os.path.basename(script) != "mosaic":  # `python -m mosaic_ray`, `python cli.py`: as it was typed
+        program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    else:
+        program = ["mosaic" if shutil.which("mosaic") == os.path.abspath(script) else script]
+    return [*program, *(w for w in words if w != "--fresh")]
+
+
+# --- words to a config -----------------------------------------------------------------------------------------------
+
+_REQUEST: dict[str, Callable[..., Any]] = {
+    "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
+    "algorithm": click.option("--algorithm", metavar="|".join(ALGORITHMS), help="Algorithm preset."),
+    "dataset": click.option("--dataset", metavar="D", help="Data set by name, or parquet:PATH."),
+    "clients": click.option("--clients", metavar="N", help="Number of clients."),
+    "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
+    "sampler": click.option("--sampler", metavar="NAME", help="How labels are dealt."),
+    "method": click.option("--method", metavar="M", help="See `mosaic methods`."),
+    "seed": click.option("--seed", metavar="S", help="One seed for everything."),
+    "host": click.option("--host", metavar="ray|serial", help="Where clients run."),
+    "sets": click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob; see `mosaic show demo`."),
+    "config": click.option("--config", metavar="FILE.toml", help="Knobs from a file."),
+}
+
+
+def _takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The request options ``names``, in that order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = _REQUEST[name](command)
+        return command
+
+    return decorate
+
+
+def config_of(
+    preset: str | None = None, config: str | None = None, sets: Sequence[str] = (), **options: str | None
+) -> ExperimentConfig:
+    """The config that a command line asks for; ``options`` are keys of ``KNOB_OF_OPTION``, values as typed."""
+    file = read_toml(config) if config else {}
+    if preset is not None:
+        file.pop("preset", None)  # the command line is the later word
+    knobs: dict[str, str] = {}
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not (equals and key.strip()):
+            raise RequestError(f"--set {item}: it takes KEY=VALUE, such as warmup.lr=0.01")
+        knobs[key.strip()] = value.strip()
+    typed = {name: word for name, word in options.items() if word is not None}
+    for name, word in typed.items():
+        knob = KNOB_OF_OPTION[name]
+        if knobs.setdefault(knob, word) != word:
+            raise RequestError(f"--{name} {word}: --set {knob}={knobs[knob]} says otherwise; give one of them")
+    try:
+        return resolve(preset or "demo", file=file, sets=knobs)
+    except RequestError as error:
+        message = str(error)
+        for name, word in typed.items():  # said in the words that were typed
+            head, knob = f"{KNOB_OF_OPTION[name]} = {word}:", KNOB_OF_OPTION[name]
+            if message.startswith(head):
+                also = "" if knob == name else f" ({knob})"
+                raise RequestError(f"--{name} {word}{also}:{message.removeprefix(head)}") from None
+        raise
+
+
+def _address(word: str | None) -> str:
+    word = word or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
+    port = re.fullmatch(r"(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", word)
+    if word not in ("auto", "local") and not (port and 0 < int(port[1]) < 65536):
+        raise RequestError(f"--address {word}: it takes auto, local or HOST:PORT")
+    return word
+
+
+def _name(word: str | None) -> str | None:
+    if word is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", word):
+        raise RequestError(f"--name {word}: it takes letters, digits, dots, dashes and underscores, at most 100")
+    return word
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@click.group(cls=Door, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mosaic", message="%(prog)s %(version)s")
+@click.pass_context
+def mosaic(ctx: click.Context) -> None:
+    """Experiments in heterogeneous federated learning, built around Mosaic.
+
+    `mosaic run` alone takes about a minute and needs no download.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@mosaic.command()
+@_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
+@click.option("--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go.")
+@click.option("--name", metavar="NAME", help="The run's folder; named after its settings by default.")
+@click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]")
+@_takes("host")
+@click.option("--fresh", is_flag=True, help="Compute every stage again.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error.")
+@click.pass_context
+def run(
+    ctx: click.Context,
+    storage: str,
+    name: str | None,
+    address: str | None,
+    fresh: bool,
+    as_json: bool,
+    **request: Any,
+) -> None:
+    """Run one experiment; the same command again resumes it."""
+    config, name, address = config_of(**request), _name(name), _address(address)
+    from . import launch
+
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        summary = launch.run(
+            config, storage=storage, name=name, address=address, fresh=fresh, command=resume_command(ctx.obj)
+        )
+    if as_json:
+        click.echo(json.dumps(summary, indent=2))
+    else:
+        from .report.tables import closing_table
+
+        _console().print(closing_table(summary), crop=False)  # long paths stay whole
+
+
+@mosaic.command()
+@_takes("preset", "dataset", "clients", "omega", "sampler", "seed", "sets", "config")
+@click.option("--json", "as_json", is_flag=True, help="Label counts as JSON.")
+def partition(as_json: bool, **request: Any) -> None:
+    """Show who holds how many samples of which class."""
+    config = config_of(**request)
+    from .data.datasets import load_dataset
+    from .data.partition import label_counts
+    from .data.partition import partition as deal
+
+    data = load_dataset(config.data)
+    num_classes = data.facts.num_classes
+    shards = deal(data.train.labels, config.partition, config.seed, num_classes)
+    counts = label_counts(data.train.labels, shards, num_classes)
+    if as_json:
+        facts = {"sampler": config.partition.sampler, "seed": config.seed}
+        sizes = [len(shard) for shard in shards]
+        click.echo(json.dumps({"label_counts": counts.tolist(), "client_sizes": sizes} | facts))
+    else:
+        from .report.tables import partition_table
+
+        _console().print(partition_table(counts), crop=False)
+
+
+@mosaic.command()
+def presets() -> None:
+    """List the presets: scales, and algorithms."""
+    _listing("Scales", {name: scale.summary for name, scale in SCALES.items()})
+    _listing("Algorithms", {name: summary for name, (_, summary) in ALGORITHMS.items()})
+    click.echo("Join one of each by a plus: mosaic run --preset cifar10_small+reference")
+
+
+@mosaic.command()
+@click.argument("preset")
+@_takes("algorithm")
+def show(preset: str, algorithm: str | None) -> None:
+    """Print PRESET as TOML, every knob with its meaning; `--config` reads it back."""
+    click.echo(to_toml(config_of(preset, algorithm=algorithm), comments=True), nl=False)
+
+
+@mosaic.command()
+def methods() -> None:
+    """List the methods, and the federated optimisers."""
+    _listing("Methods", {name: summary for name, (_, summary) in METHODS.items()})
+    _listing("Federated optimisers", {name: facts.summary for name, facts in OPTIMISERS.items()})
+    click.echo("mosaic run --method METHOD --set federation.optimiser=OPTIMISER")
+
+
+@mosaic.command()
+@click.option("--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results would go.")
+@_takes("sets", "config")
+@click.option("--ray", "try_ray", is_flag=True, help="Start Ray (or join --address) as well; takes seconds.")
+@click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster for --ray.")
+@click.pass_context
+def doctor(ctx: click.Context, storage: str, try_ray: bool, address: str | None, **request: Any) -> None:
+    """Say what this machine has, what would not work, and what to do. Exits with 1 where something would not."""
+    config, address = config_of(**request), _address(address)
+    from .runtime.doctor import examine
+
+    worst = 0
+    for finding in examine(config.data, storage, address if try_ray else None):
+        mark = click.style(f"{finding.severity:<8}", fg=COLOURS[finding.severity])
+        click.echo(f"{mark} {finding.what}: {finding.found}" + (f"; {finding.mend}" if finding.mend else ""))
+        worst |= finding.severity == "problem"
+    ctx.exit(worst)
+
+
+def _listing(title: str, rows: dict[str, str]) -> None:
+    """Names and what they mean, laid out as click lays out help."""
+    formatter = click.HelpFormatter(width=80)
+    with formatter.section(title):
+        formatter.write_dl(list(rows.items()))
+    click.echo(formatter.getvalue())
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)
+
+
+def main() -> None:
+    """The ``mosaic`` script."""
+    mosaic(prog_name="mosaic")

@@ -1,0 +1,60 @@
+"""Batched image operations on the device of their inputs: uint8 [B, C, H, W] in, float32 or uint8 out.
+
+Two ranges are in use: a classifier sees ``(intensity - mean) / std`` with intensity in [0, 1]; the game between
+generator and discriminator is played in [-1, 1], the range of tanh. ``pm1_to_normalised`` leads from one to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """``values`` as float32 [C, 1, 1], filled on ``device``: a copy from the host would wait for the GPU's queue."""
+    return torch.cat([torch.full((1, 1, 1), value, dtype=torch.float32, device=device) for value in values])
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 [B, C, H, W] to what a classifier sees: float32, ``(images / 255 - mean) / std`` per channel."""
+    return (images.float() / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+
+
+def to_pm1(images: torch.Tensor) -> torch.Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def pm1_to_normalised(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """Images [B, C, H, W] in [-1, 1] to what a classifier sees, float32; differentiable."""
+    return ((x.float() + 1) / 2 - _per_channel(mean, x.device)) / _per_channel(std, x.device)
+
+
+def augment(images: torch.Tensor, names: tuple[str, ...], generator: torch.Generator) -> torch.Tensor:
+    """``images`` uint8 [B, C, H, W] through the named ``AUGMENTATIONS`` in order.
+
+    ``generator`` is a CPU stream whatever the device of ``images``, so CPU and GPU make equal draws.
+    """
+    for name in names:
+        images = AUGMENTATIONS[name](images, generator)
+    return images
+
+
+def crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image padded with zeros by an eighth of its side (4 pixels at 32), then cut at a random place."""
+    num_images, _, height, width = images.shape
+    pad = max(1, height // 8)
+    top, left = torch.randint(0, 2 * pad + 1, (2, num_images), generator=generator).to(images.device)
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)  # views, no copies
+    return windows[torch.arange(num_images, device=images.device), :, top, left]
+
+
+def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each image mirrored left to right with probability one half."""
+    mirrored = torch.randint(0, 2, (len(images),), generator=generator).bool().to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+AUGMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {"crop": crop, "flip": flip}

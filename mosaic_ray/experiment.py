@@ -1,0 +1,65 @@
+"""One experiment, told in order, readable beside the paper's algorithm box."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .presets import METHODS
+from .stages.evaluation import ROLES, evaluate_stage
+from .stages.partition import partition_stage, refuse_small
+from .stages.rounds import closing_stage, warmup_stage
+from .stages.run import Run
+from .stages.teaching import Host, distill_stage, refit_stage, student_of, teacher_stage
+from .stages.uploads import generators_stage, prototypes_stage
+
+
+def run_experiment(run: Run, distil_on: Host) -> dict[str, Any]:
+    """Partition, warm up, gather what clients upload, teach, distil, close and evaluate; returns the results.
+
+    ``distil_on`` hosts the distillation loop. What it returns becomes summary.json (``launch`` adds the rest).
+    """
+    distiller, models = METHODS[run.config.method][0], {}
+
+    # P. deal the images to the clients
+    shards = partition_stage(run)
+    refuse_small(shards)
+
+    # W. federated rounds: the global model and each client's own
+    warmup = warmup_stage(run, shards)
+    student_key, student = warmup.key, warmup.weights
+    models["initial"] = student_key, student
+
+    if distiller == "mosaic":
+        # G. a generator on every client, beside its frozen classifier
+        generators = generators_stage(run, shards, warmup)
+        # Q. class prototypes of every client
+        prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
+        # A, M. class experts, and the meta model that speaks for them
+        teacher_key, teacher = teacher_stage(run, shards, warmup, prototypes_key, prototypes)
+        # KD. the student learns from the teacher on synthetic batches
+        taught = distill_stage(run, shards, warmup, prototypes, teacher_key, teacher, generators, distil_on)
+        student_key, student = taught.key, student_of(taught)
+        models["teacher"] = teacher_key, teacher
+        models["distilled"] = student_key, student
+    elif distiller == "prototype_head":
+        # the floor under Mosaic: the head re-fitted on prototypes, no synthetic image
+        prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
+        taught = refit_stage(run, warmup, prototypes_key, prototypes)
+        student_key, student = taught.key, student_of(taught)
+        models["distilled"] = student_key, student
+
+    # FT. closing federated rounds on real data, and the control's: the same rounds without distillation
+    final = closing_stage(run, "finetune", student_key, student, shards)
+    models["final"] = final.key, student_of(final)
+    control = closing_stage(run, "control", warmup.key, warmup.weights, shards)
+    models["control"] = control.key, student_of(control)
+
+    # what each of them reaches on images that nobody trained on
+    reached = evaluate_stage(run, shards, models)
+    return {
+        "accuracy": {role: reached.facts["test"].get(role) for role in ROLES},
+        "validation_accuracy": reached.facts.get("validation"),
+        "per_class_accuracy": reached.facts["per_class"],
+        "label_counts": shards.counts.tolist(),
+        "student": models["final"][1],
+    }

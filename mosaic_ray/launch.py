@@ -1,0 +1,209 @@
+"""From a checked configuration to a finished run on disk: storage, data, hosts, progress, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .config import ExperimentConfig, as_dict, override, read_toml, to_toml
+from .errors import RequestError, RunError
+from .records import STAGES, Dataset
+
+VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
+
+#: A damaged stored result is found while it is read; the run then begins again and computes it anew.
+MAX_REPAIRS = 5
+
+
+def default_name(config: ExperimentConfig) -> str:
+    """The same request gives the same name, so that the same command resumes."""
+    from .runtime.store import stage_key
+
+    tail = stage_key("run", 1, as_dict(config), []).rpartition("-")[2][:8]
+    data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
+    return f"{data}-{config.method}-{config.algorithm}-s{config.seed}-{tail}"
+
+
+def run(
+    config: ExperimentConfig,
+    *,
+    storage: str = "./mosaic_runs",
+    name: str | None = None,
+    address: str = "local",
+    fresh: bool = False,
+    command: list[str] | None = None,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Run one experiment and write its files; returns the content of summary.json.
+
+    ``RequestError`` for what the user can mend (before Ray starts), ``RunError`` for a failure met while computing.
+    """
+    from .data.datasets import load_dataset
+    from .runtime.cluster import check_gpu
+    from .runtime.store import CorruptResult, Store
+    from .runtime.tracking import Tracker
+
+    if name is not None and (not name or name in {".", ".."} or set(name) & set("/\\\0")):
+        raise RequestError(f"--name {name}: it names a folder below runs/, so it may not hold / or \\ or be empty")
+    check_gpu(config, address)
+    store = Store(storage, fresh=fresh)
+    store.check_writable()
+    dataset = load_dataset(config.data)
+    config = _settle_precision(config)
+    name = name or default_name(config)
+    local = store.local_root
+    folder = local / "runs" / name if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
+    _keep_other(folder, config)
+    _write(folder / "config.toml", to_toml(config).encode())
+    if command:
+        _write(folder / "command.txt", (" ".join(command) + "\n").encode())
+    for _ in range(MAX_REPAIRS):
+        try:
+            with Tracker(folder, progress=progress) as tracker:
+                store.say = tracker.warn
+                summary, student = _run_once(config, dataset, store, tracker, address, folder)
+            break
+        except CorruptResult as damaged:  # it went bad after it was looked up
+            store.discard(damaged.key)
+        except OSError as error:
+            raise RunError(f"{folder}: {error.strerror or error}") from error
+    else:
+        raise RunError(f"stored results under {storage} keep being damaged; is the disk sound?")
+    summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
+    if not local:
+        summary["paths"] = {part: f"{storage.rstrip('/')}/runs/{name}{tail}" for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))}
+    _write_files(folder, summary, student)
+    if not local:
+        store.upload(folder, f"runs/{name}")
+        shutil.rmtree(folder.parent)
+    return summary
+
+
+def _run_once(
+    config: ExperimentConfig, dataset: Dataset, store: Any, tracker: Any, address: str, folder: Path
+) -> tuple[dict[str, Any], Any]:
+    """The experiment on its hosts, and the summary of it."""
+    import torch
+
+    from .experiment import run_experiment
+    from .methods.client_work import Bench
+    from .runtime.cluster import connect, num_hosts
+    from .runtime.cohort import RayCohort, SerialCohort
+    from .runtime.distiller import distil_on_ray, distil_serial
+    from .stages.run import Run
+
+    torch.set_num_threads(config.runtime.driver_threads)
+    device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
+    bench = Bench(config, dataset.facts, device)
+    run = Run(config, dataset, bench, store, tracker)
+    if config.runtime.host == "serial":
+        run.cohort = SerialCohort(config, dataset.facts, run.shard)
+    else:
+
+        def hosts() -> int:
+            count = num_hosts(config, connect(address))
+            tracker.say(f"Ray is up: {config.partition.num_clients} clients on {count} actors")
+            return count
+
+        run.cohort = RayCohort(config, dataset.facts, run.shard, hosts)
+
+    def distil_on(task: Any, report: Any) -> Any:
+        if config.runtime.host == "serial":
+            return distil_serial(task, report)
+        connect(address)
+        return distil_on_ray(task, report, str(folder / "train"))
+
+    try:
+        results = run_experiment(run, distil_on)
+    finally:
+        run.cohort.close()
+    student = results.pop("student")
+    return _summary(config, run, results), student
+
+
+def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> dict[str, Any]:
+    """summary.json, as DESIGN's outside contract has it."""
+    traffic: dict[str, dict[str, int]] = {"uplink": {}, "downlink": {}}
+    for stage, kinds in run.traffic.items():
+        if stage == "control":  # the control is a comparison, nothing that a deployment would send
+            continue
+        for direction, amounts in kinds.items():
+            for kind, amount in amounts.items():
+                traffic[direction][kind] = traffic[direction].get(kind, 0) + amount
+    return {
+        "status": "done",
+        "method": config.method,
+        "seed": config.seed,
+        "accuracy": results["accuracy"],
+        "validation_accuracy": results["validation_accuracy"],
+        "per_class_accuracy": results["per_class_accuracy"],
+        "stages": {name: run.log[name] for name in STAGES if name in run.log},
+        "communication_bytes": traffic,
+        "health": [finding.as_dict() for finding in run.findings],
+        "config": as_dict(config),
+        "versions": _versions(),
+        "label_counts": results["label_counts"],
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            from . import __version__
+
+            found[name] = __version__ if name == "mosaic-ray" else "not installed"
+    return found
+
+
+def _settle_precision(config: ExperimentConfig) -> ExperimentConfig:
+    """``auto`` becomes bf16 or fp32 here, once, and is recorded."""
+    if config.runtime.precision != "auto":
+        return config
+    from .runtime.precision import probe
+
+    return override(config, {"runtime.precision": probe(cuda=bool(config.runtime.gpus_per_client))})
+
+
+def _keep_other(folder: Path, config: ExperimentConfig) -> None:
+    """A run of the same name with another configuration is moved aside, never overwritten."""
+    try:
+        old = folder / "config.toml"
+        if old.exists() and override(ExperimentConfig(), read_toml(old)) != config:
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            folder.rename(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+    except RequestError:  # an older config.toml that this version cannot read: a different run
+        folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}"))
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"--storage: {folder} cannot be made: {error.strerror or error}") from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Written beside and renamed into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def _write_files(folder: Path, summary: dict[str, Any], student: Any) -> None:
+    from safetensors.numpy import save
+
+    try:
+        _write(folder / "label_counts.json", json.dumps({"label_counts": summary["label_counts"]}).encode())
+        _write(folder / "student.safetensors", save(student))
+        _write(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""What is computed, method by method, as values in, values out: a run is an optimiser and then a distiller."""

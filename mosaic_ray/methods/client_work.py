@@ -1,0 +1,115 @@
+"""The work that a client can be asked for, each a function of (bench, shard, client, common, own).
+
+``common`` is the same for every client asked, ``own`` is this client's; both are plain values and may be read-only
+views of shared memory, so nothing here writes to them. Results are plain values too. Any host can redo any of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..algorithm.generation import train_generator
+from ..algorithm.local_training import LocalPlan, Shard, train_locally
+from ..algorithm.prototypes import client_prototypes
+from ..config import ExperimentConfig
+from ..models.classifiers import build_classifier
+from ..models.tensors import load_weights, to_weights
+from ..records import DataFacts, Prototypes, Update, Weights
+from ..seeding import seeded
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A client host's tools: the experiment, the data set's facts and a device."""
+
+    config: ExperimentConfig
+    facts: DataFacts
+    device: torch.device
+
+    def classifier(self, weights: Weights | None = None) -> nn.Module:
+        """The classifier on this device, with a copy of ``weights``."""
+        model = build_classifier(
+            self.config.model, self.facts.num_classes, self.facts.channels, self.facts.image_size
+        )
+        return (model if weights is None else load_weights(model, weights)).to(self.device)
+
+    def shard(self, images: np.ndarray, labels: np.ndarray) -> Shard:
+        """A client's arrays, copied to this device (the originals may be shared memory)."""
+        return Shard(torch.tensor(images, device=self.device), torch.tensor(labels, device=self.device))
+
+
+def initial_weights(bench: Bench) -> Weights:
+    """theta_0: the classifier as drawn from the experiment's seed."""
+    with seeded(bench.config.seed, "init", "classifier"):
+        return to_weights(bench.classifier())
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """An update, and where asked the prototypes of the model that came in (P3)."""
+
+    update: Update
+    prototypes: Prototypes | None = None
+
+
+def train(bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]) -> TrainResult:
+    """Local training from ``common["weights"]`` in round ``common["round"]`` of ``common["phase"]``."""
+    config, plan, round_num = bench.config, common["plan"], common["round"]
+    model = bench.classifier(common["weights"])
+    prototypes = None
+    if common.get("collect_prototypes"):
+        address = (config.seed, round_num, client_id)
+        prototypes = client_prototypes(model, shard, config.prototypes, bench.facts, address, config.runtime.precision)
+    address = (config.seed, common["phase"], round_num, client_id)
+    metrics = train_locally(model, shard, plan, bench.facts, address, config.runtime.precision)
+    return TrainResult(Update(client_id, to_weights(model), len(shard), metrics), prototypes)
+
+
+@dataclass(frozen=True)
+class GeneratorResult:
+    """A client's generator, images to look at uint8 [n, C, H, W], health figures and curve rows."""
+
+    weights: Weights
+    samples: np.ndarray
+    figures: dict[str, float]
+    curve: list[list[float]]
+
+
+def generate(
+    bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]
+) -> GeneratorResult:
+    """Train the client's generator beside its classifier: ``own["weights"]``, or a fresh one (G9)."""
+    config, knobs = bench.config, bench.config.generator
+    if knobs.classifier_source == "client":
+        classifier = bench.classifier(own["weights"])
+    else:
+        with seeded(config.seed, "generator/fresh-classifier", client_id):
+            classifier = bench.classifier()
+        steps = knobs.classifier_epochs * -(-len(shard) // config.warmup.batch_size)
+        plan = LocalPlan(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
+        address = (config.seed, "generator/fresh", 0, client_id)
+        train_locally(classifier, shard, plan, bench.facts, address, config.runtime.precision)
+    weights, samples, figures, curve = train_generator(
+        classifier, common["weights"], shard, knobs, bench.facts, (config.seed, client_id), config.runtime.precision
+    )
+    return GeneratorResult(weights, samples, figures, curve)
+
+
+def prototypes(
+    bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]
+) -> Prototypes:
+    """Centroids under ``own["weights"]`` where given (the client's model), else under ``common["weights"]``."""
+    model = bench.classifier(own.get("weights") or common["weights"])
+    address = (bench.config.seed, common["round"], client_id)
+    return client_prototypes(model, shard, bench.config.prototypes, bench.facts, address, bench.config.runtime.precision)
+
+
+Work = Callable[[Bench, Shard, int, Mapping[str, Any], Mapping[str, Any]], Any]
+
+WORK: dict[str, Work] = {"train": train, "generate": generate, "prototypes": prototypes}

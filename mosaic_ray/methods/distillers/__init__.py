@@ -1,0 +1,1 @@
+"""Data-free distillers: what follows the warm-up, as values in, values out."""

@@ -1,0 +1,1 @@
+"""What a person looks at. Everything here reads plain facts (a summary, counts) and computes no experiment."""

@@ -1,0 +1,145 @@
+"""Tables for a terminal, made of plain facts. They read well at 80 columns, and without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+MIB = 2**20
+
+#: More classes than this, and the partition table names each client's largest classes instead.
+WIDEST_PARTITION = 10
+
+#: More findings than this are left to summary.json.
+MOST_FINDINGS = 12
+
+SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+
+
+def _table(first: str, *columns: str, gap: int = 2) -> Table:
+    """A table with a rule under its head, ``gap`` spaces apart; the first column is for names, the others for numbers."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1))
+    table.add_column(Text(first), no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", overflow="fold")  # a digit lost would be a lie
+    return table
+
+
+# --- the closing table -----------------------------------------------------------------------------------------------
+
+
+def closing_table(summary: Mapping[str, Any]) -> RenderableType:
+    """What a run reached, what it cost, what looked unwell, and where its files lie (``summary.json``'s facts).
+
+    Print it with ``crop=False``: paths are never broken.
+    """
+    parts: list[RenderableType] = [_accuracy(summary), ""]
+    if summary.get("stages"):
+        parts += [_stages(summary["stages"]), ""]
+    if summary.get("communication_bytes"):
+        parts += [_communication(summary["communication_bytes"]), ""]
+    if summary.get("health"):
+        parts += [*_health(summary["health"]), ""]
+    return Group(*parts, *_places(summary.get("paths") or {}))
+
+
+def _accuracy(summary: Mapping[str, Any]) -> Table:
+    """Accuracies in percent; the gain is ``final`` over ``control``, in points."""
+    values = summary["accuracy"]
+    optimiser = (summary.get("config") or {}).get("federation", {}).get("optimiser", "fedavg")
+    optimiser = {"fedavg": "FedAvg"}.get(optimiser, optimiser)
+    rows = {
+        "initial": f"{optimiser} after the warm-up",
+        "teacher": "teacher",
+        "distilled": "student, distilled",
+        "final": "student after the closing rounds (final)",
+        "control": f"{optimiser} after the same rounds (control)",
+    }
+    table = _table(f"{summary.get('method', 'run')}, seed {summary.get('seed', '-')}", "test accuracy", "gain over control")
+    final, control = values.get("final"), values.get("control")
+    for key, label in rows.items():
+        gain = f"{100 * (final - control):+.1f} points" if key == "final" and None not in (final, control) else ""
+        shown = "-" if values.get(key) is None else f"{100 * values[key]:.1f} %"
+        table.add_row(Text(label), shown, gain, style="bold" if key == "final" else "")
+    return table
+
+
+def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("stage", "seconds", "")
+    for name, facts in stages.items():
+        table.add_row(Text(name), _seconds(facts.get("seconds")), "cached" if facts.get("cached") else "computed")
+    total = sum(facts.get("seconds") or 0.0 for facts in stages.values() if not facts.get("cached"))
+    table.add_row("computed in this run", _seconds(total), "", style="bold")
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
+    """MiB by kind, up from the clients and down to them."""
+    up, down = moved.get("uplink", {}), moved.get("downlink", {})
+    table = _table("communication, MiB", "uplink", "downlink")
+    for kind in dict.fromkeys([*up, *down]):
+        table.add_row(Text(kind), _mib(up.get(kind, 0)), _mib(down.get(kind, 0)))
+    table.add_row("total", _mib(sum(up.values())), _mib(sum(down.values())), style="bold")
+    return table
+
+
+def _mib(count: int) -> str:
+    return "0" if not count else "<0.01" if count < MIB / 100 else f"{count / MIB:,.2f}"
+
+
+def _health(findings: list[Mapping[str, Any]]) -> list[RenderableType]:
+    """Findings, the worst first."""
+    findings = sorted(findings, key=lambda f: list(SEVERITIES).index(f["severity"]))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    for column in ("health", "where", ""):
+        table.add_column(Text(column))
+    for finding in findings[:MOST_FINDINGS]:
+        client, severity = finding.get("client"), finding["severity"]
+        where = finding["stage"] + ("" if client is None else f", client {client}")
+        table.add_row(Text(severity, style=SEVERITIES[severity]), Text(where), Text(finding["message"]))
+    left = len(findings) - MOST_FINDINGS
+    return [table, Text(f"and {left} more in summary.json")] if left > 0 else [table]
+
+
+def _places(paths: Mapping[str, str]) -> list[Text]:
+    lines = [("files", "{}", paths.get("run")), ("curves", "tensorboard --logdir {}", paths.get("tensorboard"))]
+    return [
+        Text(f"{what:<8}{shape.format(path)}", no_wrap=True, overflow="ignore") for what, shape, path in lines if path
+    ]
+
+
+# --- the partition table ---------------------------------------------------------------------------------------------
+
+
+def partition_table(counts: np.ndarray) -> RenderableType:
+    """``counts`` [clients, classes]: samples by client and class, or each client's largest classes where many."""
+    counts = np.asarray(counts)
+    num_clients, num_classes = counts.shape
+    sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    if num_classes <= WIDEST_PARTITION:
+        table = _table("client", *map(str, range(num_classes)), "all", gap=1)
+        for client, row in enumerate(counts):
+            table.add_row(str(client), *("." if n == 0 else str(n) for n in row), str(sizes[client]))
+        table.add_row("all", *map(str, counts.sum(axis=0)), str(sizes.sum()), style="bold")
+    else:
+        table = _table("client", "samples", "classes", "largest (class: samples)")
+        for client, row in enumerate(counts):
+            largest = [c for c in np.argsort(-row, kind="stable")[:4] if row[c]]
+            shown = ", ".join(f"{c}: {row[c]}" for c in largest)
+            table.add_row(str(client), str(sizes[client]), str(held[client]), shown)
+        table.add_row("all", str(sizes.sum()), str((counts.sum(axis=0) > 0).sum()), "", style="bold")
+    facts = (
+        f"{num_clients} clients hold {sizes.min()} to {sizes.max()} samples (median {np.median(sizes):g}), "
+        f"of {held.min()} to {held.max()} of {num_classes} classes"
+    )
+    return Group(table, "", Text(facts))

@@ -1,0 +1,112 @@
+"""Start or join Ray, and the resource plan: a pure function of what there is and what is asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+from ..config import ExperimentConfig
+from ..errors import RequestError
+
+#: Resident memory of one client actor with torch loaded, before its model's own needs (measured: 0.3 to 0.6 GB).
+HOST_BYTES = 600 * 2**20
+
+#: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster has: CPUs, GPUs, bytes of memory."""
+
+    cpus: float
+    gpus: float
+    memory: float
+
+
+def local_resources() -> Resources:
+    """This machine's CPUs, GPUs and available memory, without Ray."""
+    import psutil
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Resources(cpus, _local_gpus(), psutil.virtual_memory().available)
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
+    """Client actors at once: one per client while CPUs, GPUs, memory and ``runtime.max_hosts`` allow; at least one.
+
+    ``RequestError`` where not even one fits.
+    """
+    knobs = config.runtime
+    if knobs.cpus_per_client > resources.cpus:
+        raise RequestError(
+            f"runtime.cpus_per_client = {knobs.cpus_per_client:g}: there are {resources.cpus:g} CPUs, so no client fits"
+        )
+    if knobs.gpus_per_client > resources.gpus:
+        raise RequestError(
+            f"runtime.gpus_per_client = {knobs.gpus_per_client:g}: there are {resources.gpus:g} GPUs "
+            "(0 runs clients on CPUs)"
+        )
+    bounds = [
+        config.partition.num_clients,
+        int(resources.cpus / knobs.cpus_per_client + 1e-9),
+        max(1, int(resources.memory * 0.7 / HOST_BYTES)),
+    ]
+    if knobs.gpus_per_client:
+        per_gpu = int(1 / knobs.gpus_per_client + 1e-9) if knobs.gpus_per_client <= 1 else 0
+        bounds.append(per_gpu * int(resources.gpus) or int(resources.gpus // knobs.gpus_per_client))
+    if knobs.max_hosts:
+        bounds.append(knobs.max_hosts)
+    return max(1, min(bounds))
+
+
+def check_gpu(config: ExperimentConfig, address: str) -> None:
+    """``RequestError`` where a GPU is asked of this machine and it has none; said before Ray starts."""
+    if config.runtime.gpus_per_client and (address == "local" or config.runtime.host == "serial"):
+        num_hosts(config, local_resources())
+
+
+def connect(address: str = "local") -> Resources:
+    """Start Ray here (``local``) or join a cluster (``auto``, ``HOST:PORT``); answers what it has.
+
+    Safe to call again: a Ray that this process has joined already is used as it is.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if not ray.is_initialized():
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        try:
+            if address == "local":
+                ray.init(address="local", num_cpus=int(local_resources().cpus), **options)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
+
+
+def disconnect() -> None:
+    """Leave Ray; a Ray that ``connect`` started here ends with it."""
+    import ray
+
+    ray.shutdown()

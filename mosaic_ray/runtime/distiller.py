@@ -1,0 +1,124 @@
+"""Where distillation runs: one Ray Train ``fit()`` (0, 1 or more workers), or this process without Ray."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..algorithm.distillation import DistillTask, Peers, distil
+from ..errors import RunError
+from ..records import Weights
+
+Report = Callable[[int, Mapping[str, float]], None]
+Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
+
+#: A worker group that lost a worker starts again this often; the loop is deterministic, so it ends the same.
+MAX_FAILURES = 3
+
+
+def _device(task: DistillTask) -> Any:
+    import torch
+
+    wanted = task.config.runtime.gpus_per_client and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
+
+
+def _loop(task: DistillTask, peers: Peers, report: Report) -> Outcome:
+    """The training loop of one worker; the curve is gathered and handed back."""
+    import torch
+
+    torch.set_num_threads(task.config.runtime.driver_threads)
+    curve: list[tuple[int, dict[str, float]]] = []
+
+    def look(step: int, metrics: dict[str, float]) -> None:
+        curve.append((step, metrics))
+        report(step, metrics)
+
+    weights, figures = distil(task, _device(task), peers, look)
+    return weights, figures, curve
+
+
+def distil_serial(task: DistillTask, report: Report) -> Outcome:
+    """In this process, without Ray; torch's thread count is put back."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        return _loop(task, Peers(), report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _worker(settings: dict[str, Any]) -> Outcome:
+    """Runs on each Ray Train worker (or in process, with no workers)."""
+    import ray
+    import torch
+    from ray import train
+    from safetensors.numpy import save_file
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings["threads"]))
+    context = train.get_context()
+    task = settings.get("task") or ray.get(settings["ref"][0])
+    size = context.get_world_size()
+    peers = Peers()
+    if size > 1:
+        peers = Peers(context.get_world_rank(), size, torch.distributed.all_reduce)
+    outcome = _loop(task, peers, settings.get("report") or (lambda step, metrics: None))
+    if settings["checkpoint"]:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if peers.rank == 0:
+                save_file(outcome[0], Path(folder) / "student.safetensors")
+                checkpoint = train.Checkpoint.from_directory(folder)
+            train.report(outcome[1], checkpoint=checkpoint)
+    return outcome
+
+
+def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
+    """One ``TorchTrainer.fit()``: ``distill.workers`` workers, or in process with 0.
+
+    Results do not depend on the number of workers beyond rounding: each draws its share of the generators' images and
+    gradients are summed. A worker that dies costs the steps since the start of the loop.
+    """
+    import ray
+    import torch
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, knobs = task.config.distill.workers, task.config.runtime
+    gpu = bool(knobs.gpus_per_client)
+    settings: dict[str, Any] = {"threads": knobs.driver_threads, "checkpoint": workers > 0}
+    if workers == 0:
+        settings |= {"task": task, "report": report}
+    else:
+        settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
+    threads = torch.get_num_threads()
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if gpu and torch.cuda.is_available() else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu and workers > 0),
+        run_config=RunConfig(
+            name="distill",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:  # Train wraps whatever a worker raised; the address is what the user needs
+        failures = getattr(error, "worker_failures", None)
+        cause = next(iter(failures.values())) if failures else error
+        line = next((ln for ln in reversed(str(cause).splitlines()) if ln.strip()), type(cause).__name__)
+        raise RunError(f"distillation: {line.strip()}", stage="distill") from error
+    finally:
+        torch.set_num_threads(threads)
+    outcome = result.return_value
+    if workers > 0:
+        for step, metrics in outcome[2]:
+            report(step, metrics)
+    return outcome

@@ -1,0 +1,1 @@
+"""Sweep plans, one module each; a package of its own because plans change on another schedule than the library."""
