@@ -152,12 +152,6 @@ def _address(word: str | None) -> str:
     return word
 
 
-def _name(word: str | None) -> str | None:
-    if word is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", word):
-        raise RequestError(f"--name {word}: it takes letters, digits, dots, dashes and underscores, at most 100")
-    return word
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +186,7 @@ def run(
     **request: Any,
 ) -> None:
     """Run one experiment; the same command again resumes it."""
-    config, name, address = config_of(**request), _name(name), _address(address)
+    config, address = config_of(**request), _address(address)
     from . import launch
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():

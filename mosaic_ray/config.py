@@ -186,7 +186,7 @@ class RuntimeConfig:
     cpus_per_client: float = knob(1.0, "CPUs of a client actor; threads follow", above=0.0)
     gpus_per_client: float = knob(0.0, "GPU share of a client actor", low=0.0)
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
-    driver_threads: int = knob(2, "torch threads of the driver; fixed so that results do not depend on the machine", low=1)
+    driver_threads: int = knob(1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1)
     precision: str = knob("auto", "bf16 where the processor has it natively and it is faster", choices=("auto", "fp32", "bf16"))
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)

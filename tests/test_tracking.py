@@ -128,11 +128,16 @@ def test_the_pace_after_a_resume_counts_only_what_was_done_since(clock: Clock) -
 
 def test_a_failing_stage_is_said_to_have_stopped_and_a_cached_one_to_be_cached(clock: Clock) -> None:
     stream = Terminal(tty=False)
-    with pytest.raises(KeyboardInterrupt), Tracker(None, stream=stream) as tracker:
-        tracker.replay("partition", [])
-        with tracker.stage("warmup", 10):
-            clock.now += 2.0
-            raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with Tracker(None, stream=stream) as tracker:
+            tracker.replay("partition", [])
+            with tracker.stage("warmup", 10):
+                clock.now += 2.0
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert lines(stream) == ["partition: cached", "warmup: begins, round 0/10", "warmup: stopped after 2.0 s"]
 
 
@@ -160,12 +165,15 @@ def test_the_stream_is_standard_error_of_the_moment(capsys: pytest.CaptureFixtur
 
 def test_metrics_are_one_object_a_line_readable_at_once(tmp_path: Path) -> None:
     heard: list[tuple[str, int, float]] = []
-    hear = lambda *metric: heard.append(metric)  # noqa: E731
+
+    def hear(tag: str, step: int, value: float) -> None:
+        heard.append((tag, step, value))
+
     (tmp_path / "metrics.jsonl").write_text("of an earlier run\n")
     with Tracker(tmp_path, progress=False, tensorboard=False, on_metric=hear) as tracker:
         assert metrics(tmp_path) == []
         with tracker.stage("warmup") as stage:
-            stage.scalar("global/loss", np.int64(1), np.float32(0.1))
+            stage.scalar("global/loss", 1, float(np.float32(0.1)))
             first = {"stage": "warmup", "tag": "global/loss", "step": 1, "value": float(np.float32(0.1))}
             assert metrics(tmp_path) == [first]
             stage.scalar("global/loss", 2, math.nan)
@@ -173,7 +181,8 @@ def test_metrics_are_one_object_a_line_readable_at_once(tmp_path: Path) -> None:
             stage.image("image", 1, np.zeros((4, 4), np.uint8))
             stage.histogram("weights", 1, np.zeros(3))
             tracker.text("config", "no board, no text")
-            assert stage.recorded == [["global/loss", 1, first["value"]], ["global/loss", 2, None], ["global/loss", 3, None]]
+            assert [step for _, step, _ in stage.recorded] == [1, 2, 3]
+            assert [value for _, _, value in stage.recorded] == [first["value"], None, None]
     assert [line["value"] for line in metrics(tmp_path)] == [first["value"], None, None]
     assert [step for _, step, _ in heard] == [1, 2, 3] and math.isnan(heard[1][2]) and heard[2][2] == -math.inf
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
@@ -188,7 +197,7 @@ def test_O12_replayed_and_resumed_metrics_equal_the_undisturbed(
 ) -> None:
     """Through the store, as the driver does it: undisturbed, killed at ``at`` and resumed, and cached."""
     store = Store(tmp_path_factory.mktemp("store"))
-    curves, texts = [], []
+    curves = []
     undisturbed, resumed, cached = (tmp_path_factory.mktemp(name) for name in ("undisturbed", "resumed", "cached"))
 
     with Tracker(undisturbed, progress=False, tensorboard=False) as tracker, tracker.stage("warmup") as stage:
@@ -215,7 +224,7 @@ def test_O12_replayed_and_resumed_metrics_equal_the_undisturbed(
 
 def test_a_run_folder_that_cannot_be_written_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="run folder .*file/run: Not a directory"):
+    with pytest.raises(RunError, match=r"run folder .*file/run: Not a directory"):
         Tracker(tmp_path / "file" / "run", progress=False)
 
 
@@ -272,7 +281,8 @@ def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
         "print([m for m in ('torch', 'tensorboard', 'ray', 'rich', 'pandas') if m in sys.modules])"
     )
     path = os.pathsep.join([str(Path(tracking.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    env = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.stdout == "[]\n", done.stderr
 
 
@@ -319,10 +329,15 @@ def test_an_error_leaves_the_terminal_sane_and_a_later_stage_goes_on(tty: Termin
     hide, show = f"{ESCAPE}[?25l", f"{ESCAPE}[?25h"
     tracker = Tracker(None, stream=tty)
     before = sys.stderr
-    with pytest.raises(KeyboardInterrupt), tracker.stage("warmup", 10) as stage:
-        stage.advance()
-        assert tty.getvalue().rindex(hide) > tty.getvalue().rfind(show)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with tracker.stage("warmup", 10) as stage:
+            stage.advance()
+            assert tty.getvalue().rindex(hide) > tty.getvalue().rfind(show)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert sys.stderr is before, "what rich redirects is put back"
     assert tty.getvalue().rindex(show) > tty.getvalue().rindex(hide)
     with tracker.stage("again", 1):

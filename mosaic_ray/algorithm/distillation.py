@@ -139,10 +139,7 @@ def distil(
         peers.sum_(normaliser)
         with use_precision(config.runtime.precision, device):
             logits = (student.head(features) if shared else student(images)).float()
-        if normaliser > 0:
-            loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
-        else:
-            loss, parts = logits.sum() * 0.0, {}
+        loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
         if distill.anchor_weight and len(anchors):
             anchor = nn.functional.cross_entropy(student.head(anchors), labels, reduction="none")
             anchor = (weights_of_anchors * anchor).mean()

@@ -29,8 +29,11 @@ class MetaModel(nn.Module):
         dim = config.token_dim or 10 * num_classes
         heads = num_classes if dim % num_classes == 0 else 1
         self.expand = nn.Linear(num_classes, dim)
+        layer = nn.TransformerEncoderLayer(dim, heads, config.feedforward, config.dropout, batch_first=True)
+        # torch's own encoder, said in full to decline nested tensors: there is no padding here
+        encoder = nn.TransformerEncoder(layer, 1, nn.LayerNorm(dim), enable_nested_tensor=False)
         self.transformer = nn.Transformer(
-            dim, heads, 1, 1, config.feedforward, config.dropout, activation="relu", batch_first=True
+            dim, heads, 1, 1, config.feedforward, config.dropout, batch_first=True, custom_encoder=encoder
         )
         self.out = nn.Linear(dim, num_classes)
         self.identity = nn.Parameter(0.02 * torch.randn(num_experts, dim)) if config.expert_embedding else None

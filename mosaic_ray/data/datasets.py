@@ -1,24 +1,18 @@
 """Data sets by name, whole and in memory: uint8 NCHW images, int64 labels, and the facts that clients need.
 
-Files are read as torchvision lays them out, or as Hugging Face lays out image parquet. Nothing read from disk may run
-code: CIFAR's pickles go through an unpickler that knows arrays of integers and nothing else.
+Files are read as torchvision lays them out, or as Hugging Face lays out image parquet (``formats``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickle
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +21,8 @@ from ..config import DataConfig
 from ..errors import RequestError, neighbours
 from ..records import DataFacts, Dataset, ImageSet
 from ..seeding import numpy_stream
-from .partition import held_out
+from .formats import brief, read_idx, read_parquet, read_pickle
+from .partition import held_out_mask
 
 
 @dataclass(frozen=True)
@@ -57,11 +52,12 @@ def load_dataset(config: DataConfig) -> Dataset:
     if not config.image_size and height != width:
         raise RequestError(f"data.name = {config.name}: its images are {height}x{width}; set data.image_size to a side")
     size, channels = config.image_size or height, config.channels or native
-    train, test = (_channels(images, channels) for images in (raw.train.images, raw.test.images))
+    train, test = (_channels(images, min(channels, native)) for images in (raw.train.images, raw.test.images))
     # luma mixes channels that vary together: its spread does not follow from theirs
     mean, std = _moments(train) if channels < native else (raw.mean, raw.std)
     if channels > native:
         mean, std = mean * channels, std * channels
+    train, test = (_channels(_resized(images, size), channels) for images in (train, test))
     facts = DataFacts(
         name=config.name,
         num_classes=len(raw.class_names),
@@ -71,12 +67,11 @@ def load_dataset(config: DataConfig) -> Dataset:
         std=std,
         augmentations=("crop", "flip") if native == 3 else (),
     )
-    train_set = ImageSet(_resized(train, size), raw.train.labels)
-    test_set = ImageSet(_resized(test, size), raw.test.labels)
+    train_set, test_set = ImageSet(train, raw.train.labels), ImageSet(test, raw.test.labels)
     digest = hashlib.sha256(json.dumps(astuple(replace(facts, name=""))).encode())
     for array in (train_set.images, train_set.labels, test_set.images, test_set.labels):
         digest.update(str(array.shape).encode())
-        digest.update(array)
+        digest.update(array.data)
     return Dataset(facts, train_set, test_set, raw.class_names, digest.hexdigest()[:16])
 
 
@@ -139,9 +134,9 @@ def _digits(config: DataConfig) -> _Raw:
     bunch = load_digits()
     images = ((bunch.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]  # intensities are 0..16
     whole = ImageSet(images, bunch.target.astype(np.int64))
-    test = held_out(whole.labels, 360, numpy_stream(0, "digits"))
+    test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
     # measured on the 1,437 training images
-    return _Raw(whole.take(~test), whole.take(test), tuple("0123456789"), (0.3052,), (0.3760,))
+    return _Raw(whole.take(~test), whole.take(test), _DIGIT_NAMES, (0.3051,), (0.3759,))
 
 
 # ---------------------------------------------------------------- torchvision's layouts
@@ -156,7 +151,7 @@ def _files(config: DataConfig, folder: str, names: tuple[str, ...], fetch: Calla
         try:
             fetch(root)
         except Exception as error:  # urllib's, torchvision's and the file system's errors share no base but this
-            raise RequestError(f"data.name = {config.name}: download to {root} failed: {_brief(error)}") from error
+            raise RequestError(f"data.name = {config.name}: download to {root} failed: {brief(error)}") from error
         missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise RequestError(
@@ -166,28 +161,8 @@ def _files(config: DataConfig, folder: str, names: tuple[str, ...], fetch: Calla
     return paths
 
 
-def _brief(error: BaseException) -> str:
-    """An error on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-def _idx(path: Path, num_axes: int) -> np.ndarray:
-    """An idx file of bytes (LeCun): magic 0x000008nn with nn axes, big-endian uint32 lengths, then the data."""
-    content = np.fromfile(path, np.uint8)
-    header = 4 + 4 * num_axes
-    if len(content) < header or content[:4].tolist() != [0, 0, 8, num_axes]:
-        raise RequestError(f"{path} is not an idx file of bytes with {num_axes} axes; remove it and fetch it again")
-    shape = content[4:header].view(">u4").astype(int)
-    if len(content) != header + shape.prod():
-        raise RequestError(
-            f"{path} holds {len(content)} bytes where its header promises {header + shape.prod()}: "
-            "truncated or damaged; remove it and fetch it again"
-        )
-    return content[header:].reshape(shape)
-
-
 def _idx_set(images_path: Path, labels_path: Path, num_classes: int) -> ImageSet:
-    images, labels = _idx(images_path, 3)[:, None], _idx(labels_path, 1).astype(np.int64)
+    images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1).astype(np.int64)
     _check_labels(labels, len(images), num_classes, labels_path)
     return ImageSet(np.ascontiguousarray(images), labels)
 
@@ -211,11 +186,9 @@ def _mnist_like(source: str, class_names: tuple[str, ...]) -> Callable[[DataConf
             _first_mirror([mirror + filename for mirror in cls.mirrors], root / source / "raw", filename, md5)
 
     def load(config: DataConfig) -> _Raw:
-        names = tuple(
-            f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1")
-        )
+        names = tuple(f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
         paths = _files(config, f"{source}/raw", names, fetch)
-        train, test = _idx_set(*paths[:2], len(class_names)), _idx_set(*paths[2:], len(class_names))
+        train, test = (_idx_set(paths[i], paths[i + 1], len(class_names)) for i in (0, 2))
         return _Raw(train, test, class_names, (0.1307,), (0.3081,))
 
     return load
@@ -227,7 +200,8 @@ def _first_mirror(urls: list[str], folder: Path, filename: str, md5: str) -> Non
 
     for url in urls:
         try:
-            return download_and_extract_archive(url, str(folder), filename=filename, md5=md5)
+            download_and_extract_archive(url, str(folder), filename=filename, md5=md5)
+            return
         except (OSError, RuntimeError):
             if url == urls[-1]:
                 raise
@@ -253,7 +227,7 @@ class _Cifar:
         *parts, test = (self._batch(path) for path in paths)
         train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
         meta = paths[-1].with_name(self.meta)
-        names = _unpickle(meta).get(self.names_key) if meta.is_file() else None
+        names = read_pickle(meta).get(self.names_key) if meta.is_file() else None
         if not isinstance(names, list) or len(names) != self.num_classes:
             names = range(self.num_classes)
         return _Raw(train, test, tuple(map(str, names)), self.mean, self.std)
@@ -266,7 +240,7 @@ class _Cifar:
         _first_mirror([cls.url], root, cls.filename, cls.tgz_md5)
 
     def _batch(self, path: Path) -> ImageSet:
-        batch = _unpickle(path)
+        batch = read_pickle(path)
         data, labels = batch.get("data"), batch.get(self.label_key)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
             raise RequestError(f'{path} holds no "data" of bytes [n, 3072]; remove it and fetch it again')
@@ -275,68 +249,6 @@ class _Cifar:
         labels = np.array(labels, np.int64)
         _check_labels(labels, len(data), self.num_classes, path)
         return ImageSet(data.reshape(-1, 3, 32, 32), labels)
-
-
-def _unpickle(path: Path) -> dict[str, Any]:
-    """The dict in a pickle of plain values and integer arrays; ``RequestError`` for anything else."""
-    try:
-        with open(path, "rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()
-        if not isinstance(content, dict):
-            raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not a dict")
-        return {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
-    except Exception as error:  # a damaged pickle may raise nearly anything
-        raise RequestError(f"{path} cannot be read ({_brief(error)}); remove it and fetch it again") from error
-
-
-class _Array:
-    """Stands in for numpy.ndarray while unpickling. numpy's own ``__setstate__`` believes its input (a forged dtype
-    makes it follow forged pointers), so the bytes are read here, as integers or not at all."""
-
-    array: np.ndarray
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.array = _integers(data, dtype, shape, "F" if fortran else "C")
-
-
-def _integers(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    if not re.fullmatch(r"[iu][1248]", dtype.code):
-        raise pickle.UnpicklingError(f"an array of {dtype.code}, not of integers")
-    data = data.encode("latin1") if isinstance(data, str) else data  # how Python 2's bytes arrive
-    return np.frombuffer(bytes(data), dtype.order + dtype.code).reshape(shape, order=order)
-
-
-class _Dtype(SimpleNamespace):
-    """Stands in for numpy.dtype: a code such as ``u1`` and a byte order."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = {"<": "<", ">": ">", "|": "|"}[state[1]]
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Admits the names that pickled integer arrays use (numpy 1 and 2, protocols 0 to 5), and answers for them."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        def from_buffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
-            array = _Array()
-            array.array = _integers(data, dtype, shape, order)
-            return array
-
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) == ("numpy", "ndarray"):
-            return "ndarray"  # only ever handed to _reconstruct
-        if (module, name) == ("numpy", "dtype"):
-            return lambda code, *_: _Dtype(code=code, order="|")
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            return lambda *_: _Array()
-        if (module, name) == ("numpy.core.multiarray", "scalar"):
-            return lambda dtype, data: _integers(data, dtype, (1,), "C")[0]
-        if (module, name) == ("numpy.core.numeric", "_frombuffer"):
-            return from_buffer
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, _: text.encode("latin1")
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
 
 
 # ---------------------------------------------------------------- Hugging Face's image parquet
@@ -362,7 +274,7 @@ def _parquet(config: DataConfig) -> _Raw:
 
 
 def _decoded(config: DataConfig, train_paths: list[Path], test_paths: list[Path]) -> _Raw:
-    (train_images, train_labels, names), (test_images, test_labels, _) = map(_read_parquet, (train_paths, test_paths))
+    (train_images, train_labels, names), (test_images, test_labels, _) = map(read_parquet, (train_paths, test_paths))
     if train_images.shape[2:] != test_images.shape[2:]:
         sizes = " and ".join("x".join(map(str, images.shape[2:])) for images in (train_images, test_images))
         raise RequestError(f"data.name = {config.name}: train and test images are {sizes}; they must be of one size")
@@ -375,74 +287,6 @@ def _decoded(config: DataConfig, train_paths: list[Path], test_paths: list[Path]
     channels = max(train_images.shape[1], test_images.shape[1])
     train = ImageSet(_channels(train_images, channels), train_labels)
     return _Raw(train, ImageSet(_channels(test_images, channels), test_labels), names, *_moments(train.images))
-
-
-def _read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images uint8 [N, C, H, W], labels int64 [N] and the class names that the schema tells (or none)."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    images: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    names: tuple[str, ...] = ()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path in paths:
-            try:
-                file = parquet.ParquetFile(path)
-                image, label, names = _columns(file.schema_arrow, path)
-                for batch in file.iter_batches(1024, columns=[image, label]):
-                    places = (f"{path}: image {row}" for row in range(len(images), len(images) + len(batch)))
-                    images += pool.map(_decode, batch.column(image).field("bytes").to_pylist(), places)
-                    if batch.column(label).null_count:
-                        raise RequestError(f'{path}: column "{label}" has empty places')
-                    labels.append(batch.column(label).to_numpy().astype(np.int64))
-            except (pa.ArrowException, OSError) as error:
-                raise RequestError(f"{path} cannot be read as parquet ({_brief(error)})") from error
-    flat = np.concatenate([np.zeros(0, np.int64), *labels])
-    if not len(flat) or flat.min() < 0:
-        raise RequestError(f"{paths[0]}: labels must be 0 or above; " + (f"one is {flat.min()}" if len(flat) else "none"))
-    for row, array in enumerate(images):
-        if array.shape[1:] != images[0].shape[1:]:
-            sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (images[0].shape, array.shape))
-            raise RequestError(f"{paths[0].parent}: images 0 and {row} are {sizes}; they must be of one size")
-    out = np.empty((len(images), max(len(array) for array in images), *images[0].shape[1:]), np.uint8)
-    for target, array in zip(out, images, strict=True):
-        target[:] = array  # a grey image among coloured ones spreads over the channels
-    return out, flat, names
-
-
-def _columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
-    """The image column, the label column, and the class names that Hugging Face keeps in the schema."""
-    import pyarrow as pa
-
-    def is_image(kind: pa.DataType) -> bool:
-        return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-
-    columns = {name: schema.field(name).type for name in schema.names}
-    image = next((name for name in ("img", "image") if name in columns and is_image(columns[name])), None)
-    label = next((n for n in ("label", "labels", "fine_label") if n in columns and pa.types.is_integer(columns[n])), None)
-    if image is None or label is None:
-        wanted = '"img" or "image" with bytes' if image is None else 'whole numbers "label", "labels" or "fine_label"'
-        there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-        raise RequestError(f"{path} has no column {wanted}; it has {there}")
-    try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return image, label, tuple(map(str, features[label]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return image, label, ()
-
-
-def _decode(content: bytes | None, place: str) -> np.ndarray:
-    """An encoded image to uint8 [1 or 3, H, W]."""
-    from PIL import Image
-
-    try:
-        # named formats only: some of Pillow's others start programs
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")) as image:
-            array = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
-        raise RequestError(f"{place} does not decode ({_brief(error)})") from error
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def _read_cache(folder: Path) -> _Raw | None:
@@ -465,7 +309,8 @@ def _write_cache(folder: Path, raw: _Raw, sources: list[list[Any]]) -> None:
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as beside:
             made = Path(beside, folder.name)
             made.mkdir()
-            for part, array in zip(_PARTS, (*astuple_(raw.train), *astuple_(raw.test)), strict=True):
+            arrays = (raw.train.images, raw.train.labels, raw.test.images, raw.test.labels)
+            for part, array in zip(_PARTS, arrays, strict=True):
                 np.save(made / f"{part}.npy", array)
             facts = {"sources": sources, "class_names": raw.class_names, "mean": raw.mean, "std": raw.std}
             (made / "facts.json").write_text(json.dumps(facts))
@@ -475,3 +320,38 @@ def _write_cache(folder: Path, raw: _Raw, sources: list[list[Any]]) -> None:
 
 
 _PARTS = ("train_images", "train_labels", "test_images", "test_labels")
+
+_DIGIT_NAMES = tuple("0123456789")
+
+LOADERS: dict[str, Callable[[DataConfig], _Raw]] = {
+    "digits": _digits,
+    "mnist": _mnist_like("MNIST", _DIGIT_NAMES),
+    "fmnist": _mnist_like(
+        "FashionMNIST",
+        ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "cifar10": _Cifar(
+        source="CIFAR10",
+        folder="cifar-10-batches-py",
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test="test_batch",
+        meta="batches.meta",
+        label_key="labels",
+        names_key="label_names",
+        num_classes=10,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+    ),
+    "cifar100": _Cifar(
+        source="CIFAR100",
+        folder="cifar-100-python",
+        train=("train",),
+        test="test",
+        meta="meta",
+        label_key="fine_labels",
+        names_key="fine_label_names",
+        num_classes=100,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+}

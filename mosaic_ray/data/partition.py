@@ -46,8 +46,8 @@ def _reference(labels: np.ndarray, config: PartitionConfig, seed: int, num_class
     else:
         if config.policy == "reject":
             raise RequestError(
-                f"partition.omega = {config.omega:g}: in partition.max_tries = {config.max_tries} draws the smallest of "
-                f"partition.num_clients = {config.num_clients} never held partition.min_size = {config.min_size}; "
+                f"partition.omega = {config.omega:g}: in partition.max_tries = {config.max_tries} draws the smallest "
+                f"of partition.num_clients = {config.num_clients} never held partition.min_size = {config.min_size}; "
                 "raise omega or max_tries, lower num_clients or min_size, or set partition.policy=repair"
             )
     # owner[i]: the client of sample order[i]; classes lie one after another, each cut in client order
@@ -127,7 +127,7 @@ def label_counts(labels: np.ndarray, shards: list[np.ndarray], num_classes: int)
     return np.stack([np.bincount(labels[shard], minlength=num_classes) for shard in shards]).astype(np.int64)
 
 
-def held_out(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def held_out_mask(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """A random bool mask [N] with ``count`` of the samples, every class within one of its proportional share."""
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
@@ -144,7 +144,7 @@ def split_validation(
     train, validation = [], []
     for client, shard in enumerate(shards):
         rng = numpy_stream(seed, "validation", client)
-        mask = held_out(labels[shard], int(fraction * len(shard)), rng)
+        mask = held_out_mask(labels[shard], int(fraction * len(shard)), rng)
         train.append(shard[~mask])
         validation.append(shard[mask])
     return train, validation

@@ -181,7 +181,8 @@ def _put_local(folder: str, target: str, data: bytes) -> None:
 def _open(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system and the path that ``uri`` means."""
     if "://" in uri:
-        return fs.FileSystem.from_uri(uri)
+        filesystem, root = fs.FileSystem.from_uri(uri)
+        return filesystem, root
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
 
 
@@ -260,9 +261,11 @@ class Store:
     ``say`` is told, in a line, of every damaged result that will be computed again.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], *, fresh: bool = False, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, uri: str | os.PathLike[str], *, fresh: bool = False, say: Callable[[str], None] | None = None
+    ) -> None:
         self.uri, self.fresh = os.fspath(uri), fresh
-        self._say = say or (lambda text: None)
+        self.say = say or (lambda text: None)
         self._written: set[tuple[str, str]] = set()
         try:
             self._files = _Files(*_open(self.uri))
@@ -282,8 +285,8 @@ class Store:
         try:
             if self._files.local and (free := shutil.disk_usage(self._files.root).free) < MIN_FREE_BYTES:
                 raise RequestError(
-                    f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, {MIN_FREE_BYTES >> 20} MiB needed); "
-                    "make room or name another folder"
+                    f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, "
+                    f"{MIN_FREE_BYTES >> 20} MiB needed); make room or name another folder"
                 )
             self._files.put(probe, bytes(1 << 20))
             self._files.delete(probe)
@@ -291,7 +294,7 @@ class Store:
             raise self._refuse(error) from None
 
     def get(self, key: str) -> StageResult | None:
-        """The result under ``key`` with every byte verified; None where it is absent, or damaged (said, and removed)."""
+        """The result under ``key`` with every byte verified; None where it is absent or damaged (said, and removed)."""
         return self._get(OBJECTS, key, "stage result {} is damaged ({}: {}); computing it again")
 
     def writer(self, key: str) -> StageWriter:
@@ -301,6 +304,16 @@ class Store:
     def put(self, key: str, facts: Mapping[str, Any], parts: Parts | None = None) -> StageResult:
         """A whole result at once."""
         return self._fill(self.writer(key), facts, parts or {})
+
+    def discard(self, key: str) -> None:
+        """Remove the result under ``key``, so that it is computed again."""
+        self._written.discard((OBJECTS, key))
+        self._files.delete_folder(f"{OBJECTS}/{key}")
+
+    def upload(self, folder: Path, name: str) -> None:
+        """Copy a local folder's files below ``name`` in this storage (for storage that is not a local path)."""
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            self._files.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def save_checkpoint(self, key: str, facts: Mapping[str, Any], parts: Parts) -> None:
         """Replace the checkpoint under ``key``: until the new one is whole, the old one stands."""
@@ -338,7 +351,7 @@ class Store:
             for entry in manifest["files"].values():
                 self._verify(folder, entry)
         except _Damage as damage:
-            self._say(complaint.format(key, *damage.args))
+            self.say(complaint.format(key, *damage.args))
             # Only the manifest goes: a neighbour may be putting the same payload right at this moment.
             with contextlib.suppress(OSError):
                 self._files.delete(f"{folder}/{MANIFEST}")
@@ -348,7 +361,7 @@ class Store:
     def _manifest(self, folder: str, key: str) -> dict[str, Any] | None:
         """The manifest in ``folder``, its checksum verified; None where there is none."""
         try:
-            manifest = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
+            manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
             seal = manifest.pop("sha256")
             sound = seal == hashlib.sha256(_canonical(manifest)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):

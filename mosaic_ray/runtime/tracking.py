@@ -299,7 +299,7 @@ class Tracker:
     def _open(self, run_dir: Path, tensorboard: bool) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         # line-buffered: each metric can be read the moment it is known, and is one write
-        self._lines = open(run_dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+        self._lines = open(run_dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (close closes it)
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -334,6 +334,16 @@ class Tracker:
         """A cached stage: its scalars are written out again, and it is shown as cached."""
         self._again(stage_name, recorded)
         self._display.cached(stage_name)
+
+    def scalar(self, stage: str, tag: str, step: int, value: float) -> None:
+        """A scalar that no open stage records (a client's curve, kept with that client's result)."""
+        self._emit(stage, tag, step, value)
+
+    def image(self, tag: str, step: int, array: np.ndarray) -> None:
+        """An image uint8 [H, W] or [C, H, W] for TensorBoard."""
+        if self._board:
+            with self._writing():
+                self._board.add_image(tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
 
     def text(self, tag: str, markdown: str) -> None:
         """A text for TensorBoard."""

@@ -139,9 +139,9 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
     run.log["generators"]["cached_clients"] = len(keys) - len(missing)
     for client_id, result in enumerate(results):
         for name, value in result.facts["figures"].items():
-            run.tracker.scalar(f"generator/{name}", client_id, value)
+            run.tracker.scalar("generators", f"generator/{name}", client_id, value)
         for row in result.facts["curve"]:
             for name, value in zip(("loss", "discriminator_loss", "entropy", "diversity"), row[1:], strict=True):
-                run.tracker.scalar(f"generator_{client_id:03d}/{name}", int(row[0]), value)
+                run.tracker.scalar("generators", f"generator_{client_id:03d}/{name}", int(row[0]), value)
         run.tracker.image(f"generator/client_{client_id:03d}", 0, image_grid(result.load("samples")["images"], 8))
     return Generators(key, results)

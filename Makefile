@@ -1,0 +1,50 @@
+# Everything from a bare checkout. `make demo PYTHON=python3.12` names another interpreter.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Written last, so an environment without it was never finished and is made anew. Only .venv is ever emptied: an
+# environment that VENV names may be somebody's own.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@test -e $@ || $(PYTHON) -m venv $(if $(filter .venv,$(VENV)),--clear) $(VENV)
+	@rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+.PHONY: help
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: demo
+demo: $(STAMP) ## install, and run the demo (about a minute); ARGS='--omega 1' adds options
+	$(BIN)/mosaic run $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## install, and run the tests; ARGS='-k cli' picks some
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-all
+test-all: $(STAMP) ## the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+.PHONY: lint
+lint: $(STAMP) ## look for slips of style
+	$(BIN)/ruff check .
+
+.PHONY: wheel
+wheel: $(STAMP) ## build dist/: the wheel, and the versions it was tested with
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+	cp constraints.txt dist/
+
+.PHONY: clean
+clean: ## remove what was made, results in mosaic_runs/ excepted
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,179 @@
+"""Files to arrays: idx, CIFAR's pickles, Hugging Face's image parquet. Knows no data set by name.
+
+Nothing read from disk may run code: pickles go through an unpickler that knows arrays of integers and nothing else,
+and Pillow is held to formats that it decodes by itself.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import RequestError
+
+
+def brief(error: BaseException) -> str:
+    """An error on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def read_idx(path: Path, num_axes: int) -> np.ndarray:
+    """An idx file of bytes (LeCun): magic 0x000008nn with nn axes, big-endian uint32 lengths, then the data."""
+    content = np.fromfile(path, np.uint8)
+    header = 4 + 4 * num_axes
+    if len(content) < header or content[:4].tolist() != [0, 0, 8, num_axes]:
+        raise RequestError(f"{path} is not an idx file of bytes with {num_axes} axes; remove it and fetch it again")
+    shape = content[4:header].view(">u4").tolist()
+    promised = header + math.prod(shape)
+    if len(content) != promised:
+        raise RequestError(
+            f"{path} holds {len(content)} bytes where its header promises {promised}: "
+            "truncated or damaged; remove it and fetch it again"
+        )
+    return content[header:].reshape(shape)
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dict in a pickle of plain values and integer arrays; ``RequestError`` for anything else."""
+    try:
+        with open(path, "rb") as file:
+            content = _ArraysOnly(file, encoding="latin1").load()
+        if not isinstance(content, dict):
+            raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not a dict")
+        return {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
+    except Exception as error:  # a damaged pickle may raise nearly anything
+        raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error
+
+
+class _Array:
+    """Stands in for numpy.ndarray while unpickling. numpy's own ``__setstate__`` believes its input (a forged dtype
+    makes it follow forged pointers), so the bytes are read here, as integers or not at all."""
+
+    array: np.ndarray
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self.array = _integers(data, dtype, shape, "F" if fortran else "C")
+
+
+def _integers(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    if not re.fullmatch(r"[<>|][iu][1248]", dtype.order + dtype.code):
+        raise pickle.UnpicklingError(f"an array of {dtype.code}, not of integers")
+    data = data.encode("latin1") if isinstance(data, str) else data  # how Python 2's bytes arrive
+    return np.frombuffer(bytearray(data), dtype.order + dtype.code).reshape(shape, order=order)
+
+
+class _Dtype:
+    """Stands in for numpy.dtype: a code such as ``u1`` and a byte order."""
+
+    def __init__(self, code: str) -> None:
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Admits the names that pickled integer arrays use (numpy 1 and 2, protocols 0 to 5), and answers for them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        def from_buffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
+            array = _Array()
+            array.array = _integers(data, dtype, shape, order)
+            return array
+
+        module = module.replace("numpy._core", "numpy.core")
+        if (module, name) == ("numpy", "ndarray"):
+            return "ndarray"  # only ever handed to _reconstruct
+        if (module, name) == ("numpy", "dtype"):
+            return lambda code, *_: _Dtype(code)
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
+            return lambda *_: _Array()
+        if (module, name) == ("numpy.core.multiarray", "scalar"):
+            return lambda dtype, data: _integers(data, dtype, (1,), "C")[0]
+        if (module, name) == ("numpy.core.numeric", "_frombuffer"):
+            return from_buffer
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, _: text.encode("latin1")
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
+
+
+def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images uint8 [N, C, H, W], labels int64 [N] and the class names that the schema tells (or none)."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    names: tuple[str, ...] = ()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for path in paths:
+            try:
+                file = parquet.ParquetFile(path)
+                image, label, names = _columns(file.schema_arrow, path)
+                first = len(images)
+                for batch in file.iter_batches(1024, columns=[image, label]):
+                    places = [f"{path}: image {len(images) - first + row}" for row in range(len(batch))]
+                    images += pool.map(_decode, batch.column(image).field("bytes").to_pylist(), places)
+                    if batch.column(label).null_count:
+                        raise RequestError(f'{path}: column "{label}" has empty places')
+                    labels.append(batch.column(label).to_numpy().astype(np.int64))
+            except (pa.ArrowException, OSError) as error:
+                raise RequestError(f"{path} cannot be read as parquet ({brief(error)})") from error
+    flat = np.concatenate([np.zeros(0, np.int64), *labels])
+    if not len(flat):
+        raise RequestError(f"{paths[0]} holds no images")
+    if flat.min() < 0:
+        raise RequestError(f"{paths[0]}: a label is {flat.min()}; labels must be 0 or above")
+    for row, array in enumerate(images):
+        if array.shape[1:] != images[0].shape[1:]:
+            sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (images[0].shape, array.shape))
+            raise RequestError(f"{paths[0].parent}: images 0 and {row} are {sizes}; they must be of one size")
+    out = np.empty((len(images), max(len(array) for array in images), *images[0].shape[1:]), np.uint8)
+    for target, array in zip(out, images, strict=True):
+        target[:] = array  # a grey image among coloured ones spreads over the channels
+    return out, flat, names
+
+
+def _columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
+    """The image column, the label column, and the class names that Hugging Face keeps in the schema."""
+    import pyarrow as pa
+
+    def is_image(kind: pa.DataType) -> bool:
+        return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+    columns = {field.name: field.type for field in schema}
+    image = next((name for name in ("img", "image") if is_image(columns.get(name, pa.null()))), None)
+    labels = ("label", "labels", "fine_label")
+    label = next((name for name in labels if pa.types.is_integer(columns.get(name, pa.null()))), None)
+    if image is None or label is None:
+        wanted = '"img" or "image" with bytes' if image is None else 'whole numbers "label", "labels" or "fine_label"'
+        there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+        raise RequestError(f"{path} has no column {wanted}; it has {there}")
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return image, label, tuple(map(str, features[label]["names"]))
+    except (KeyError, TypeError, ValueError):
+        return image, label, ()
+
+
+def _decode(content: bytes | None, place: str) -> np.ndarray:
+    """An encoded image to uint8 [1 or 3, H, W]."""
+    from PIL import Image
+
+    try:
+        # named formats only: some of Pillow's others start programs
+        with Image.open(io.BytesIO(content or b""), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")) as image:
+            array = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+        raise RequestError(f"{place} does not decode ({brief(error)})") from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
