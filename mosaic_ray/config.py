@@ -146,6 +146,7 @@ class MetaConfig:
     ema: float = knob(0.99, "decay of the averaged copy that teaches", low=0.0, high=0.99999)
     ema_bias_correction: bool = knob(True, "take the random start out of the average (M2)")
     select: bool = knob(True, "keep the state that is best on held-out prototypes; off: the last one")
+    patience: int = knob(200, "updates without a better state before training stops, with select; 0: never", low=0)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,15 @@ def test_o4_repair_moves_only_what_is_missing_and_only_from_clients_that_can_spa
     assert before[donors].min() > np.median(before), "the large give"
 
 
+@pytest.mark.parametrize("spare", [0, 1, 7])
+def test_o4_repair_never_pushes_a_donor_below_the_floor_when_there_is_hardly_any_spare(spare):
+    for seed in range(20):
+        counts = counts_of([45, 75 + spare], seed, num_clients=12, omega=0.3, min_size=10, max_tries=1)
+        sizes = counts.sum(axis=1)
+        assert sizes.min() == 10
+        assert sizes.sum() == 120 + spare
+
+
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_o31_seeds_matter_and_the_global_stream_is_left_alone(sampler):
     before = np.random.get_state()[1:3]  # noqa: NPY002 - the legacy stream is what is watched

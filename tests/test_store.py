@@ -328,6 +328,24 @@ def test_a_payload_lost_after_get_is_a_corrupt_result(store: Store) -> None:
     assert store.get(KEY) is None
 
 
+def test_a_discarded_result_is_absent_and_its_neighbours_stay(any_store: Store, said: list[str]) -> None:
+    any_store.put(KEY, FACTS, {"p": arrays()})
+    any_store.put("other-1", FACTS)
+    any_store.discard(KEY)
+    any_store.discard(KEY)
+    assert any_store.get(KEY) is None and any_store.get("other-1") is not None and not said
+
+
+def test_an_uploaded_folder_keeps_its_files_and_their_places(any_store: Store, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "tensorboard").mkdir(parents=True)
+    (run / "summary.json").write_bytes(b"{}")
+    (run / "tensorboard" / "events").write_bytes(bytes(range(256)))
+    any_store.upload(run, "runs/mine")
+    assert any_store._files.read("runs/mine/summary.json") == b"{}"
+    assert any_store._files.read("runs/mine/tensorboard/events") == bytes(range(256))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

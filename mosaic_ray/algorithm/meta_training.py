@@ -139,6 +139,8 @@ def train_meta(
             ema_update(average, teacher, config.ema)
             if update % 25 == 0 or update == config.updates:
                 look(update, {"loss": float(loss.detach())})
+                if config.select and config.patience and update - best_update >= config.patience:
+                    break
     averaged.load_state_dict(best_state)
     with torch.no_grad():
         accuracy, judged_loss = scores(averaged(judged_inputs, judged_features), judged)

@@ -264,7 +264,8 @@ class _Fold:
             raise RunError(what + _first_line(error), client=client_id if client_id >= 0 else None) from error
         if client_id >= 0:
             heapq.heappush(self._queue, (-self._cost(client_id), client_id))
-        self._running[actor.ping.remote()] = (-1, None, actor)
+        # a ping may be asked again and again: Ray holds it until the actor is up, or dead for good
+        self._running[actor.ping.options(max_task_retries=-1).remote()] = (-1, None, actor)
 
     def _fetch(self, client_id: int, reference: Any) -> tuple[bool, Any]:
         """(True, value), or (False, None) where the value went down with its node and must be computed again."""
