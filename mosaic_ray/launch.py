@@ -63,24 +63,28 @@ def run(
     _write(folder / "config.toml", to_toml(config).encode())
     if command:
         _write(folder / "command.txt", (" ".join(command) + "\n").encode())
-    for _ in range(MAX_REPAIRS):
-        try:
-            with Tracker(folder, progress=progress) as tracker:
-                store.say = tracker.warn
-                summary, student = _run_once(config, dataset, store, tracker, address, folder)
-            break
-        except CorruptResult as damaged:  # it went bad after it was looked up
-            store.discard(damaged.key)
-        except OSError as error:
-            raise RunError(f"{folder}: {error.strerror or error}") from error
-    else:
-        raise RunError(f"stored results under {storage} keep being damaged; is the disk sound?")
+    try:
+        for _ in range(MAX_REPAIRS):
+            try:
+                with Tracker(folder, progress=progress) as tracker:
+                    store.say = tracker.warn
+                    summary, student = _run_once(config, dataset, store, tracker, address, folder)
+                break
+            except CorruptResult as damaged:  # it went bad after it was looked up
+                store.discard(damaged.key)
+        else:
+            raise RunError(f"stored results under {storage} keep being damaged; is the disk sound?")
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror or error}") from error
     summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
     if not local:
         summary["paths"] = {part: f"{storage.rstrip('/')}/runs/{name}{tail}" for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))}
     _write_files(folder, summary, student)
     if not local:
-        store.upload(folder, f"runs/{name}")
+        try:
+            store.upload(folder, f"runs/{name}")
+        except OSError as error:
+            raise RunError(f"storage {storage}: {error}; the run's files are kept in {folder}") from error
         shutil.rmtree(folder.parent)
     return summary
 

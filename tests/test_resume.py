@@ -1,0 +1,88 @@
+"""``kill -9`` at any moment, then the same command: it resumes, and ends with the numbers of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REQUEST = [
+    "run", "--clients", "3", "--set", "warmup.num_rounds=6", "--set", "warmup.checkpoint_rounds=2",
+    "--set", "generator.steps=15", "--set", "generator.ngf=4", "--set", "generator.ndf=4", "--set", "distill.steps=100",
+    "--set", "meta.updates=50", "--set", "model.width=4", "--set", "finetune.num_rounds=4",
+]  # fmt: skip
+
+
+def command(storage: Path, host: str) -> list[str]:
+    return [sys.executable, "-m", "mosaic_ray", *REQUEST, "--storage", str(storage), "--host", host, "--json"]
+
+
+def finish(storage: Path, host: str) -> tuple[dict, str]:
+    done = subprocess.run(command(storage, host), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def kill_when(storage: Path, host: str, sign: str) -> None:
+    """Start, wait for a line that begins with ``sign``, and send SIGKILL."""
+    with subprocess.Popen(
+        command(storage, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith(sign):
+                process.send_signal(signal.SIGKILL)
+                break
+        else:
+            pytest.fail(f"{sign!r} was never seen in:\n{''.join(lines)}")
+    assert process.returncode == -signal.SIGKILL
+
+
+def outcome(summary: dict) -> tuple:
+    student = (Path(summary["paths"]["run"]) / "student.safetensors").read_bytes()
+    return summary["accuracy"], summary["per_class_accuracy"], summary["communication_bytes"], student
+
+
+@pytest.mark.parametrize("host", ["serial", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
+def test_killed_in_every_stage_and_resumed(tmp_path, host):
+    undisturbed, _ = finish(tmp_path / "a", host)
+    for sign in ("warmup: round 3", "generators: client 1", "teacher: begins", "distill: begins", "finetune: round 1"):
+        kill_when(tmp_path / "b", host, sign)
+    resumed, told = finish(tmp_path / "b", host)
+    assert outcome(resumed) == outcome(undisturbed)
+    before = ("partition", "warmup", "generators", "prototypes", "teacher", "distill")
+    assert all(resumed["stages"][name]["cached"] for name in before)
+    assert "warmup: cached" in told.lower() or "warmup" in told
+
+
+def test_a_killed_warmup_goes_on_from_its_checkpoint(tmp_path):
+    kill_when(tmp_path, "serial", "warmup: round 5")
+    _, told = finish(tmp_path, "serial")
+    assert "warmup: resumed at round 4/6" in told
+    assert "warmup: round 1/" not in told
+
+
+def test_a_killed_generator_stage_computes_the_missing_clients_alone(tmp_path):
+    kill_when(tmp_path, "serial", "generators: client 1")
+    summary, _ = finish(tmp_path, "serial")
+    assert 1 <= summary["stages"]["generators"]["cached_clients"] < 3
+
+
+def test_interrupted_by_the_user_it_names_the_command_that_resumes(tmp_path):
+    with subprocess.Popen(
+        command(tmp_path, "serial"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        told = []
+        for line in process.stderr:
+            told.append(line)
+            if line.startswith("warmup: round 1"):
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert "to resume:" in told[-1] and "warmup.num_rounds=6" in told[-1]
