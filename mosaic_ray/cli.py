@@ -171,10 +171,14 @@ def mosaic(ctx: click.Context) -> None:
 @_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
 @click.option("--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go.")
 @click.option("--name", metavar="NAME", help="The run's folder; named after its settings by default.")
-@click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]")
+@click.option(
+    "--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]"
+)
 @_takes("host")
 @click.option("--fresh", is_flag=True, help="Compute every stage again.")
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
+)
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -250,7 +254,9 @@ def methods() -> None:
 
 
 @mosaic.command()
-@click.option("--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results would go.")
+@click.option(
+    "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results would go."
+)
 @_takes("sets", "config")
 @click.option("--ray", "try_ray", is_flag=True, help="Start Ray (or join --address) as well; takes seconds.")
 @click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster for --ray.")

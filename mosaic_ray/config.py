@@ -7,7 +7,6 @@ An unknown or impossible knob is answered here, in one line, before torch or ray
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
@@ -16,22 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RequestError, neighbours
-
-
-def knob(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-) -> Any:
-    """A field with its meaning and its range: ``low <= value <= high``, or ``above < value``."""
-    return field(
-        default=default,
-        metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices},
-    )
+from .knobs import Knob, knob, typed
 
 
 @dataclass(frozen=True)
@@ -187,8 +171,12 @@ class RuntimeConfig:
     cpus_per_client: float = knob(1.0, "CPUs of a client actor; threads follow", above=0.0)
     gpus_per_client: float = knob(0.0, "GPU share of a client actor", low=0.0)
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
-    driver_threads: int = knob(1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1)
-    precision: str = knob("auto", "bf16 where the processor has it natively and it is faster", choices=("auto", "fp32", "bf16"))
+    driver_threads: int = knob(
+        1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1
+    )
+    precision: str = knob(
+        "auto", "bf16 where the processor has it natively and it is faster", choices=("auto", "fp32", "bf16")
+    )
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)
 
@@ -212,16 +200,6 @@ class ExperimentConfig:
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Knob:
-    """A knob's dotted name, type, default, meaning and range."""
-
-    name: str
-    type: Any
-    default: Any
-    metadata: Mapping[str, Any]
 
 
 def _walk(cls: type, prefix: str = "") -> Iterator[Knob]:
@@ -248,85 +226,19 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
 
 def as_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Nested plain values, fit for JSON and TOML."""
-    return dataclasses.asdict(config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items})
+    return dataclasses.asdict(
+        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
+    )
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def _wants(spec: Knob) -> str:
-    meta = spec.metadata
-    if meta["choices"]:
-        return "one of " + ", ".join(meta["choices"])
-    word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(spec.type)
-    word = word or "a list of numbers such as [1.0, 0.5]"
-    bounds = []
-    if meta["above"] is not None:
-        bounds.append(f"above {meta['above']:g}")
-    if meta["low"] is not None:
-        bounds.append(f"at least {meta['low']:g}")
-    if meta["high"] is not None:
-        bounds.append(f"at most {meta['high']:g}")
-    return " ".join([word, " and ".join(bounds)]).strip()
-
-
-def _coerce(spec: Knob, value: Any, text: bool) -> Any:
-    """``value`` as the knob's type, or ``ValueError``. ``text``: it came from a command line."""
-    if text and isinstance(value, str) and spec.type is not str:
-        value = tomllib.loads(f"v = {_numeral(value.strip())}")["v"]
-    if spec.type is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if spec.type is int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError
-        return value
-    if spec.type is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError
-        return float(value)
-    if spec.type is str:
-        if not isinstance(value, str):
-            raise ValueError
-        return value
-    values = value if isinstance(value, list | tuple) else [value]
-    if not values:
-        raise ValueError
-    number = Knob(spec.name, float, None, spec.metadata)
-    return tuple(_coerce(number, v, False) for v in values)
-
-
-def _numeral(text: str) -> str:
-    """TOML is strict about numbers (`.5`, `1.`, `1e-4` are all meant); let Python's own reader normalise them."""
-    try:
-        return text if text.lstrip("+-").isdigit() else repr(float(text))
-    except ValueError:
-        return text
+# --- values -----------------------------------------------------------------------------------------------------------
 
 
 def check_value(name: str, value: Any, *, text: bool = False) -> Any:
     """``value`` for knob ``name``, typed and within range; ``RequestError`` otherwise."""
     if name not in KNOBS:
         raise RequestError(f'unknown knob "{name}"; {neighbours(name, KNOBS)}')
-    spec, shown = KNOBS[name], value if isinstance(value, str) else repr(value)
-    try:
-        typed = _coerce(spec, value, text)
-        meta = spec.metadata
-        if meta["choices"] and typed not in meta["choices"]:
-            raise ValueError
-        for number in typed if isinstance(typed, tuple) else (typed,):
-            if meta["above"] is not None and not number > meta["above"]:
-                raise ValueError
-            if meta["low"] is not None and number < meta["low"]:
-                raise ValueError
-            if meta["high"] is not None and number > meta["high"]:
-                raise ValueError
-    except (ValueError, tomllib.TOMLDecodeError):
-        raise RequestError(f"{name} = {shown}: it takes {_wants(spec)}") from None
-    return typed
+    return typed(KNOBS[name], value, text=text)
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -411,27 +323,38 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
     name = config.data.name
     need(
         name in DATASETS or (name.partition(":")[0] == "parquet" and len(name) > 8),
-        f'data.name = {name}: unknown data set; {neighbours(name, [*DATASETS, "parquet:PATH"])}',
+        f"data.name = {name}: unknown data set; {neighbours(name, [*DATASETS, 'parquet:PATH'])}",
     )
     need(config.data.channels != 2, "data.channels = 2: it may be 1 or 3, or 0 for the data set's own")
-    need(config.data.image_size in (0, 8, 16, 28, 32, 64), f"data.image_size = {config.data.image_size}: it may be 8, 16, 28, 32 or 64, or 0 for the data set's own")
+    need(
+        config.data.image_size in (0, 8, 16, 28, 32, 64),
+        f"data.image_size = {config.data.image_size}: it may be 8, 16, 28, 32 or 64, or 0 for the data set's own",
+    )
     need(config.method in METHODS, f"method = {config.method}: unknown method; {neighbours(config.method, METHODS)}")
     optimiser = config.federation.optimiser
     need(optimiser in OPTIMISERS, f"federation.optimiser = {optimiser}: unknown; {neighbours(optimiser, OPTIMISERS)}")
+    widths = config.federation.widths
     need(
-        OPTIMISERS[optimiser].partial_widths or all(w == 1.0 for w in config.federation.widths),
-        f"federation.widths = {list(config.federation.widths)}: {optimiser} trains whole models, so every width must be 1.0",
+        OPTIMISERS[optimiser].partial_widths or all(w == 1.0 for w in widths),
+        f"federation.widths = {list(widths)}: {optimiser} trains whole models, so every width must be 1.0",
     )
+    cohort, clients = config.federation.cohort_size, config.partition.num_clients
     need(
-        config.federation.cohort_size <= config.partition.num_clients,
-        f"federation.cohort_size = {config.federation.cohort_size}: there are {config.partition.num_clients} clients (partition.num_clients)",
+        cohort <= clients,
+        f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)",
     )
     need(
         config.meta.init == "random" or config.meta.input == "head",
-        f"meta.init = {config.meta.init}: a re-fitted head reads features, so it needs meta.input = head (or meta.init = random)",
+        f"meta.init = {config.meta.init}: a re-fitted head needs meta.input = head (or take meta.init = random)",
     )
     cpus = config.runtime.cpus_per_client
-    need(cpus < 1 or float(cpus).is_integer(), f"runtime.cpus_per_client = {cpus:g}: Ray takes a fraction below 1 or a whole number")
+    need(
+        cpus < 1 or float(cpus).is_integer(),
+        f"runtime.cpus_per_client = {cpus:g}: Ray takes a fraction below 1 or a whole number",
+    )
     gpus = config.runtime.gpus_per_client
-    need(gpus <= 1 or float(gpus).is_integer(), f"runtime.gpus_per_client = {gpus:g}: Ray takes a fraction up to 1 or a whole number")
+    need(
+        gpus <= 1 or float(gpus).is_integer(),
+        f"runtime.gpus_per_client = {gpus:g}: Ray takes a fraction up to 1 or a whole number",
+    )
     return config

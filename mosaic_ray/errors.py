@@ -50,7 +50,9 @@ def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:
     known = sorted(known)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(word, known, limit, 0.6)
-    near += [last[n] for n in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, limit, 0.7) if last[n] not in near]
+    near += [
+        last[n] for n in difflib.get_close_matches(word.rsplit(".", 1)[-1], last, limit, 0.7) if last[n] not in near
+    ]
     if near:
         return "did you mean " + " or ".join(f'"{n}"' for n in near[:limit]) + "?"
     if len(known) <= 24:

@@ -78,7 +78,10 @@ def run(
         raise RunError(f"{folder}: {error.strerror or error}") from error
     summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
     if not local:
-        summary["paths"] = {part: f"{storage.rstrip('/')}/runs/{name}{tail}" for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))}
+        summary["paths"] = {
+            part: f"{storage.rstrip('/')}/runs/{name}{tail}"
+            for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))
+        }
     _write_files(folder, summary, student)
     if not local:
         try:

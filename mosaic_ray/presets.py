@@ -172,7 +172,8 @@ SCALES: dict[str, Scale] = {
     ),
     "cifar100": Scale(
         "the paper's CIFAR-100: 10 clients, ResNet-18, 1041 warm-up rounds (a GPU's work)",
-        _PAPER_SCALE | {"data.name": "cifar100", "warmup.num_rounds": 1041, "warmup.local_steps": 20, "prototypes.k": 60},
+        _PAPER_SCALE
+        | {"data.name": "cifar100", "warmup.num_rounds": 1041, "warmup.local_steps": 20, "prototypes.k": 60},
         {
             "reference": {"distill.steps": 2500, "distill.lr": 1e-5, "distill.backbone_lr": 1e-5, "meta.pool": "mean"},
             "paper": {"distill.steps": 2500, "distill.lr": 1e-5, "distill.backbone_lr": 1e-5},
@@ -190,7 +191,9 @@ def preset_knobs(preset: str, algorithm: str | None = None) -> dict[str, Any]:
         elif word in ALGORITHMS:
             named = algorithm or word
         else:
-            raise RequestError(f'--preset {preset}: unknown preset "{word}"; {neighbours(word, [*SCALES, *ALGORITHMS])}')
+            raise RequestError(
+                f'--preset {preset}: unknown preset "{word}"; {neighbours(word, [*SCALES, *ALGORITHMS])}'
+            )
     if named not in ALGORITHMS:
         raise RequestError(f"algorithm = {named}: it takes one of {', '.join(ALGORITHMS)}")
     knobs = {"algorithm": named} | dict(SCALES[scale].knobs) | ALGORITHMS[named][0]

@@ -145,6 +145,6 @@ def test_different_names_or_shapes_are_refused_whatever_their_weight(w):
     running.add(client(0), 1)
     fewer = {n: a for n, a in client(1).items() if n != "conv"}
     for bad in (fewer, client(1) | {"more": np.zeros(1)}, client(1) | {"conv": np.zeros((4, 3, 1), np.float32)}):
-        with pytest.raises(ValueError, match="cannot average: .*(conv|more)"):
+        with pytest.raises(ValueError, match=r"cannot average: .*(conv|more)"):
             running.add(bad, w)
     assert bits(running.result()) == bits(client(0))

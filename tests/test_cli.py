@@ -94,7 +94,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("words", "told"), WRONG, ids=[words for words, _ in WRONG])
+@pytest.mark.parametrize("words, told", WRONG, ids=[words for words, _ in WRONG])
 def test_a_wrong_word_is_answered_in_one_line(words, told):
     line = refusal(ask(*shlex.split(words)))
     for part in told:
@@ -102,7 +102,7 @@ def test_a_wrong_word_is_answered_in_one_line(words, told):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    "text, told",
     [
         ("[warmup\nlr = 1", "line 1"),
         ("[warmup]\nlr = 1e", "line 2"),
@@ -189,7 +189,7 @@ def test_show_prints_what_config_reads_back(tmp_path, preset):
 
 
 @pytest.mark.parametrize(
-    ("command", "names"),
+    "command, names",
     [("presets", [*SCALES, *ALGORITHMS]), ("methods", [*METHODS, *OPTIMISERS])],
 )
 def test_lists_name_everything(command, names):
@@ -242,7 +242,7 @@ def launched(monkeypatch):
 
     def run(config, **options):
         stand_in.calls.append((config, options))
-        print("words on the way")
+        print("words on the way", flush=True)
         if isinstance(stand_in.outcome, BaseException):
             raise stand_in.outcome
         return stand_in.outcome
@@ -274,7 +274,7 @@ def test_json_alone_on_standard_output(launched):
 
 
 @pytest.mark.parametrize(
-    ("word", "variable", "address"),
+    "word, variable, address",
     [(None, "", "local"), (None, "1.2.3.4:6379", "auto"), ("local", "1.2.3.4:6379", "local")]
     + [(word, "", word) for word in ("auto", "10.0.0.1:6379", "head.lan:6379", "ray://head:10001", "[::1]:6379")],
 )
@@ -310,7 +310,7 @@ def test_an_interrupted_run_names_the_command_that_resumes(launched):
 
 
 @pytest.mark.parametrize(
-    ("typed", "argv", "program"),
+    "typed, argv, program",
     [
         (["python3", "-m", "mosaic_ray", "run"], ["/p/mosaic_ray/__main__.py", "run"], ["python3", "-m", "mosaic_ray"]),
         (["python", "cli.py", "run"], ["cli.py", "run"], ["python", "cli.py"]),
@@ -339,7 +339,9 @@ def test_doctor_finds_this_machine_fit(tmp_path):
     assert result.exit_code == 0, result.stdout
     rows = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
     assert {row[0] for row in rows} <= {"ok", "warning"}
-    assert {"python:", "packages:", "cpu:", "memory:", "gpu:", "bf16:", "storage:", "disk:", "data:"} <= {r[1] for r in rows}
+    assert {"python:", "packages:", "cpu:", "memory:", "gpu:", "bf16:", "storage:", "disk:", "data:"} <= {
+        r[1] for r in rows
+    }
     assert not (tmp_path / "new").exists()
 
 

@@ -42,7 +42,7 @@ def test_a_file_may_name_its_preset_and_algorithm():
 
 
 @pytest.mark.parametrize(
-    ("sets", "says"),
+    "sets, says",
     [
         ({"generator.lamda_e": "1"}, 'unknown knob "generator.lamda_e".*"generator.lambda_e"'),
         ({"lambda_e": "1"}, '"generator.lambda_e"'),
@@ -78,7 +78,7 @@ def test_an_unknown_preset_has_neighbours():
         resolve("fmnist_smal")
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), (".5", 0.5), ("1.", 1.0), ("3", 3.0), ("1_000", 1000.0)])
+@pytest.mark.parametrize("text, value", [("1e-4", 1e-4), (".5", 0.5), ("1.", 1.0), ("3", 3.0), ("1_000", 1000.0)])
 def test_numbers_as_people_write_them(text, value):
     assert check_value("warmup.lr", text, text=True) == value
 

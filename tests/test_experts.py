@@ -95,7 +95,7 @@ def test_o10_order_of_experts_matters_only_with_their_identity(embedding):
     assert columns > 1e-3
 
 
-@pytest.mark.parametrize(("classes", "parameters"), [(10, 948_206), (100, 20_425_196)])
+@pytest.mark.parametrize("classes, parameters", [(10, 948_206), (100, 20_425_196)])
 def test_o6_meta_model_has_the_authors_size_less_its_dead_parameters(classes, parameters):
     meta = MetaModel(classes, classes, MetaConfig(expert_embedding=False))
     assert sum(p.numel() for p in meta.parameters()) == parameters
@@ -129,7 +129,10 @@ def make(config, seed: int = 0):
         model = bench.classifier(weights)
         parts.append(client_prototypes(model, shard, config.prototypes, FACTS, (0, 0, k), "fp32"))
     prototypes = type(parts[0]).concatenate(parts)
-    noisy = [(k, {n: (v + np.float32(0.01 * k) if v.dtype == np.float32 else v) for n, v in weights.items()}) for k in range(3)]
+    noisy = [
+        (k, {n: (v + np.float32(0.01 * k) if v.dtype == np.float32 else v) for n, v in weights.items()})
+        for k in range(3)
+    ]
     seen: list[int] = []
     state, figures = make_teacher(config, FACTS, weights, noisy, counts, prototypes, lambda u, m: seen.append(u))
     return weights, state, figures, prototypes, seen

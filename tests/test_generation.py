@@ -43,7 +43,7 @@ def test_o31_a_generator_is_a_function_of_its_address():
     assert not np.array_equal(first.samples, other.samples)
 
 
-@pytest.mark.parametrize(("tau", "active"), [(60, False), (61, True)])
+@pytest.mark.parametrize("tau, active", [(60, False), (61, True)])
 def test_o15_inversion_speaks_only_below_tau(tau, active):
     """60 images: with tau = 60 the term is off, whatever its weight; with 61 it changes the generator."""
     without = make({"generator.tau": tau, "generator.lambda_i": 0.0})

@@ -85,7 +85,9 @@ def test_law_1_can_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
     (tmp_path / "data").mkdir()
     source = tmp_path / "data" / "x.py"
-    source.write_text("def f():\n    from ..runtime.cohort import fold\n    from .. import config\n    import ray.util\n")
+    source.write_text(
+        "def f():\n    from ..runtime.cohort import fold\n    from .. import config\n    import ray.util\n"
+    )
     found = list(imports(source))
     assert found == ["mosaic_ray.runtime.cohort.fold", "mosaic_ray.config", "ray.util"]
     assert [own(name) for name in found] == ["runtime", "config", None]

@@ -202,7 +202,7 @@ def test_load_weights_is_strict_and_changes_nothing_on_refusal():
     bad_shape = weights | {"head.bias": np.zeros((3, 1), np.float32)}
     missing = {n: a for n, a in weights.items() if n != "head.bias"}
     for bad in (bad_shape, missing, weights | {"extra": np.zeros(1, np.float32)}):
-        with pytest.raises(ValueError, match="do not fit: .*(head.bias|extra)"):
+        with pytest.raises(ValueError, match=r"do not fit: .*(head.bias|extra)"):
             load_weights(net, bad)
     assert all(np.array_equal(before[n], value) for n, value in to_weights(net).items())
 

@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_ray.algorithm.heads import fit_head, scores
-from mosaic_ray.algorithm.prototypes import centroids, client_prototypes, extract_features, prototype_weights, split_held_out
+from mosaic_ray.algorithm.prototypes import (
+    centroids,
+    client_prototypes,
+    extract_features,
+    prototype_weights,
+    split_held_out,
+)
 from mosaic_ray.data.transforms import normalise
 from mosaic_ray.methods.client_work import Bench, initial_weights
 from mosaic_ray.records import Prototypes

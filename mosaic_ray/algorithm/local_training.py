@@ -57,7 +57,12 @@ def batches(
 
 
 def train_locally(
-    model: nn.Module, shard: Shard, plan: LocalPlan, facts: DataFacts, address: tuple[int, str, int, int], precision: str
+    model: nn.Module,
+    shard: Shard,
+    plan: LocalPlan,
+    facts: DataFacts,
+    address: tuple[int, str, int, int],
+    precision: str,
 ) -> dict[str, float]:
     """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client). Returns mean loss, accuracy.
 

@@ -25,7 +25,9 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     coincide there may be clusters of size 0; their centre is a copy of the nearest real one.
     """
     if len(features) < k or k == 1:
-        return features.mean(0, keepdims=True, dtype=np.float64).astype(np.float32), np.array([len(features)], np.float32)
+        return features.mean(0, keepdims=True, dtype=np.float64).astype(np.float32), np.array(
+            [len(features)], np.float32
+        )
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits

@@ -72,7 +72,9 @@ class TeacherNet(nn.Module):
     def reads_student_features(self, student: Weights) -> bool:
         """Whether the student's features are the very input that this teacher reads."""
         return not self.full and all(
-            np.array_equal(student[name], value) for name, value in self._backbone.items() if not name.startswith("head.")
+            np.array_equal(student[name], value)
+            for name, value in self._backbone.items()
+            if not name.startswith("head.")
         )
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:

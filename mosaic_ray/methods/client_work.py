@@ -34,9 +34,7 @@ class Bench:
 
     def classifier(self, weights: Weights | None = None) -> nn.Module:
         """The classifier on this device, with a copy of ``weights``."""
-        model = build_classifier(
-            self.config.model, self.facts.num_classes, self.facts.channels, self.facts.image_size
-        )
+        model = build_classifier(self.config.model, self.facts.num_classes, self.facts.channels, self.facts.image_size)
         return (model if weights is None else load_weights(model, weights)).to(self.device)
 
     def shard(self, images: np.ndarray, labels: np.ndarray) -> Shard:
@@ -107,7 +105,9 @@ def prototypes(
     """Centroids under ``own["weights"]`` where given (the client's model), else under ``common["weights"]``."""
     model = bench.classifier(own.get("weights") or common["weights"])
     address = (bench.config.seed, common["round"], client_id)
-    return client_prototypes(model, shard, bench.config.prototypes, bench.facts, address, bench.config.runtime.precision)
+    return client_prototypes(
+        model, shard, bench.config.prototypes, bench.facts, address, bench.config.runtime.precision
+    )
 
 
 Work = Callable[[Bench, Shard, int, Mapping[str, Any], Mapping[str, Any]], Any]

@@ -23,7 +23,7 @@ SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def _table(first: str, *columns: str, gap: int = 2) -> Table:
-    """A table with a rule under its head, ``gap`` spaces apart; the first column is for names, the others for numbers."""
+    """A table with a rule under its head, ``gap`` spaces apart; names first, then numbers."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1))
     table.add_column(Text(first), no_wrap=True)
     for column in columns:
@@ -61,7 +61,9 @@ def _accuracy(summary: Mapping[str, Any]) -> Table:
         "final": "student after the closing rounds (final)",
         "control": f"{optimiser} after the same rounds (control)",
     }
-    table = _table(f"{summary.get('method', 'run')}, seed {summary.get('seed', '-')}", "test accuracy", "gain over control")
+    table = _table(
+        f"{summary.get('method', 'run')}, seed {summary.get('seed', '-')}", "test accuracy", "gain over control"
+    )
     final, control = values.get("final"), values.get("control")
     for key, label in rows.items():
         gain = f"{100 * (final - control):+.1f} points" if key == "final" and None not in (final, control) else ""

@@ -51,7 +51,9 @@ def client_threads(config: ExperimentConfig) -> int:
     return max(1, int(config.runtime.cpus_per_client))
 
 
-def work_on(config: ExperimentConfig, facts: DataFacts, device: str, work: str, client_id: int, shard: Any, common, own):
+def work_on(
+    config: ExperimentConfig, facts: DataFacts, device: str, work: str, client_id: int, shard: Any, common, own
+):
     """One client's work, here; any failure carries its address."""
     import torch
 
@@ -203,8 +205,7 @@ class _Fold:
         try:
             while due is not None:
                 self._dispatch()
-                for client_id, value in self._settle():
-                    arrived[client_id] = value
+                arrived |= self._settle()
                 while due is not None and arrived:
                     client_id = due if ordered else next(iter(arrived))
                     if client_id not in arrived:
@@ -227,15 +228,15 @@ class _Fold:
             )
             self._running[done] = (client_id, value, actor)
 
-    def _settle(self) -> list[tuple[int, Any]]:
+    def _settle(self) -> dict[int, Any]:
         """Wait for something to end; answers what arrived, queues again what was lost."""
         import ray
         from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
         if not self._running:
-            return []
+            return {}
         ready, _ = ray.wait(list(self._running), num_returns=1)
-        arrived = []
+        arrived = {}
         for done in ready:
             client_id, value, actor = self._running.pop(done)
             try:
@@ -253,14 +254,18 @@ class _Fold:
             else:
                 self._idle.append(actor)
                 if client_id >= 0:
-                    arrived.append((client_id, value))
+                    arrived[client_id] = value
         return arrived
 
     def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
         """The actor died with this client's work: queue the client, and wait for the actor through a ping."""
         self._losses[client_id] = self._losses.get(client_id, 0) + 1
         if self._losses[client_id] > MAX_LOSSES:
-            what = f"its actor died {self._losses[client_id]} times: " if client_id >= 0 else "a client actor cannot start: "
+            what = (
+                f"its actor died {self._losses[client_id]} times: "
+                if client_id >= 0
+                else "a client actor cannot start: "
+            )
             raise RunError(what + _first_line(error), client=client_id if client_id >= 0 else None) from error
         if client_id >= 0:
             heapq.heappush(self._queue, (-self._cost(client_id), client_id))

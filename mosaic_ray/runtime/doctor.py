@@ -66,7 +66,9 @@ def _packages() -> Iterator[Check]:
     try:
         declared = importlib.metadata.requires("mosaic-ray") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check("packages", "warning", "mosaic-ray is not installed, so there is nothing to compare", "pip install -e .")
+        yield Check(
+            "packages", "warning", "mosaic-ray is not installed, so there is nothing to compare", "pip install -e ."
+        )
         return
     good = []
     for text in declared:
@@ -153,7 +155,9 @@ def _storage(storage: str) -> Iterator[Check]:
         usage = shutil.disk_usage(place)
         found = f"{usage.free / GIB:.1f} GiB free for {wanted}"
         short = usage.free < LEAST_DISK
-        yield Check("disk", "warning" if short else "ok", found, "make room, or name another by --storage" if short else "")
+        yield Check(
+            "disk", "warning" if short else "ok", found, "make room, or name another by --storage" if short else ""
+        )
 
 
 def _remote_storage(uri: str) -> Check:

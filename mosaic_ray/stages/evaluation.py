@@ -19,10 +19,8 @@ from .run import VERSIONS, Progress, Run
 ROLES = ("initial", "teacher", "distilled", "final", "control")
 
 
-def evaluate_stage(
-    run: Run, shards: Shards, models: Mapping[str, tuple[str, Weights | TeacherState]]
-) -> StageResult:
-    """Accuracy of each role's model, (key it came under, weights), on the test set and on clients' validation images."""
+def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Weights | TeacherState]]) -> StageResult:
+    """Accuracy of each role's model, (key it came under, weights), on test and validation images."""
     keys = {role: models[role][0] for role in ROLES if role in models}
     knobs = {"roles": sorted(keys), "threads": run.config.runtime.driver_threads}
     key = stage_key("evaluate", VERSIONS["evaluate"], knobs, [shards.key, *(keys[role] for role in sorted(keys))])
@@ -39,10 +37,12 @@ def evaluate_stage(
             progress.advance(note=f"{role} {accuracy(tables[f'{role}/test']):.1%}")
         writer.add("confusion", tables)
         for role in keys:
-            progress.scalar(f"{'student' if role != 'teacher' else 'teacher'}/accuracy_{role}", 0, accuracy(tables[f"{role}/test"]))
-        return {
-            split: {role: accuracy(tables[f"{role}/{split}"]) for role in keys} for split in splits
-        } | {"per_class": {role: per_class_accuracy(tables[f"{role}/test"]) for role in keys}}
+            progress.scalar(
+                f"{'student' if role != 'teacher' else 'teacher'}/accuracy_{role}", 0, accuracy(tables[f"{role}/test"])
+            )
+        return {split: {role: accuracy(tables[f"{role}/{split}"]) for role in keys} for split in splits} | {
+            "per_class": {role: per_class_accuracy(tables[f"{role}/test"]) for role in keys}
+        }
 
     return run.stage("evaluate", key, compute, total=len(keys), unit="model")
 

@@ -33,7 +33,8 @@ def partition_stage(run: Run) -> Shards:
     """Deal the training images to clients; needs neither torch nor Ray."""
     config, data = run.config, run.dataset
     knobs = {
-        "data": data.identity, "facts": asdict(data.facts), "partition": knobs_of(config.partition), "seed": config.seed,
+        "data": data.identity, "facts": asdict(data.facts), "partition": knobs_of(config.partition),
+        "seed": config.seed,
     }  # fmt: skip
     key = stage_key("partition", VERSIONS["partition"], knobs, [])
 
@@ -56,9 +57,7 @@ def partition_stage(run: Run) -> Shards:
         return {"findings": [asdict(f) for f in findings]}
 
     arrays = run.stage("partition", key, compute, total=1, unit="draw").load("shards")
-    lists = {
-        name: np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in ("train", "validation")
-    }
+    lists = {name: np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in ("train", "validation")}
     run.train_rows = lists["train"]
     return Shards(key, lists["train"], lists["validation"], arrays["counts"])
 

@@ -52,7 +52,9 @@ class Run:
         """A client's training images."""
         return self.dataset.train.take(self.train_rows[client_id])
 
-    def stage(self, name: str, key: str, compute: Compute, *, total: int | None = None, unit: str = "round") -> StageResult:
+    def stage(
+        self, name: str, key: str, compute: Compute, *, total: int | None = None, unit: str = "round"
+    ) -> StageResult:
         """The stored result of ``key``, or ``compute``'s, stored with the curve that it recorded."""
         began = time.perf_counter()
         result = self.store.get(key)
@@ -89,7 +91,7 @@ class Run:
 
 
 def _own_tag(tag: str, stage: str) -> str:
-    """Closing rounds of the student and the control may be one result (nothing was distilled): say whose curve it is."""
+    """Closing rounds of the student and the control may be one result: say whose curve it is."""
     room, _, leaf = tag.partition("/")
     return f"{stage}/{leaf}" if {room, stage} == {"finetune", "control"} else tag
 

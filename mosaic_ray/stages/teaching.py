@@ -62,8 +62,8 @@ def teacher_stage(
         findings = []
         if figures["meta_held_out_accuracy"] < figures["student_held_out_accuracy"]:
             message = (
-                f"on held-out prototypes the teacher is right on {figures['meta_held_out_accuracy']:.1%}, the student it "
-                f"would teach on {figures['student_held_out_accuracy']:.1%}; see meta.input and meta.init"
+                f"on held-out prototypes the teacher is right on {figures['meta_held_out_accuracy']:.1%}, the "
+                f"student it would teach on {figures['student_held_out_accuracy']:.1%}; see meta.input and meta.init"
             )
             findings.append(Finding("teacher.below_student", "warning", "teacher", message))
         return {"figures": figures, "findings": [asdict(f) for f in findings]}
@@ -86,7 +86,10 @@ def distill_stage(
     """The student (part "global"), taught on synthetic batches by one Ray Train ``fit()``."""
     config = run.config
     # 0 (in process) and 1 worker are the same arithmetic; more differ in rounding
-    knobs = {"distill": knobs_of(config.distill) | {"workers": max(1, config.distill.workers)}, "split": _split_knobs(run)}
+    knobs = {
+        "distill": knobs_of(config.distill) | {"workers": max(1, config.distill.workers)},
+        "split": _split_knobs(run),
+    }
     key = stage_key("distill", VERSIONS["distill"], knobs, [teacher_key, generators.key])
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Generators:
 
 
 def generator_keys(run: Run, shards: Shards, start: str) -> list[str]:
-    """One key per client. A client with n_k >= tau never meets the inversion term, so its key does not name it (O15)."""
+    """One key per client. A client with n_k >= tau never meets the inversion term: its key leaves it out (O15)."""
     config, keys = run.config, []
     for client_id, size in enumerate(shards.sizes):
         knobs = knobs_of(config.generator)

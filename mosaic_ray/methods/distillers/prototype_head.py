@@ -12,7 +12,9 @@ from ...models.tensors import head_of
 from ...records import Prototypes, Weights
 
 
-def refit(config: ExperimentConfig, global_weights: Weights, prototypes: Prototypes) -> tuple[Weights, dict[str, float]]:
+def refit(
+    config: ExperimentConfig, global_weights: Weights, prototypes: Prototypes
+) -> tuple[Weights, dict[str, float]]:
     """(the global model with its head re-fitted, figures); stopped by held-out prototypes, never worse on them."""
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     matrix, bias, figures = fit_head(kept, held_out, head_of(global_weights), config.prototypes.weighting)

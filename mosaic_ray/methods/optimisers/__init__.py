@@ -23,7 +23,7 @@ class Fold(Protocol):
 
 
 class FedAvgFold:
-    """theta_g = sum_k n_k theta_k / sum_k n_k over every entry, batch-norm statistics included (McMahan et al. 2017)."""
+    """theta_g = sum_k n_k theta_k / sum_k n_k over every entry, running statistics too (McMahan et al. 2017)."""
 
     def __init__(self) -> None:
         self._average = RunningAverage()

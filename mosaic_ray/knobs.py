@@ -1,0 +1,109 @@
+"""A knob: a configuration field with its meaning, its type and its range, and how words become its value."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import RequestError
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with its meaning and its range: ``low <= value <= high``, or ``above < value``."""
+    return field(
+        default=default,
+        metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices},
+    )
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A knob's dotted name, type, default, meaning and range."""
+
+    name: str
+    type: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def _wants(spec: Knob) -> str:
+    meta = spec.metadata
+    if meta["choices"]:
+        return "one of " + ", ".join(meta["choices"])
+    word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(spec.type)
+    word = word or "a list of numbers such as [1.0, 0.5]"
+    bounds = []
+    if meta["above"] is not None:
+        bounds.append(f"above {meta['above']:g}")
+    if meta["low"] is not None:
+        bounds.append(f"at least {meta['low']:g}")
+    if meta["high"] is not None:
+        bounds.append(f"at most {meta['high']:g}")
+    return " ".join([word, " and ".join(bounds)]).strip()
+
+
+def _coerce(spec: Knob, value: Any, text: bool) -> Any:
+    """``value`` as the knob's type, or ``ValueError``. ``text``: it came from a command line."""
+    if text and isinstance(value, str) and spec.type is not str:
+        value = tomllib.loads(f"v = {_numeral(value.strip())}")["v"]
+    if spec.type is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if spec.type is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError
+        return value
+    if spec.type is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError
+        return float(value)
+    if spec.type is str:
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise ValueError
+    number = Knob(spec.name, float, None, spec.metadata)
+    return tuple(_coerce(number, v, False) for v in values)
+
+
+def _numeral(text: str) -> str:
+    """TOML is strict about numbers (`.5`, `1.`, `1e-4` are all meant); let Python's own reader normalise them."""
+    try:
+        return text if text.lstrip("+-").isdigit() else repr(float(text))
+    except ValueError:
+        return text
+
+
+def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
+    """``value`` as the knob's type and within its range; ``RequestError`` otherwise. ``text``: it may be a word."""
+    shown, meta = value if isinstance(value, str) else repr(value), spec.metadata
+    try:
+        found = _coerce(spec, value, text)
+        if meta["choices"] and found not in meta["choices"]:
+            raise ValueError
+        for number in found if isinstance(found, tuple) else (found,):
+            if meta["above"] is not None and not number > meta["above"]:
+                raise ValueError
+            if meta["low"] is not None and number < meta["low"]:
+                raise ValueError
+            if meta["high"] is not None and number > meta["high"]:
+                raise ValueError
+    except (ValueError, tomllib.TOMLDecodeError):
+        raise RequestError(f"{spec.name} = {shown}: it takes {_wants(spec)}") from None
+    return found
