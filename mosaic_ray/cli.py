@@ -52,7 +52,9 @@ class Door(click.Group):
             raise RequestError(f'unknown command "{args[0]}"; {neighbours(args[0], self.commands)}')
         return super().resolve_command(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # click's overloads tell apart a mode that is fixed here
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
         """Parse, run, exit."""
         words = list(sys.argv[1:] if args is None else args)
         try:

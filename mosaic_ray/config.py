@@ -306,6 +306,9 @@ def resolve(
     file, sets = dict(file or {}), dict(sets or {})
     preset = file.pop("preset", preset) if preset == "demo" else preset
     file.pop("preset", None)
+    for name, word in (("preset", preset), ("algorithm", file.get("algorithm", ""))):
+        if not isinstance(word, str):
+            raise RequestError(f"{name} = {word!r}: it takes the name of a preset; see `mosaic presets`")
     algorithm = algorithm or sets.get("algorithm") or file.get("algorithm")
     config = override(ExperimentConfig(), preset_knobs(preset, algorithm))
     config = override(override(config, file), sets, text=True)

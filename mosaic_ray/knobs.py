@@ -104,6 +104,6 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
                 raise ValueError
             if meta["high"] is not None and number > meta["high"]:
                 raise ValueError
-    except (ValueError, tomllib.TOMLDecodeError):
+    except (ValueError, OverflowError, tomllib.TOMLDecodeError):
         raise RequestError(f"{spec.name} = {shown}: it takes {_wants(spec)}") from None
     return found

@@ -18,7 +18,7 @@ ROOMS = (
     "__main__", "cli", "sweep", "launch", "experiment", "stages", "report", "runtime", "methods", "algorithm",
     "models", "data",
 )  # fmt: skip
-FOUNDATIONS = {"", "config", "presets", "records", "seeding", "errors"}  # "": the package's own __init__
+FOUNDATIONS = {"", "config", "presets", "records", "seeding", "errors", "knobs"}  # "": the package's own __init__
 RAY_ROOMS = {"runtime.cluster", "runtime.cohort", "runtime.distiller", "sweep"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

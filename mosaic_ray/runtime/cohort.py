@@ -103,25 +103,30 @@ class SerialCohort:
 class ClientActor:
     """A client host on Ray. It keeps no state that its constructor arguments do not give back after a restart."""
 
-    def __init__(self, config: ExperimentConfig, facts: DataFacts, shards: dict[int, tuple[Any, Any]]) -> None:
+    def __init__(self, config: ExperimentConfig, facts: DataFacts) -> None:
         import torch
 
         torch.set_num_threads(client_threads(config))
         if config.runtime.gpus_per_client and not torch.cuda.is_available():
             raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
-        self._config, self._facts, self._shards = config, facts, shards
+        self._config, self._facts = config, facts
         self._device = "cuda" if config.runtime.gpus_per_client else "cpu"
 
     def ping(self) -> bool:
         """True once the actor is up (again)."""
         return True
 
-    def work(self, work: str, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[bool, Any]:
-        """(True, result); two return values, so that the driver learns of the end without fetching the result."""
+    def work(
+        self, work: str, client_id: int, shard: tuple[Any, Any], common: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> tuple[bool, Any]:
+        """(True, result); two return values, so that the driver learns of the end without fetching the result.
+
+        ``shard`` holds references to the client's images and labels, read in place from shared memory.
+        """
         import ray
 
-        shard = ray.get(list(self._shards[client_id]))
-        return True, work_on(self._config, self._facts, self._device, work, client_id, shard, common, own)
+        arrays = ray.get(list(shard))
+        return True, work_on(self._config, self._facts, self._device, work, client_id, arrays, common, own)
 
 
 class RayCohort:
@@ -157,7 +162,7 @@ class RayCohort:
         actor = ray.remote(
             num_cpus=knobs.cpus_per_client, num_gpus=knobs.gpus_per_client, max_restarts=-1, max_task_retries=0
         )(ClientActor)
-        self._actors = [actor.remote(self._config, self._facts, self._refs) for _ in range(num_hosts)]
+        self._actors = [actor.remote(self._config, self._facts) for _ in range(num_hosts)]
 
     @property
     def actors(self) -> list[Any]:
@@ -167,7 +172,7 @@ class RayCohort:
     def ask(self, work, clients, common, own=no_own, *, ordered=True, cost=None):
         """See ``Cohort``."""
         self._start()
-        yield from _Fold(self._actors, work, sorted(clients), common, own, cost).results(ordered)
+        yield from _Fold(self._actors, self._refs, work, sorted(clients), common, own, cost).results(ordered)
 
     def release(self) -> None:
         import ray
@@ -185,10 +190,10 @@ class RayCohort:
 class _Fold:
     """One ask: a queue of clients, the idle actors, and what is running."""
 
-    def __init__(self, actors, work, clients, common, own, cost) -> None:
+    def __init__(self, actors, shards, work, clients, common, own, cost) -> None:
         import ray
 
-        self._work, self._own, self._clients = work, own, clients
+        self._work, self._own, self._clients, self._shards = work, own, clients, shards
         self._cost = cost or (lambda client_id: 0.0)
         self._common = ray.put(common)
         self._queue = [(-self._cost(c), c) for c in clients]
@@ -224,7 +229,7 @@ class _Fold:
             _, client_id = heapq.heappop(self._queue)
             actor = self._idle.pop(0)
             done, value = actor.work.options(num_returns=2).remote(
-                self._work, client_id, self._common, self._own(client_id)
+                self._work, client_id, self._shards[client_id], self._common, self._own(client_id)
             )
             self._running[done] = (client_id, value, actor)
 
