@@ -34,7 +34,7 @@ class PartitionConfig:
     sampler: str = knob("reference", "how labels are dealt", choices=("reference", "iid"))
     min_size: int = knob(10, "fewest samples a client may hold", low=1)
     policy: str = knob("repair", "too small a client: draw again, or move samples to it", choices=("reject", "repair"))
-    max_tries: int = knob(20, "draws before reject gives up or repair repairs", low=1)
+    max_tries: int = knob(200, "draws before reject gives up or repair repairs", low=1)
     validation_fraction: float = knob(0.0, "share of each client's samples held out for validation", low=0.0, high=0.5)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
+import traceback
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,7 +65,7 @@ def run(
     _keep_other(folder, config)
     _write(folder / "config.toml", to_toml(config).encode())
     if command:
-        _write(folder / "command.txt", (" ".join(command) + "\n").encode())
+        _write(folder / "command.txt", (shlex.join(command) + "\n").encode())
     try:
         for _ in range(MAX_REPAIRS):
             try:
@@ -74,8 +77,11 @@ def run(
                 store.discard(damaged.key)
         else:
             raise RunError(f"stored results under {storage} keep being damaged; is the disk sound?")
-    except OSError as error:
-        raise RunError(f"{folder}: {error.strerror or error}") from error
+    except (RequestError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        failure = _failure(error, folder, config)
+        raise failure from (error if failure is not error else None)
     summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
     if not local:
         summary["paths"] = {
@@ -169,6 +175,26 @@ def _versions() -> dict[str, str]:
 
             found[name] = __version__ if name == "mosaic-ray" else "not installed"
     return found
+
+
+def _failure(error: Exception, folder: Path, config: ExperimentConfig) -> RunError:
+    """``error`` as one line with its address; the whole story goes to error.log, and summary.json says "failed"."""
+    if isinstance(error, RunError):
+        failure = error
+    elif isinstance(error, OSError):
+        failure = RunError(f"{folder}: {error.strerror or error}")
+    else:
+        failure = RunError(f"{type(error).__name__}: {error}")
+    facts = {
+        "status": "failed", "error": str(failure), "stage": failure.stage, "round": failure.round,
+        "client": failure.client, "method": config.method, "seed": config.seed, "config": as_dict(config),
+        "versions": _versions(),
+    }  # fmt: skip
+    with contextlib.suppress(OSError):  # the disk may be what failed
+        _write(folder / "error.log", "".join(traceback.format_exception(error)).encode())
+        _write(folder / "summary.json", (json.dumps(facts, indent=1) + "\n").encode())
+        failure.add_note(f"log: {folder / 'error.log'}")
+    return failure
 
 
 def _settle_precision(config: ExperimentConfig) -> ExperimentConfig:

@@ -232,8 +232,13 @@ def test_a_client_that_fails_is_named_with_stage_and_round(tmp_path, monkeypatch
     from mosaic_ray.methods.client_work import WORK, train
 
     monkeypatch.setitem(WORK, "train", broken)
-    with pytest.raises(RunError, match="stage warmup, round 1, client 2: ZeroDivisionError: no such thing"):
-        go(tmp_path)
+    with pytest.raises(RunError, match="stage warmup, round 1, client 2: ZeroDivisionError: no such thing") as caught:
+        go(tmp_path, name="x")
+    log = tmp_path / "runs" / "x" / "error.log"
+    assert caught.value.__notes__ == [f"log: {log}"]
+    assert "in broken" in log.read_text()
+    saved = json.loads((log.parent / "summary.json").read_text())
+    assert (saved["status"], saved["stage"], saved["round"], saved["client"]) == ("failed", "warmup", 1, 2)
 
 
 def test_every_switch_of_the_algorithm_is_a_knob_with_its_presets_value():
