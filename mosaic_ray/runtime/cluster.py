@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 from ..config import ExperimentConfig
@@ -87,6 +88,8 @@ def connect(address: str = "local") -> Resources:
 
     Safe to call again: a Ray that this process has joined already is used as it is.
     """
+    if address not in ("local", "auto"):
+        _knock(address)
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
@@ -103,6 +106,15 @@ def connect(address: str = "local") -> Resources:
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
     total = ray.cluster_resources()
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
+
+
+def _knock(address: str, patience: float = 5.0) -> None:
+    """``RequestError`` where nothing listens at HOST:PORT: Ray itself would try for minutes (measured: over three)."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), patience).close()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
 def disconnect() -> None:
