@@ -163,6 +163,11 @@ class FinetuneConfig:
     lr: float = knob(1e-4, "SGD learning rate", above=0.0)
     local_steps: int = knob(10, "optimiser steps per client and round", low=1)
     freeze_head: bool = knob(False, "keep the student's head fixed meanwhile")
+    bn: str = knob(
+        "frozen",
+        "batch-norm statistics in the closing rounds: those that prototypes and head were made with, or running ones",
+        choices=("frozen", "running"),
+    )
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ PAPER: dict[str, Any] = {
     "distill.anchor_weight": 0.0,
     "distill.class_balance": False,
     "distill.guard": False,
+    "finetune.bn": "running",
 }
 
 REFERENCE: dict[str, Any] = PAPER | {

@@ -98,6 +98,17 @@ def test_a_frozen_head_stays_and_the_rest_moves():
     assert moved
 
 
+def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale():
+    start = initial_weights(BENCH)
+    model = BENCH.classifier(start)
+    plan = LocalPlan(3, 16, 0.05, freeze_bn=True)
+    train_locally(model, shard_of(stripes(48)), plan, FACTS, (0, "a", 0, 0), "fp32")
+    after = to_weights(model)
+    statistics = [name for name in start if "running" in name or "tracked" in name]
+    assert statistics and all(np.array_equal(after[name], start[name]) for name in statistics)
+    assert not any(np.array_equal(after[name], start[name]) for name in start if name not in statistics)
+
+
 def test_training_learns_the_stripes():
     model = BENCH.classifier(initial_weights(BENCH))
     plan = LocalPlan(60, 32, 0.1, 0.0, 0.9)

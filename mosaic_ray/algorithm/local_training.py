@@ -36,6 +36,7 @@ class LocalPlan:
     momentum: float = 0.0
     shuffle: bool = True
     freeze_head: bool = False
+    freeze_bn: bool = False
 
 
 def batches(
@@ -74,6 +75,10 @@ def train_locally(
     order = stream(seed, phase, round_num, client_id) if plan.shuffle else None
     draws = stream(seed, phase + "/augment", round_num, client_id)
     model.train()
+    if plan.freeze_bn:  # statistics stay as they came; the affine parameters still learn
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if plan.freeze_head:

@@ -174,7 +174,7 @@ def closing_stage(run: Run, name: str, start: str, weights: Weights, shards: Sha
     warmup = config.warmup
     plan = LocalPlan(
         room.local_steps, warmup.batch_size, room.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
-        room.freeze_head,
+        room.freeze_head, room.bn == "frozen",
     )  # fmt: skip
     phase = Phase(name, "closing", room.num_rounds, plan)
 
