@@ -9,13 +9,13 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
-from .config import ExperimentConfig, read_toml, resolve, to_toml
+from .config import ExperimentConfig, check_value, read_toml, resolve, to_toml
 from .errors import RequestError, RunError, neighbours
 from .presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
 
@@ -67,7 +67,8 @@ class Door(click.Group):
         except RunError as error:
             status = _complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 1)
         except (click.Abort, KeyboardInterrupt):
-            resume = f"; to resume: {shlex.join(resume_command(words))}" if words[:1] == ["run"] else ""
+            resumes = words[:1] in (["run"], ["sweep"])
+            resume = f"; to resume: {shlex.join(resume_command(words))}" if resumes else ""
             click.echo(f"mosaic: interrupted{resume}", err=True)
             status = 130
         sys.exit(status)
@@ -104,23 +105,44 @@ _REQUEST: dict[str, Callable[..., Any]] = {
     "config": click.option("--config", metavar="FILE.toml", help="Knobs from a file."),
 }
 
+_PLACE: dict[str, Callable[..., Any]] = {
+    "storage": click.option(
+        "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go."
+    ),
+    "name": click.option("--name", metavar="NAME", help="The folder of the results; named after the request by default."),
+    "address": click.option(
+        "--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]"
+    ),
+    "fresh": click.option("--fresh", is_flag=True, help="Compute every stage again."),
+    "as_json": click.option(
+        "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
+    ),
+}
+
 
 def _takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The request options ``names``, in that order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            command = _REQUEST[name](command)
+            command = (_REQUEST | _PLACE)[name](command)
         return command
 
     return decorate
 
 
 def config_of(
-    preset: str | None = None, config: str | None = None, sets: Sequence[str] = (), **options: str | None
+    preset: str | None = None,
+    config: str | None = None,
+    sets: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+    **options: str | None,
 ) -> ExperimentConfig:
-    """The config that a command line asks for; ``options`` are keys of ``KNOB_OF_OPTION``, values as typed."""
-    file = read_toml(config) if config else {}
+    """The config that a command line asks for; ``options`` are keys of ``KNOB_OF_OPTION``, values as typed.
+
+    ``base``: knobs between the preset and the file (a sweep plan's).
+    """
+    file = dict(base or {}) | (read_toml(config) if config else {})
     if preset is not None:
         file.pop("preset", None)  # the command line is the later word
     knobs: dict[str, str] = {}
@@ -154,6 +176,27 @@ def _address(word: str | None) -> str:
     return word
 
 
+def _count(option: str, word: str | None) -> int | None:
+    """A whole number above 0, as typed."""
+    if word is None:
+        return None
+    if not (word.isascii() and word.isdigit() and 0 < int(word) <= 1_000_000):
+        raise RequestError(f"--{option} {word}: it takes a whole number of at least 1")
+    return int(word)
+
+
+def _seeds(word: str | None, seed: str | None) -> tuple[int, ...]:
+    """``0,1,2`` as seeds; nothing where none are asked for."""
+    if word is None:
+        return ()
+    if seed is not None:
+        raise RequestError(f"--seeds {word}: --seed {seed} says otherwise; give one of them")
+    parts = [part.strip() for part in word.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise RequestError(f"--seeds {word}: it takes whole numbers, each once, such as 0,1,2")
+    return tuple(check_value("seed", int(part)) for part in parts)
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -171,16 +214,7 @@ def mosaic(ctx: click.Context) -> None:
 
 @mosaic.command()
 @_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
-@click.option("--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go.")
-@click.option("--name", metavar="NAME", help="The run's folder; named after its settings by default.")
-@click.option(
-    "--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]"
-)
-@_takes("host")
-@click.option("--fresh", is_flag=True, help="Compute every stage again.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
-)
+@_takes("storage", "name", "address", "host", "fresh", "as_json")
 @click.pass_context
 def run(
     ctx: click.Context,
@@ -205,6 +239,74 @@ def run(
         from .report.tables import closing_table
 
         _console().print(closing_table(summary), crop=False)  # long paths stay whole
+
+
+@mosaic.command()
+@_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
+@click.option(
+    "--space", default="lambdas_omega", show_default=True, metavar="NAME|module:function|FILE.py",
+    help="What to try; see `mosaic spaces`.",
+)
+@click.option("--search", metavar="grid|random|optuna", help="How points are chosen; the space has a default.")
+@click.option("--samples", metavar="N", help="Points of a random or optuna search.")
+@click.option("--seeds", metavar="S,S,...", help="Repeat every point with each of these seeds.")
+@click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak trials early.")
+@click.option("--max-concurrent", metavar="N", help="Trials at once, at most; as many as fit by default.")
+@click.option("--dry-run", is_flag=True, help="Say what would run, where and how much work it is; run nothing.")
+@_takes("storage", "name", "address", "host", "fresh", "as_json")
+def sweep(
+    space: str,
+    search: str | None,
+    samples: str | None,
+    seeds: str | None,
+    scheduler: str,
+    max_concurrent: str | None,
+    dry_run: bool,
+    storage: str,
+    name: str | None,
+    address: str | None,
+    fresh: bool,
+    as_json: bool,
+    **words: Any,
+) -> None:
+    """Run many experiments that share what they have in common; the same command again resumes them."""
+    from . import sweep_launch
+    from .spaces import SEARCHES, check_space, load_space
+
+    address = _address(address)
+    for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, sweep_launch.SCHEDULERS)):
+        if word is not None and word not in known:
+            raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
+    named, plan = load_space(space)
+    check_space(named, plan)
+    words["preset"] = words["preset"] or plan.preset or None
+    config = config_of(**words, base=sweep_launch.SWEEP_BASE | dict(plan.base))
+    request = sweep_launch.Request(
+        config, named, plan, search=search or "", samples=_count("samples", samples), seeds=_seeds(seeds, words["seed"]),
+        scheduler=scheduler, max_concurrent=_count("max-concurrent", max_concurrent),
+    )  # fmt: skip
+    if dry_run:
+        for part in sweep_launch.dry_run(request, storage, name, address):
+            _console().print(part, crop=False, soft_wrap=isinstance(part, str))
+        return
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        outcome = sweep_launch.run(request, storage=storage, name=name, address=address, fresh=fresh)
+    if as_json:
+        click.echo(json.dumps(outcome.as_dict(), indent=2))
+    else:
+        from .report.sweeps import sweep_table
+
+        _console().print(sweep_table(outcome.results, outcome.conditions, outcome.swept, outcome.place), crop=False)
+    outcome.raise_failures()
+
+
+@mosaic.command()
+def spaces() -> None:
+    """List the sweep spaces that ship with the package."""
+    from .spaces import list_spaces
+
+    _listing("Spaces", list_spaces())
+    click.echo("mosaic sweep --space NAME; or --space module:function, --space FILE.py with a function plan()")
 
 
 @mosaic.command()

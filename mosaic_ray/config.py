@@ -116,6 +116,11 @@ class MetaConfig:
         "global", "a class that nobody owns: the global model, or an error (F2)", choices=("global", "error")
     )
     input: str = knob("head", "what the experts show the meta model (M6)", choices=("head", "full"))
+    data: str = knob(
+        "prototypes",
+        "what it learns from: prototypes, or synthetic images labelled by their client's model or by the experts' vote",
+        choices=("prototypes", "synthetic", "synthetic_vote"),
+    )
     pool: str = knob("mean", "pooling over experts (M5)", choices=("mean", "sum"))
     expert_embedding: bool = knob(True, "tell the meta model which expert speaks (M3)")
     init: str = knob(

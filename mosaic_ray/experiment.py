@@ -18,7 +18,7 @@ def run_experiment(run: Run, distil_on: Host) -> dict[str, Any]:
 
     ``distil_on`` hosts the distillation loop. What it returns becomes summary.json (``launch`` adds the rest).
     """
-    distiller, models = METHODS[run.config.method][0], {}
+    distiller, models, held_out = METHODS[run.config.method][0], {}, None
 
     # P. deal the images to the clients
     shards = partition_stage(run)
@@ -35,17 +35,19 @@ def run_experiment(run: Run, distil_on: Host) -> dict[str, Any]:
         # Q. class prototypes of every client
         prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
         # A, M. class experts, and the meta model that speaks for them
-        teacher_key, teacher = teacher_stage(run, shards, warmup, prototypes_key, prototypes)
+        teacher_key, teacher = teacher_stage(run, shards, warmup, prototypes_key, prototypes, generators)
         # KD. the student learns from the teacher on synthetic batches
         taught = distill_stage(run, shards, warmup, prototypes, teacher_key, teacher, generators, distil_on)
         student_key, student = taught.key, student_of(taught)
+        held_out = taught.facts["figures"]["held_out_after"]
         models["teacher"] = teacher_key, teacher
         models["distilled"] = student_key, student
     elif distiller == "prototype_head":
         # the floor under Mosaic: the head re-fitted on prototypes, no synthetic image
         prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
-        taught = refit_stage(run, warmup, prototypes_key, prototypes)
+        taught = refit_stage(run, shards, warmup, prototypes_key, prototypes)
         student_key, student = taught.key, student_of(taught)
+        held_out = taught.facts["figures"]["held_out_accuracy"]
         models["distilled"] = student_key, student
 
     # FT. closing federated rounds on real data, and the control's: the same rounds without distillation
@@ -59,6 +61,8 @@ def run_experiment(run: Run, distil_on: Host) -> dict[str, Any]:
     return {
         "accuracy": {role: reached.facts["test"].get(role) for role in ROLES},
         "validation_accuracy": reached.facts.get("validation"),
+        "calibration": {r: {name: reached.facts[name][r] for name in ("nll", "ece")} for r in reached.facts["nll"]},
+        "held_out_accuracy": held_out,
         "per_class_accuracy": reached.facts["per_class"],
         "label_counts": shards.counts.tolist(),
         "student": models["final"][1],

@@ -9,14 +9,19 @@ import shlex
 import shutil
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import ExperimentConfig, as_dict, override, read_toml, to_toml
 from .errors import RequestError, RunError
-from .records import STAGES, Dataset
+from .records import STAGES, Dataset, Weights
+
+if TYPE_CHECKING:
+    from .runtime.hosts import Hosts
+    from .runtime.store import Store
+    from .runtime.tracking import Tracker
 
 VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
 
@@ -49,19 +54,45 @@ def run(
     """
     from .data.datasets import load_dataset
     from .runtime.cluster import check_gpu
-    from .runtime.store import CorruptResult, Store
-    from .runtime.tracking import Tracker
+    from .runtime.hosts import Hosts
+    from .runtime.store import Store
 
-    if name is not None and (not name or name in {".", ".."} or set(name) & set("/\\\0")):
-        raise RequestError(f"--name {name}: it names a folder below runs/, so it may not hold / or \\ or be empty")
+    check_name(name, "runs")
     check_gpu(config, address)
     store = Store(storage, fresh=fresh)
     store.check_writable()
     dataset = load_dataset(config.data)
-    config = _settle_precision(config)
-    name = name or default_name(config)
+    config = settle_precision(config)
+    place = f"runs/{name or default_name(config)}"
+    return execute(config, dataset, store, place, Hosts(address), command=command, progress=progress)
+
+
+def execute(
+    config: ExperimentConfig,
+    dataset: Dataset,
+    store: Store,
+    place: str,
+    hosts: Hosts,
+    *,
+    command: list[str] | None = None,
+    progress: bool | None = None,
+    log_file: bool = False,
+    on_metric: Callable[[str, int, float], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
+    finish: Callable[[Path, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """The experiment, and its files in the folder ``place`` of ``store``; returns the content of summary.json.
+
+    ``log_file``: what is said goes to log.txt instead of standard error. ``on_metric`` and ``on_stage`` are the
+    tracker's; ``finish(folder, summary)`` may add files of its own.
+    Whatever fails ends in a ``RunError`` with its address, and in the folder.
+    """
+    from .runtime.store import CorruptResult
+    from .runtime.tracking import Tracker
+
     local = store.local_root
-    folder = local / "runs" / name if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
+    name = place.rpartition("/")[2]
+    folder = local / place if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
     _keep_other(folder, config)
     _write(folder / "config.toml", to_toml(config).encode())
     if command:
@@ -69,71 +100,64 @@ def run(
     try:
         for _ in range(MAX_REPAIRS):
             try:
-                with Tracker(folder, progress=progress) as tracker:
+                with _log(folder) if log_file else contextlib.nullcontext() as stream, Tracker(
+                    folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
+                ) as tracker:
                     store.say = tracker.warn
-                    summary, student = _run_once(config, dataset, store, tracker, address, folder)
+                    summary, student = _run_once(config, dataset, store, tracker, hosts, folder)
                 break
             except CorruptResult as damaged:  # it went bad after it was looked up
                 store.discard(damaged.key)
         else:
-            raise RunError(f"stored results under {storage} keep being damaged; is the disk sound?")
+            raise RunError(f"stored results under {store.uri} keep being damaged; is the disk sound?")
+        summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
+        if not local:
+            summary["paths"] = {
+                part: f"{store.uri.rstrip('/')}/{place}{tail}"
+                for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))
+            }
+        if finish:
+            finish(folder, summary)
+        _write_files(folder, summary, student)
     except (RequestError, KeyboardInterrupt):
         raise
     except Exception as error:
         failure = _failure(error, folder, config)
+        if not local:
+            with contextlib.suppress(OSError, RunError):  # the storage may be what failed
+                store.upload(folder, place)
         raise failure from (error if failure is not error else None)
-    summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
-    if not local:
-        summary["paths"] = {
-            part: f"{storage.rstrip('/')}/runs/{name}{tail}"
-            for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))
-        }
-    _write_files(folder, summary, student)
     if not local:
         try:
-            store.upload(folder, f"runs/{name}")
+            store.upload(folder, place)
         except OSError as error:
-            raise RunError(f"storage {storage}: {error}; the run's files are kept in {folder}") from error
+            raise RunError(f"storage {store.uri}: {error}; the run's files are kept in {folder}") from error
         shutil.rmtree(folder.parent)
     return summary
 
 
+def check_name(name: str | None, below: str) -> None:
+    """``RequestError`` unless ``name`` (None: to be chosen here) can name a folder."""
+    if name is not None and (not name or name in {".", ".."} or set(name) & set("/\\\0")):
+        raise RequestError(f"--name {name}: it names a folder below {below}/, so it may not hold / or \\ or be empty")
+
+
 def _run_once(
-    config: ExperimentConfig, dataset: Dataset, store: Any, tracker: Any, address: str, folder: Path
-) -> tuple[dict[str, Any], Any]:
+    config: ExperimentConfig, dataset: Dataset, store: Store, tracker: Tracker, hosts: Hosts, folder: Path
+) -> tuple[dict[str, Any], Weights]:
     """The experiment on its hosts, and the summary of it."""
     import torch
 
     from .experiment import run_experiment
     from .methods.client_work import Bench
-    from .runtime.cluster import connect, num_hosts
-    from .runtime.cohort import RayCohort, SerialCohort
-    from .runtime.distiller import distil_on_ray, distil_serial
     from .stages.run import Run
 
     torch.set_num_threads(config.runtime.driver_threads)
     device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-    bench = Bench(config, dataset.facts, device)
-    run = Run(config, dataset, bench, store, tracker)
-    if config.runtime.host == "serial":
-        run.cohort = SerialCohort(config, dataset.facts, run.shard)
-    else:
-
-        def hosts() -> int:
-            count = num_hosts(config, connect(address))
-            tracker.say(f"Ray is up: {config.partition.num_clients} clients on {count} actors")
-            return count
-
-        run.cohort = RayCohort(config, dataset.facts, run.shard, hosts)
-
-    def distil_on(task: Any, report: Any) -> Any:
-        if config.runtime.host == "serial":
-            return distil_serial(task, report)
-        connect(address)
-        return distil_on_ray(task, report, str(folder / "train"))
-
+    run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker)
+    run.cohort = hosts.cohort(config, dataset.facts, run.shard, tracker.say)
     try:
-        results = run_experiment(run, distil_on)
+        results = run_experiment(run, lambda task, report: hosts.distil(task, report, str(folder / "train")))
     finally:
         run.cohort.close()
     student = results.pop("student")
@@ -155,6 +179,7 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         "seed": config.seed,
         "accuracy": results["accuracy"],
         "validation_accuracy": results["validation_accuracy"],
+        "selection": _selection(results),
         "per_class_accuracy": results["per_class_accuracy"],
         "stages": {name: run.log[name] for name in STAGES if name in run.log},
         "communication_bytes": traffic,
@@ -163,6 +188,14 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         "versions": _versions(),
         "label_counts": results["label_counts"],
     }
+
+
+def _selection(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What configurations are chosen by, never test images: the final model on the clients' validation images, or
+    where there are none, the distilled student on held-out prototypes (None without prototypes)."""
+    if results["validation_accuracy"]:
+        return {"metric": "validation accuracy", "value": results["validation_accuracy"]["final"]}
+    return {"metric": "held-out prototypes", "value": results["held_out_accuracy"]}
 
 
 def _versions() -> dict[str, str]:
@@ -197,7 +230,7 @@ def _failure(error: Exception, folder: Path, config: ExperimentConfig) -> RunErr
     return failure
 
 
-def _settle_precision(config: ExperimentConfig) -> ExperimentConfig:
+def settle_precision(config: ExperimentConfig) -> ExperimentConfig:
     """``auto`` becomes bf16 or fp32 here, once, and is recorded."""
     if config.runtime.precision != "auto":
         return config
@@ -221,6 +254,10 @@ def _keep_other(folder: Path, config: ExperimentConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--storage: {folder} cannot be made: {error.strerror or error}") from None
+
+
+def _log(folder: Path) -> TextIO:
+    return open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -315,11 +315,11 @@ def _dying(work: str, marker: Path) -> type:
     from mosaic_ray.runtime.cohort import ClientActor
 
     class Dying(ClientActor):
-        def work(self, asked, client_id, *rest):
+        def work(self, config, facts, asked, client_id, *rest):
             if asked == work and client_id == 1 and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(asked, client_id, *rest)
+            return super().work(config, facts, asked, client_id, *rest)
 
     return Dying
 
@@ -329,10 +329,10 @@ def test_an_actor_that_can_never_do_it_ends_the_run_with_an_address(tmp_path, ra
     from mosaic_ray.runtime.cohort import ClientActor
 
     class Doomed(ClientActor):
-        def work(self, asked, client_id, *rest):
+        def work(self, config, facts, asked, client_id, *rest):
             if client_id == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(asked, client_id, *rest)
+            return super().work(config, facts, asked, client_id, *rest)
 
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", Doomed)
     monkeypatch.setattr("mosaic_ray.runtime.cohort.MAX_LOSSES", 1)
@@ -345,11 +345,11 @@ def test_clients_never_import_torchvision(tmp_path, ray_up, monkeypatch):
     from mosaic_ray.runtime.cohort import ClientActor
 
     class Watched(ClientActor):
-        def work(self, asked, client_id, *rest):
+        def work(self, config, facts, asked, client_id, *rest):
             import sys
 
             assert "torchvision" not in sys.modules, "torchvision was imported in a client"
-            return super().work(asked, client_id, *rest)
+            return super().work(config, facts, asked, client_id, *rest)
 
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", Watched)
     go(tmp_path, {"runtime.host": "ray"})

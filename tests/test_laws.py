@@ -15,10 +15,11 @@ PACKAGE = REPO / "mosaic_ray"
 
 #: From the top down; a room may import itself and what stands below it.
 ROOMS = (
-    "__main__", "cli", "sweep", "launch", "experiment", "stages", "report", "runtime", "methods", "algorithm",
-    "models", "data",
+    "__main__", "cli", "sweep_launch", "sweep", "search", "ledger", "launch", "experiment", "report", "stages", "runtime",
+    "methods", "algorithm", "models", "data",
 )  # fmt: skip
-FOUNDATIONS = {"", "config", "presets", "records", "seeding", "errors", "knobs"}  # "": the package's own __init__
+#: The package's own ``__init__`` is "".
+FOUNDATIONS = {"", "config", "presets", "records", "seeding", "errors", "knobs", "spaces"}
 RAY_ROOMS = {"runtime.cluster", "runtime.cohort", "runtime.distiller", "sweep"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pyarrow import fs
 
+import mosaic_ray.runtime.files as files_module
 import mosaic_ray.runtime.store as store_module
 from mosaic_ray.errors import RequestError, RunError
 from mosaic_ray.runtime.store import CorruptResult, Store, stage_key
@@ -62,7 +63,7 @@ def any_store(
     if request.param == "other":
         os.makedirs(tmp_path / "bucket")
         remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
-        monkeypatch.setattr(store_module, "_open", lambda uri: (remote, "prefix"))
+        monkeypatch.setattr(store_module, "open_uri", lambda uri: (remote, "prefix"))
     return Store(str(tmp_path / "s"), say=said.append)
 
 
@@ -409,7 +410,7 @@ def killed_at_every_step(
             delete(name)
 
         with monkeypatch.context() as patch:
-            patch.setattr(store_module, "os", dying)
+            patch.setattr(files_module, "os", dying)
             patch.setattr(store._files, "delete", counted)
             try:
                 work()

@@ -51,28 +51,36 @@ def load_dataset(config: DataConfig) -> Dataset:
     _, native, height, width = raw.train.images.shape
     if not config.image_size and height != width:
         raise RequestError(f"data.name = {config.name}: its images are {height}x{width}; set data.image_size to a side")
-    size, channels = config.image_size or height, config.channels or native
+    augmentations = ("crop", "flip") if native == 3 else ()
+    facts = DataFacts(config.name, len(raw.class_names), native, height, raw.mean, raw.std, augmentations)
+    facts = _asked(config, facts)
+    size, channels = facts.image_size, facts.channels
     train, test = (_channels(images, min(channels, native)) for images in (raw.train.images, raw.test.images))
-    # luma mixes channels that vary together: its spread does not follow from theirs
-    mean, std = _moments(train) if channels < native else (raw.mean, raw.std)
-    if channels > native:
-        mean, std = mean * channels, std * channels
+    if channels < native:  # luma mixes channels that vary together: its spread does not follow from theirs
+        mean, std = _moments(train)
+        facts = replace(facts, mean=mean, std=std)
     train, test = (_channels(_resized(images, size), channels) for images in (train, test))
-    facts = DataFacts(
-        name=config.name,
-        num_classes=len(raw.class_names),
-        channels=channels,
-        image_size=size,
-        mean=mean,
-        std=std,
-        augmentations=("crop", "flip") if native == 3 else (),
-    )
     train_set, test_set = ImageSet(train, raw.train.labels), ImageSet(test, raw.test.labels)
     digest = hashlib.sha256(json.dumps(astuple(replace(facts, name=""))).encode())
     for array in (train_set.images, train_set.labels, test_set.images, test_set.labels):
         digest.update(str(array.shape).encode())
         digest.update(array.data)
     return Dataset(facts, train_set, test_set, raw.class_names, digest.hexdigest()[:16])
+
+
+def known_facts(config: DataConfig) -> DataFacts | None:
+    """The facts of a data set whose files need not be there; None where they must be measured or counted."""
+    known = _KNOWN.get(config.name)
+    if known is None or 0 < config.channels < known.channels:
+        return None
+    return _asked(config, known)
+
+
+def _asked(config: DataConfig, native: DataFacts) -> DataFacts:
+    """``native`` in the size and channels that ``config`` asks for; where they are more, they repeat the one."""
+    channels, size = config.channels or native.channels, config.image_size or native.image_size
+    times = channels if channels > native.channels else 1
+    return replace(native, channels=channels, image_size=size, mean=native.mean * times, std=native.std * times)
 
 
 # ---------------------------------------------------------------- size and channels
@@ -135,8 +143,8 @@ def _digits(config: DataConfig) -> _Raw:
     images = ((bunch.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]  # intensities are 0..16
     whole = ImageSet(images, bunch.target.astype(np.int64))
     test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
-    # measured on the 1,437 training images
-    return _Raw(whole.take(~test), whole.take(test), _DIGIT_NAMES, (0.3051,), (0.3759,))
+    known = _KNOWN["digits"]
+    return _Raw(whole.take(~test), whole.take(test), _DIGIT_NAMES, known.mean, known.std)
 
 
 # ---------------------------------------------------------------- torchvision's layouts
@@ -175,7 +183,7 @@ def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: P
 
 
 def _mnist_like(source: str, class_names: tuple[str, ...]) -> Callable[[DataConfig], _Raw]:
-    """Loader of an MNIST-shaped set in torchvision's folder ``source``; the authors use MNIST's constants for both."""
+    """Loader of an MNIST-shaped set in torchvision's folder ``source``."""
 
     def fetch(root: Path) -> None:
         # not torchvision's constructor: it would unpickle a `processed` folder that it finds beside `raw`
@@ -189,7 +197,8 @@ def _mnist_like(source: str, class_names: tuple[str, ...]) -> Callable[[DataConf
         names = tuple(f"{split}-{what}-ubyte" for split in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
         paths = _files(config, f"{source}/raw", names, fetch)
         train, test = (_idx_set(paths[i], paths[i + 1], len(class_names)) for i in (0, 2))
-        return _Raw(train, test, class_names, (0.1307,), (0.3081,))
+        known = _KNOWN[config.name]
+        return _Raw(train, test, class_names, known.mean, known.std)
 
     return load
 
@@ -218,19 +227,17 @@ class _Cifar:
     meta: str
     label_key: str
     names_key: str
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
     def __call__(self, config: DataConfig) -> _Raw:
         paths = _files(config, self.folder, (*self.train, self.test), self._fetch)
-        *parts, test = (self._batch(path) for path in paths)
+        known = _KNOWN[config.name]
+        *parts, test = (self._batch(path, known.num_classes) for path in paths)
         train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
         meta = paths[-1].with_name(self.meta)
         names = read_pickle(meta).get(self.names_key) if meta.is_file() else None
-        if not isinstance(names, list) or len(names) != self.num_classes:
-            names = range(self.num_classes)
-        return _Raw(train, test, tuple(map(str, names)), self.mean, self.std)
+        if not isinstance(names, list) or len(names) != known.num_classes:
+            names = range(known.num_classes)
+        return _Raw(train, test, tuple(map(str, names)), known.mean, known.std)
 
     def _fetch(self, root: Path) -> None:
         # not torchvision's constructor: it would go on to unpickle
@@ -239,7 +246,7 @@ class _Cifar:
         cls = getattr(datasets, self.source)
         _first_mirror([cls.url], root, cls.filename, cls.tgz_md5)
 
-    def _batch(self, path: Path) -> ImageSet:
+    def _batch(self, path: Path, num_classes: int) -> ImageSet:
         batch = read_pickle(path)
         data, labels = batch.get("data"), batch.get(self.label_key)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
@@ -247,7 +254,7 @@ class _Cifar:
         if not isinstance(labels, list | np.ndarray) or not all(isinstance(x, int | np.integer) for x in labels):
             raise RequestError(f'{path} holds no whole numbers "{self.label_key}"; remove it and fetch it again')
         labels = np.array(labels, np.int64)
-        _check_labels(labels, len(data), self.num_classes, path)
+        _check_labels(labels, len(data), num_classes, path)
         return ImageSet(data.reshape(-1, 3, 32, 32), labels)
 
 
@@ -323,6 +330,19 @@ _PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 
 _DIGIT_NAMES = tuple("0123456789")
 
+#: What is fixed of a data set, in its own size and channels, whether or not its files are there. Digits' moments were
+#: measured on the 1,437 training images; the authors use MNIST's for Fashion-MNIST too.
+_KNOWN = {
+    facts.name: facts
+    for facts in (
+        DataFacts("digits", 10, 1, 8, (0.3051,), (0.3759,)),
+        DataFacts("mnist", 10, 1, 28, (0.1307,), (0.3081,)),
+        DataFacts("fmnist", 10, 1, 28, (0.1307,), (0.3081,)),
+        DataFacts("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), ("crop", "flip")),
+        DataFacts("cifar100", 100, 3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), ("crop", "flip")),
+    )
+}
+
 LOADERS: dict[str, Callable[[DataConfig], _Raw]] = {
     "digits": _digits,
     "mnist": _mnist_like("MNIST", _DIGIT_NAMES),
@@ -338,9 +358,6 @@ LOADERS: dict[str, Callable[[DataConfig], _Raw]] = {
         meta="batches.meta",
         label_key="labels",
         names_key="label_names",
-        num_classes=10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2023, 0.1994, 0.2010),
     ),
     "cifar100": _Cifar(
         source="CIFAR100",
@@ -350,8 +367,5 @@ LOADERS: dict[str, Callable[[DataConfig], _Raw]] = {
         meta="meta",
         label_key="fine_labels",
         names_key="fine_label_names",
-        num_classes=100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
     ),
 }

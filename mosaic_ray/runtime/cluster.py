@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from ..config import ExperimentConfig
 from ..errors import RequestError
-
-#: Resident memory of one client actor with torch loaded, before its model's own needs (measured: 0.3 to 0.6 GB).
-HOST_BYTES = 600 * 2**20
+from .resources import HOST_BYTES
+from .resources import Node
 
 #: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
 RAY_ENVIRONMENT = {
@@ -106,6 +105,19 @@ def connect(address: str = "local") -> Resources:
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
     total = ray.cluster_resources()
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
+
+
+def nodes() -> list[Node]:
+    """The nodes of the cluster that this process has joined, this one first; named by Ray's ids."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    found = []
+    for facts in ray.nodes():
+        if facts["Alive"]:
+            has = facts["Resources"]
+            found.append(Node(facts["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0)))
+    return sorted(found, key=lambda node: (node.name != own, node.name))
 
 
 def _knock(address: str, patience: float = 5.0) -> None:

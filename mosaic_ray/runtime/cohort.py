@@ -101,23 +101,29 @@ class SerialCohort:
 
 
 class ClientActor:
-    """A client host on Ray. It keeps no state that its constructor arguments do not give back after a restart."""
+    """A client host on Ray. It keeps nothing between calls, so any experiment may use it and any actor redo its work."""
 
-    def __init__(self, config: ExperimentConfig, facts: DataFacts) -> None:
+    def __init__(self, gpu: bool) -> None:
         import torch
 
-        torch.set_num_threads(client_threads(config))
-        if config.runtime.gpus_per_client and not torch.cuda.is_available():
+        torch.set_num_threads(1)  # until the first work says otherwise: importing torch must not take every core
+        if gpu and not torch.cuda.is_available():
             raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
-        self._config, self._facts = config, facts
-        self._device = "cuda" if config.runtime.gpus_per_client else "cpu"
+        self._device = "cuda" if gpu else "cpu"
 
     def ping(self) -> bool:
         """True once the actor is up (again)."""
         return True
 
     def work(
-        self, work: str, client_id: int, shard: tuple[Any, Any], common: Mapping[str, Any], own: Mapping[str, Any]
+        self,
+        config: ExperimentConfig,
+        facts: DataFacts,
+        work: str,
+        client_id: int,
+        shard: tuple[Any, Any],
+        common: Mapping[str, Any],
+        own: Mapping[str, Any],
     ) -> tuple[bool, Any]:
         """(True, result); two return values, so that the driver learns of the end without fetching the result.
 
@@ -126,7 +132,50 @@ class ClientActor:
         import ray
 
         arrays = ray.get(list(shard))
-        return True, work_on(self._config, self._facts, self._device, work, client_id, arrays, common, own)
+        return True, work_on(config, facts, self._device, work, client_id, arrays, common, own)
+
+
+def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[Any]:
+    """Client actors that hold ``needs`` ("CPU", "GPU", "memory" in bytes) each.
+
+    ``counts`` of them on each node, by Ray's node id; "" leaves the choice to Ray. Where its node is gone, one moves.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    actor = ray.remote(
+        num_cpus=needs["CPU"], num_gpus=needs["GPU"], memory=needs.get("memory") or None, max_restarts=-1,
+        max_task_retries=0,
+    )(ClientActor)  # fmt: skip
+    hosts = []
+    for node, count in counts.items():
+        where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)} if node else {}
+        hosts += [actor.options(**where).remote(bool(needs["GPU"])) for _ in range(count)]
+    return hosts
+
+
+def started(hosts: list[Any], patience_seconds: float = 120.0) -> list[Any]:
+    """Those of ``hosts`` that are up within ``patience_seconds``; the others (somebody holds their room) are ended.
+
+    ``RunError`` where none is.
+    """
+    import ray
+
+    pings = {host.ping.remote(): host for host in hosts}
+    up, late = ray.wait(list(pings), num_returns=len(pings), timeout=patience_seconds)
+    for ping in up:
+        try:
+            ray.get(ping)
+        except Exception as error:
+            raise RunError(f"a client actor cannot start: {_first_line(error)}") from error
+    if not up:
+        raise RunError(
+            f"no client actor could start within {patience_seconds:g} s: other jobs hold the cluster's CPUs, GPUs or "
+            "memory (`ray status` shows who)"
+        )
+    for ping in late:
+        ray.kill(pings[ping])
+    return [pings[ping] for ping in up]
 
 
 class RayCohort:
@@ -141,28 +190,25 @@ class RayCohort:
         config: ExperimentConfig,
         facts: DataFacts,
         shards: Callable[[int], ImageSet],
-        connect: Callable[[], int],
+        hosts: Callable[[], list[Any]],
+        *,
+        shared: bool = False,
     ) -> None:
-        """``connect`` starts or joins Ray and answers how many hosts may run."""
-        self._config, self._facts, self._shards, self._connect = config, facts, shards, connect
+        """``hosts`` answers the actors; ``shared`` ones serve others too and are not ended here."""
+        self._config, self._facts, self._shards, self._hosts, self._shared = config, facts, shards, hosts, shared
         self._actors: list[Any] = []
         self._refs: dict[int, tuple[Any, Any]] = {}
 
     def _start(self) -> None:
-        import ray
-
         if self._actors:
             return
-        num_hosts = self._connect()
+        self._actors = self._hosts()
         if not self._refs:
+            import ray
+
             for client_id in range(self._config.partition.num_clients):
                 shard = self._shards(client_id)
                 self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
-        knobs = self._config.runtime
-        actor = ray.remote(
-            num_cpus=knobs.cpus_per_client, num_gpus=knobs.gpus_per_client, max_restarts=-1, max_task_retries=0
-        )(ClientActor)
-        self._actors = [actor.remote(self._config, self._facts) for _ in range(num_hosts)]
 
     @property
     def actors(self) -> list[Any]:
@@ -172,12 +218,13 @@ class RayCohort:
     def ask(self, work, clients, common, own=no_own, *, ordered=True, cost=None):
         """See ``Cohort``."""
         self._start()
-        yield from _Fold(self._actors, self._refs, work, sorted(clients), common, own, cost).results(ordered)
+        call = (self._config, self._facts, work)
+        yield from _Fold(self._actors, self._refs, call, sorted(clients), common, own, cost).results(ordered)
 
     def release(self) -> None:
         import ray
 
-        for actor in self._actors:
+        for actor in () if self._shared else self._actors:
             with contextlib.suppress(Exception):  # it may be dead already, which is what we want
                 ray.kill(actor)
         self._actors = []
@@ -188,12 +235,12 @@ class RayCohort:
 
 
 class _Fold:
-    """One ask: a queue of clients, the idle actors, and what is running."""
+    """One ask: a queue of clients, the idle actors, and what is running. ``call``: (config, facts, work)."""
 
-    def __init__(self, actors, shards, work, clients, common, own, cost) -> None:
+    def __init__(self, actors, shards, call, clients, common, own, cost) -> None:
         import ray
 
-        self._work, self._own, self._clients, self._shards = work, own, clients, shards
+        self._call, self._own, self._clients, self._shards = call, own, clients, shards
         self._cost = cost or (lambda client_id: 0.0)
         self._common = ray.put(common)
         self._queue = [(-self._cost(c), c) for c in clients]
@@ -229,7 +276,7 @@ class _Fold:
             _, client_id = heapq.heappop(self._queue)
             actor = self._idle.pop(0)
             done, value = actor.work.options(num_returns=2).remote(
-                self._work, client_id, self._shards[client_id], self._common, self._own(client_id)
+                *self._call, client_id, self._shards[client_id], self._common, self._own(client_id)
             )
             self._running[done] = (client_id, value, actor)
 

@@ -2,9 +2,10 @@
 
 Layout under the storage path, local or any URI that ``pyarrow.fs`` opens::
 
-    objects/<key>/manifest.json                      facts, and each payload's name, size and SHA-256
+    objects/<key>/manifest.json                      facts, session, and each payload's name, size and SHA-256
     objects/<key>/part-<12 hex of SHA-256>.safetensors
     checkpoints/<key>/...                            the same format; a new save replaces the old one
+    leases/...                                       who computes what right now; see ``leases``
 
 A result exists once its manifest does. The manifest is written last and appears whole (locally a temporary file is
 renamed into place, elsewhere it is a single put), and payloads are named by content, so a kill at any moment leaves
@@ -21,23 +22,23 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-from pyarrow import fs
 
 from ..errors import RequestError, RunError
 from ..records import Weights
+from .files import Files, open_uri, reason
+from .leases import Lease, Leases
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 OBJECTS, CHECKPOINTS = "objects", "checkpoints"
 MIN_FREE_BYTES = 64 << 20
-_CHUNK = 4 << 20
 
 #: Named groups of named arrays.
 Parts = Mapping[str, Mapping[str, np.ndarray]]
@@ -48,8 +49,13 @@ class CorruptResult(RunError):
 
     def __init__(self, key: str, part: str, why: str) -> None:
         super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}')
-        self.key, self.part = key, part
-        self.args = (key, part, why)  # what pickle calls the class with
+        self.key, self.part, self.why = key, part, why
+
+    def at(self, stage: str) -> CorruptResult:
+        """See ``RunError``; stays what it is, so that the run can begin again."""
+        located = CorruptResult(self.key, self.part, self.why)
+        located.stage = self.stage or stage
+        return located
 
 
 class _Damage(Exception):
@@ -90,6 +96,13 @@ def stage_key(stage: str, version: int, knobs: Mapping[str, Any], upstream: Sequ
     return f"{stage}-{hashlib.sha256(_canonical(asked)).hexdigest()[:20]}"
 
 
+def _name(key: str) -> str:
+    """``key``, if it can be the name of a file."""
+    if not key or key.startswith(".") or "/" in key:
+        raise ValueError(f"{key!r} cannot name a stage result")
+    return key
+
+
 def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
     """``arrays`` as safetensors."""
     # safetensors writes the buffer as it lies in memory, so a transposed view would silently come back shuffled
@@ -101,95 +114,10 @@ def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
         raise ValueError(f'part "{part}" ({shown}): {error}') from None
 
 
-def _reason(error: OSError) -> str:
-    """One line for an operating system's or a cloud's error."""
-    return os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
-
-
-class _Files:
-    """The few file operations a store needs; paths are relative to its root."""
-
-    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
-        self.filesystem, self.root = filesystem, root.rstrip("/") or "/"
-        self.local = isinstance(filesystem, fs.LocalFileSystem)
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}"
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        with self.filesystem.open_input_stream(self.path(name)) as source:
-            while chunk := source.read(_CHUNK):
-                yield chunk
-
-    def read(self, name: str) -> bytes:
-        return b"".join(self.chunks(name))
-
-    def put(self, name: str, data: bytes) -> None:
-        """``data`` under ``name``: whole or, after an error or a kill, not at all (locally) or known by its hash."""
-        folder, target = self.path(name).rpartition("/")[0], self.path(name)
-        if not self.local:
-            self.filesystem.create_dir(folder, recursive=True)
-            with self.filesystem.open_output_stream(target) as sink:
-                sink.write(data)
-            return
-        for attempt in (1, 2):
-            os.makedirs(folder, exist_ok=True)
-            try:
-                _put_local(folder, target, data)
-                return
-            except FileNotFoundError:  # a neighbour dropped this checkpoint folder in between
-                if attempt == 2:
-                    raise
-
-    def delete(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_file(self.path(name))
-
-    def delete_folder(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self.filesystem.delete_dir(self.path(name))
-
-    def names(self, folder: str) -> list[str]:
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path(folder), allow_not_found=True))
-        return [info.base_name for info in found]
-
-
-def _put_local(folder: str, target: str, data: bytes) -> None:
-    """Write beside, flush to the disk, rename into place."""
-    beside = f"{target}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(beside, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-    descriptor = os.open(folder, os.O_RDONLY)  # the rename itself must outlive a power cut
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _open(uri: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path that ``uri`` means."""
-    if "://" in uri:
-        filesystem, root = fs.FileSystem.from_uri(uri)
-        return filesystem, root
-    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
-
-
 class StageResult:
     """A finished stage: ``facts`` (plain JSON) and named ``parts`` of arrays, read from the store when asked for."""
 
-    def __init__(self, files: _Files, folder: str, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, files: Files, folder: str, manifest: Mapping[str, Any]) -> None:
         self._files, self._folder, self._entries = files, folder, manifest["files"]
         self.key: str = manifest["key"]
         self.facts: dict[str, Any] = manifest["facts"]
@@ -204,7 +132,7 @@ class StageResult:
         try:
             data = self._files.read(f"{self._folder}/{entry['name']}")
         except OSError as error:
-            raise CorruptResult(self.key, part, _reason(error)) from None
+            raise CorruptResult(self.key, part, reason(error)) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptResult(self.key, part, "its SHA-256 differs")
         arrays = safetensors.numpy.load(data)
@@ -215,9 +143,7 @@ class StageWriter:
     """A result in the making; nothing of it can be seen until ``commit``."""
 
     def __init__(self, store: Store, room: str, key: str) -> None:
-        if not key or key.startswith(".") or "/" in key:
-            raise ValueError(f"{key!r} cannot name a stage result")
-        self._store, self._room, self._key = store, room, key
+        self._store, self._room, self._key = store, room, _name(key)
         self._entries: dict[str, dict[str, Any]] = {}
 
     def add(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -233,44 +159,46 @@ class StageWriter:
         manifest = {
             "key": self._key,
             "version": FORMAT,
+            "session": self._store.session,
             "facts": _plain(facts, "facts"),
             "files": dict(self._entries),
         }
         # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
         sealed = manifest | {"sha256": hashlib.sha256(_canonical(manifest)).hexdigest()}
         self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
-        self._store._written.add((self._room, self._key))
         return StageResult(self._store._files, f"{self._room}/{self._key}", manifest)
 
     def _put(self, name: str, data: bytes) -> None:
         try:
             self._store._files.put(f"{self._room}/{self._key}/{name}", data)
         except OSError as error:
-            why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else _reason(error)
-            raise RunError(
-                f"storage {self._store.uri}: {why} while writing {self._room}/{self._key}; "
-                "mend it and give the same command again to resume",
-                stage=self._key.rpartition("-")[0] or None,
-            ) from error
+            raise self._store._failure(error, f"writing {self._room}/{self._key}", self._key) from error
 
 
 class Store:
     """Results and checkpoints under ``uri``: a local path, or file://, s3://, gs:// and what else pyarrow.fs knows.
 
-    ``fresh`` hides whatever this object did not write itself; writing still replaces it.
+    Everything written is marked with the ``session``, of which each store has its own unless one is given.
+    ``fresh`` hides whatever another session wrote; writing still replaces it.
     ``say`` is told, in a line, of every damaged result that will be computed again.
     """
 
     def __init__(
-        self, uri: str | os.PathLike[str], *, fresh: bool = False, say: Callable[[str], None] | None = None
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        fresh: bool = False,
+        session: str | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.uri, self.fresh = os.fspath(uri), fresh
+        self.session = session or uuid.uuid4().hex
         self.say = say or (lambda text: None)
-        self._written: set[tuple[str, str]] = set()
         try:
-            self._files = _Files(*_open(self.uri))
+            self._files = Files(*open_uri(self.uri))
             if self._files.local:
                 os.makedirs(self._files.root, exist_ok=True)
+            self._leases = Leases(self._files)
         except (OSError, ValueError, NotImplementedError) as error:
             raise self._refuse(error) from None
 
@@ -307,13 +235,55 @@ class Store:
 
     def discard(self, key: str) -> None:
         """Remove the result under ``key``, so that it is computed again."""
-        self._written.discard((OBJECTS, key))
-        self._files.delete_folder(f"{OBJECTS}/{key}")
+        self._forget(f"{OBJECTS}/{key}")
+
+    def try_lease(self, key: str) -> Lease | None:
+        """The sole right to compute ``key``, across threads, processes and machines; None where somebody has it."""
+        try:
+            lease = self._leases.take(_name(key))
+        except OSError as error:
+            raise self._failure(error, f"leasing {key}", key) from error
+        if lease:
+            self._files.tidy(f"{OBJECTS}/{key}")
+        return lease
+
+    def get_or_lease(self, key: str) -> StageResult | Lease | None:
+        """The result under ``key``, else the lease to compute it; None while somebody else computes it: ask again."""
+        found = self.get(key)
+        lease = None if found else self.try_lease(key)
+        if lease is None:
+            return found
+        with contextlib.ExitStack() as release:
+            release.enter_context(lease)
+            found = self.get(key)  # it may have been finished between the look and the lease
+            if found is None:
+                release.pop_all()
+                return lease
+        return found
 
     def upload(self, folder: Path, name: str) -> None:
         """Copy a local folder's files below ``name`` in this storage (for storage that is not a local path)."""
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             self._files.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def read(self, name: str) -> bytes:
+        """A file beside the results, such as a sweep's plan; ``name`` is relative to the storage."""
+        return self._files.read(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace such a file: whole or not at all."""
+        try:
+            self._files.put(name, data)
+        except OSError as error:
+            raise RunError(f"storage {self.uri}: {reason(error)} while writing {name}") from error
+
+    def names(self, folder: str) -> list[str]:
+        """What lies in ``folder``; nothing where there is none."""
+        return self._files.names(folder)
+
+    def move(self, folder: str, to: str) -> None:
+        """Rename a folder."""
+        self._files.filesystem.move(self._files.path(folder), self._files.path(to))
 
     def save_checkpoint(self, key: str, facts: Mapping[str, Any], parts: Parts) -> None:
         """Replace the checkpoint under ``key``: until the new one is whole, the old one stands."""
@@ -330,7 +300,6 @@ class Store:
 
     def drop_checkpoint(self, key: str) -> None:
         """Remove the checkpoint under ``key``, if there is one."""
-        self._written.discard((CHECKPOINTS, key))
         with contextlib.suppress(OSError):  # a leftover checkpoint is only disk space: its stage's result comes first
             self._files.delete_folder(f"{CHECKPOINTS}/{key}")
 
@@ -341,22 +310,23 @@ class Store:
         return writer.commit(facts)
 
     def _get(self, room: str, key: str, complaint: str) -> StageResult | None:
-        if self.fresh and (room, key) not in self._written:
-            return None
         folder = f"{room}/{key}"
         try:
             manifest = self._manifest(folder, key)
-            if manifest is None:
+            if manifest is None or (self.fresh and manifest.get("session") != self.session):
                 return None
             for entry in manifest["files"].values():
                 self._verify(folder, entry)
         except _Damage as damage:
             self.say(complaint.format(key, *damage.args))
-            # Only the manifest goes: a neighbour may be putting the same payload right at this moment.
             with contextlib.suppress(OSError):
-                self._files.delete(f"{folder}/{MANIFEST}")
+                self._forget(folder)
             return None
         return StageResult(self._files, folder, manifest)
+
+    def _forget(self, folder: str) -> None:
+        # Only the manifest goes: a neighbour may be putting or reading the same payload right at this moment.
+        self._files.delete(f"{folder}/{MANIFEST}")
 
     def _manifest(self, folder: str, key: str) -> dict[str, Any] | None:
         """The manifest in ``folder``, its checksum verified; None where there is none."""
@@ -367,7 +337,7 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise _Damage(MANIFEST, _reason(error)) from None
+            raise _Damage(MANIFEST, reason(error)) from None
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             raise _Damage(MANIFEST, "not a whole manifest") from None
         if not sound:
@@ -385,13 +355,20 @@ class Store:
         except FileNotFoundError:
             raise _Damage(entry["name"], "it is missing") from None
         except OSError as error:
-            raise _Damage(entry["name"], _reason(error)) from None
+            raise _Damage(entry["name"], reason(error)) from None
         if size != entry["size"]:
             raise _Damage(entry["name"], f"{size} bytes instead of {entry['size']}")
         if digest.hexdigest() != entry["sha256"]:
             raise _Damage(entry["name"], "its SHA-256 differs")
 
+    def _failure(self, error: OSError, doing: str, key: str) -> RunError:
+        why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
+        return RunError(
+            f"storage {self.uri}: {why} while {doing}; mend it and give the same command again to resume",
+            stage=key.rpartition("-")[0] or None,
+        )
+
     def _refuse(self, error: Exception) -> RequestError:
-        why = _reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+        why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
         wanted = "it takes a folder that can be written, or a file://, s3:// or gs:// URI"
         return RequestError(f"--storage {self.uri}: {why}; {wanted}")

@@ -276,7 +276,7 @@ class Tracker:
 
     ``run_dir``: where metrics.jsonl and tensorboard/ are begun anew (a cached stage is replayed into them); None: no
     files. ``progress``: False shows messages only. ``stream``: None means standard error. ``on_metric(tag, step,
-    value)`` is called for every scalar, replayed ones too.
+    value)`` is called for every scalar, replayed ones too, ``on_stage(name)`` when a stage begins or is found cached.
     """
 
     def __init__(
@@ -287,8 +287,9 @@ class Tracker:
         tensorboard: bool = True,
         stream: TextIO | None = None,
         on_metric: Callable[[str, int, float], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
     ) -> None:
-        self._run_dir, self._on_metric = run_dir, on_metric
+        self._run_dir, self._on_metric, self._on_stage = run_dir, on_metric, on_stage or (lambda name: None)
         self._lines: TextIO | None = None
         self._board: Any = None
         if run_dir is not None:
@@ -328,10 +329,12 @@ class Tracker:
 
     def stage(self, name: str, total: int | None = None, unit: str = "round") -> Stage:
         """A stage of ``total`` units (None: unknown), to be used in a ``with`` block."""
+        self._on_stage(name)
         return Stage(self, name, total, unit)
 
     def replay(self, stage_name: str, recorded: Sequence[Scalar]) -> None:
         """A cached stage: its scalars are written out again, and it is shown as cached."""
+        self._on_stage(stage_name)
         self._again(stage_name, recorded)
         self._display.cached(stage_name)
 

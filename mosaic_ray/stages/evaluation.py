@@ -1,4 +1,4 @@
-"""The last stage: what everything that was made reaches on test images, for reporting alone."""
+"""What everything that was made reaches on test images, for reporting alone, and on clients' validation images."""
 
 from __future__ import annotations
 
@@ -6,49 +6,86 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from ..algorithm.evaluation import accuracy, confusion, per_class_accuracy
+from ..algorithm.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
 from ..algorithm.teacher import TeacherState, build_teacher
 from ..records import ImageSet, Weights
-from ..runtime.store import StageResult, StageWriter, stage_key
+from ..runtime.store import StageResult, StageWriter
+from .keys import evaluate_key, judged_key
 from .partition import Shards
-from .rounds import confusion_of
-from .run import VERSIONS, Progress, Run
+from .run import Progress, Run
 
 #: Columns of the accuracy table, in order.
 ROLES = ("initial", "teacher", "distilled", "final", "control")
 
+Model = Weights | TeacherState
 
-def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Weights | TeacherState]]) -> StageResult:
-    """Accuracy of each role's model, (key it came under, weights), on test and validation images."""
-    keys = {role: models[role][0] for role in ROLES if role in models}
-    knobs = {"roles": sorted(keys), "threads": run.config.runtime.driver_threads}
-    key = stage_key("evaluate", VERSIONS["evaluate"], knobs, [shards.key, *(keys[role] for role in sorted(keys))])
+
+def validation_images(run: Run, shards: Shards) -> ImageSet | None:
+    """All clients' validation images; None where nothing is held out."""
     rows = np.sort(np.concatenate(shards.validation)).astype(np.int64)
-    splits: dict[str, ImageSet] = {"test": run.dataset.test}
-    if len(rows):
-        splits["validation"] = run.dataset.train.take(rows)
+    return run.dataset.train.take(rows) if len(rows) else None
+
+
+def _logits(run: Run, model: Model, data: ImageSet) -> np.ndarray:
+    facts, device = run.dataset.facts, run.bench.device
+    network: nn.Module
+    if isinstance(model, TeacherState):
+        network = build_teacher(run.config, facts, model).to(device)
+    else:
+        network = run.bench.classifier(model).eval()
+    return logits_on(network, data, facts, device, run.config.runtime.precision)
+
+
+def table_of(run: Run, model: Model, data: ImageSet) -> np.ndarray:
+    """The confusion table of a classifier or a teacher."""
+    return confusion(_logits(run, model, data), data.labels)
+
+
+def judged(run: Run, shards: Shards, key: str, model: Model, split: str, data: ImageSet) -> StageResult:
+    """What the model that came under ``key`` reaches on ``data``, the images of ``split``.
+
+    Kept by model, so that no model is looked at twice: not in a run, and not by the trials of a sweep that share it.
+    """
+    own = judged_key(run.config, shards.key, key, split)
+    if (found := run.store.get(own)) is not None:
+        return found
+    logits = _logits(run, model, data)
+    table = confusion(logits, data.labels)
+    facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
+    return run.store.put(own, facts, {"confusion": {"table": table}})
+
+
+def watch(run: Run, shards: Shards, stage: str, step: int, key: str, model: Model) -> None:
+    """Put a finished stage's model on the curves by its accuracy on validation images, where there are any."""
+    data = validation_images(run, shards)
+    if data is not None:
+        reached = judged(run, shards, key, model, "validation", data).facts["accuracy"]
+        run.tracker.scalar(stage, f"{stage}/validation_accuracy", step, reached)
+
+
+def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Model]]) -> StageResult:
+    """Accuracy of each role's model, (key it came under, weights), on test and validation images, and calibration."""
+    roles = [role for role in ROLES if role in models]
+    key = evaluate_key(run.config, shards.key, {role: models[role][0] for role in roles})
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        tables: dict[str, np.ndarray] = {}
-        for role in keys:
-            for split, data in splits.items():
-                tables[f"{role}/{split}"] = _table(run, models[role][1], data)
-            progress.advance(note=f"{role} {accuracy(tables[f'{role}/test']):.1%}")
-        writer.add("confusion", tables)
-        for role in keys:
-            progress.scalar(
-                f"{'student' if role != 'teacher' else 'teacher'}/accuracy_{role}", 0, accuracy(tables[f"{role}/test"])
-            )
-        return {split: {role: accuracy(tables[f"{role}/{split}"]) for role in keys} for split in splits} | {
-            "per_class": {role: per_class_accuracy(tables[f"{role}/test"]) for role in keys}
+        splits = {"test": run.dataset.test, "validation": validation_images(run, shards)}
+        found: dict[str, dict[str, StageResult]] = {name: {} for name, data in splits.items() if data is not None}
+        for role in roles:
+            for split, results in found.items():
+                results[role] = judged(run, shards, *models[role], split, splits[split])
+            reached = found["test"][role].facts["accuracy"]
+            progress.advance(note=f"{role} {reached:.1%}")
+            progress.scalar(f"{'teacher' if role == 'teacher' else 'student'}/accuracy_{role}", 0, reached)
+        writer.add(
+            "confusion",
+            {f"{role}/{split}": r.load("confusion")["table"] for split in found for role, r in found[split].items()},
+        )
+        accuracies = {split: {role: r.facts["accuracy"] for role, r in found[split].items()} for split in found}
+        return accuracies | {
+            name: {role: r.facts[name] for role, r in found["test"].items()} for name in ("per_class", "nll", "ece")
         }
 
-    return run.stage("evaluate", key, compute, total=len(keys), unit="model")
-
-
-def _table(run: Run, model: Weights | TeacherState, data: ImageSet) -> np.ndarray:
-    if isinstance(model, TeacherState):
-        teacher = build_teacher(run.config, run.dataset.facts, model).to(run.bench.device)
-        return confusion(teacher, data, run.dataset.facts, run.bench.device, run.config.runtime.precision)
-    return confusion_of(run, model, data)
+    return run.stage("evaluate", key, compute, total=len(roles), unit="model")

@@ -10,8 +10,9 @@ import numpy as np
 from ..data.partition import label_counts, partition, split_validation
 from ..errors import RequestError
 from ..records import Finding
-from ..runtime.store import StageWriter, stage_key
-from .run import VERSIONS, Progress, Run, knobs_of
+from ..runtime.store import StageWriter
+from .keys import partition_key
+from .run import Progress, Run
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,7 @@ class Shards:
 def partition_stage(run: Run) -> Shards:
     """Deal the training images to clients; needs neither torch nor Ray."""
     config, data = run.config, run.dataset
-    knobs = {
-        "data": data.identity, "facts": asdict(data.facts), "partition": knobs_of(config.partition),
-        "seed": config.seed,
-    }  # fmt: skip
-    key = stage_key("partition", VERSIONS["partition"], knobs, [])
+    key = partition_key(config, data.identity, data.facts)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         shards = partition(data.train.labels, config.partition, config.seed, data.facts.num_classes)

@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithm.evaluation import accuracy, confusion
+from ..algorithm.evaluation import accuracy
 from ..algorithm.local_training import LocalPlan
 from ..config import ExperimentConfig
 from ..methods.client_work import initial_weights
 from ..methods.optimisers import OPTIMISERS
 from ..models.tensors import num_bytes
 from ..records import ImageSet, Prototypes, Weights
-from ..runtime.store import StageResult, StageWriter, stage_key
+from ..runtime.store import StageResult, StageWriter
 from ..seeding import numpy_stream
+from .evaluation import table_of, validation_images, watch
+from .keys import rounds_key, warmup_key
 from .partition import Shards
-from .run import VERSIONS, Progress, Run, knobs_of, numbers_depend_on
+from .run import Progress, Run
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -44,6 +46,7 @@ class Phase:
     plan: LocalPlan
     keep_clients: bool = False
     prototype_rounds: int = 0
+    validation: ImageSet | None = None  # looked at after every round
 
 
 def federated_rounds(
@@ -87,6 +90,9 @@ def federated_rounds(
         every = config.runtime.eval_rounds
         if every and (done % every == 0 or done == phase.num_rounds):
             progress.scalar(f"{phase.name}/accuracy", done, glance(run, weights))
+        if phase.validation is not None:
+            seen = accuracy(table_of(run, weights, phase.validation))
+            progress.scalar(f"{phase.name}/validation_accuracy", done, seen)
         progress.advance(note=f"loss {np.mean(losses):.3f}")
         if done % config.warmup.checkpoint_rounds == 0 and done < phase.num_rounds:
             parts = {"global": weights}
@@ -108,13 +114,7 @@ def glance(run: Run, weights: Weights) -> float:
     test, wanted = run.dataset.test, run.config.runtime.eval_samples
     if wanted < len(test):
         test = test.take(numpy_stream(0, "glance").permutation(len(test))[:wanted])
-    return accuracy(confusion_of(run, weights, test))
-
-
-def confusion_of(run: Run, weights: Weights, data: ImageSet) -> np.ndarray:
-    """The confusion table of a classifier with ``weights``."""
-    model = run.bench.classifier(weights).eval()
-    return confusion(model, data, run.dataset.facts, run.bench.device, run.config.runtime.precision)
+    return accuracy(table_of(run, weights, test))
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,7 @@ def warmup_stage(run: Run, shards: Shards) -> Warmup:
     """Federated averaging from the initial weights."""
     config = run.config
     history = PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0
-    knobs = {
-        "model": knobs_of(config.model), "federation": knobs_of(config.federation), "seed": config.seed,
-        "warmup": knobs_of(config.warmup, "checkpoint_rounds"), "runtime": numbers_depend_on(config),
-    }  # fmt: skip
-    if history:
-        knobs["prototypes"] = knobs_of(config.prototypes, "held_out", "weighting")
-    key = stage_key("warmup", VERSIONS["warmup"], knobs, [shards.key])
+    key = warmup_key(config, shards.key)
     room = config.warmup
     plan = LocalPlan(room.local_steps, room.batch_size, room.lr, room.weight_decay, room.momentum, room.shuffle)
     phase = Phase("warmup", "local", room.num_rounds, plan, keep_clients=True, prototype_rounds=history)
@@ -159,26 +153,23 @@ def warmup_stage(run: Run, shards: Shards) -> Warmup:
         return facts
 
     result = run.stage("warmup", key, compute, total=room.num_rounds)
-    return Warmup(result, result.load("global"))
+    warmup = Warmup(result, result.load("global"))
+    watch(run, shards, "warmup", room.num_rounds, key, warmup.weights)
+    return warmup
 
 
 def closing_stage(run: Run, name: str, start: str, weights: Weights, shards: Shards) -> StageResult:
     """The closing rounds (stage FT) from ``weights``, which came under the key ``start``."""
     config, room = run.config, run.config.finetune
-    knobs = {
-        "finetune": knobs_of(room), "federation": knobs_of(config.federation), "model": knobs_of(config.model),
-        "warmup": knobs_of(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr"),
-        "seed": config.seed, "runtime": numbers_depend_on(config),
-    }  # fmt: skip
-    key = stage_key("rounds", VERSIONS["rounds"], knobs, [shards.key, start])
+    key = rounds_key(config, shards.key, start)
     warmup = config.warmup
     plan = LocalPlan(
         room.local_steps, warmup.batch_size, room.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
         room.freeze_head, room.bn == "frozen",
     )  # fmt: skip
-    phase = Phase(name, "closing", room.num_rounds, plan)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+        phase = Phase(name, "closing", room.num_rounds, plan, validation=validation_images(run, shards))
         return federated_rounds(run, phase, weights, key, writer, progress)
 
     return run.stage(name, key, compute, total=room.num_rounds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,16 @@ from ..config import ExperimentConfig
 from ..errors import RunError
 from ..methods.client_work import Bench
 from ..records import Dataset, Finding, ImageSet
-from ..runtime.cohort import Cohort, client_threads
+from ..runtime.cohort import Cohort
 from ..runtime.store import StageResult, StageWriter, Store
 from ..runtime.tracking import Stage as Progress
 from ..runtime.tracking import Tracker
 
-#: Raise a stage's number when its mathematics changes: older results are then computed anew.
-VERSIONS = {
-    "partition": 1, "warmup": 1, "generator": 1, "generators": 1, "prototypes": 1, "teacher": 1, "distill": 1,
-    "rounds": 1, "evaluate": 1,
-}  # fmt: skip
+#: Between two looks at what another run computes. A look is cheap: there is no manifest yet.
+POLL_SECONDS = 0.2
 
 Traffic = dict[str, dict[str, int]]
 Compute = Callable[[StageWriter, Progress], dict[str, Any]]
-
-
-def knobs_of(room: Any, *without: str) -> dict[str, Any]:
-    """A room's knobs as plain values, less those that do not touch the result."""
-    return {name: value for name, value in asdict(room).items() if name not in without}
 
 
 @dataclass
@@ -55,32 +47,44 @@ class Run:
     def stage(
         self, name: str, key: str, compute: Compute, *, total: int | None = None, unit: str = "round"
     ) -> StageResult:
-        """The stored result of ``key``, or ``compute``'s, stored with the curve that it recorded."""
-        began = time.perf_counter()
-        result = self.store.get(key)
-        cached = result is not None
-        if result is None:
-            try:
-                with self.tracker.stage(name, total=total, unit=unit) as progress:
-                    writer = self.store.writer(key)
-                    facts = compute(writer, progress)
-                    facts["seconds"] = time.perf_counter() - began
-                    facts["curve"] = [list(row) for row in progress.recorded]
-                    result = writer.commit(facts)
-            except RunError as error:
-                raise error.at(name) from error
-            self.store.drop_checkpoint(key)
-        else:
+        """The stored result of ``key``, or ``compute``'s, stored with the curve that it recorded.
+
+        Of several runs that miss it one computes and the others wait; when that one fails or dies, another goes on.
+        """
+        began, waited = time.perf_counter(), 0.0
+        while (found := self.store.get_or_lease(key)) is None:
+            if not waited:
+                self.tracker.say(f"{name}: waiting for another run that computes it")
+            time.sleep(POLL_SECONDS)
+            waited = time.perf_counter() - began
+        if isinstance(found, StageResult):
+            result = found
             self.tracker.replay(name, [[_own_tag(tag, name), *row] for tag, *row in result.facts["curve"]])
-        self.note(name, key, cached, time.perf_counter() - began, result.facts)
+        else:
+            with found:
+                try:
+                    with self.tracker.stage(name, total=total, unit=unit) as progress:
+                        writer = self.store.writer(key)
+                        facts = compute(writer, progress)
+                        facts["seconds"] = time.perf_counter() - began - waited
+                        facts["curve"] = [list(row) for row in progress.recorded]
+                        result = writer.commit(facts)
+                except RunError as error:
+                    raise error.at(name) from error
+                self.store.drop_checkpoint(key)
+        self.note(name, key, result is found, time.perf_counter() - began, result.facts, waited)
         return result
 
-    def note(self, name: str, key: str, cached: bool, seconds: float, facts: Mapping[str, Any]) -> None:
-        """Write a stage into the run's log: time, findings, traffic."""
+    def note(
+        self, name: str, key: str, cached: bool, seconds: float, facts: Mapping[str, Any], waited: float = 0.0
+    ) -> None:
+        """Write a stage into the run's log: time (``waited`` for others is part of ``seconds``), findings, traffic."""
         self.log[name] = {
             "seconds": round(seconds, 3), "cached": cached, "key": key,
-            "computed_seconds": round(facts.get("seconds", seconds), 3),
+            "computed_seconds": round(facts.get("seconds", seconds - waited), 3),
         }  # fmt: skip
+        if waited:
+            self.log[name]["waited_seconds"] = round(waited, 3)
         self.traffic[name] = facts.get("communication", {})
         for row in facts.get("findings", []):
             finding = Finding(**row)
@@ -94,9 +98,3 @@ def _own_tag(tag: str, stage: str) -> str:
     """Closing rounds of the student and the control may be one result: say whose curve it is."""
     room, _, leaf = tag.partition("/")
     return f"{stage}/{leaf}" if {room, stage} == {"finetune", "control"} else tag
-
-
-def numbers_depend_on(config: ExperimentConfig) -> dict[str, Any]:
-    """Knobs of the runtime that can show in the last bit of a client's result."""
-    device = "cuda" if config.runtime.gpus_per_client else "cpu"
-    return {"precision": config.runtime.precision, "threads": client_threads(config), "device": device}

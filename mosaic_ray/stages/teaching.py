@@ -14,28 +14,24 @@ from ..errors import RunError
 from ..methods.distillers.mosaic import make_task, make_teacher
 from ..methods.distillers.prototype_head import refit
 from ..records import Finding, Prototypes, Weights
-from ..runtime.store import StageResult, StageWriter, stage_key
+from ..runtime.store import StageResult, StageWriter
+from . import keys
+from .evaluation import watch
 from .partition import Shards
 from .rounds import Warmup
-from .run import VERSIONS, Progress, Run, knobs_of
+from .run import Progress, Run
 from .uploads import Generators
 
 #: Runs a distillation task; ``runtime.distiller`` has the hosts.
 Host = Callable[[DistillTask, Callable[[int, Mapping[str, float]], None]], Any]
 
 
-def _split_knobs(run: Run) -> dict[str, Any]:
-    room = run.config.prototypes
-    return {"held_out": room.held_out, "weighting": room.weighting, "seed": run.config.seed}
-
-
 def teacher_stage(
-    run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: Prototypes
+    run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: Prototypes, generators: Generators
 ) -> tuple[str, TeacherState]:
     """Distinct class experts and the meta model."""
     config = run.config
-    knobs = {"meta": knobs_of(config.meta), "split": _split_knobs(run)}
-    key = stage_key("teacher", VERSIONS["teacher"], knobs, [warmup.key, prototypes_key])
+    key = keys.teacher_key(config, warmup.key, prototypes_key, generators.key)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         done = 0
@@ -52,6 +48,8 @@ def teacher_stage(
             state, figures = make_teacher(
                 config, run.dataset.facts, warmup.weights, warmup.clients(config.partition.num_clients), shards.counts,
                 prototypes, look,
+                ((k, warmup.client(k), made.load("generator")) for k, made in enumerate(generators.results)),
+                run.bench.device,
             )  # fmt: skip
         except ValueError as error:  # a class without an owner, where that is asked to be an error
             raise RunError(str(error)) from error
@@ -70,7 +68,9 @@ def teacher_stage(
 
     result = run.stage("teacher", key, compute, total=config.meta.updates, unit="update")
     experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith("expert_"))
-    return key, TeacherState(warmup.weights, experts, result.load("index")["index"], result.load("meta"))
+    teacher = TeacherState(warmup.weights, experts, result.load("index")["index"], result.load("meta"))
+    watch(run, shards, "teacher", config.meta.updates, key, teacher)
+    return key, teacher
 
 
 def distill_stage(
@@ -85,12 +85,7 @@ def distill_stage(
 ) -> StageResult:
     """The student (part "global"), taught on synthetic batches by one Ray Train ``fit()``."""
     config = run.config
-    # 0 (in process) and 1 worker are the same arithmetic; more differ in rounding
-    knobs = {
-        "distill": knobs_of(config.distill) | {"workers": max(1, config.distill.workers)},
-        "split": _split_knobs(run),
-    }
-    key = stage_key("distill", VERSIONS["distill"], knobs, [teacher_key, generators.key])
+    key = keys.distill_key(config, teacher_key, generators.key)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         task = make_task(
@@ -112,7 +107,9 @@ def distill_stage(
         writer.add("global", weights)
         return {"figures": figures, "findings": [asdict(f) for f in _findings(figures)]}
 
-    return run.stage("distill", key, compute, total=config.distill.steps, unit="step")
+    result = run.stage("distill", key, compute, total=config.distill.steps, unit="step")
+    watch(run, shards, "distill", config.distill.steps, key, student_of(result))
+    return result
 
 
 def _findings(figures: Mapping[str, float]) -> list[Finding]:
@@ -137,10 +134,9 @@ def _findings(figures: Mapping[str, float]) -> list[Finding]:
     return findings
 
 
-def refit_stage(run: Run, warmup: Warmup, prototypes_key: str, prototypes: Prototypes) -> StageResult:
+def refit_stage(run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: Prototypes) -> StageResult:
     """The ablation's student (part "global"): the head re-fitted on prototypes."""
-    knobs = {"distiller": "prototype_head", "split": _split_knobs(run)}
-    key = stage_key("distill", VERSIONS["distill"], knobs, [warmup.key, prototypes_key])
+    key = keys.refit_key(run.config, warmup.key, prototypes_key)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         weights, figures = refit(run.config, warmup.weights, prototypes)
@@ -148,7 +144,9 @@ def refit_stage(run: Run, warmup: Warmup, prototypes_key: str, prototypes: Proto
         progress.advance(note=f"held-out prototypes {figures['held_out_accuracy']:.1%}")
         return {"figures": {name: float(np.float64(value)) for name, value in figures.items()}}
 
-    return run.stage("distill", key, compute, total=1, unit="fit")
+    result = run.stage("distill", key, compute, total=1, unit="fit")
+    watch(run, shards, "distill", 1, key, student_of(result))
+    return result
 
 
 def student_of(result: StageResult) -> Weights:

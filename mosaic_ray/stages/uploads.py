@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,18 +15,22 @@ from ..errors import RunError
 from ..methods.client_work import initial_weights
 from ..models.tensors import num_bytes
 from ..records import Finding, Prototypes, Weights
-from ..runtime.store import StageResult, StageWriter, stage_key
+from ..runtime.leases import Lease
+from ..runtime.store import StageResult, StageWriter
 from ..runtime.tracking import image_grid
+from .keys import generator_keys, generators_key, prototypes_key
 from .partition import Shards
 from .rounds import Warmup
-from .run import VERSIONS, Progress, Run, knobs_of, numbers_depend_on
+from .run import POLL_SECONDS, Progress, Run
+
+#: Clients whose generators are leased at once: each lease is an open file.
+MAX_LEASES = 256
 
 
 def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Prototypes]:
     """Every client's prototypes, concatenated in client order."""
     config = run.config
-    knobs = {"prototypes": knobs_of(config.prototypes, "held_out", "weighting")}
-    key = stage_key("prototypes", VERSIONS["prototypes"], knobs, [warmup.key])
+    key = prototypes_key(config, warmup.key)
     everyone = list(range(config.partition.num_clients))
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
@@ -81,51 +85,18 @@ class Generators:
         return tuple(r.load("generator") for r in self.results)
 
 
-def generator_keys(run: Run, shards: Shards, start: str) -> list[str]:
-    """One key per client. A client with n_k >= tau never meets the inversion term: its key leaves it out (O15)."""
-    config, keys = run.config, []
-    for client_id, size in enumerate(shards.sizes):
-        knobs = knobs_of(config.generator)
-        if size >= config.generator.tau or not config.generator.lambda_i * config.generator.inversion_scale:
-            knobs |= {"tau": 0, "lambda_i": 0.0, "inversion_scale": 0.0}
-        knobs = {
-            "generator": knobs, "client": client_id, "model": knobs_of(config.model), "seed": config.seed,
-            "runtime": numbers_depend_on(config),
-        }  # fmt: skip
-        if config.generator.classifier_source == "fresh":
-            knobs["fresh"] = [config.warmup.batch_size, config.warmup.shuffle]
-        keys.append(stage_key("generator", VERSIONS["generator"], knobs, [shards.key, start]))
-    return keys
-
-
 def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
     """One generator per client, each stored as soon as it is there; only the missing ones are computed."""
-    config, began = run.config, time.perf_counter()
-    before = config.generator.stage == "before"
-    keys = generator_keys(run, shards, "start" if before else warmup.key)
-    key = "generators-" + hashlib.sha256("".join(keys).encode()).hexdigest()[:20]
+    began = time.perf_counter()
+    keys = generator_keys(run.config, shards.sizes, shards.key, warmup.key)
+    key = generators_key(keys)
     found = {k: result for k, name in enumerate(keys) if (result := run.store.get(name)) is not None}
-    missing = [k for k in range(len(keys)) if k not in found]
-    spent = 0.0
-    if missing:
+    spent, waited, computed = 0.0, 0.0, 0
+    if len(found) < len(keys):
         try:
             with run.tracker.stage("generators", total=len(keys), unit="client") as progress:
                 progress.resume([], len(found))
-                start = initial_weights(run.bench) if before else warmup.weights
-                own = _own_weights(warmup) if not before else lambda k: {"weights": start}
-                arrivals = run.cohort.ask(
-                    "generate", missing, {"weights": start}, own, ordered=False,
-                    cost=lambda k: float(num_steps(config.generator, int(shards.sizes[k]))),
-                )  # fmt: skip
-                for client_id, made in arrivals:
-                    facts = {
-                        "figures": made.figures, "curve": made.curve,
-                        "findings": [asdict(f) for f in generator_findings(client_id, made.figures)],
-                        "communication": {"uplink": {"generators": num_bytes(made.weights)}},
-                    }  # fmt: skip
-                    parts = {"generator": made.weights, "samples": {"images": made.samples}}
-                    found[client_id] = run.store.put(keys[client_id], facts, parts)
-                    progress.advance(note=f"client {client_id}: {made.figures['coverage']:.0%} of its classes")
+                computed, waited = _fill(run, shards, warmup, keys, found, progress)
         except RunError as error:
             raise error.at("generators") from error
         spent = time.perf_counter() - began
@@ -135,8 +106,8 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
     uplink = sum(r.facts["communication"]["uplink"]["generators"] for r in results)
     findings = [row for r in results for row in r.facts["findings"]]
     facts = {"communication": {"uplink": {"generators": uplink}}, "findings": findings}
-    run.note("generators", key, not missing, spent, facts)
-    run.log["generators"]["cached_clients"] = len(keys) - len(missing)
+    run.note("generators", key, not computed, spent, facts, waited)
+    run.log["generators"]["cached_clients"] = len(keys) - computed
     for client_id, result in enumerate(results):
         for name, value in result.facts["figures"].items():
             run.tracker.scalar("generators", f"generator/{name}", client_id, value)
@@ -145,3 +116,64 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
                 run.tracker.scalar("generators", f"generator_{client_id:03d}/{name}", int(row[0]), value)
         run.tracker.image(f"generator/client_{client_id:03d}", 0, image_grid(result.load("samples")["images"], 8))
     return Generators(key, results)
+
+
+def _fill(
+    run: Run, shards: Shards, warmup: Warmup, keys: list[str], found: dict[int, StageResult], progress: Progress
+) -> tuple[int, float]:
+    """Bring ``found`` to all clients: compute what nobody computes, wait for what others do.
+
+    Returns (clients computed here, seconds waited).
+    """
+    computed, waited = 0, 0.0
+    while missing := [k for k in range(len(keys)) if k not in found]:
+        leases: dict[int, Lease] = {}
+        with contextlib.ExitStack() as release:
+            for client_id in missing:
+                got = run.store.get_or_lease(keys[client_id])
+                if isinstance(got, StageResult):
+                    found[client_id] = got
+                    progress.advance(note=f"client {client_id}: found")
+                elif got is not None:
+                    leases[client_id] = release.enter_context(got)
+                if len(leases) == MAX_LEASES:
+                    break
+            if leases:
+                for client_id, result in _computed(run, shards, warmup, keys, list(leases)):
+                    found[client_id] = result
+                    leases[client_id].release()
+                    computed += 1
+                    coverage = result.facts["figures"]["coverage"]
+                    progress.advance(note=f"client {client_id}: {coverage:.0%} of its classes")
+                continue
+        # Nobody waits here with a lease in hand, so no two runs can ever wait for each other.
+        others = len(keys) - len(found)
+        if others:
+            if not waited:
+                run.tracker.say(f"generators: waiting for another run that computes {others} of {len(keys)}")
+            slept = time.perf_counter()
+            time.sleep(POLL_SECONDS)
+            waited += time.perf_counter() - slept
+    return computed, waited
+
+
+def _computed(
+    run: Run, shards: Shards, warmup: Warmup, keys: list[str], clients: list[int]
+) -> Iterator[tuple[int, StageResult]]:
+    """(k, its generator) of ``clients`` as they arrive, each stored."""
+    knobs = run.config.generator
+    before = knobs.stage == "before"
+    start = initial_weights(run.bench) if before else warmup.weights
+    own = _own_weights(warmup) if not before else lambda k: {"weights": start}
+    arrivals = run.cohort.ask(
+        "generate", clients, {"weights": start}, own, ordered=False,
+        cost=lambda k: float(num_steps(knobs, int(shards.sizes[k]))),
+    )  # fmt: skip
+    for client_id, made in arrivals:
+        facts = {
+            "figures": made.figures, "curve": made.curve,
+            "findings": [asdict(f) for f in generator_findings(client_id, made.figures)],
+            "communication": {"uplink": {"generators": num_bytes(made.weights)}},
+        }  # fmt: skip
+        parts = {"generator": made.weights, "samples": {"images": made.samples}}
+        yield client_id, run.store.put(keys[client_id], facts, parts)

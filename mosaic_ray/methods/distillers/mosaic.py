@@ -6,18 +6,78 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...algorithm.distillation import DistillTask
+from ...algorithm.evaluation import domain_auc
 from ...algorithm.experts import form_experts
-from ...algorithm.generation import allocate, sampling_shares
+from ...algorithm.generation import allocate, classifier_view, latents, load_generator, sampling_shares
 from ...algorithm.heads import fit_head, scores
 from ...algorithm.meta_training import Teacher, train_meta
 from ...algorithm.prototypes import split_held_out
 from ...algorithm.teacher import TeacherState, head_logits, heads_only
 from ...config import ExperimentConfig
-from ...models.tensors import head_of, to_weights
+from ...errors import RunError
+from ...models.tensors import head_of, to_weights, use_precision
 from ...records import DataFacts, Prototypes, Weights
-from ...seeding import seeded
+from ...seeding import seeded, stream
+from ..client_work import Bench
+
+#: (client, its model, its generator), in client order, one client in memory at a time.
+Sources = Iterable[tuple[int, Weights, Weights]]
+
+
+def experts_vote(bench: Bench, experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Tensor, Tensor], Tensor]:
+    """(images, features) -> the mean of the class experts' logits [B, C]: the "model group" without a meta model.
+
+    Experts speak as ``meta.input`` has it: heads on features, or whole models on images.
+    """
+    if bench.config.meta.input == "head":
+        logits = head_logits(experts, index)
+        return lambda images, features: logits(features).mean(1)
+    networks = [bench.classifier(weights).eval() for weights in experts]
+    return lambda images, features: torch.stack([network(images) for network in networks], 1)[:, index].mean(1)
+
+
+@torch.no_grad()
+def synthetic_set(
+    bench: Bench,
+    global_weights: Weights,
+    sources: Sources,
+    vote: Callable[[Tensor, Tensor], Tensor],
+    kept: Prototypes,
+    chunk: int = 500,
+) -> Prototypes:
+    """Features of synthetic images in the place of ``kept`` prototypes (ALGORITHM 4.2, seed experiment 3).
+
+    Each generator draws as many images as its client has prototypes, and each image stands for their mean size: the
+    sets are alike in number and in each client's weight, and differ in vectors and labels alone. Features are of the
+    model that made the prototypes; labels are the argmax of the client's model, or of ``vote``.
+    """
+    config, parts = bench.config, []
+    counts = np.bincount(kept.clients, minlength=config.partition.num_clients)
+    totals = np.bincount(kept.clients, kept.sizes, minlength=config.partition.num_clients)
+    backbone = bench.classifier(global_weights).eval()
+    by_client = config.prototypes.model == "client" and config.prototypes.rounds == "last"
+    for client_id, own_weights, generator_weights in sources:
+        count = int(counts[client_id])
+        if not count:
+            continue
+        own = bench.classifier(own_weights).eval()
+        generator = load_generator(config.generator, bench.facts, generator_weights).to(bench.device)
+        vectors, labels = [], []
+        for z in latents(generator, count, stream(config.seed, "meta/synthetic", client_id), bench.device).split(chunk):
+            with use_precision(config.runtime.precision, bench.device):
+                images = classifier_view(generator(z).float(), config.generator.gan_range, bench.facts)
+                features = (own if by_client else backbone).features(images).float()
+                logits = vote(images, features) if config.meta.data == "synthetic_vote" else own(images)
+            vectors.append(features.cpu().numpy())
+            labels.append(logits.argmax(1).cpu().numpy())
+        size = np.full(count, totals[client_id] / count, np.float32)
+        parts.append(Prototypes(np.concatenate(vectors), np.concatenate(labels), size, np.full(count, client_id)))
+        if not np.isfinite(parts[-1].vectors).all():
+            raise RunError("the features of its generator's images are not finite", client=client_id)
+    return Prototypes.concatenate(parts)
 
 
 def make_teacher(
@@ -28,8 +88,13 @@ def make_teacher(
     counts: np.ndarray,
     prototypes: Prototypes,
     progress: Callable[[int, dict[str, float]], None],
+    sources: Sources = (),
+    device: torch.device | str = "cpu",
 ) -> tuple[TeacherState, dict[str, float]]:
     """Experts from the clients' models, and the meta model trained on three quarters of the prototypes.
+
+    With ``meta.data`` = synthetic or synthetic_vote it is trained on images from ``sources`` instead, made on
+    ``device``; the last quarter of the prototypes judges and selects all the same.
 
     ``counts`` int64 [K, C]. With ``meta.input = head`` only heads are averaged: the experts read the global model's
     features, the very space the prototypes live in; with ``full`` whole models are (M6 has what that costs).
@@ -40,10 +105,14 @@ def make_teacher(
         fallback = None if fallback is None else heads_only(fallback)
     experts, index = form_experts(client_weights, counts, fallback)
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
+    figures: dict[str, float] = {}
+    if config.meta.data != "prototypes":
+        bench, real = Bench(config, facts, torch.device(device)), kept
+        kept = synthetic_set(bench, global_weights, sources, experts_vote(bench, tuple(experts), index), real)
+        figures["domain_auc"] = domain_auc(real.vectors, kept.vectors, config.seed)
     head = head_of(global_weights)
     with seeded(config.seed, "init", "meta"):
         teacher = Teacher(facts.num_classes, facts.num_classes, config.meta, head[0].shape[1])
-    figures: dict[str, float] = {}
     judged = held_out if len(held_out) else kept
     student = torch.tensor(judged.vectors) @ torch.tensor(head[0]).T + torch.tensor(head[1])
     figures["student_held_out_accuracy"] = scores(student, judged)[0]

@@ -1,0 +1,193 @@
+"""A sweep on disk: its plan, its trials and what has become of them, so that the same command resumes it.
+
+Layout below ``<storage>/sweeps/<name>/``: plan.json, trials/<trial>/ (a run's files each), results.parquet and .csv.
+A trial has ended when its summary.json says so; everything else can be made again from the store.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .config import ExperimentConfig, as_dict, check, flatten, override
+from .errors import RequestError
+
+if TYPE_CHECKING:
+    from .runtime.store import Store
+
+#: What summary.json says of a trial that is not run again. A failed one is tried again by the same command.
+ENDED = ("done", "stopped")
+
+#: How many differences between two plans are named.
+MOST_DIFFERENCES = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point with one seed. ``knobs``: what this point sets (the seed is not among them)."""
+
+    name: str
+    point: int
+    seed: int
+    knobs: dict[str, Any]
+    config: ExperimentConfig
+
+    @property
+    def label(self) -> str:
+        """The point and the seed in a few words."""
+        words = [f"{name.rpartition('.')[2]}={_short(value)}" for name, value in self.knobs.items()]
+        return " ".join([*(words or ["base"]), f"seed={self.seed}"])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def make_trials(
+    config: ExperimentConfig, points: Iterable[Mapping[str, Any]], seeds: Sequence[int], first: int = 0
+) -> list[Trial]:
+    """Every point with every seed, in order; ``RequestError`` names the point that cannot be."""
+    trials = []
+    for point, knobs in enumerate(points, first):
+        for seed in seeds:
+            try:
+                made = check(override(config, {**knobs, "seed": seed}))
+            except RequestError as error:
+                words = ", ".join(f"{name}={value}" for name, value in knobs.items())
+                raise RequestError(f"point {point} of the sweep ({words or 'the base'}): {error}") from None
+            trials.append(Trial(f"p{point:03d}s{seed}", point, seed, dict(knobs), made))
+    return trials
+
+
+def plan_name(facts: Mapping[str, Any]) -> str:
+    """The same request gives the same name, so that the same command resumes."""
+    from .runtime.store import stage_key
+
+    data = "".join(c if c.isalnum() else "_" for c in facts["base"]["data"]["name"].rpartition("/")[2])
+    space = "".join(c if c.isalnum() else "_" for c in facts["space"].rpartition("/")[2].removesuffix(".py"))
+    return f"{space}-{data}-{stage_key('sweep', 1, facts, []).rpartition('-')[2][:8]}"
+
+
+class Ledger:
+    """The files of the sweep ``name`` in ``store``."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name, self.place = store, name, f"sweeps/{name}"
+        self.session: str | None = None
+
+    def begin(self, facts: Mapping[str, Any], fresh: bool) -> None:
+        """Write plan.json, or find the same plan there. ``fresh`` moves what is there aside and begins anew.
+
+        ``RequestError`` for another plan under this name, and for files that are not whole.
+        """
+        facts = json.loads(json.dumps(facts))
+        old = self._plan()
+        if fresh and (old is not None or self.store.names(self.place)):
+            self._move_aside()
+            old = None
+        if old is None:
+            self.session = uuid.uuid4().hex if fresh else None
+            self._write("plan.json", {**facts, "session": self.session})
+            return
+        self.session = old.pop("session", None)
+        if old != facts:
+            differs = _differences(old, facts)
+            more = f" and {len(differs) - MOST_DIFFERENCES} more" if len(differs) > MOST_DIFFERENCES else ""
+            raise RequestError(
+                f"--name {self.name}: that sweep has another plan ({'; '.join(differs[:MOST_DIFFERENCES])}{more}); "
+                "take another --name, or --fresh, which moves it aside"
+            )
+
+    def ended(self, trial: Trial) -> dict[str, Any] | None:
+        """The summary of a trial that need not run again."""
+        summary = self.summary(trial.name)
+        if summary is None or summary.get("status") not in ENDED:
+            return None
+        return summary if _same(summary, trial.config) else None
+
+    def summary(self, trial: str) -> dict[str, Any] | None:
+        """What summary.json of ``trial`` says; None where there is none yet."""
+        return self._read(f"trials/{trial}/summary.json")
+
+    def folder(self, trial: str) -> str:
+        """The place of a trial's files in the store."""
+        return f"{self.place}/trials/{trial}"
+
+    def record(self, trial: Trial, **facts: Any) -> dict[str, Any]:
+        """The end of a trial that could not write its own summary (it died, or was stopped)."""
+        known = self.summary(trial.name) or {}
+        base = {"method": trial.config.method, "seed": trial.seed, "config": as_dict(trial.config)}
+        summary = {**base, **(known if known.get("status") == facts.get("status") else {}), **facts}
+        self._write(f"trials/{trial.name}/summary.json", summary)
+        return summary
+
+    def _plan(self) -> dict[str, Any] | None:
+        return self._read("plan.json")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.store.read(f"{self.place}/{name}"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            found = None
+        except OSError as error:
+            raise RequestError(f"--storage {self.store.uri}: {self.place}/{name}: {error.strerror or error}") from None
+        if not isinstance(found, dict):
+            raise RequestError(
+                f"--name {self.name}: {self.store.uri}/{self.place}/{name} is not whole; remove that file (results are "
+                "found again in the store), or give --fresh or another --name"
+            )
+        return found
+
+    def _write(self, name: str, facts: Mapping[str, Any]) -> None:
+        self.store.write(f"{self.place}/{name}", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def _move_aside(self) -> None:
+        number = 1
+        while self.store.names(aside := f"{self.place}.{number}"):
+            number += 1
+        try:
+            self.store.move(self.place, aside)
+        except (OSError, NotImplementedError) as error:
+            raise RequestError(
+                f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"
+            ) from None
+
+
+def _same(summary: Mapping[str, Any], config: ExperimentConfig) -> bool:
+    """Whether a summary is of ``config``."""
+    try:
+        return override(ExperimentConfig(), summary["config"]) == config
+    except (RequestError, KeyError, TypeError, AttributeError):
+        return False  # of a version with other knobs
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two plans, in words: ``samples 16 there, 8 here``."""
+    found = []
+    for name in sorted({*old, *new} - {"base"}):
+        if old.get(name) != new.get(name):
+            found.append(f"{name} {_brief(old.get(name))} there, {_brief(new.get(name))} here")
+    left, right = _knobs(old), _knobs(new)
+    found += [
+        f"{name} = {_brief(left.get(name))} there, {_brief(right.get(name))} here"
+        for name in sorted({*left, *right})
+        if left.get(name) != right.get(name)
+    ]
+    return found
+
+
+def _knobs(plan: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return flatten(override(ExperimentConfig(), plan["base"]))
+    except (RequestError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,395 @@
+"""A sweep's results: one row a trial as parquet and csv, the closing table, and TensorBoard's HParams view.
+
+Configurations are chosen by ``selection`` (validation images, or held-out prototypes), never by test accuracy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..config import KNOBS, _flat
+from ..errors import RequestError, RunError
+from ..records import STAGES
+from .tables import MOST_FINDINGS, _places, _seconds, _table
+
+#: Whose accuracies a trial reports, in the order of the run's own closing table.
+ROLES = ("initial", "teacher", "distilled", "final", "control")
+
+#: More configurations than this in a section of the closing table are left to results.csv.
+MOST_POINTS = 10
+
+#: What TensorBoard compares trials by, and the column of each.
+HPARAM_METRICS = {
+    "accuracy/final": "accuracy_final", "accuracy/control": "accuracy_control", "accuracy/gain": "gain",
+    "selection": "selection",
+}  # fmt: skip
+
+#: Sorts after the trial's own event file, which TensorBoard therefore reads first; one name, so that again replaces.
+HPARAMS_FILE = "events.out.tfevents.9999999999.hparams"
+
+Row = dict[str, Any]
+Point = list[Row]  # the finished trials of one configuration
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended: ``knobs`` are the swept ones alone, ``summary`` is the content of summary.json."""
+
+    trial: str
+    point: int
+    seed: int
+    knobs: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _schema() -> pa.Schema:
+    """Every column, whatever the rows hold; a list of numbers is JSON text."""
+    types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    whole, number, text, flag = pa.int64(), pa.float64(), pa.string(), pa.bool_()
+    columns = {
+        "trial": text, "point": whole, "seed": whole, "status": text,
+        "error": text, "error_stage": text, "error_round": whole, "error_client": whole,
+    }  # fmt: skip
+    columns |= {name: types.get(knob.type, text) for name, knob in KNOBS.items() if name not in columns}
+    columns |= {f"accuracy_{role}": number for role in ROLES} | {f"validation_{role}": number for role in ROLES}
+    columns |= {"selection_metric": text, "selection": number, "gain": number}
+    columns |= {f"seconds_{stage}": number for stage in STAGES} | {f"cached_{stage}": flag for stage in STAGES}
+    columns |= {"waited_seconds": number, "communication_uplink": whole, "communication_downlink": whole}
+    return pa.schema(list((columns | {"health": text}).items()))
+
+
+SCHEMA = _schema()
+
+#: Columns that tell how long it took and who computed what; two sweeps of one plan agree in all others.
+NOT_REPRODUCIBLE = (
+    *(f"seconds_{stage}" for stage in STAGES), *(f"cached_{stage}" for stage in STAGES), "waited_seconds",
+)  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _row(result: TrialResult) -> Row:
+    """A trial under the names of ``SCHEMA``; what its summary does not tell is None."""
+    summary, row = result.summary, dict.fromkeys(SCHEMA.names)
+    for name, value in (dict(result.knobs) | _flat(summary.get("config") or {})).items():
+        if name in KNOBS:  # a summary of another version may name others
+            row[name] = json.dumps(list(value)) if isinstance(value, list | tuple) else value
+    row |= {"trial": result.trial, "point": result.point, "seed": result.seed}
+    row |= {what: summary.get(what) for what in ("status", "error")}
+    row |= {f"error_{what}": summary.get(what) for what in ("stage", "round", "client")}
+    for column, kind in (("accuracy", "accuracy"), ("validation", "validation_accuracy")):
+        row |= {f"{column}_{role}": _finite((summary.get(kind) or {}).get(role)) for role in ROLES}
+    if None not in (row["accuracy_final"], row["accuracy_control"]):
+        row["gain"] = row["accuracy_final"] - row["accuracy_control"]
+    selection = summary.get("selection") or {}
+    row |= {"selection_metric": selection.get("metric"), "selection": _finite(selection.get("value"))}
+    stages = {name: facts for name, facts in (summary.get("stages") or {}).items() if name in STAGES}
+    row |= {f"seconds_{name}": facts.get("computed_seconds") for name, facts in stages.items()}
+    row |= {f"cached_{name}": facts.get("cached") for name, facts in stages.items()}
+    if stages:
+        row["waited_seconds"] = float(sum(facts.get("waited_seconds") or 0.0 for facts in stages.values()))
+    for way, kinds in (summary.get("communication_bytes") or {}).items():
+        row[f"communication_{way}"] = sum(kinds.values())
+    if "health" in summary:
+        row["health"] = ",".join(sorted({finding["code"] for finding in summary["health"]}))
+    return row
+
+
+def _rows(results: Iterable[TrialResult]) -> list[Row]:
+    return [_row(result) for result in sorted(results, key=lambda result: (result.point, result.seed))]
+
+
+def results_table(results: Iterable[TrialResult]) -> pa.Table:
+    """One row a trial, by point and seed, in the columns of ``SCHEMA``. Seconds are those of who computed the stage."""
+    return pa.Table.from_pylist(_rows(results), schema=SCHEMA)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Written beside and renamed into place."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.partial")
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}") from error
+
+
+def write_results(table: pa.Table, folder: Path) -> None:
+    """results.csv and results.parquet in ``folder``: each is the old one or the new one, never half of it."""
+    as_csv, as_parquet = pa.BufferOutputStream(), pa.BufferOutputStream()
+    pc.write_csv(table, as_csv)
+    pq.write_table(table, as_parquet, write_page_checksum=True)
+    _replace(folder / "results.csv", as_csv.getvalue().to_pybytes())
+    _replace(folder / "results.parquet", as_parquet.getvalue().to_pybytes())
+
+
+def read_results(path: Path) -> pa.Table:
+    """results.parquet as it was written; ``RequestError`` where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
+    try:
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table.validate(full=True)
+    except (OSError, ValueError, pa.ArrowException):
+        table = pa.table({})
+    if not {"trial", "point", "seed", "status"} <= set(table.column_names):
+        raise RequestError(
+            f"{path}: damaged, half written or no sweep's results; remove it and give the same command again "
+            "(it is made again from the trials), or add --fresh"
+        )
+    return table
+
+
+# --- the closing table -----------------------------------------------------------------------------------------------
+
+
+def sweep_table(
+    results: Iterable[TrialResult], conditions: Sequence[str], swept: Sequence[str], folder: str | None = None
+) -> RenderableType:
+    """The best configurations under each of the ``conditions``, what trials shared, what failed, where the files are.
+
+    ``swept``: dotted names of the knobs that differ; those that are ``conditions`` (omega) describe the problem, so
+    that the others are compared within each of their values. ``folder``: the sweep's, for ``tensorboard --logdir``.
+    Print it with ``crop=False``: paths are never broken.
+    """
+    return _SweepTable(_rows(results), tuple(conditions), tuple(name for name in swept if name != "seed"), folder)
+
+
+@dataclass(frozen=True)
+class _SweepTable:
+    """Laid out when it is printed: only then are the width and the alphabet known."""
+
+    rows: list[Row]
+    conditions: tuple[str, ...]
+    swept: tuple[str, ...]
+    folder: str | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        finished: dict[int, Point] = {row["point"]: [] for row in self.rows}
+        for row in self.rows:
+            finished[row["point"]] += [row] if row["status"] == "done" else []
+        ends = Counter(row["status"] for row in self.rows)
+        words = {"done": "done", "stopped": "stopped early", "failed": "failed"}
+        told = ", ".join(f"{ends[status]} {word}" for status, word in words.items() if ends[status]) or "none ended"
+        yield Text(f"configurations {len(finished)}, trials {len(self.rows)}: {told}")
+        if points := [point for point in finished.values() if point]:
+            sign = "+-" if options.ascii_only else "±"
+            layout = _Layout(max(map(len, points)), sign, options.max_width)
+            spread = f", mean {sign} sd of {layout.seeds} seeds" if layout.seeds > 1 else ""
+            yield Text(f"percent{spread}; gain = final - control, all three on test images")
+            for title, columns, section in self._sections(points):
+                yield from ("", Text(title, style="bold"), *layout.section(section, columns))
+        if (shared := _shared(self.rows)).row_count:
+            yield from ("", shared)
+        if failed := [row for row in self.rows if row["status"] == "failed"]:
+            yield from ("", *_failures(failed))
+        if self.folder is not None:
+            yield from ("", *_places({"run": self.folder, "tensorboard": self.folder}))
+
+    def _sections(self, points: list[Point]) -> Iterator[tuple[str, list[str], list[Point]]]:
+        """Title, the knobs to show and the points, best first, of each set of conditions."""
+        if set(self.swept) <= set(self.conditions):
+            yield "in order: under each condition there is one configuration", list(self.swept), points
+            return
+        sections: dict[tuple[Any, ...], list[Point]] = {}
+        for point in points:
+            sections.setdefault(tuple(point[0][name] for name in self.conditions), []).append(point)
+        columns = [name for name in self.swept if name not in self.conditions]
+        for values, section in sections.items():
+            ordered, choice = _ordered(section)
+            under = [f"{name} = {_show(value)}" for name, value in zip(self.conditions, values, strict=True)]
+            yield ", ".join([*under, choice]), columns, ordered
+
+
+def _ordered(points: list[Point]) -> tuple[list[Point], str]:
+    """Best first by mean selection, and by what; in their order where that does not compare them all."""
+    rows = [row for point in points for row in point]
+    metrics = {row["selection_metric"] for row in rows}
+    if any(row["selection"] is None for row in rows):
+        return points, "nothing was chosen: selection values are missing"
+    if len(metrics) > 1:
+        return points, "nothing was chosen: selection metrics differ"
+    best = sorted(points, key=lambda point: -fmean(row["selection"] for row in point))
+    return best, f"best by {metrics.pop()} (selection)"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """``seeds``: of the points where most finished; ``deviation``: the sign before one; ``width`` in characters."""
+
+    seeds: int
+    deviation: str
+    width: int
+
+    def section(self, points: list[Point], knobs: list[str]) -> Iterator[RenderableType]:
+        """The first of ``points``; a column for each of the ``knobs`` where they fit, else all in one."""
+        shown = points[:MOST_POINTS]
+        names = [point[0]["trial"].rpartition("s")[0] for point in shown]
+        fewer = [f"{name} {len(point)}" for name, point in zip(names, shown, strict=True) if len(point) < self.seeds]
+        names = [name if len(point) == self.seeds else f"{name}*" for name, point in zip(names, shown, strict=True)]
+        reached = {
+            "selection": [self._spread(point, "selection") for point in shown],
+            "final": [self._spread(point, "accuracy_final") for point in shown],
+            "control": [self._spread(point, "accuracy_control") for point in shown],
+            "gain": [self._spread(point, "gain", "+") for point in shown],
+        }
+        short = _short(knobs)
+        columns = {short[knob]: [_show(point[0][knob]) for point in shown] for knob in knobs} | reached
+        widths = [max(map(len, [head, *cells])) for head, cells in [("point", names), *columns.items()]]
+        if sum(widths) + 2 * len(columns) > self.width:
+            common = _common(points, knobs)
+            told = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in shown]
+            columns = reached | {"configuration": [_knobs(values, short) or "-" for values in told]}
+            if common:
+                yield Text(f"where nothing else is said: {_knobs(common, short)}")
+        table = _table("point", *columns)
+        if "configuration" in columns:
+            table.columns[-1].justify = "left"
+        for name, *cells in zip(names, *columns.values(), strict=True):
+            table.add_row(Text(name), *map(Text, cells))
+        yield table
+        if fewer:
+            yield Text(f"* seeds finished: {', '.join(fewer)} of {self.seeds}")
+        if len(points) > MOST_POINTS:
+            yield Text(f"and {len(points) - MOST_POINTS} more in results.csv")
+
+    def _spread(self, point: Point, column: str, sign: str = "") -> str:
+        """Mean and sample standard deviation over the point's seeds, in percent."""
+        values = [100 * row[column] for row in point if row[column] is not None]
+        if not values:
+            return "-"
+        return f"{fmean(values):{sign}.1f}" + (f" {self.deviation}{stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _show(value: Any) -> str:
+    """A knob's value for a person; results.parquet has all its digits."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _short(knobs: Sequence[str]) -> dict[str, str]:
+    """The last part of each dotted name, where no other has the same."""
+    last = {knob: knob.rpartition(".")[2] for knob in knobs}
+    count = Counter(last.values())
+    return {knob: leaf if count[leaf] == 1 else knob for knob, leaf in last.items()}
+
+
+def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    return ", ".join(f"{short[knob]}={_show(value)}" for knob, value in values.items())
+
+
+def _common(points: list[Point], knobs: Sequence[str]) -> dict[str, Any]:
+    """Values that more than three quarters of the points share, as in an ablation."""
+    most = {knob: Counter(point[0][knob] for point in points).most_common(1)[0] for knob in knobs}
+    return {knob: value for knob, (value, count) in most.items() if 4 * count > 3 * len(points)}
+
+
+def _shared(rows: list[Row]) -> Table:
+    """How often each stage was computed and how often it was found, and what that cost and spared."""
+    table = _table("stage", "computed", "found", "seconds spent", "seconds saved")
+    for stage in STAGES:
+        cost: dict[bool, list[float]] = {False: [], True: []}
+        for row in rows:
+            if (cached := row[f"cached_{stage}"]) is not None:
+                cost[cached].append(row[f"seconds_{stage}"] or 0.0)
+        if cost[False] or cost[True]:
+            counts = (str(len(cost[cached])) for cached in (False, True))
+            table.add_row(stage, *counts, *(_seconds(sum(cost[cached])) for cached in (False, True)))
+    return table
+
+
+def _failures(rows: list[Row]) -> list[RenderableType]:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("failed", no_wrap=True)
+    table.add_column("where")
+    table.add_column("", overflow="fold")
+    for row in rows[:MOST_FINDINGS]:
+        places = {what: row[f"error_{what}"] for what in ("stage", "round", "client")}
+        where = ", ".join(f"{what} {value}" for what, value in places.items() if value is not None)
+        message = " ".join((row["error"] or "").removeprefix(f"{where}: ").split())
+        table.add_row(Text(row["trial"]), Text(where or "-"), Text(message))
+    left = len(rows) - MOST_FINDINGS
+    return [table, Text(f"and {left} more in results.csv")] if left > 0 else [table]
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def write_hparams(writer_folder: Path, result: TrialResult, swept: Sequence[str]) -> None:
+    """The trial as a session of TensorBoard's HParams view, in ``writer_folder``, beside its curves.
+
+    Every trial carries the same experiment (which knobs and metrics there are, and their types), as TensorBoard reads
+    whichever it meets first. Again replaces.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    row, now = _row(result), time.time()
+    number, text = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_STRING
+    types = {int: number, float: number, bool: api_pb2.DATA_TYPE_BOOL}
+    knobs = list(dict.fromkeys([*swept, "seed"]))
+    experiment = api_pb2.Experiment(
+        hparam_infos=[
+            api_pb2.HParamInfo(name=name, type=types.get(KNOBS[name].type, text), differs=True) for name in knobs
+        ],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in HPARAM_METRICS],
+    )
+    start = plugin_data_pb2.SessionStartInfo(start_time_secs=now)
+    for name in knobs:
+        if isinstance(row[name], bool):
+            start.hparams[name].bool_value = row[name]
+        elif isinstance(row[name], int | float):
+            start.hparams[name].number_value = row[name]
+        elif row[name] is not None:
+            start.hparams[name].string_value = row[name]
+    status = api_pb2.STATUS_FAILURE if row["status"] == "failed" else api_pb2.STATUS_SUCCESS
+    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
+
+    told = {
+        metadata.EXPERIMENT_TAG: plugin_data_pb2.HParamsPluginData(experiment=experiment),
+        metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start),
+        metadata.SESSION_END_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_end_info=end),
+    }
+    summaries = [
+        Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR)
+        for tag, data in told.items()
+    ]
+    reached = {tag: row[column] for tag, column in HPARAM_METRICS.items() if row[column] is not None}
+    summaries += [Summary.Value(tag=tag, simple_value=value) for tag, value in reached.items()]
+    file = io.BytesIO()
+    writer = RecordWriter(file)
+    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    writer.write(Event(wall_time=now, summary=Summary(value=summaries)).SerializeToString())
+    _replace(writer_folder / HPARAMS_FILE, file.getvalue())
