@@ -140,7 +140,7 @@ def config_of(
 ) -> ExperimentConfig:
     """The config that a command line asks for; ``options`` are keys of ``KNOB_OF_OPTION``, values as typed.
 
-    ``base``: knobs between the preset and the file (a sweep plan's).
+    ``base``: knobs between the preset and the file (a sweep plan's), and perhaps a ``preset``.
     """
     file = dict(base or {}) | (read_toml(config) if config else {})
     if preset is not None:
@@ -180,21 +180,25 @@ def _count(option: str, word: str | None) -> int | None:
     """A whole number above 0, as typed."""
     if word is None:
         return None
-    if not (word.isascii() and word.isdigit() and 0 < int(word) <= 1_000_000):
-        raise RequestError(f"--{option} {word}: it takes a whole number of at least 1")
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", word):
+        raise RequestError(f"--{option} {word}: it takes a whole number, at least 1 and below a million")
     return int(word)
 
 
-def _seeds(word: str | None, seed: str | None) -> tuple[int, ...]:
-    """``0,1,2`` as seeds; nothing where none are asked for."""
+def _seeds(word: str | None, seed: int | None) -> tuple[int, ...]:
+    """``0,1,2`` as seeds, or the one ``seed`` that was typed; nothing where none are asked for."""
     if word is None:
-        return ()
+        return () if seed is None else (seed,)
     if seed is not None:
-        raise RequestError(f"--seeds {word}: --seed {seed} says otherwise; give one of them")
+        raise RequestError(f"--seeds {word}: the seed is said to be {seed} as well; give one of them")
     parts = [part.strip() for part in word.split(",")]
-    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+    seeds = [int(part) for part in parts if re.fullmatch("[0-9]{1,10}", part)]
+    if len(set(seeds)) < len(parts):
         raise RequestError(f"--seeds {word}: it takes whole numbers, each once, such as 0,1,2")
-    return tuple(check_value("seed", int(part)) for part in parts)
+    try:
+        return tuple(check_value("seed", seed) for seed in seeds)
+    except RequestError as error:
+        raise RequestError(f"--seeds {word}: {error}") from None
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
@@ -279,12 +283,16 @@ def sweep(
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
     named, plan = load_space(space)
     check_space(named, plan)
-    words["preset"] = words["preset"] or plan.preset or None
-    config = config_of(**words, base=sweep_launch.SWEEP_BASE | dict(plan.base))
+    preset = {"preset": plan.preset} if plan.preset else {}
+    config = config_of(**words, base=sweep_launch.SWEEP_BASE | preset | dict(plan.base))
+    one_seed = words["seed"] is not None or any(item.partition("=")[0].strip() == "seed" for item in words["sets"])
     request = sweep_launch.Request(
-        config, named, plan, search=search or "", samples=_count("samples", samples), seeds=_seeds(seeds, words["seed"]),
-        scheduler=scheduler, max_concurrent=_count("max-concurrent", max_concurrent),
+        config, named, plan, search=search or "", samples=_count("samples", samples),
+        seeds=_seeds(seeds, config.seed if one_seed else None), scheduler=scheduler,
+        max_concurrent=_count("max-concurrent", max_concurrent),
     )  # fmt: skip
+    if dry_run and as_json:
+        raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
     if dry_run:
         for part in sweep_launch.dry_run(request, storage, name, address):
             _console().print(part, crop=False, soft_wrap=isinstance(part, str))

@@ -97,14 +97,16 @@ def execute(
     _write(folder / "config.toml", to_toml(config).encode())
     if command:
         _write(folder / "command.txt", (shlex.join(command) + "\n").encode())
+    log: dict[str, dict[str, Any]] = {}
     try:
         for _ in range(MAX_REPAIRS):
+            log.clear()
             try:
                 with _log(folder) if log_file else contextlib.nullcontext() as stream, Tracker(
                     folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
                 ) as tracker:
                     store.say = tracker.warn
-                    summary, student = _run_once(config, dataset, store, tracker, hosts, folder)
+                    summary, student = _run_once(config, dataset, store, tracker, hosts, folder, log)
                 break
             except CorruptResult as damaged:  # it went bad after it was looked up
                 store.discard(damaged.key)
@@ -122,7 +124,7 @@ def execute(
     except (RequestError, KeyboardInterrupt):
         raise
     except Exception as error:
-        failure = _failure(error, folder, config)
+        failure = _failure(error, folder, config, log)
         if not local:
             with contextlib.suppress(OSError, RunError):  # the storage may be what failed
                 store.upload(folder, place)
@@ -143,9 +145,15 @@ def check_name(name: str | None, below: str) -> None:
 
 
 def _run_once(
-    config: ExperimentConfig, dataset: Dataset, store: Store, tracker: Tracker, hosts: Hosts, folder: Path
+    config: ExperimentConfig,
+    dataset: Dataset,
+    store: Store,
+    tracker: Tracker,
+    hosts: Hosts,
+    folder: Path,
+    log: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], Weights]:
-    """The experiment on its hosts, and the summary of it."""
+    """The experiment on its hosts, and the summary of it; ``log`` is filled stage by stage."""
     import torch
 
     from .experiment import run_experiment
@@ -154,7 +162,7 @@ def _run_once(
 
     torch.set_num_threads(config.runtime.driver_threads)
     device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-    run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker)
+    run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker, log=log)
     run.cohort = hosts.cohort(config, dataset.facts, run.shard, tracker.say)
     try:
         results = run_experiment(run, lambda task, report: hosts.distil(task, report, str(folder / "train")))
@@ -181,6 +189,7 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         "validation_accuracy": results["validation_accuracy"],
         "selection": _selection(results),
         "per_class_accuracy": results["per_class_accuracy"],
+        "calibration": results["calibration"],
         "stages": {name: run.log[name] for name in STAGES if name in run.log},
         "communication_bytes": traffic,
         "health": [finding.as_dict() for finding in run.findings],
@@ -210,7 +219,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _failure(error: Exception, folder: Path, config: ExperimentConfig) -> RunError:
+def _failure(error: Exception, folder: Path, config: ExperimentConfig, log: Mapping[str, Any]) -> RunError:
     """``error`` as one line with its address; the whole story goes to error.log, and summary.json says "failed"."""
     if isinstance(error, RunError):
         failure = error
@@ -221,7 +230,7 @@ def _failure(error: Exception, folder: Path, config: ExperimentConfig) -> RunErr
     facts = {
         "status": "failed", "error": str(failure), "stage": failure.stage, "round": failure.round,
         "client": failure.client, "method": config.method, "seed": config.seed, "config": as_dict(config),
-        "versions": _versions(),
+        "versions": _versions(), "stages": dict(log),
     }  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed
         _write(folder / "error.log", "".join(traceback.format_exception(error)).encode())

@@ -7,12 +7,14 @@ A trial has ended when its summary.json says so; everything else can be made aga
 from __future__ import annotations
 
 import json
+import re
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import ExperimentConfig, as_dict, check, flatten, override
+from .config import ExperimentConfig, _flat, as_dict, check, override
 from .errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,11 +40,16 @@ class Trial:
     @property
     def label(self) -> str:
         """The point and the seed in a few words."""
-        words = [f"{name.rpartition('.')[2]}={_short(value)}" for name, value in self.knobs.items()]
+        leaf = {name: name.rpartition(".")[2] for name in self.knobs}
+        count = Counter(leaf.values())
+        names = [name if count[leaf[name]] > 1 else leaf[name] for name in self.knobs]
+        words = [f"{name}={_short(value)}" for name, value in zip(names, self.knobs.values(), strict=True)]
         return " ".join([*(words or ["base"]), f"seed={self.seed}"])
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -84,17 +91,18 @@ class Ledger:
         ``RequestError`` for another plan under this name, and for files that are not whole.
         """
         facts = json.loads(json.dumps(facts))
-        old = self._plan()
-        if fresh and (old is not None or self.store.names(self.place)):
+        if fresh:
             self._move_aside()
-            old = None
+        old = self._read("plan.json")
+        for trial in self._names("trials"):
+            if re.fullmatch(r"p\d+s\d+", trial):
+                self.summary(trial)  # a damaged one is found out now, not once trials run
         if old is None:
             self.session = uuid.uuid4().hex if fresh else None
             self._write("plan.json", {**facts, "session": self.session})
             return
         self.session = old.pop("session", None)
-        if old != facts:
-            differs = _differences(old, facts)
+        if differs := _differences(old, facts):
             more = f" and {len(differs) - MOST_DIFFERENCES} more" if len(differs) > MOST_DIFFERENCES else ""
             raise RequestError(
                 f"--name {self.name}: that sweep has another plan ({'; '.join(differs[:MOST_DIFFERENCES])}{more}); "
@@ -124,8 +132,11 @@ class Ledger:
         self._write(f"trials/{trial.name}/summary.json", summary)
         return summary
 
-    def _plan(self) -> dict[str, Any] | None:
-        return self._read("plan.json")
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return self.store.names(f"{self.place}/{folder}")
+        except OSError as error:
+            raise self._unreadable(folder, error) from None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
@@ -135,7 +146,7 @@ class Ledger:
         except (ValueError, RecursionError):
             found = None
         except OSError as error:
-            raise RequestError(f"--storage {self.store.uri}: {self.place}/{name}: {error.strerror or error}") from None
+            raise self._unreadable(name, error) from None
         if not isinstance(found, dict):
             raise RequestError(
                 f"--name {self.name}: {self.store.uri}/{self.place}/{name} is not whole; remove that file (results are "
@@ -143,14 +154,21 @@ class Ledger:
             )
         return found
 
+    def _unreadable(self, name: str, error: OSError) -> RequestError:
+        from .runtime.files import reason
+
+        return RequestError(f"--storage {self.store.uri}: {self.place}/{name} cannot be read: {reason(error)}")
+
     def _write(self, name: str, facts: Mapping[str, Any]) -> None:
         self.store.write(f"{self.place}/{name}", (json.dumps(facts, indent=1) + "\n").encode())
 
     def _move_aside(self) -> None:
         number = 1
-        while self.store.names(aside := f"{self.place}.{number}"):
-            number += 1
         try:
+            if not self.store.names(self.place):
+                return
+            while self.store.names(aside := f"{self.place}.{number}"):
+                number += 1
             self.store.move(self.place, aside)
         except (OSError, NotImplementedError) as error:
             raise RequestError(
@@ -168,26 +186,25 @@ def _same(summary: Mapping[str, Any], config: ExperimentConfig) -> bool:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two plans, in words: ``samples 16 there, 8 here``."""
-    found = []
-    for name in sorted({*old, *new} - {"base"}):
-        if old.get(name) != new.get(name):
-            found.append(f"{name} {_brief(old.get(name))} there, {_brief(new.get(name))} here")
-    left, right = _knobs(old), _knobs(new)
-    found += [
-        f"{name} = {_brief(left.get(name))} there, {_brief(right.get(name))} here"
-        for name in sorted({*left, *right})
+    left, right = _told(old), _told(new)
+    return [
+        f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
+        for name in dict.fromkeys([*right, *left])
         if left.get(name) != right.get(name)
     ]
-    return found
 
 
-def _knobs(plan: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return flatten(override(ExperimentConfig(), plan["base"]))
-    except (RequestError, KeyError, TypeError, AttributeError):
-        return {}
+def _told(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's facts one by one, points last: they often differ because another fact does."""
+    parts = {name: plan.get(name) for name in ("base", "knobs", "points")}
+    told = {name: value for name, value in plan.items() if name not in parts}
+    points = parts["points"] if isinstance(parts["points"], list) else []
+    told |= _flat(parts["base"]) if isinstance(parts["base"], Mapping) else {}
+    told |= {f"space's {name}": value for name, value in _flat({"knobs": parts["knobs"]}).items()}
+    told["number of points"] = len(points) or None
+    return told | _flat({f"point {number}": point for number, point in enumerate(points)})
 
 
 def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."

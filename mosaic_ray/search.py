@@ -7,15 +7,16 @@ function of the plan alone, whatever the number of concurrent trials, killed and
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any, Protocol
 
-from .config import KNOBS
+from .config import KNOBS, ExperimentConfig, check_value
+from .errors import RequestError
 from .ledger import Trial, make_trials
 from .seeding import derive
-from .spaces import Choice, SweepPlan, conditions
+from .spaces import Choice, Range, SweepPlan, conditions, describe, grid_points
 
 #: Points under way at once, per condition, that a later point may know nothing of.
 LAG = 2
@@ -50,16 +51,18 @@ class Listed:
 class Optuna:
     """A TPE study per condition (per omega, say): a study over omegas would only find out which problem is easiest."""
 
-    def __init__(self, plan: SweepPlan, samples: int, seeds: Sequence[int], base: Any) -> None:
-        import optuna
+    def __init__(self, plan: SweepPlan, samples: int, seeds: Sequence[int], base: ExperimentConfig) -> None:
+        try:
+            import optuna
+        except ImportError:
+            raise RequestError(
+                "--search optuna: the package optuna is not installed; `pip install optuna`, or take --search random"
+            ) from None
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._base, self._seeds, self._samples = base, tuple(seeds), samples
+        self._base, self._seeds, self._samples, self._names = base, tuple(seeds), samples, tuple(plan.knobs)
         self.total = samples * len(self._seeds)
-        fixed = conditions(tuple(plan.knobs))
-        axes = [plan.knobs[name].values for name in fixed]
-        self._conditions = [dict(zip(fixed, values, strict=True)) for values in itertools.product(*axes)]
-        self._domains = {name: domain for name, domain in plan.knobs.items() if name not in fixed}
+        self._conditions, self._domains = problems(plan), searched(plan)
         self._space = {name: _distribution(name, domain) for name, domain in self._domains.items()}
         count, per_study = len(self._conditions), -(-samples // len(self._conditions))
         self._studies = [
@@ -87,8 +90,8 @@ class Optuna:
             condition = self._conditions[point % len(self._conditions)]
             asked = self._studies[point % len(self._studies)].ask(self._space)
             self._asked.append(asked)
-            knobs = condition | {name: self._value(name, value) for name, value in asked.params.items()}
-            self._ready = make_trials(self._base, [knobs], self._seeds, point)
+            found = condition | {name: self._value(name, value) for name, value in asked.params.items()}
+            self._ready = make_trials(self._base, [{name: found[name] for name in self._names}], self._seeds, point)
         return self._ready.pop(0)
 
     def ended(self, trial: Trial, selection: float | None) -> None:
@@ -98,8 +101,9 @@ class Optuna:
     def _value(self, name: str, found: Any) -> Any:
         domain = self._domains[name]
         if isinstance(domain, Choice):
-            return domain.values[found]
-        return found if isinstance(found, int) else float(f"{found:.6g}")  # what is shown is what was run
+            return check_value(name, domain.values[found])
+        rounded = found if isinstance(found, int) else float(f"{found:.6g}")  # what is shown is what was run
+        return check_value(name, min(max(rounded, domain.low), domain.high))
 
     def _catch_up(self, point: int) -> bool:
         """Tell the point's study of its points up to ``LAG`` before this one; False where one of them is under way."""
@@ -121,7 +125,31 @@ class Optuna:
         return True
 
 
-def _distribution(name: str, domain: Any) -> Any:
+def problems(plan: SweepPlan) -> list[dict[str, Any]]:
+    """Every combination of the knobs that set the problem: they are dealt in turn, never searched."""
+    fixed = {name: plan.knobs[name] for name in conditions(plan.knobs)}
+    for name, domain in fixed.items():
+        if not isinstance(domain, Choice) and not domain.grid:
+            raise RequestError(
+                f"--search optuna: {name} is a range ({describe(domain)}) without a grid, but it sets the problem, so "
+                "its values are dealt in turn, not searched; give it a Choice, or take --search random"
+            )
+    return grid_points(replace(plan, knobs=fixed))
+
+
+def searched(plan: SweepPlan) -> dict[str, Choice | Range]:
+    """The knobs that do not set the problem."""
+    fixed = conditions(plan.knobs)
+    found = {name: domain for name, domain in plan.knobs.items() if name not in fixed}
+    if not found:
+        raise RequestError(
+            f"--search optuna: it does not search what sets the problem ({', '.join(fixed)}), and the space has no other "
+            "knobs; take --search grid"
+        )
+    return found
+
+
+def _distribution(name: str, domain: Choice | Range) -> Any:
     import optuna
 
     if isinstance(domain, Choice):

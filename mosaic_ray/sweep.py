@@ -106,7 +106,14 @@ def run_trial(knobs: dict[str, Any], job: Job) -> None:
 # --- what Tune asks --------------------------------------------------------------------------------------------------
 
 
-class _Points(Searcher):
+class _Unsaved:
+    """Tune pickles its parts while it runs; what these hold cannot be, and need not: the ledger is what resumes."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Points(_Unsaved, Searcher):
     """Tune's view of the feed."""
 
     def __init__(self, feed: Feed, trials: dict[str, Trial]) -> None:
@@ -127,7 +134,7 @@ class _Points(Searcher):
         """The feed hears of it through ``_Follow``."""
 
     def save(self, checkpoint_path: str) -> None:
-        """A sweep resumes from its ledger."""
+        """Nothing: see ``_Unsaved``."""
 
     restore = save
 
@@ -153,12 +160,12 @@ class HalvingByCondition(FIFOScheduler):
         self._of[trial.trial_id].on_trial_add(tune_controller, trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if "score" not in result or "status" in result:
-            return TrialScheduler.CONTINUE
+        if "score" not in result or "status" in result or result["rung"] >= self._last_rung:
+            return TrialScheduler.CONTINUE  # stopped at its last round, a trial would save nothing and tell nothing
         return self._of[trial.trial_id].on_trial_result(tune_controller, trial, result)
 
 
-class _Follow(Callback):
+class _Follow(_Unsaved, Callback):
     """Tells the feed what becomes of its trials, and writes down the ends that a trial could not."""
 
     def __init__(self, feed: Feed, ledger: Ledger, trials: dict[str, Trial]) -> None:
@@ -232,7 +239,8 @@ def run_trials(
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each failure is told by the ledger, in one line
     trials: dict[str, Trial] = {}
-    pool = start_hosts(resources.host, {n.name: c for n, c in zip(nodes, resources.hosts, strict=True) if c})
+    counts = {node.name: count for node, count in zip(nodes, resources.hosts, strict=True) if count}
+    pool = start_hosts(resources.host, counts) if counts else []  # none where clients run inside their trial
     try:
         up = started(pool) if pool else []
         if len(up) < len(pool):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .config import ExperimentConfig, as_dict
 from .errors import RequestError, RunError
 from .ledger import Ledger, Trial, make_trials, plan_name
-from .search import Listed, Optuna, Search
+from .search import Listed, Optuna, Search, problems, searched
 from .spaces import Choice, SweepPlan, check_space, conditions, describe, grid_points, random_points
 
 if TYPE_CHECKING:
@@ -98,19 +98,23 @@ def prepare(request: Request, config: ExperimentConfig | None = None) -> Sweep:
 
 
 def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
-    """Points that between them hold every condition and every bound: what optuna's own can need at most."""
-    fixed = conditions(tuple(plan.knobs))
+    """Every problem with every two values (of a range: its ends) of the knobs that optuna searches.
+
+    Knobs contradict one another in pairs, and what a trial needs is most at an end, so what cannot be is found here.
+    """
     ends = {
         name: domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
-        for name, domain in plan.knobs.items()
+        for name, domain in searched(plan).items()
     }
-    depth = max(len(values) for name, values in ends.items() if name not in fixed) if set(ends) - set(fixed) else 1
-    points = []
-    for combination in itertools.product(*(ends[name] for name in fixed)):
-        for place in range(depth):
-            others = {name: values[place % len(values)] for name, values in ends.items() if name not in fixed}
-            points.append(dict(zip(fixed, combination, strict=True)) | others)
-    return points
+    first = {name: values[0] for name, values in ends.items()}
+    pairs = list(itertools.combinations(ends, 2)) or [tuple(ends)]
+    found = [
+        first | dict(zip(names, values, strict=True))
+        for names in pairs
+        for values in itertools.product(*(ends[name] for name in names))
+    ]
+    distinct = {repr(point): point for point in found}.values()
+    return [{name: (problem | point)[name] for name in plan.knobs} for problem in problems(plan) for point in distinct]
 
 
 def _need_selection(request: Request, search: str, trials: Sequence[Trial]) -> None:
@@ -132,7 +136,7 @@ def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourceP
 
     return plan(
         nodes, sweep.configs, num_trials=sweep.search.total, max_concurrent=sweep.request.max_concurrent,
-        trials_on=None if "://" in storage else 0,
+        trials_on=None if "://" in storage and not storage.startswith("file:") else 0,
     )  # fmt: skip
 
 
@@ -150,21 +154,22 @@ def here(address: str) -> list[Node]:
 
 def dry_run(request: Request, storage: str, name: str | None, address: str) -> list[Any]:
     """What would run, as renderables: trials, the resource plan, work by stage. Needs neither the data nor Ray."""
-    from .data.datasets import known_facts
+    from .launch import check_name
     from .report.work import work_table
     from .stages.keys import stage_keys
     from .stages.work import unique_work
 
+    check_name(name, "sweeps")
     sweep = prepare(request)
     resources = resources_of(sweep, here(address), storage)
     name = name or plan_name(sweep.facts)
-    chains = [stage_keys(t.config, t.config.data.name, known_facts(t.config.data)) for t in sweep.trials]
     head = [
         f"sweep {name}: space {request.space}, {sweep.facts['search']} search, {sweep.search.total} trials "
         f"({sweep.search.total // len(sweep.facts['seeds'])} points x {len(sweep.facts['seeds'])} seeds)",
     ]
     if sweep.facts["search"] == "optuna":
         return [*head, *resources.lines(), "its points depend on results, so the work is not known beforehand"]
+    chains = [stage_keys(config) for config in sweep.configs]
     return [*head, *resources.lines(), "", work_table(unique_work(chains, sweep.configs))]
 
 
@@ -200,7 +205,7 @@ class Feed:
             if summary is None:
                 return trial
             self._keep(trial, summary)
-            self.view.end(trial.name, "found", _selection(summary), trial.label)
+            self.view.found(summary["status"], _selection(summary), trial.label, self._condition(trial))
         return None
 
     def began(self, trial: Trial) -> None:
@@ -222,7 +227,7 @@ class Feed:
         self._keep(trial, summary)
         if summary["status"] == "failed":
             self.view.warn(f"{trial.label}: {summary['error']}")
-        self.view.end(trial.name, summary["status"], _selection(summary), trial.label)
+        self.view.end(trial.name, summary["status"], _selection(summary), trial.label, self._condition(trial))
         self.write()
 
     def write(self) -> None:
@@ -243,6 +248,9 @@ class Feed:
     def sorted(self) -> list[TrialResult]:
         """By point and seed, whatever the order of their ends."""
         return sorted(self.results.values(), key=lambda r: (r.point, r.seed))
+
+    def _condition(self, trial: Trial) -> str:
+        return repr([trial.knobs.get(name) for name in self.sweep.conditions])
 
     def _keep(self, trial: Trial, summary: Mapping[str, Any]) -> None:
         from .report.sweeps import TrialResult

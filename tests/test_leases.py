@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 import mosaic_ray.runtime.leases as leases_module
 import mosaic_ray.runtime.store as store_module
 from mosaic_ray import launch
-from mosaic_ray.config import override
+from mosaic_ray.config import flatten, override
 from mosaic_ray.errors import RunError
 from mosaic_ray.methods import client_work
 from mosaic_ray.methods.client_work import Bench
@@ -125,6 +125,16 @@ def children(code: str, *argvs: list[str]) -> Iterator[list[subprocess.Popen[str
             process.communicate()
 
 
+def start(*processes: subprocess.Popen[str]) -> None:
+    """Let them go once all are ready."""
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("g")
+        process.stdin.flush()
+
+
 # ---------------------------------------------------------------- one holder
 
 
@@ -176,13 +186,8 @@ print(hashlib.sha256(store.get(key).load("p")["w"].tobytes()).hexdigest())
 def test_of_four_processes_that_miss_a_result_one_computes_it(storage: Path, tmp_path: Path) -> None:
     """The one goes on only when the other three have been refused."""
     with children(CONTENDER, *[[str(storage)]] * 4) as contenders:
-        for process in contenders:
-            assert process.stdout and process.stdout.readline() == "ready\n"
+        start(*contenders)
         said = []
-        for process in contenders:
-            assert process.stdin
-            process.stdin.write("g")
-            process.stdin.flush()
         for process in contenders:
             said.append(process.communicate(timeout=PATIENCE_SECONDS)[0])
             assert process.returncode == 0
@@ -223,7 +228,7 @@ COUNTER = (
 print("ready", flush=True)
 sys.stdin.read(1)
 count = notes / "count"
-for _ in range(300):
+for _ in range(150):
     while (lease := store.try_lease(key)) is None:
         pass
     with lease:
@@ -235,16 +240,11 @@ for _ in range(300):
 def test_no_two_ever_hold_a_lock_though_its_file_comes_and_goes(tmp_path: Path) -> None:
     (tmp_path / "count").write_text("0")
     with children(COUNTER, *[[str(tmp_path / "local")]] * 3) as counting:
-        for process in counting:
-            assert process.stdout and process.stdout.readline() == "ready\n"
-        for process in counting:
-            assert process.stdin
-            process.stdin.write("g")
-            process.stdin.flush()
+        start(*counting)
         for process in counting:
             process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 0
-    assert (tmp_path / "count").read_text() == "900"
+    assert (tmp_path / "count").read_text() == "450"
 
 
 def test_a_result_finished_between_the_look_and_the_lease_is_found(
@@ -321,7 +321,9 @@ def test_an_owner_is_dead_when_its_beat_has_stood_still_for_a_watchers_ttl(
     owner._leases._claims._put_beat()
     clock(10 * TTL_SECONDS)
     assert watcher.try_lease(KEY) is None, "another beat than the last time"
-    clock(TTL_SECONDS + 0.1)
+    clock(TTL_SECONDS - 0.1)
+    assert watcher.try_lease(KEY) is None, "which counts from when it was seen"
+    clock(0.2)
     lease = held(watcher.try_lease(KEY))
     assert third.try_lease(KEY) is None
     lost.release()
@@ -483,6 +485,20 @@ class Neighbour(threading.Thread):
         assert self.halted.wait(PATIENCE_SECONDS)
 
 
+def after_some_looks(store: Store, do: Callable[[], object]) -> None:
+    """``do`` when ``store`` has been asked in vain for the tenth time."""
+    real, vain = store.get_or_lease, []
+
+    def look(key: str) -> StageResult | Lease | None:
+        if (found := real(key)) is None:
+            vain.append(key)
+            if len(vain) == 10:
+                do()
+        return found
+
+    store.get_or_lease = look
+
+
 def bare_run(storage: Path, tracker: Tracker) -> Run:
     return Run(
         TINY, stripes_dataset(), Bench(TINY, stripes_dataset().facts, torch.device("cpu")), Store(storage), tracker
@@ -505,8 +521,8 @@ def test_a_stage_waits_for_the_run_that_computes_it_and_goes_on_where_that_fails
     neighbour = Neighbour(lambda: theirs.stage("teacher", KEY, compute))
     neighbour.fails = fails
     neighbour.begin()
-    heard = Heard(neighbour.go_on.set)
-    ours = bare_run(storage, heard)
+    ours = bare_run(storage, heard := Heard())
+    after_some_looks(ours.store, neighbour.go_on.set)
     result = ours.stage("teacher", KEY, compute)
     neighbour.join()
     assert heard.lines == ["teacher: waiting for another run that computes it"], "said once"
@@ -599,8 +615,9 @@ def test_generators_are_made_once_though_two_runs_want_them(
     neighbour = Neighbour(theirs.make)
     neighbour.fails = fails
     neighbour.begin()
-    heard = Heard(neighbour.go_on.set)
-    ours = Party(warm, heard)
+    ours = Party(warm, heard := Heard())
+    assert sorted(remains(ours.run.store)) == sorted(result.key for result in undisturbed[1].results[1:])
+    after_some_looks(ours.run.store, neighbour.go_on.set)
     made = ours.make()
     neighbour.join()
     assert heard.lines == ["generators: waiting for another run that computes 2 of 3"]
@@ -638,13 +655,18 @@ def test_generators_of_others_are_waited_for_with_no_lease_in_hand(
 
 # ---------------------------------------------------------------- whole runs
 
+SHORT = override(
+    TINY, {"warmup.checkpoint_rounds": 1, "generator.steps": 2, "meta.updates": 2, "distill.steps": 2}
+)  # fmt: skip
+
 RUNNER = """
 import json, sys
 import mosaic_ray.data.datasets
-from helpers import TINY, stripes_dataset
+from helpers import stripes_dataset
 from mosaic_ray import launch
-from mosaic_ray.config import override
+from mosaic_ray.config import ExperimentConfig, override
 from mosaic_ray.runtime.store import Store
+storage, name, knobs = sys.argv[1:]
 mosaic_ray.data.datasets.load_dataset = lambda config: stripes_dataset()
 save = Store.save_checkpoint
 
@@ -653,61 +675,55 @@ def save_and_halt(*words):
     print("saved", flush=True)
     sys.stdin.read()
 
-if sys.argv[2] == "halts":
+if name == "halts":
     Store.save_checkpoint = save_and_halt
 print("ready", flush=True)
 sys.stdin.read(1)
-summary = launch.run(override(TINY, json.loads(sys.argv[3])), storage=sys.argv[1], name=sys.argv[2], progress=False)
-print(json.dumps(summary))
+config = override(ExperimentConfig(), json.loads(knobs))
+print(json.dumps(launch.run(config, storage=storage, name=name, progress=False)))
 """
 
 
-def begin(process: subprocess.Popen[str]) -> None:
-    assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
-    process.stdin.write("g")
-    process.stdin.flush()
+def runner(storage: Path, name: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
+    """A process that runs the short experiment once it is told to; the one called "halts" stops at a checkpoint."""
+    return children(RUNNER, [str(storage), name, json.dumps(flatten(SHORT))])
 
 
-def student(summary: dict[str, Any]) -> dict[str, np.ndarray]:
-    return load_file(Path(summary["paths"]["run"]) / "student.safetensors")
+def run_here(storage: Path) -> dict[str, Any]:
+    return launch.run(SHORT, storage=str(storage), name="here", progress=False)
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Runs the tiny experiment in this process."""
-    monkeypatch.setattr("mosaic_ray.data.datasets.load_dataset", lambda config: stripes_dataset())
-
-    def run(folder: str, knobs: dict[str, Any], name: str = "one") -> dict[str, Any]:
-        return launch.run(override(TINY, knobs), storage=str(tmp_path / folder), name=name, progress=False)
-
-    return run
+def assert_same_outcome(got: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert got["accuracy"] == wanted["accuracy"]
+    students = (load_file(Path(summary["paths"]["run"]) / "student.safetensors") for summary in (got, wanted))
+    assert_same(*students)
 
 
-def test_two_runs_at_once_compute_every_stage_once(tmp_path: Path, here: Callable[..., dict[str, Any]]) -> None:
-    with children(RUNNER, *([str(tmp_path / "shared"), name, "{}"] for name in ("one", "two"))) as runners:
-        wanted = here("alone", {})
-        for process in runners:
-            begin(process)
-        got = []
-        for process in runners:
-            got.append(json.loads(process.communicate(timeout=PATIENCE_SECONDS)[0]))
-            assert process.returncode == 0
-    stages = [summary["stages"] for summary in got]
-    assert all(list(own) == list(wanted["stages"]) for own in stages)
-    for name in wanted["stages"]:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The short experiment, undisturbed; runs of this process are on its data from here on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mosaic_ray.data.datasets.load_dataset", lambda config: stripes_dataset())
+        yield run_here(tmp_path_factory.mktemp("alone"))
+
+
+def test_two_runs_at_once_compute_every_stage_once(tmp_path: Path, alone: dict[str, Any]) -> None:
+    with runner(tmp_path, "there") as (other,):
+        start(other)
+        got = [run_here(tmp_path), json.loads(other.communicate(timeout=PATIENCE_SECONDS)[0])]
+    logs = [summary["stages"] for summary in got]
+    for name in alone["stages"]:
         if name != "generators":
-            assert sum(not own[name]["cached"] for own in stages) == 1, name
-    assert sum(3 - own["generators"]["cached_clients"] for own in stages) == 3
+            assert sum(not log[name]["cached"] for log in logs) == 1, name
+    assert sum(3 - log["generators"]["cached_clients"] for log in logs) == 3
     for summary in got:
-        assert summary["accuracy"] == wanted["accuracy"]
-        assert_same(student(summary), student(wanted))
-    assert remains(Store(tmp_path / "shared")) == []
+        assert_same_outcome(summary, alone)
+    assert remains(Store(tmp_path)) == []
 
 
 def test_a_killed_runs_warmup_is_taken_over_at_its_checkpoint(
-    tmp_path: Path, here: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = {"warmup.checkpoint_rounds": 1, "generator.steps": 1, "meta.updates": 1, "distill.steps": 1}
     rounds = []
 
     def train(bench: Bench, shard: Any, client_id: int, common: Any, own: Any) -> Any:
@@ -715,19 +731,17 @@ def test_a_killed_runs_warmup_is_taken_over_at_its_checkpoint(
             rounds.append(common["round"])
         return client_work.train(bench, shard, client_id, common, own)
 
-    with children(RUNNER, [str(tmp_path / "shared"), "halts", json.dumps(knobs)]) as (other,):
-        wanted = here("alone", knobs)
-        monkeypatch.setitem(client_work.WORK, "train", train)
-        begin(other)
+    def say(tracker: Tracker, text: str) -> None:
+        if text == "warmup: waiting for another run that computes it":
+            other.kill()
+
+    with runner(tmp_path, "halts") as (other,):
+        start(other)
         assert other.stdout and other.stdout.readline() == "saved\n"
-
-        def say(tracker: Tracker, text: str) -> None:
-            if text == "warmup: waiting for another run that computes it":
-                other.kill()
-
+        monkeypatch.setitem(client_work.WORK, "train", train)
         monkeypatch.setattr(Tracker, "say", say)
-        summary = here("shared", knobs)
+        summary = run_here(tmp_path)
         assert other.wait() == -signal.SIGKILL
     assert rounds == [1] * 3 + [2] * 3, "round 0 is the dead run's"
     assert summary["stages"]["warmup"]["waited_seconds"] > 0 and not summary["stages"]["warmup"]["cached"]
-    assert_same(student(summary), student(wanted))
+    assert_same_outcome(summary, alone)

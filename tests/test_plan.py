@@ -179,6 +179,7 @@ def test_everything_that_may_be_held_at_once_fits_at_once(nodes, one, ask):
     assert sum(made.hosts) >= 1 or not host
     if ask["trials_on"] is not None:
         assert made.trials[0] == made.concurrent and made.kept[0] == sum(made.kept)
+    assert (made.trials_on is not None) == (ask["trials_on"] is not None or bool(workers and trial["GPU"]))
     if made.trials_on is not None:
         assert made.trials[made.trials_on] == made.concurrent
 
@@ -350,6 +351,11 @@ PAIR = cluster((2, 0, 8), (8, 0, 32))
         (cluster((64, 1, 256)), {"runtime__gpus_per_client": 0.1}, {}, (8,), 2, ("GPUs", "client hosts")),
         (cluster((64, 3, 99)), {"runtime__gpus_per_client": 0.1, "distill__workers": 1}, {}, (8,), 2, ("GPUs", "GPUs")),
         (cluster((64, 4, 256)), {"runtime__gpus_per_client": 2.0}, {}, (1,), 1, ("GPUs", "GPUs")),
+        (cluster((4, 2, 2.4), (4, 2, 2.4)), {"runtime__gpus_per_client": 0.1}, {"max_concurrent": 2}, (1, 1), 2,
+         ("memory", "--max")),
+        (cluster((4, 2, 2.4), (4, 2, 2.4)), {"runtime__gpus_per_client": 0.1, "distill__workers": 1},
+         {"max_concurrent": 2}, (2, 1), 1, ("memory", "memory")),
+        (cluster(*[(8, 0, 32)] * 4), {"runtime__max_hosts": 10}, {}, (8, 2, 0, 0), 2, ("runtime.max_hosts", "hosts")),
         (PAIR, {}, {"trials_on": 0}, (2, 8), 2, ("CPUs", "client hosts")),
         (PAIR, {"distill__workers": 2}, {"trials_on": 0}, (0, 8), 1, ("CPUs", "CPUs")),
         (PAIR, {"distill__workers": 2}, {}, (2, 4), 2, ("CPUs", "client hosts")),
@@ -371,6 +377,8 @@ def test_ten_tenths_of_a_gpu_are_one_gpu_and_of_a_cpu_one_cpu():
     assert made.hosts == (19,)  # and the trial's own share: 20 in all
     made = plan(cluster((3, 0, 64)), [override(one, {"runtime.gpus_per_client": 0.0})], num_trials=1)
     assert made.hosts == (30,)
+    sixths = override(one, {"runtime.gpus_per_client": 0.16666})  # 0.1667 to Ray, of which a GPU holds five
+    assert plan(cluster((2, 2, 64)), [sixths], num_trials=1).hosts == (9,)
 
 
 def test_the_plan_is_for_the_worst_of_the_trials():

@@ -221,6 +221,35 @@ def test_fresh_hides_what_was_there_and_shows_what_it_wrote(store: Store) -> Non
     assert later is not None and later.facts == {"n": 2}
 
 
+def test_stores_of_one_session_share_what_they_wrote_and_no_other_session_does(tmp_path: Path) -> None:
+    plain = Store(tmp_path)
+    plain.put(KEY, {"n": 0})
+    one, two, other = (Store(tmp_path, fresh=True, session=name) for name in ("a", "a", "b"))
+    one.put(KEY, {"n": 1})
+    one.save_checkpoint(KEY, {"n": 2}, {})
+    for store, seen in ((one, True), (two, True), (plain, True), (other, False)):
+        found, checkpoint = store.get(KEY), store.load_checkpoint(KEY)
+        assert (found is not None, checkpoint is not None) == (seen, seen)
+        assert not seen or (found and checkpoint and (found.facts, checkpoint.facts) == ({"n": 1}, {"n": 2}))
+    other.put(KEY, {"n": 3})
+    assert two.get(KEY) is None, "it was replaced"
+    two.drop_checkpoint(KEY)
+    assert one.load_checkpoint(KEY) is None
+    assert len({plain.session, Store(tmp_path).session, Store(tmp_path).session}) == 3
+
+
+def test_a_result_from_before_sessions_can_be_read(store: Store, said: list[str]) -> None:
+    store.put(KEY, FACTS, {"p": arrays()})
+    path = Path(store.local_root or "") / "objects" / KEY / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["session"], manifest["sha256"]
+    seal = hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    path.write_text(json.dumps(manifest | {"sha256": seal}))
+    got = store.get(KEY)
+    assert got is not None and got.facts == FACTS and same(got.load("p"), arrays())
+    assert Store(store.uri, fresh=True).get(KEY) is None and not said
+
+
 def test_relative_paths_and_file_uris_mean_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     here = Store("a b")
@@ -324,17 +353,19 @@ def test_a_payload_lost_after_get_is_a_corrupt_result(store: Store) -> None:
     for part, why in (("p", "No such file"), ("q", "SHA-256")):
         with pytest.raises(CorruptResult, match=why) as caught:
             result.load(part)
-        assert (caught.value.key, caught.value.part) == (KEY, part)
+        located = caught.value.at("teacher")
+        assert (located.key, located.part, located.stage) == (KEY, part, "teacher")
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert store.get(KEY) is None
 
 
 def test_a_discarded_result_is_absent_and_its_neighbours_stay(any_store: Store, said: list[str]) -> None:
-    any_store.put(KEY, FACTS, {"p": arrays()})
+    held = any_store.put(KEY, FACTS, {"p": arrays()})
     any_store.put("other-1", FACTS)
     any_store.discard(KEY)
     any_store.discard(KEY)
     assert any_store.get(KEY) is None and any_store.get("other-1") is not None and not said
+    assert same(held.load("p"), arrays()), "who reads it at this moment is not hurt"
 
 
 def test_an_uploaded_folder_keeps_its_files_and_their_places(any_store: Store, tmp_path: Path) -> None:

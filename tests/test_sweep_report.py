@@ -550,7 +550,9 @@ def test_plain_lines_tell_begin_and_end_with_the_best_and_the_time_left(clock: C
 
 
 def test_time_left_is_unknown_until_something_finished_and_counts_side_by_side(clock: Clock) -> None:
-    with SweepView(20, finished=10, best=("old", 0.9), stream=io.StringIO()) as view:
+    with SweepView(20, stream=io.StringIO()) as view:
+        for _ in range(10):
+            view.found("done", 0.9, "old")
         assert view.seconds_left() is None
         view.begin("a", "a")
         view.begin("b", "b")
@@ -571,6 +573,17 @@ def test_time_left_is_unknown_until_something_finished_and_counts_side_by_side(c
     lines = view._plain.stream.getvalue().splitlines()
     assert "[11/20] a: failed, best so far 90.0% (old), time left unknown" in lines
     assert lines[-1] == "[20/20] c: done, best so far 90.0% (old), 0:00 left"
+
+
+def test_the_best_is_told_within_a_condition() -> None:
+    with SweepView(3, stream=io.StringIO()) as view:
+        view.end("a", "done", 0.9, "easy", "omega 1")
+        view.end("b", "done", 0.5, "hard", "omega 0.01")
+        view.end("c", "done", 0.4, "harder", "omega 0.01")
+    lines = view._plain.stream.getvalue().splitlines()
+    assert [line.rpartition("best so far ")[2].partition(",")[0] for line in lines] == [
+        "90.0% (easy)", "50.0% (hard)", "50.0% (hard)",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -595,26 +608,29 @@ def shown(view: SweepView, stream: Terminal) -> list[str]:
 
 
 def test_the_live_view_tells_of_the_sweep_and_of_each_running_trial(clock: Clock, tty: Terminal) -> None:
-    with SweepView(18, finished=3, stream=tty) as view:
+    with SweepView(18, stream=tty) as view:
+        for _ in range(3):
+            view.found("done", None, "old")
         view.begin("p003s0", "lambda_e=[bold]1")
         assert shown(view, tty)[1] == "0:00 elapsed, time left unknown"
         clock.now += 60
         view.end("p003s0", "done", 0.875, "lambda_e=[bold]1")
-        view.begin("p004s0", "lambda_e=2")
+        view.begin("p004s0", "lambda_e=[bold]2")
         view.begin("p005s0", "lambda_e=" + "3" * 100)
         view.stage("p004s0", "warmup", "found")
         clock.now += 30
         view.stage("p004s0", "generators")
         view.stage("p999s0", "warmup")
-        head, times, first, second = shown(view, tty)
+        head, times, best, first, second = shown(view, tty)
         assert re.sub(r"[━╸╺ ]+", " ", head) == "sweep 4 done, 2 running of 18"
-        assert times == "1:30 elapsed, 6:30 left, best so far 87.5% (lambda_e=[bold]1)"
-        assert first.split() == [">", "lambda_e=2", "generators", "0:30"]
+        assert times == "1:30 elapsed, 6:30 left"
+        assert best == "best so far 87.5% (lambda_e=[bold]1)"
+        assert first.split() == [">", "lambda_e=[bold]2", "generators", "0:30"]
         assert second.startswith("> lambda_e=333") and second.endswith("  0:30") and len(second) <= 80
         view.end("p005s0", "failed", None, "")
         view.end("p004s0", "stopped", 0.99, "")
-        head, times = shown(view, tty)
-        assert head.endswith("4 done, 1 stopped early, 1 failed, 0 running of 18") and "87.5%" in times
+        head, _, best = shown(view, tty)
+        assert head.endswith("4 done, 1 stopped early, 1 failed, 0 running of 18") and "87.5%" in best
         view.say("markup is [red]text")
         view.warn("x" * 300)
     text = tty.getvalue()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _now = time.monotonic
 
+#: The live view tells the best of so many conditions.
+MOST_CONDITIONS = 4
+
 
 @dataclass
 class _Trial:
@@ -29,24 +32,23 @@ class _Trial:
 
 
 class SweepView:
-    """Progress of ``total`` trials, ``finished`` of them in an earlier session; a context manager.
+    """Progress of ``total`` trials; a context manager.
 
-    ``best``: label and selection of the best of those. ``stream``: None means standard error. ``progress``: False
-    shows messages only.
+    ``stream``: None means standard error. ``progress``: False shows messages only. The best so far is told for each
+    condition (an omega, say), since selections of two problems do not compare.
     """
 
     def __init__(
         self,
         total: int,
         *,
-        finished: int = 0,
-        best: tuple[str, float] | None = None,
         stream: TextIO | None = None,
         progress: bool | None = None,
     ) -> None:
         stream = sys.stderr if stream is None else stream
-        self.total, self.best = total, best
-        self.ended = {"done": finished, "stopped": 0, "failed": 0}
+        self.total = total
+        self.best: dict[str, tuple[str, float]] = {}  # condition -> label and selection
+        self.ended = {"done": 0, "stopped": 0, "failed": 0}
         self._running: dict[str, _Trial] = {}
         self._begun, self._slots, self._succeeded = _now(), 1, False
         self._durations: list[float] = []
@@ -79,19 +81,28 @@ class SweepView:
         if trial in self._running:
             self._running[trial].stage = f"{name} {note}".rstrip()
 
-    def end(self, trial: str, status: str, selection: float | None, label: str) -> None:
+    def found(self, status: str, selection: float | None, label: str, condition: str = "") -> None:
+        """A trial that ended in an earlier session."""
+        self.ended[status] += 1
+        self._rank(status, selection, label, condition)
+
+    def end(self, trial: str, status: str, selection: float | None, label: str, condition: str = "") -> None:
         """``trial`` is done, stopped or failed; ``selection`` (in [0, 1]) is what configurations are chosen by."""
         if ran := self._running.pop(trial, None):
             self._durations.append(_now() - ran.begun)
         self.ended[status] += 1
         self._succeeded |= status != "failed"
-        if status == "done" and selection is not None and (self.best is None or selection > self.best[1]):
-            self.best = label, selection
+        self._rank(status, selection, label, condition)
         if self._lines:
             reached = "" if selection is None or status == "failed" else f"selection {selection:.1%}"
             outcome = {"done": reached or "done", "stopped": "stopped early", "failed": "failed"}[status]
-            words = (outcome, self._best(), self._left())
+            words = (outcome, self._best(condition), self._left())
             self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: " + ", ".join(word for word in words if word))
+
+    def _rank(self, status: str, selection: float | None, label: str, condition: str) -> None:
+        best = self.best.get(condition)
+        if status == "done" and selection is not None and (best is None or selection > best[1]):
+            self.best[condition] = label, selection
 
     def say(self, text: str) -> None:
         """A line for the person who looks on."""
@@ -120,8 +131,11 @@ class SweepView:
         left = self.seconds_left()
         return "time left unknown" if left is None else f"{_clock(left)} left"
 
-    def _best(self) -> str:
-        return "" if self.best is None else f"best so far {self.best[1]:.1%} ({self.best[0]})"
+    def _best(self, condition: str) -> str:
+        if condition not in self.best:
+            return ""
+        label, selection = self.best[condition]
+        return f"best so far {selection:.1%} ({label})"
 
     def _counts(self) -> str:
         counts = {"done": self.ended["done"], "stopped early": self.ended["stopped"], "failed": self.ended["failed"]}
@@ -137,8 +151,9 @@ class SweepView:
         head = Table.grid(padding=(0, 1, 0, 0))
         head.add_row("sweep", ProgressBar(self.total, sum(self.ended.values()), width=16), Text(self._counts()))
         yield head
-        words = (f"{_clock(_now() - self._begun)} elapsed", self._left(), self._best())
-        yield Text(", ".join(word for word in words if word), no_wrap=True, overflow="crop")
+        yield Text(f"{_clock(_now() - self._begun)} elapsed, {self._left()}", no_wrap=True, overflow="crop")
+        for condition in list(self.best)[:MOST_CONDITIONS]:
+            yield Text(self._best(condition), no_wrap=True, overflow="crop")
         rows = Table.grid(padding=(0, 2, 0, 0), expand=True)
         rows.add_column(no_wrap=True, overflow="crop", ratio=2)
         rows.add_column(no_wrap=True, overflow="crop", ratio=1)

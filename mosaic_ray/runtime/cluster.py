@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from ..config import ExperimentConfig
 from ..errors import RequestError
-from .resources import HOST_BYTES
-from .resources import Node
+from .resources import HOST_BYTES, Node
 
 #: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
 RAY_ENVIRONMENT = {

@@ -144,13 +144,13 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actor = ray.remote(
-        num_cpus=needs["CPU"], num_gpus=needs["GPU"], memory=needs.get("memory") or None, max_restarts=-1,
+        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0.0), memory=needs.get("memory") or None, max_restarts=-1,
         max_task_retries=0,
     )(ClientActor)  # fmt: skip
     hosts = []
     for node, count in counts.items():
         where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)} if node else {}
-        hosts += [actor.options(**where).remote(bool(needs["GPU"])) for _ in range(count)]
+        hosts += [actor.options(**where).remote(bool(needs.get("GPU"))) for _ in range(count)]
     return hosts
 
 

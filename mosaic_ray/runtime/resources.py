@@ -196,17 +196,17 @@ class _Cluster:
             GPUs     h + t <= s floor(1 / share), or share (h + t) <= s for whole GPUs;   s + w <= the node's
 
         These are also enough where Ray chooses the places. Trials are alike, workers are alike, and Ray puts a share
-        on the fullest GPU that has room, so a new GPU is opened only where all others are full. Trials and workers
-        compete for nothing but GPUs: there, all trials are bound to one node, since one that strayed could open the
-        GPU that a worker needs. ``plenty``: resources to count as endless.
+        on the fullest GPU that has room (met in 2.60), so a new GPU is opened only where all others are full. Trials
+        and workers compete for GPUs alone, or for whole CPUs, of which one is as good as another: with GPUs, all trials
+        are bound to one node, since one that strayed could open the GPU that a worker needs.
+        ``plenty``: resources to count as endless.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         size = len(self.nodes)
         block = trials if self.bound(need) else 1  # trials that share a node
-        host, driver = max(1, _units(need.host_cpus)), _units(need.trial_cpus)
-        whole = max(1, int(need.gpus))
-        asks, slots = (0, 1) if not need.gpus else (whole, 1) if need.gpus > 1 else (1, UNITS // _units(need.gpus))
+        host, driver, share = (max(1, _units(x)) if x else 0 for x in (need.host_cpus, need.trial_cpus, need.gpus))
+        asks, slots = (share // UNITS, 1) if share > UNITS else (1, UNITS // share) if share else (0, 1)
         rows = [
             ([host, driver * block, UNITS, 0], [_units(n.cpus) for n in self.nodes], "CPUs"),
             ([HOST_BYTES, DRIVER_BYTES * block, 0, 0], [int(n.memory * MEMORY_SHARE) for n in self.nodes], "memory"),
@@ -229,7 +229,7 @@ class _Cluster:
             room[1:3] = 0
             room[1:3, self.trials_on] = math.inf
         # hosts count alike, but for a hair in favour of the first nodes
-        hair = 0.5 / (size * (1 + sum(_units(n.cpus) // host for n in self.nodes)))
+        hair = 0.5 / (size * (1 + sum(_units(n.cpus) // max(1, host) for n in self.nodes)))
         answer = milp(
             np.concatenate([hair * np.arange(size) - 1, np.zeros(3 * size)]),
             integrality=np.ones(4 * size),

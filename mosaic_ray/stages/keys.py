@@ -98,10 +98,16 @@ def _split(config: ExperimentConfig) -> dict[str, Any]:
     return {"held_out": room.held_out, "weighting": room.weighting, "seed": config.seed}
 
 
+def _driver(config: ExperimentConfig) -> dict[str, Any]:
+    """The driver's threads show in the last bit; named where they are not one, as stored results have it."""
+    threads = config.runtime.driver_threads
+    return {} if threads == 1 else {"driver_threads": threads}
+
+
 def teacher_key(config: ExperimentConfig, warmup: str, prototypes: str, generators: str) -> str:
     """Class experts and the meta model; generators matter, and ``meta.data`` is named, where it learns from them."""
     without, upstream = (["data"], []) if config.meta.data == "prototypes" else ([], [generators])
-    knobs = {"meta": knobs_of(config.meta, *without), "split": _split(config)}
+    knobs = {"meta": knobs_of(config.meta, *without), "split": _split(config)} | _driver(config)
     return _key("teacher", knobs, [warmup, prototypes, *upstream])
 
 
@@ -109,12 +115,13 @@ def distill_key(config: ExperimentConfig, teacher: str, generators: str) -> str:
     """The student taught on synthetic batches."""
     # 0 (in process) and 1 worker are the same arithmetic; more differ in rounding
     room = knobs_of(config.distill) | {"workers": max(1, config.distill.workers)}
-    return _key("distill", {"distill": room, "split": _split(config)}, [teacher, generators])
+    return _key("distill", {"distill": room, "split": _split(config)} | _driver(config), [teacher, generators])
 
 
 def refit_key(config: ExperimentConfig, warmup: str, prototypes: str) -> str:
     """The ablation's student: the head re-fitted on prototypes."""
-    return _key("distill", {"distiller": "prototype_head", "split": _split(config)}, [warmup, prototypes])
+    knobs = {"distiller": "prototype_head", "split": _split(config)} | _driver(config)
+    return _key("distill", knobs, [warmup, prototypes])
 
 
 def rounds_key(config: ExperimentConfig, partition: str, start: str) -> str:

@@ -1,0 +1,236 @@
+"""Whole sweeps on Ray: what trials share is computed once, whatever fails or is killed, and every trial is a plain run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+from helpers import TINY, assert_same, stripes_dataset
+from safetensors.numpy import load_file
+
+from mosaic_ray import launch, sweep_launch
+from mosaic_ray.config import override
+from mosaic_ray.errors import RunError
+from mosaic_ray.report.sweeps import NOT_REPRODUCIBLE, read_results
+from mosaic_ray.spaces import Choice, SweepPlan
+
+PLAN = SweepPlan(
+    "two omegas, two weights",
+    knobs={"partition.omega": Choice((0.3, 3.0)), "generator.lambda_d": Choice((2.0, 5.0))},
+)
+SHARED = ("partition", "warmup", "prototypes", "teacher", "control")
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def ray_up():
+    """A small Ray of this module's own."""
+    import ray
+
+    from mosaic_ray.runtime.cluster import RAY_ENVIRONMENT
+
+    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        _temp_dir="/tmp/ms" + str(os.getpid()),
+    )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def stripes_as_data(monkeypatch):
+    """Sweeps in this process train on the tiny data set; trials get it from here, through Ray's object store."""
+    monkeypatch.setattr("mosaic_ray.data.datasets.load_dataset", lambda config: stripes_dataset())
+
+
+def sweep(folder: Path, plan: SweepPlan = PLAN, knobs: dict | None = None, **options) -> sweep_launch.Outcome:
+    base = {"runtime.host": "ray", "partition.validation_fraction": 0.2} | (knobs or {})
+    asked = {name: options.pop(name) for name in ("search", "samples", "seeds", "scheduler") if name in options}
+    request = sweep_launch.Request(override(TINY, base), "tiny", plan, **asked)
+    return sweep_launch.run(request, storage=str(folder), progress=False, **options)
+
+
+def computed(outcome: sweep_launch.Outcome, stage: str) -> int:
+    return sum(not r.summary["stages"][stage]["cached"] for r in outcome.results)
+
+
+def comparable(outcome_or_path) -> dict:
+    path = outcome_or_path if isinstance(outcome_or_path, Path) else Path(outcome_or_path.place) / "results.parquet"
+    table = read_results(path)
+    return table.drop_columns(NOT_REPRODUCIBLE).to_pylist()
+
+
+def test_trials_share_what_they_can_and_each_is_a_plain_run(tmp_path, ray_up):
+    outcome = sweep(tmp_path / "sweep")
+    assert [r.summary["status"] for r in outcome.results] == ["done"] * 4
+    assert {stage: computed(outcome, stage) for stage in SHARED} == dict.fromkeys(SHARED, 2)
+    assert computed(outcome, "distill") == 4
+    for result in outcome.results:
+        config = override(TINY, {"partition.validation_fraction": 0.2, **result.knobs})
+        alone = launch.run(config, storage=str(tmp_path / "runs"), progress=False)
+        assert result.summary["accuracy"] == alone["accuracy"]
+        place = Path(outcome.place) / "trials" / result.trial
+        assert_same(load_file(place / "student.safetensors"), load_file(Path(alone["paths"]["run"]) / "student.safetensors"))
+        assert (place / "log.txt").exists() and list((place / "tensorboard").glob("events*"))
+
+    table = read_results(Path(outcome.place) / "results.parquet")
+    assert table.column("trial").to_pylist() == ["p000s0", "p001s0", "p002s0", "p003s0"]
+    assert table.column("generator.lambda_d").to_pylist() == [2.0, 5.0, 2.0, 5.0]
+
+    before = (Path(outcome.place) / "results.parquet").read_bytes()
+    again = sweep(tmp_path / "sweep")
+    assert (Path(again.place) / "results.parquet").read_bytes() == before
+
+
+def test_a_finished_sweep_starts_nothing(tmp_path, ray_up, monkeypatch):
+    sweep(tmp_path, knobs={"runtime.host": "serial"})
+    monkeypatch.setattr("mosaic_ray.sweep.run_trials", lambda *_, **__: pytest.fail("a trial was started"))
+    assert len(sweep(tmp_path, knobs={"runtime.host": "serial"}).results) == 4
+
+
+def test_seeds_repeat_every_point(tmp_path, ray_up):
+    plan = SweepPlan("one", knobs={"generator.lambda_d": Choice((2.0, 5.0))})
+    outcome = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3))
+    assert [(r.point, r.seed) for r in outcome.results] == [(0, 0), (0, 3), (1, 0), (1, 3)]
+    assert computed(outcome, "warmup") == 2
+
+
+def test_a_failing_trial_is_recorded_and_the_rest_go_on(tmp_path, ray_up):
+    impossible = {"partition.policy": "reject", "partition.max_tries": 1, "partition.min_size": 80}
+    plan = SweepPlan("one that cannot be", points=({}, impossible, {"generator.lambda_d": 2.0}))
+    for _ in range(2):  # again: the failed one is tried again, and fails again
+        outcome = sweep(tmp_path, plan, {"runtime.host": "serial"})
+        assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "done"]
+        with pytest.raises(RunError, match=r"1 of 3 trials failed: p001s0 \(.*partition"):
+            outcome.raise_failures()
+    row = read_results(Path(outcome.place) / "results.parquet").to_pylist()[1]
+    assert row["status"] == "failed" and "partition" in row["error"] and row["accuracy_final"] is None
+
+
+def test_a_failure_in_a_client_keeps_its_address(tmp_path, ray_up):
+    """A learning rate that makes weights infinite is met by one client's work, on the pool."""
+    plan = SweepPlan("one", points=({}, {"generator.ngf": 512, "generator.steps": 1_000_000, "generator.lr": 1e30}))
+    outcome = sweep(tmp_path, plan)
+    failed = outcome.results[1].summary
+    assert failed["status"] == "failed" and failed["stage"] == "generators" and failed["client"] in (0, 1, 2), failed
+
+
+def test_a_trial_whose_process_is_killed_begins_again_where_it_was(tmp_path, ray_up, monkeypatch):
+    from mosaic_ray import sweep as tuning
+
+    undisturbed = comparable(sweep(tmp_path / "a"))
+    killed, follow = [], tuning._Follow.on_trial_result
+
+    def kill_once(self, iteration, trials, trial, result, **info):
+        follow(self, iteration, trials, trial, result, **info)
+        if result.get("stage") == "teacher" and not killed:
+            killed.append(trial.config["trial"])
+            os.kill(result["pid"], signal.SIGKILL)
+
+    monkeypatch.setattr(tuning._Follow, "on_trial_result", kill_once)
+    outcome = sweep(tmp_path / "b")
+    assert killed and comparable(outcome) == undisturbed
+    stages = next(r for r in outcome.results if r.trial == killed[0]).summary["stages"]
+    assert stages["warmup"]["cached"] and stages["generators"]["cached"]
+
+
+def test_a_trial_that_always_dies_is_recorded(tmp_path, ray_up, monkeypatch):
+    from mosaic_ray import sweep as tuning
+
+    follow = tuning._Follow.on_trial_result
+
+    def kill(self, iteration, trials, trial, result, **info):
+        follow(self, iteration, trials, trial, result, **info)
+        if trial.config["trial"] == "p000s0" and "stage" in result:
+            os.kill(result["pid"], signal.SIGKILL)
+
+    monkeypatch.setattr(tuning._Follow, "on_trial_result", kill)
+    outcome = sweep(tmp_path, SweepPlan("two", knobs={"generator.lambda_d": Choice((2.0, 5.0))}))
+    assert [r.summary["status"] for r in outcome.results] == ["failed", "done"]
+    assert "process died 3 times" in outcome.results[0].summary["error"]
+
+
+def test_asha_stops_trials_and_keeps_what_they_reached(tmp_path, ray_up):
+    """Students that learn nothing in their closing rounds against students that are spoilt in them."""
+    good, bad = {"finetune.lr": 1e-4}, {"finetune.lr": 30.0}
+    plan = SweepPlan("good first", points=(good, {**good, "generator.lambda_d": 2.0}, bad, {**bad, "generator.lambda_d": 2.0}))
+    outcome = sweep(tmp_path, plan, {"finetune.num_rounds": 8, "runtime.host": "serial"}, scheduler="asha")
+    statuses = [r.summary["status"] for r in outcome.results]
+    assert statuses[:2] == ["done", "done"] and "stopped" in statuses[2:]
+    stopped = outcome.results[statuses.index("stopped")].summary
+    assert stopped["rung"] >= 4 and stopped["stage"] == "finetune"
+    again = sweep(tmp_path, plan, {"finetune.num_rounds": 8, "runtime.host": "serial"}, scheduler="asha")
+    assert [r.summary["status"] for r in again.results] == statuses
+
+
+def test_optuna_chooses_the_same_points_again(tmp_path, ray_up):
+    plan = SweepPlan("learns", knobs={"warmup.lr": Choice((0.01, 0.05, 0.1)), "generator.lambda_d": Choice((2.0, 5.0))})
+    options = {"search": "optuna", "samples": 5, "knobs": {"runtime.host": "serial"}}
+    first, other = sweep(tmp_path / "a", plan, **options), sweep(tmp_path / "b", plan, **options)
+    assert [dict(r.knobs) for r in first.results] == [dict(r.knobs) for r in other.results]
+    assert len(first.results) == 5
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+SPACE = """
+from mosaic_ray.spaces import Choice, SweepPlan
+
+def plan():
+    return SweepPlan("tiny", knobs={"generator.lambda_d": Choice((2.0, 5.0, 10.0))}, base={
+        "partition.num_clients": 3, "warmup.num_rounds": 4, "generator.steps": 15, "generator.ngf": 4,
+        "generator.ndf": 4, "distill.steps": 50, "meta.updates": 50, "model.width": 4, "finetune.num_rounds": 2,
+    })
+"""
+
+
+def command(folder: Path, storage: str, host: str, *more: str) -> list[str]:
+    space = folder / "tiny.py"
+    space.write_text(SPACE)
+    words = ["--space", str(space), "--storage", str(folder / storage), "--host", host, "--max-concurrent", "1"]
+    return [sys.executable, "-m", "mosaic_ray", "sweep", *words, *more]
+
+
+@pytest.mark.parametrize("host", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
+def test_killed_and_resumed_it_ends_with_the_results_of_an_undisturbed_one(tmp_path, host):
+    undisturbed = subprocess.run(command(tmp_path, "a", host, "--json"), capture_output=True, text=True, check=False)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    with subprocess.Popen(
+        command(tmp_path, "b", host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "begins" in line and any("[1/3]" in earlier for earlier in lines):
+                process.send_signal(signal.SIGKILL)
+                break
+        else:
+            pytest.fail("".join(lines))
+    ended = list((tmp_path / "b").glob("sweeps/*/trials/*/summary.json"))
+    stamps = {path: path.stat().st_mtime_ns for path in ended}
+    assert ended
+    resumed = subprocess.run(command(tmp_path, "b", host, "--json"), capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in ended} == stamps, "a finished trial was run again"
+    told = json.loads(resumed.stdout)
+    assert told["status"] == "done" and len(told["trials"]) == 3
+    left, right = (next((tmp_path / name).glob("sweeps/*/results.parquet")) for name in ("a", "b"))
+    assert comparable(left) == comparable(right)
+    assert pc.all(read_results(right).column("cached_warmup")).as_py() or computed_once(right, "warmup")
+
+
+def computed_once(path: Path, stage: str) -> bool:
+    return int(np.sum([not cached for cached in read_results(path).column(f"cached_{stage}").to_pylist()])) == 1
