@@ -22,6 +22,8 @@ from .presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .spaces import SweepPlan
+
 #: Options that are another spelling of a knob.
 KNOB_OF_OPTION = {
     "algorithm": "algorithm",
@@ -109,7 +111,7 @@ _PLACE: dict[str, Callable[..., Any]] = {
     "storage": click.option(
         "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go."
     ),
-    "name": click.option("--name", metavar="NAME", help="The folder of the results; named after the request by default."),
+    "name": click.option("--name", metavar="NAME", help="Folder of the results; named after the request by default."),
     "address": click.option(
         "--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]"
     ),
@@ -201,6 +203,17 @@ def _seeds(word: str | None, seed: int | None) -> tuple[int, ...]:
         raise RequestError(f"--seeds {word}: {error}") from None
 
 
+def _refuse_swept(space: str, plan: SweepPlan, words: Mapping[str, Any]) -> None:
+    """A knob that the space sets in every trial cannot be set beside it."""
+    swept = {name for point in (plan.knobs, *plan.points) for name in point}
+    for option, knob in KNOB_OF_OPTION.items():
+        if words.get(option) is not None and knob in swept:
+            raise RequestError(f"--{option} {words[option]}: space {space} tries values of {knob} itself")
+    for item in words["sets"]:
+        if (knob := item.partition("=")[0].strip()) in swept:
+            raise RequestError(f"--set {item}: space {space} tries values of {knob} itself")
+
+
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +267,7 @@ def run(
 @click.option("--search", metavar="grid|random|optuna", help="How points are chosen; the space has a default.")
 @click.option("--samples", metavar="N", help="Points of a random or optuna search.")
 @click.option("--seeds", metavar="S,S,...", help="Repeat every point with each of these seeds.")
-@click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak trials early.")
+@click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak ones early.")
 @click.option("--max-concurrent", metavar="N", help="Trials at once, at most; as many as fit by default.")
 @click.option("--dry-run", is_flag=True, help="Say what would run, where and how much work it is; run nothing.")
 @_takes("storage", "name", "address", "host", "fresh", "as_json")
@@ -283,6 +296,7 @@ def sweep(
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
     named, plan = load_space(space)
     check_space(named, plan)
+    _refuse_swept(named, plan, words)
     preset = {"preset": plan.preset} if plan.preset else {}
     config = config_of(**words, base=sweep_launch.SWEEP_BASE | preset | dict(plan.base))
     one_seed = words["seed"] is not None or any(item.partition("=")[0].strip() == "seed" for item in words["sets"])

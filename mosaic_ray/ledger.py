@@ -84,10 +84,13 @@ class Ledger:
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name, self.place = store, name, f"sweeps/{name}"
         self.session: str | None = None
+        self.precision = ""
 
-    def begin(self, facts: Mapping[str, Any], fresh: bool) -> None:
+    def begin(self, facts: Mapping[str, Any], fresh: bool, precision: str) -> None:
         """Write plan.json, or find the same plan there. ``fresh`` moves what is there aside and begins anew.
 
+        ``precision``: what was measured to be faster just now; what the sweep began with counts, for trials of another
+        precision would have to run again.
         ``RequestError`` for another plan under this name, and for files that are not whole.
         """
         facts = json.loads(json.dumps(facts))
@@ -98,10 +101,10 @@ class Ledger:
             if re.fullmatch(r"p\d+s\d+", trial):
                 self.summary(trial)  # a damaged one is found out now, not once trials run
         if old is None:
-            self.session = uuid.uuid4().hex if fresh else None
-            self._write("plan.json", {**facts, "session": self.session})
+            self.session, self.precision = uuid.uuid4().hex if fresh else None, precision
+            self._write("plan.json", {**facts, "session": self.session, "precision": precision})
             return
-        self.session = old.pop("session", None)
+        self.session, self.precision = old.pop("session", None), old.pop("precision", precision)
         if differs := _differences(old, facts):
             more = f" and {len(differs) - MOST_DIFFERENCES} more" if len(differs) > MOST_DIFFERENCES else ""
             raise RequestError(

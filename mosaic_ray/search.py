@@ -7,7 +7,7 @@ function of the plan alone, whatever the number of concurrent trials, killed and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any, Protocol
@@ -52,12 +52,7 @@ class Optuna:
     """A TPE study per condition (per omega, say): a study over omegas would only find out which problem is easiest."""
 
     def __init__(self, plan: SweepPlan, samples: int, seeds: Sequence[int], base: ExperimentConfig) -> None:
-        try:
-            import optuna
-        except ImportError:
-            raise RequestError(
-                "--search optuna: the package optuna is not installed; `pip install optuna`, or take --search random"
-            ) from None
+        import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._base, self._seeds, self._samples, self._names = base, tuple(seeds), samples, tuple(plan.knobs)
@@ -143,8 +138,8 @@ def searched(plan: SweepPlan) -> dict[str, Choice | Range]:
     found = {name: domain for name, domain in plan.knobs.items() if name not in fixed}
     if not found:
         raise RequestError(
-            f"--search optuna: it does not search what sets the problem ({', '.join(fixed)}), and the space has no other "
-            "knobs; take --search grid"
+            f"--search optuna: it does not search what sets the problem ({', '.join(fixed)}), and the space has no "
+            "other knobs; take --search grid"
         )
     return found
 

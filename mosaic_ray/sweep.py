@@ -23,7 +23,7 @@ from .config import KNOBS, DataConfig, ExperimentConfig, override
 from .errors import RequestError, RunError
 from .ledger import Ledger, Trial
 from .records import Dataset
-from .runtime.cluster import RAY_ENVIRONMENT
+from .runtime.cluster import RAY_ENVIRONMENT, own_node
 from .runtime.cohort import start_hosts, started
 from .runtime.resources import Node, ResourcePlan
 
@@ -227,10 +227,7 @@ def run_trials(
     warn: Callable[[str], None],
     halving: HalvingByCondition | None = None,
 ) -> None:
-    """Everything that ``feed`` hands out, as ``resources`` has it; Ray is joined already.
-
-    Where the storage is a local folder, trials run on this node.
-    """
+    """Everything that ``feed`` hands out, as ``resources`` has it; Ray is joined already, ``nodes[0]`` is this one."""
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own event files say more
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -248,7 +245,7 @@ def run_trials(
         say(f"Ray is up: {len(up)} client hosts, {resources.concurrent} trials at once")
         job = replace(job, pool=tuple(up), datasets={name: ray.put(data) for name, data in datasets.items()})
         local = ledger.store.local_root
-        pinned = {f"node:{ray.util.get_node_ip_address()}": 1e-3} if local and len(nodes) > 1 else {}
+        pinned = own_node() if resources.trials_on is not None and len(nodes) > 1 else {}
         trainable = tune.with_resources(
             tune.with_parameters(run_trial, job=job), PlacementGroupFactory([{**resources.trial, **pinned}])
         )

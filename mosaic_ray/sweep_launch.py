@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ExperimentConfig, as_dict
+from .config import ExperimentConfig, as_dict, override
 from .errors import RequestError, RunError
 from .ledger import Ledger, Trial, make_trials, plan_name
 from .search import Listed, Optuna, Search, problems, searched
@@ -134,9 +134,12 @@ def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourceP
     """What the sweep may hold at once on ``nodes`` (the first is this one)."""
     from .runtime.resources import plan
 
+    # a local folder is one node's own; so is the folder in which a trial's Train workers leave their checkpoints
+    local = "://" not in storage or storage.startswith("file:")
+    bound = local or any(config.distill.workers for config in sweep.configs)
     return plan(
         nodes, sweep.configs, num_trials=sweep.search.total, max_concurrent=sweep.request.max_concurrent,
-        trials_on=None if "://" in storage and not storage.startswith("file:") else 0,
+        trials_on=0 if bound else None,
     )  # fmt: skip
 
 
@@ -320,11 +323,12 @@ def run(
     resources_of(sweep, here(address), storage)  # what can never fit is refused here, before Ray
     store = Store(storage)
     store.check_writable()
-    sweep = prepare(request, settle_precision(request.config))
+    settled = settle_precision(request.config)
     ledger = Ledger(store, name or plan_name(sweep.facts))
     with _alone(store, ledger.name):
         datasets = _load(sweep.configs)
-        ledger.begin(sweep.facts, fresh)
+        ledger.begin(sweep.facts, fresh, settled.runtime.precision)
+        sweep = prepare(request, override(settled, {"runtime.precision": ledger.precision}))
         if store.local_root and (old := store.local_root / ledger.place / "results.parquet").exists():
             read_results(old)  # refuses what is not whole
         with SweepView(sweep.search.total, progress=progress) as view:

@@ -38,7 +38,7 @@ FOLLOWS = {
     "meta": AFTER_TEACHER,
     "distill": AFTER_DISTILL,
     "finetune": {"finetune", "control", "evaluate"},
-    "runtime": set(), "runtime.driver_threads": {"evaluate"}, "runtime.precision": AFTER_PARTITION,
+    "runtime": set(), "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
     "runtime.cpus_per_client": AFTER_PARTITION, "runtime.gpus_per_client": AFTER_PARTITION,
 }  # fmt: skip
 

@@ -492,6 +492,7 @@ def after_some_looks(store: Store, do: Callable[[], object]) -> None:
     def look(key: str) -> StageResult | Lease | None:
         if (found := real(key)) is None:
             vain.append(key)
+            assert len(vain) < 5000, "it never came"
             if len(vain) == 10:
                 do()
         return found
@@ -646,9 +647,11 @@ def test_generators_of_others_are_waited_for_with_no_lease_in_hand(
         neighbour.put(wanted.key, wanted.facts, {part: wanted.load(part) for part in wanted.parts})
         lease.release()
 
-    ours = Party(warm, Heard(finish))
+    at_work: list[int] = []
+    ours = Party(warm, Heard(finish), lambda k: at_work.append(len(remains(neighbour))))
     made = ours.make()
     assert seen == [[wanted.key]] and ours.asked.clients == [0, 2]
+    assert at_work == [2, 2], "the neighbour's lease and one"
     assert ours.log["cached_clients"] == 1 and ours.log["cached"] is False
     assert_same_generators(made, undisturbed[1])
 

@@ -47,7 +47,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def begun(store: Store, *, fresh: bool = False, name: str = "n", **changed: object) -> Ledger:
     """A ledger whose plan is ``FACTS``, but for what is ``changed``."""
     ledger = Ledger(store, name)
-    ledger.begin(FACTS | changed, fresh)
+    ledger.begin(FACTS | changed, fresh, "fp32")
     return ledger
 
 
@@ -96,7 +96,10 @@ def test_no_two_trials_share_a_name(two):
         ({}, "base seed=3"),
         ({"generator.lambda_e": 0.5}, "lambda_e=0.5 seed=3"),
         ({"partition.omega": 0.123456789, "partition.num_clients": 20}, "omega=0.123457 num_clients=20 seed=3"),
-        ({"warmup.lr": 0.1, "meta.pool": "sum", "finetune.lr": 1e-4}, "warmup.lr=0.1 pool=sum finetune.lr=0.0001 seed=3"),
+        (
+            {"warmup.lr": 0.1, "meta.pool": "sum", "finetune.lr": 1e-4},
+            "warmup.lr=0.1 pool=sum finetune.lr=0.0001 seed=3",
+        ),
         ({"warmup.shuffle": False, "method": "dense"}, "shuffle=false method=dense seed=3"),
     ],
 )
@@ -141,7 +144,7 @@ def test_a_name_is_one_folder():
 def test_the_same_plan_is_found_again(store):
     begun(store)
     before = files(store)
-    assert json.loads(before[next(iter(before))]) == FACTS | {"session": None}
+    assert json.loads(before[next(iter(before))]) == FACTS | {"session": None, "precision": "fp32"}
     assert begun(store).session is None
     assert begun(store, points=tuple(FACTS["points"]), seeds=(0, 1)).session is None
     assert files(store) == before
@@ -156,7 +159,10 @@ def test_the_same_plan_is_found_again(store):
         ({"scheduler": "asha"}, "(scheduler fifo there, asha here)"),
         ({"base": as_dict(override(BASE, {"warmup.lr": 0.5}))}, "(warmup.lr 0.01 there, 0.5 here)"),
         ({"base": as_dict(override(BASE, {"seed": 4}))}, "(seed 0 there, 4 here)"),
-        ({"base": as_dict(override(BASE, {"federation.widths": (1.0, 0.5)}))}, "(federation.widths [1.0] there, [1.0, 0.5] here)"),
+        (
+            {"base": as_dict(override(BASE, {"federation.widths": (1.0, 0.5)}))},
+            "(federation.widths [1.0] there, [1.0, 0.5] here)",
+        ),
         ({"knobs": {"generator.lambda_d": "2, 9"}}, "(space's knobs.generator.lambda_d 2, 5 there, 2, 9 here)"),
         (
             {"points": [*FACTS["points"][:1], {"generator.lambda_d": 9.0}]},
@@ -259,7 +265,9 @@ def test_fresh_moves_aside_and_loses_nothing(store):
         assert moved.items() <= now.items()
         kept = now
     assert len(set(sessions)) == 4
-    turns = [json.loads(store.read(f"sweeps/{name}/trials/p000s0/summary.json"))["turn"] for name in ("n.2", "n.3", "n")]
+    turns = [
+        json.loads(store.read(f"sweeps/{name}/trials/p000s0/summary.json"))["turn"] for name in ("n.2", "n.3", "n")
+    ]
     assert turns == [1, 2, 3]
 
 
@@ -270,6 +278,13 @@ def test_a_fresh_session_lasts_until_the_next_fresh_one(store):
     second = begun(store, fresh=True).session
     assert second not in (None, first)
     assert begun(store).session == second
+
+
+def test_the_precision_that_a_sweep_began_with_counts(store):
+    for fresh, measured, counts in ((False, "bf16", "bf16"), (False, "fp32", "bf16"), (True, "fp32", "fp32")):
+        ledger = Ledger(store, "n")
+        ledger.begin(FACTS, fresh, measured)
+        assert ledger.precision == counts
 
 
 @pytest.mark.parametrize("name", ["plan.json", "trials/p000s0/summary.json"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from types import SimpleNamespace
@@ -112,7 +111,7 @@ def in_turn() -> list[Trial]:
     return played(optuna(seeds=(3, 1)), concave)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(order=st.randoms(use_true_random=False), slots=st.integers(1, 30), found=st.integers(0, 24))
 def test_points_do_not_depend_on_who_ends_when_or_on_how_many_are_under_way(in_turn, order, slots, found):
     assert played(optuna(seeds=(3, 1)), concave, order=order, slots=slots, found=found) == in_turn
@@ -291,16 +290,10 @@ def test_every_kind_of_knob():
     assert values["warmup.shuffle"] == {True, False}
     assert values["generator.steps"] == {10, 11, 12, 13}
     assert values["generator.tau"] == {100, 300}
-    assert min(values["generator.latent_dim"]) < 20 and 1 <= min(values["generator.latent_dim"])
+    assert 1 <= min(values["generator.latent_dim"]) < 20
     assert 1e-4 <= min(values["warmup.lr"]) < max(values["warmup.lr"]) <= 1.0
     assert 1.23456789 <= min(values["generator.lambda_d"]) <= max(values["generator.lambda_d"]) <= 1.23456999
     assert all(float(f"{value:.6g}") == value for value in values["warmup.lr"])
-
-
-def test_without_optuna_it_is_said_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    line = refusal(optuna)
-    assert line.startswith("--search optuna: ") and "pip install" in line and "--search random" in line
 
 
 # --- halving ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`mosaic sweep` and `mosaic spaces` at the door: what is refused, in one line and before Ray; what reaches the trials."""
+"""`mosaic sweep` and `mosaic spaces` at the door: what is refused, in one line and before Ray; what gets through."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mosaic_ray import sweep_launch
 from mosaic_ray.config import ExperimentConfig, as_dict, flatten, override, resolve
 from mosaic_ray.errors import RequestError
 from mosaic_ray.report.sweeps import read_results
-from mosaic_ray.runtime import cluster
+from mosaic_ray.runtime import cluster, precision
 from mosaic_ray.runtime.resources import Node
 from mosaic_ray.runtime.store import Store
 from mosaic_ray.spaces import Choice, Range, SweepPlan, list_spaces, load_space
@@ -50,7 +50,7 @@ def sweep(*words: str) -> Result:
     return ask("sweep", *words)
 
 
-def refusal(result: Result | subprocess.CompletedProcess[str]) -> str:
+def refusal(result: Result) -> str:
     """The one line of a wrong request."""
     assert result.exit_code == 2, (result.exit_code, result.stderr, result.exception)
     assert result.stdout == ""
@@ -107,7 +107,9 @@ WRONG = [
     ("--search optuna --space ablation", ["--search optuna:", "ablation", "--search grid"]),
     ("--search random --space ablation", ["--search random:", "--search grid"]),
     ("--search optuna --space omega_ladder", ["--search optuna:", "partition.omega", "--search grid"]),
-    ("--space client_count --clients 50 --set federation.cohort_size=15", ["partition.num_clients=10", "cohort_size = 15"]),
+    ("--space smoke --omega 2", ["--omega 2:", "smoke", "partition.omega"]),
+    ("--space smoke --set generator.lambda_d=3", ["--set generator.lambda_d=3:", "smoke"]),
+    ("--space client_count --set federation.cohort_size=15", ["federation.cohort_size = 15", "5 clients"]),
     ("--set runtime.cpus_per_client=64", ["runtime.cpus_per_client = 64", "at most"]),
     ("--set distill.workers=2", ["distill.workers = 2", "at most 1"]),
     ("--search optuna --set distill.workers=2", ["distill.workers = 2", "at most 1"]),
@@ -116,12 +118,19 @@ WRONG = [
 
 
 @pytest.mark.parametrize("words, told", WRONG, ids=[words[:60] for words, _ in WRONG])
-@pytest.mark.parametrize("dry", [False, True], ids=["run", "dry"])
-def test_a_wrong_word_is_answered_in_one_line_and_nothing_is_written(words, told, dry):
-    line = refusal(sweep(*shlex.split(words), *["--dry-run"] * dry))
+def test_a_wrong_word_is_answered_in_one_line_and_nothing_is_written(words, told):
+    line = refusal(sweep(*shlex.split(words)))
     for part in told:
         assert part in line
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--samples 0", "--name a/b", "--set runtime.cpus_per_client=64", "--space smoke --samples 4", "--space nowhere"],
+)
+def test_a_dry_run_refuses_what_a_sweep_would(words):
+    assert refusal(sweep("--dry-run", *words.split())) == refusal(sweep(*words.split()))
 
 
 PLAN = "from mosaic_ray.spaces import Choice, Range, SweepPlan\n\ndef plan():\n    return SweepPlan('mine', {})\n"
@@ -146,7 +155,7 @@ WRONG_SPACES = [
     (space("'warmup.lr': Choice(('fast',))"), ["warmup.lr = fast", "a number"]),
     (space("'generator.lambda_e': Range(2.0, 0.5)"), ["generator.lambda_e", "low < high"]),
     (space("'seed': Choice((0, 1))"), ["seed", "--seeds"]),
-    (space("'warmup.lr': Choice((0.1,))", ", base={'meta.poll': 'sum'}"), ['"meta.poll"']),
+    (space("'warmup.lr': Choice((0.1,))", ", base={'meta.poll': 'sum'}"), ["--space mine: ", '"meta.poll"']),
     (space("'warmup.lr': Choice((0.1,))", ", preset='dmeo'"), ["dmeo", '"demo"']),
     (space("'warmup.lr': Range(0.1, 0.2)"), ["--search grid", "warmup.lr", "--search random"]),
     (
@@ -165,8 +174,15 @@ WRONG_SPACES = [
         space("'partition.omega': Range(0.1, 1.0), 'warmup.lr': Range(0.1, 0.2)", ", search='optuna'"),
         ["--search optuna: partition.omega", "Choice"],
     ),
-    (space("'distill.workers': Range(0, 4), 'warmup.lr': Range(0.1, 0.2)", ", search='optuna'"), ["distill.workers = 4"]),
-]  # fmt: skip
+    (
+        space("'distill.workers': Range(0, 4), 'warmup.lr': Range(0.1, 0.2)", ", search='optuna'"),
+        ["distill.workers = 4", "at most 1"],
+    ),
+    (
+        space("", ", points=({}, {'federation.cohort_size': 15})"),
+        ["point 1 of the sweep (federation.cohort_size=15)", "there are 5 clients"],
+    ),
+]
 
 
 @pytest.mark.parametrize("text, told", WRONG_SPACES)
@@ -378,7 +394,9 @@ def test_prepare_says_what_the_plan_is():
     assert json.loads(json.dumps(sweep.facts)) == sweep.facts
 
 
-@pytest.mark.parametrize("search, samples, count", [("", None, 4), ("random", None, 3), ("random", 5, 5), ("optuna", 5, 5)])
+@pytest.mark.parametrize(
+    "search, samples, count", [("", None, 4), ("random", None, 3), ("random", 5, 5), ("optuna", 5, 5)]
+)
 def test_how_many_points(search, samples, count):
     sweep = prepare(request(GRID, search=search, samples=samples, seeds=(0, 1)))
     assert sweep.search.total == 2 * count
@@ -444,13 +462,15 @@ def test_a_lone_knob_is_looked_at_from_end_to_end():
     assert [trial.knobs for trial in prepare(request(plan)).trials] == [{"warmup.lr": 0.1}, {"warmup.lr": 0.2}]
 
 
-@pytest.mark.parametrize("scheduler, search, ok", [("fifo", "grid", True), ("asha", "grid", False), ("fifo", "optuna", False)])
+@pytest.mark.parametrize(
+    "scheduler, search, ok", [("fifo", "grid", True), ("asha", "grid", False), ("fifo", "optuna", False)]
+)
 def test_who_learns_needs_validation_images(scheduler, search, ok):
     blind = replace(request(GRID, scheduler=scheduler, search=search), config=ExperimentConfig())
     if ok:
         prepare(blind)
     else:
-        with pytest.raises(RequestError, match="partition.validation_fraction above 0"):
+        with pytest.raises(RequestError, match=r"partition\.validation_fraction above 0"):
             prepare(blind)
 
 
@@ -546,7 +566,7 @@ def test_failed_trials_are_listed_and_tried_again(trials):
     assert result.exit_code == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("mosaic: error: 2 of 6 trials failed: p001s0 (loss is nan); p004s0 (loss is nan)")
-    assert "6 trials: 4 done, 2 failed" in result.stdout or "trials 6: 4 done, 2 failed" in result.stdout
+    assert "trials 6: 4 done, 2 failed" in result.stdout
     rows = read_results(PLACE / "results.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["done", "failed", "done", "done", "failed", "done"]
     assert (rows[1]["error_stage"], rows[1]["error_round"], rows[1]["error_client"]) == ("warmup", 3, 1)
@@ -601,14 +621,36 @@ def test_a_name_with_another_plan_is_refused_and_kept(trials, words, told):
     assert len(trials) == 6
 
 
+def test_a_sweep_goes_on_with_the_precision_that_it_began_with(trials, monkeypatch):
+    monkeypatch.setattr(precision, "probe", lambda **_: "bf16")
+    trials.interrupts = ("p003s0",)
+    sweep(*SMOKE)
+    monkeypatch.setattr(precision, "probe", lambda **_: "fp32")
+    trials.interrupts = ()
+    assert sweep(*SMOKE).exit_code == 0
+    assert trials == NAMES
+    table = read_results(PLACE / "results.parquet")
+    assert table.column("runtime.precision").to_pylist() == ["bf16"] * 6
+    assert json.loads((PLACE / "plan.json").read_bytes())["base"]["runtime"]["precision"] == "auto"
+
+
 def test_how_many_run_at_once_is_no_part_of_the_plan(trials):
     sweep(*SMOKE)
     assert sweep(*SMOKE, "--max-concurrent", "1").exit_code == 0
     assert len(trials) == 6
 
 
-@pytest.mark.parametrize("name", ["plan.json", "results.parquet", "trials/p005s0/summary.json"])
-@pytest.mark.parametrize("way", ["half", "empty", "other"])
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        ("plan.json", "half"),
+        ("plan.json", "other"),
+        ("results.parquet", "half"),
+        ("results.parquet", "empty"),
+        ("trials/p005s0/summary.json", "half"),
+        ("trials/p005s0/summary.json", "empty"),
+    ],
+)
 def test_a_damaged_file_is_said_in_one_line_and_mended_as_it_says(trials, name, way):
     trials.interrupts = ("p003s0",)  # so that a damaged trial lies behind one that is still to run
     sweep(*SMOKE)

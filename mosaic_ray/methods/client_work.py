@@ -6,6 +6,7 @@ views of shared memory, so nothing here writes to them. Results are plain values
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ..algorithm.generation import train_generator
 from ..algorithm.local_training import LocalPlan, Shard, train_locally
 from ..algorithm.prototypes import client_prototypes
 from ..config import ExperimentConfig
+from ..errors import RunError
 from ..models.classifiers import build_classifier
 from ..models.tensors import load_weights, to_weights
 from ..records import DataFacts, Prototypes, Update, Weights
@@ -66,6 +68,8 @@ def train(bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any],
         prototypes = client_prototypes(model, shard, config.prototypes, bench.facts, address, config.runtime.precision)
     address = (config.seed, common["phase"], round_num, client_id)
     metrics = train_locally(model, shard, plan, bench.facts, address, config.runtime.precision)
+    if not math.isfinite(metrics["loss"]):
+        raise RunError(f"training diverged (lr {plan.lr:g} gives a loss of {metrics['loss']})", round=round_num, client=client_id)
     return TrainResult(Update(client_id, to_weights(model), len(shard), metrics), prototypes)
 
 
@@ -96,6 +100,8 @@ def generate(
     weights, samples, figures, curve = train_generator(
         classifier, common["weights"], shard, knobs, bench.facts, (config.seed, client_id), config.runtime.precision
     )
+    if not all(map(math.isfinite, figures.values())):
+        raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
     return GeneratorResult(weights, samples, figures, curve)
 
 

@@ -119,6 +119,13 @@ def nodes() -> list[Node]:
     return sorted(found, key=lambda node: (node.name != own, node.name))
 
 
+def own_node() -> dict[str, float]:
+    """A sliver of a resource that this node alone has: who asks for it runs here."""
+    import ray
+
+    return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
+
+
 def _knock(address: str, patience: float = 5.0) -> None:
     """``RequestError`` where nothing listens at HOST:PORT: Ray itself would try for minutes (measured: over three)."""
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -11,6 +11,7 @@ from typing import Any
 from ..algorithm.distillation import DistillTask, Peers, distil
 from ..errors import RunError
 from ..records import Weights
+from .cluster import own_node
 
 Report = Callable[[int, Mapping[str, float]], None]
 Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
@@ -77,8 +78,8 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     return outcome
 
 
-def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
-    """One ``TorchTrainer.fit()``: ``distill.workers`` workers, or in process with 0.
+def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool = False) -> Outcome:
+    """One ``TorchTrainer.fit()``: ``distill.workers`` workers, or in process with 0; ``here``: all on this node.
 
     Results do not depend on the number of workers beyond rounding: each draws its share of the generators' images and
     gradients are summed. A worker that dies costs the steps since the start of the loop.
@@ -96,11 +97,14 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
     else:
         settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
     threads = torch.get_num_threads()
+    each = {"CPU": 1.0, "GPU": float(gpu)} | (own_node() if here else {})
     trainer = TorchTrainer(
         _worker,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu and torch.cuda.is_available() else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu and workers > 0),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=gpu and workers > 0, resources_per_worker=each if workers else None
+        ),
         run_config=RunConfig(
             name="distill",
             storage_path=storage,

@@ -57,4 +57,4 @@ class Hosts:
             return distil_serial(task, report)
         if not self.in_trial:
             connect(self.address)
-        return distil_on_ray(task, report, storage)
+        return distil_on_ray(task, report, storage, here=self.in_trial)
