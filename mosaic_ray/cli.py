@@ -1,40 +1,26 @@
-"""The ``mosaic`` command: words in, a config out. What is heavy is imported by the command that needs it."""
+"""The ``mosaic`` command: what may be asked, and who answers. Each command imports what it needs."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
-from .config import ExperimentConfig, check_value, read_toml, resolve, to_toml
+from .config import to_toml
 from .errors import RequestError, RunError, neighbours
 from .presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
+from .words import address_of, config_of, count_of, refuse_swept, seeds_of
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from .spaces import SweepPlan
-
-#: Options that are another spelling of a knob.
-KNOB_OF_OPTION = {
-    "algorithm": "algorithm",
-    "dataset": "data.name",
-    "clients": "partition.num_clients",
-    "omega": "partition.omega",
-    "sampler": "partition.sampler",
-    "method": "method",
-    "seed": "seed",
-    "host": "runtime.host",
-}
 
 #: What the doctor's words look like on a terminal.
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
@@ -91,7 +77,7 @@ def resume_command(words: Sequence[str]) -> list[str]:
     return [*program, *(w for w in words if w != "--fresh")]
 
 
-# --- words to a config -----------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 _REQUEST: dict[str, Callable[..., Any]] = {
     "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
@@ -133,87 +119,6 @@ def _takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def config_of(
-    preset: str | None = None,
-    config: str | None = None,
-    sets: Sequence[str] = (),
-    base: Mapping[str, Any] | None = None,
-    **options: str | None,
-) -> ExperimentConfig:
-    """The config that a command line asks for; ``options`` are keys of ``KNOB_OF_OPTION``, values as typed.
-
-    ``base``: knobs between the preset and the file (a sweep plan's), and perhaps a ``preset``.
-    """
-    file = dict(base or {}) | (read_toml(config) if config else {})
-    if preset is not None:
-        file.pop("preset", None)  # the command line is the later word
-    knobs: dict[str, str] = {}
-    for item in sets:
-        key, equals, value = item.partition("=")
-        if not (equals and key.strip()):
-            raise RequestError(f"--set {item}: it takes KEY=VALUE, such as warmup.lr=0.01")
-        knobs[key.strip()] = value.strip()
-    typed = {name: word for name, word in options.items() if word is not None}
-    for name, word in typed.items():
-        knob = KNOB_OF_OPTION[name]
-        if knobs.setdefault(knob, word) != word:
-            raise RequestError(f"--{name} {word}: --set {knob}={knobs[knob]} says otherwise; give one of them")
-    try:
-        return resolve(preset or "demo", file=file, sets=knobs)
-    except RequestError as error:
-        message = str(error)
-        for name, word in typed.items():  # said in the words that were typed
-            head, knob = f"{KNOB_OF_OPTION[name]} = {word}:", KNOB_OF_OPTION[name]
-            if message.startswith(head):
-                also = "" if knob == name else f" ({knob})"
-                raise RequestError(f"--{name} {word}{also}:{message.removeprefix(head)}") from None
-        raise
-
-
-def _address(word: str | None) -> str:
-    word = word or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
-    port = re.fullmatch(r"(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", word)
-    if word not in ("auto", "local") and not (port and 0 < int(port[1]) < 65536):
-        raise RequestError(f"--address {word}: it takes auto, local or HOST:PORT")
-    return word
-
-
-def _count(option: str, word: str | None) -> int | None:
-    """A whole number above 0, as typed."""
-    if word is None:
-        return None
-    if not re.fullmatch("0*[1-9][0-9]{0,5}", word):
-        raise RequestError(f"--{option} {word}: it takes a whole number, at least 1 and below a million")
-    return int(word)
-
-
-def _seeds(word: str | None, seed: int | None) -> tuple[int, ...]:
-    """``0,1,2`` as seeds, or the one ``seed`` that was typed; nothing where none are asked for."""
-    if word is None:
-        return () if seed is None else (seed,)
-    if seed is not None:
-        raise RequestError(f"--seeds {word}: the seed is said to be {seed} as well; give one of them")
-    parts = [part.strip() for part in word.split(",")]
-    seeds = [int(part) for part in parts if re.fullmatch("[0-9]{1,10}", part)]
-    if len(set(seeds)) < len(parts):
-        raise RequestError(f"--seeds {word}: it takes whole numbers, each once, such as 0,1,2")
-    try:
-        return tuple(check_value("seed", seed) for seed in seeds)
-    except RequestError as error:
-        raise RequestError(f"--seeds {word}: {error}") from None
-
-
-def _refuse_swept(space: str, plan: SweepPlan, words: Mapping[str, Any]) -> None:
-    """A knob that the space sets in every trial cannot be set beside it."""
-    swept = {name for point in (plan.knobs, *plan.points) for name in point}
-    for option, knob in KNOB_OF_OPTION.items():
-        if words.get(option) is not None and knob in swept:
-            raise RequestError(f"--{option} {words[option]}: space {space} tries values of {knob} itself")
-    for item in words["sets"]:
-        if (knob := item.partition("=")[0].strip()) in swept:
-            raise RequestError(f"--set {item}: space {space} tries values of {knob} itself")
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +148,7 @@ def run(
     **request: Any,
 ) -> None:
     """Run one experiment; the same command again resumes it."""
-    config, address = config_of(**request), _address(address)
+    config, address = config_of(**request), address_of(address)
     from . import launch
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
@@ -261,7 +166,10 @@ def run(
 @mosaic.command()
 @_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
 @click.option(
-    "--space", default="lambdas_omega", show_default=True, metavar="NAME|module:function|FILE.py",
+    "--space",
+    default="lambdas_omega",
+    show_default=True,
+    metavar="NAME|module:function|FILE.py",
     help="What to try; see `mosaic spaces`.",
 )
 @click.option("--search", metavar="grid|random|optuna", help="How points are chosen; the space has a default.")
@@ -290,20 +198,20 @@ def sweep(
     from . import sweep_launch
     from .spaces import SEARCHES, check_space, load_space
 
-    address = _address(address)
+    address = address_of(address)
     for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, sweep_launch.SCHEDULERS)):
         if word is not None and word not in known:
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
     named, plan = load_space(space)
     check_space(named, plan)
-    _refuse_swept(named, plan, words)
+    refuse_swept(named, plan, words)
     preset = {"preset": plan.preset} if plan.preset else {}
     config = config_of(**words, base=sweep_launch.SWEEP_BASE | preset | dict(plan.base))
     one_seed = words["seed"] is not None or any(item.partition("=")[0].strip() == "seed" for item in words["sets"])
     request = sweep_launch.Request(
-        config, named, plan, search=search or "", samples=_count("samples", samples),
-        seeds=_seeds(seeds, config.seed if one_seed else None), scheduler=scheduler,
-        max_concurrent=_count("max-concurrent", max_concurrent),
+        config, named, plan, search=search or "", samples=count_of("samples", samples),
+        seeds=seeds_of(seeds, config.seed if one_seed else None), scheduler=scheduler,
+        max_concurrent=count_of("max-concurrent", max_concurrent),
     )  # fmt: skip
     if dry_run and as_json:
         raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
@@ -389,7 +297,7 @@ def methods() -> None:
 @click.pass_context
 def doctor(ctx: click.Context, storage: str, try_ray: bool, address: str | None, **request: Any) -> None:
     """Say what this machine has, what would not work, and what to do. Exits with 1 where something would not."""
-    config, address = config_of(**request), _address(address)
+    config, address = config_of(**request), address_of(address)
     from .runtime.doctor import examine
 
     worst = 0

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
 
+#: Bytes of a run's or a sweep's name; file systems take 255, and some are ours.
+MAX_NAME = 200
+
 #: A damaged stored result is found while it is read; the run then begins again and computes it anew.
 MAX_REPAIRS = 5
 
@@ -102,9 +105,12 @@ def execute(
         for _ in range(MAX_REPAIRS):
             log.clear()
             try:
-                with _log(folder) if log_file else contextlib.nullcontext() as stream, Tracker(
-                    folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
-                ) as tracker:
+                with (
+                    _log(folder) if log_file else contextlib.nullcontext() as stream,
+                    Tracker(
+                        folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
+                    ) as tracker,
+                ):
                     store.say = tracker.warn
                     summary, student = _run_once(config, dataset, store, tracker, hosts, folder, log)
                 break
@@ -140,8 +146,12 @@ def execute(
 
 def check_name(name: str | None, below: str) -> None:
     """``RequestError`` unless ``name`` (None: to be chosen here) can name a folder."""
-    if name is not None and (not name or name in {".", ".."} or set(name) & set("/\\\0")):
-        raise RequestError(f"--name {name}: it names a folder below {below}/, so it may not hold / or \\ or be empty")
+    if name is None:
+        return
+    if not name or name in {".", ".."} or set(name) & set("/\\\0") or len(os.fsencode(name)) > MAX_NAME:
+        raise RequestError(
+            f"--name {name}: it names a folder below {below}/, so it has 1 to {MAX_NAME} bytes and holds no / or \\"
+        )
 
 
 def _run_once(

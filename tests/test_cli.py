@@ -20,6 +20,7 @@ from rich.console import Console
 
 from mosaic_ray import __version__
 from mosaic_ray import cli as door
+from mosaic_ray import words as typed_words
 from mosaic_ray.config import KNOBS, DataConfig, read_toml, resolve
 from mosaic_ray.errors import RequestError, RunError
 from mosaic_ray.presets import ALGORITHMS, DATASETS, METHODS, OPTIMISERS, SCALES
@@ -156,9 +157,9 @@ def test_line_breaks_in_a_value_stay_in_one_line():
 
 
 def test_options_are_spellings_of_knobs():
-    assert set(door.KNOB_OF_OPTION.values()) <= set(KNOBS)
+    assert set(typed_words.KNOB_OF_OPTION.values()) <= set(KNOBS)
     words = {"dataset": "mnist", "clients": "7", "omega": ".5", "method": "fedavg", "seed": "3", "host": "serial"}
-    config = door.config_of(**words, sets=["warmup.lr=1e-4", "federation.widths=[1.0]"])
+    config = typed_words.config_of(**words, sets=["warmup.lr=1e-4", "federation.widths=[1.0]"])
     expected = resolve(
         sets={
             "data.name": "mnist", "partition.num_clients": "7", "partition.omega": "0.5", "method": "fedavg",
@@ -171,16 +172,16 @@ def test_options_are_spellings_of_knobs():
 def test_later_words_win_and_say_so_only_when_they_differ(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("preset = 'fmnist_small'\n[partition]\nomega = 2.0\n")
-    assert door.config_of(config=str(path)).data.name == "fmnist"
-    assert door.config_of(preset="cifar10_small", config=str(path)).data.name == "cifar10"
-    assert door.config_of(config=str(path)).partition.omega == 2.0
-    assert door.config_of(config=str(path), omega="3").partition.omega == 3.0
-    assert door.config_of(sets=["seed=1", "seed=2"]).seed == 2
-    assert door.config_of(omega="3", sets=["partition.omega=3"]).partition.omega == 3.0
+    assert typed_words.config_of(config=str(path)).data.name == "fmnist"
+    assert typed_words.config_of(preset="cifar10_small", config=str(path)).data.name == "cifar10"
+    assert typed_words.config_of(config=str(path)).partition.omega == 2.0
+    assert typed_words.config_of(config=str(path), omega="3").partition.omega == 3.0
+    assert typed_words.config_of(sets=["seed=1", "seed=2"]).seed == 2
+    assert typed_words.config_of(omega="3", sets=["partition.omega=3"]).partition.omega == 3.0
 
 
 def test_values_may_hold_equals_signs():
-    assert door.config_of(sets=["data.root=/a=b"]).data.root == "/a=b"
+    assert typed_words.config_of(sets=["data.root=/a=b"]).data.root == "/a=b"
 
 
 @pytest.mark.parametrize("preset", [*SCALES, *ALGORITHMS, "cifar100+reference"])
@@ -507,7 +508,7 @@ def test_readme_commands_parse():
             continue
         request = {key: value for key, value in context.params.items() if key in {*door._REQUEST}}
         if context.info_name in {"run", "partition"} and not request.get("config"):
-            door.config_of(**request)
+            typed_words.config_of(**request)
 
 
 def test_readme_make_targets_exist():

@@ -1,4 +1,4 @@
-"""Whole sweeps on Ray: what trials share is computed once, whatever fails or is killed, and every trial is a plain run."""
+"""Whole sweeps on Ray: shared stages are computed once, whatever fails or is killed; every trial is a plain run."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_trials_share_what_they_can_and_each_is_a_plain_run(tmp_path, ray_up):
         alone = launch.run(config, storage=str(tmp_path / "runs"), progress=False)
         assert result.summary["accuracy"] == alone["accuracy"]
         place = Path(outcome.place) / "trials" / result.trial
-        assert_same(load_file(place / "student.safetensors"), load_file(Path(alone["paths"]["run"]) / "student.safetensors"))
+        left, right = (load_file(Path(folder) / "student.safetensors") for folder in (place, alone["paths"]["run"]))
+        assert_same(left, right)
         assert (place / "log.txt").exists() and list((place / "tensorboard").glob("events*"))
 
     table = read_results(Path(outcome.place) / "results.parquet")
@@ -164,16 +165,16 @@ def test_a_trial_that_always_dies_is_recorded(tmp_path, ray_up, monkeypatch):
 
 
 def test_asha_stops_trials_and_keeps_what_they_reached(tmp_path, ray_up):
-    """Students that learn nothing in their closing rounds against students that are spoilt in them."""
-    good, bad = {"finetune.lr": 1e-4}, {"finetune.lr": 30.0}
-    plan = SweepPlan("good first", points=(good, {**good, "generator.lambda_d": 2.0}, bad, {**bad, "generator.lambda_d": 2.0}))
-    outcome = sweep(tmp_path, plan, {"finetune.num_rounds": 8, "runtime.host": "serial"}, scheduler="asha")
-    statuses = [r.summary["status"] for r in outcome.results]
-    assert statuses[:2] == ["done", "done"] and "stopped" in statuses[2:]
-    stopped = outcome.results[statuses.index("stopped")].summary
-    assert stopped["rung"] >= 4 and stopped["stage"] == "finetune"
-    again = sweep(tmp_path, plan, {"finetune.num_rounds": 8, "runtime.host": "serial"}, scheduler="asha")
-    assert [r.summary["status"] for r in again.results] == statuses
+    """Trials that hardly warm up are behind at the first rung."""
+    good, bad = {"warmup.num_rounds": 12}, {"warmup.lr": 1e-9}
+    plan = SweepPlan("good first", points=(good, {**good, "generator.lambda_d": 2.0}, bad))
+    options = {"knobs": {"runtime.host": "serial"}, "scheduler": "asha"}
+    outcome = sweep(tmp_path, plan, **options)
+    assert [r.summary["status"] for r in outcome.results] == ["done", "done", "stopped"]
+    stopped, reached = outcome.results[2].summary, outcome.results[0].summary["validation_accuracy"]["initial"]
+    assert (stopped["stage"], stopped["rung"]) == ("warmup", 1) and stopped["selection"]["value"] < reached
+    again = sweep(tmp_path, plan, **options)
+    assert [r.summary["status"] for r in again.results] == ["done", "done", "stopped"]
 
 
 def test_optuna_chooses_the_same_points_again(tmp_path, ray_up):

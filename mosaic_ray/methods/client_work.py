@@ -69,7 +69,8 @@ def train(bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any],
     address = (config.seed, common["phase"], round_num, client_id)
     metrics = train_locally(model, shard, plan, bench.facts, address, config.runtime.precision)
     if not math.isfinite(metrics["loss"]):
-        raise RunError(f"training diverged (lr {plan.lr:g} gives a loss of {metrics['loss']})", round=round_num, client=client_id)
+        what = f"training diverged (lr {plan.lr:g} gives a loss of {metrics['loss']})"
+        raise RunError(what, round=round_num, client=client_id)
     return TrainResult(Update(client_id, to_weights(model), len(shard), metrics), prototypes)
 
 

@@ -101,7 +101,7 @@ class SerialCohort:
 
 
 class ClientActor:
-    """A client host on Ray. It keeps nothing between calls, so any experiment may use it and any actor redo its work."""
+    """A client host on Ray. It keeps nothing between calls: any experiment may use it, any other redo its work."""
 
     def __init__(self, gpu: bool) -> None:
         import torch

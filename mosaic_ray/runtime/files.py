@@ -73,7 +73,10 @@ class Files:
             self.filesystem.delete_dir(self.path(name))
 
     def names(self, folder: str) -> list[str]:
-        found = self.filesystem.get_file_info(fs.FileSelector(self.path(folder), allow_not_found=True))
+        try:
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path(folder), allow_not_found=True))
+        except FileNotFoundError:  # a neighbour made the folder at this very moment, which confuses pyarrow
+            return []
         return [info.base_name for info in found]
 
     def tidy(self, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's clients and its distillation go: this process, Ray actors of the run's own, or a sweep's shared pool."""
+"""Where a run's clients and its distillation go: this process, Ray actors of its own, or a sweep's shared pool."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ class Hosts:
 
         return RayCohort(config, facts, shards, own)
 
-    def distil(
-        self, task: DistillTask, report: Callable[[int, Mapping[str, float]], None], storage: str
-    ) -> Outcome:
+    def distil(self, task: DistillTask, report: Callable[[int, Mapping[str, float]], None], storage: str) -> Outcome:
         """The distilled student; ``storage`` is Ray Train's own folder."""
         knobs = task.config
         if knobs.runtime.host == "serial" or (self.in_trial and not knobs.distill.workers):
