@@ -225,11 +225,16 @@ class Feed:
 
     def ended(self, trial: Trial) -> None:
         """See ``sweep.Feed``."""
+        from .report.sweeps import write_hparams
+
         summary = self.ledger.summary(trial.name)
-        assert summary is not None, trial.name
-        self._keep(trial, summary)
+        if summary is None:  # it could not even say how it failed; the storage may be what failed
+            summary = self.ledger.record(trial, status="failed", error="it left no summary", stage=None)
+        kept = self._keep(trial, summary)
         if summary["status"] == "failed":
             self.view.warn(f"{trial.label}: {summary['error']}")
+        if summary["status"] != "done" and (root := self.ledger.store.local_root):  # a done one wrote its own
+            write_hparams(root / self.ledger.folder(trial.name) / "tensorboard", kept, self.sweep.swept)
         self.view.end(trial.name, summary["status"], _selection(summary), trial.label, self._condition(trial))
         self.write()
 
@@ -255,11 +260,13 @@ class Feed:
     def _condition(self, trial: Trial) -> str:
         return repr([trial.knobs.get(name) for name in self.sweep.conditions])
 
-    def _keep(self, trial: Trial, summary: Mapping[str, Any]) -> None:
+    def _keep(self, trial: Trial, summary: Mapping[str, Any]) -> TrialResult:
         from .report.sweeps import TrialResult
 
-        self.results[trial.name] = TrialResult(trial.name, trial.point, trial.seed, trial.knobs, summary)
+        kept = TrialResult(trial.name, trial.point, trial.seed, trial.knobs, summary)
+        self.results[trial.name] = kept
         self.sweep.search.ended(trial, _selection(summary))
+        return kept
 
 
 def _selection(summary: Mapping[str, Any]) -> float | None:

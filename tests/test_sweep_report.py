@@ -468,7 +468,7 @@ def test_tensorboard_shows_every_trial_with_its_knobs_and_metrics(tmp_path: Path
         LAMBDA_E: number, OMEGA: number, "meta.select": "DATA_TYPE_BOOL", "meta.pool": text, "federation.widths": text,
         "meta.updates": number, "seed": number,
     }  # fmt: skip
-    tags = ["accuracy/final", "accuracy/control", "accuracy/gain", "selection"]
+    tags = ["selection", "accuracy/final", "accuracy/control", "accuracy/gain"]
     assert [info["name"]["tag"] for info in experiment["metricInfos"]] == tags
 
     groups = {group["name"].split("/")[0]: group for group in answer["sessionGroups"]}
@@ -481,7 +481,7 @@ def test_tensorboard_shows_every_trial_with_its_knobs_and_metrics(tmp_path: Path
         accuracy = result.summary["accuracy"]
         expected = [accuracy["final"], accuracy["control"], accuracy["final"] - accuracy["control"]]
         found = {value["name"]["tag"]: value["value"] for value in session["metricValues"]}
-        assert found == pytest.approx(dict(zip(tags, [*expected, result.point / 16], strict=True)), abs=1e-7)
+        assert found == pytest.approx(dict(zip(tags, [result.point / 16, *expected], strict=True)), abs=1e-7)
         assert session["status"] == "STATUS_SUCCESS"
     (session,) = groups["p003s0"]["sessions"]
     assert session["status"] == "STATUS_FAILURE" and not session.get("metricValues")

@@ -1,4 +1,4 @@
-"""Random sweeps on a Ray of two pretended nodes: each runs to the end, computes nothing twice and leaves nothing behind."""
+"""Random sweeps on a Ray of two pretended nodes: each ends, computes nothing twice and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -69,7 +70,7 @@ def random_request(number: int) -> sweep_launch.Request:
         search=search,
         samples=draws.randint(2, 4) if search == "random" else None,
         seeds=draws.choice(((0,), (0,), (1, 2))),
-        max_concurrent=draws.choice((None, None, 1, 2, 4)),
+        max_concurrent=draws.choice((None, None, 1, 2, 4, 4)),
     )
 
 
@@ -117,12 +118,11 @@ def cluster():
 
     from mosaic_ray.runtime.cluster import RAY_ENVIRONMENT
 
-    with pytest.MonkeyPatch.context() as patch:
-        # a folder of its own, so that the address of a Ray that somebody else runs here stays what it is
-        patch.setenv("RAY_TMPDIR", f"/tmp/mc{os.getpid()}")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mc", dir="/tmp") as folder:
+        # of its own, so that the address of a Ray that somebody else runs here stays what it is; short, for sockets
+        patch.setenv("RAY_TMPDIR", folder)
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
-        os.makedirs(os.environ["RAY_TMPDIR"])
         up = Cluster()
         try:
             for cpus, size in NODES:

@@ -38,8 +38,8 @@ MOST_POINTS = 10
 
 #: What TensorBoard compares trials by, and the column of each.
 HPARAM_METRICS = {
-    "accuracy/final": "accuracy_final", "accuracy/control": "accuracy_control", "accuracy/gain": "gain",
-    "selection": "selection",
+    "selection": "selection", "accuracy/final": "accuracy_final", "accuracy/control": "accuracy_control",
+    "accuracy/gain": "gain",
 }  # fmt: skip
 
 #: Sorts after the trial's own event file, which TensorBoard therefore reads first; one name, so that again replaces.

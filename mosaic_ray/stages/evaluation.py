@@ -49,12 +49,14 @@ def judged(run: Run, shards: Shards, key: str, model: Model, split: str, data: I
     Kept by model, so that no model is looked at twice: not in a run, and not by the trials of a sweep that share it.
     """
     own = judged_key(run.config, shards.key, key, split)
-    if (found := run.store.get(own)) is not None:
+    found, _ = run.obtain("evaluate", own)
+    if isinstance(found, StageResult):
         return found
-    logits = _logits(run, model, data)
-    table = confusion(logits, data.labels)
-    facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
-    return run.store.put(own, facts, {"confusion": {"table": table}})
+    with found:
+        logits = _logits(run, model, data)
+        table = confusion(logits, data.labels)
+        facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
+        return run.store.put(own, facts, {"confusion": {"table": table}})
 
 
 def watch(run: Run, shards: Shards, stage: str, step: int, key: str, model: Model) -> None:

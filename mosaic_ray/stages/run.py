@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..config import ExperimentConfig
-from ..errors import RunError
+from ..errors import RequestError, RunError
 from ..methods.client_work import Bench
 from ..records import Dataset, Finding, ImageSet
 from ..runtime.cohort import Cohort
+from ..runtime.leases import Lease
 from ..runtime.store import StageResult, StageWriter, Store
 from ..runtime.tracking import Stage as Progress
 from ..runtime.tracking import Tracker
@@ -51,12 +52,8 @@ class Run:
 
         Of several runs that miss it one computes and the others wait; when that one fails or dies, another goes on.
         """
-        began, waited = time.perf_counter(), 0.0
-        while (found := self.store.get_or_lease(key)) is None:
-            if not waited:
-                self.tracker.say(f"{name}: waiting for another run that computes it")
-            time.sleep(POLL_SECONDS)
-            waited = time.perf_counter() - began
+        began = time.perf_counter()
+        found, waited = self.obtain(name, key)
         if isinstance(found, StageResult):
             result = found
             self.tracker.replay(name, [[_own_tag(tag, name), *row] for tag, *row in result.facts["curve"]])
@@ -69,11 +66,25 @@ class Run:
                         facts["seconds"] = time.perf_counter() - began - waited
                         facts["curve"] = [list(row) for row in progress.recorded]
                         result = writer.commit(facts)
+                except RequestError:
+                    raise
                 except RunError as error:
                     raise error.at(name) from error
+                except Exception as error:
+                    raise RunError(f"{type(error).__name__}: {error}", stage=name) from error
                 self.store.drop_checkpoint(key)
         self.note(name, key, result is found, time.perf_counter() - began, result.facts, waited)
         return result
+
+    def obtain(self, name: str, key: str) -> tuple[StageResult | Lease, float]:
+        """The result under ``key``, or the sole right to compute it, and the seconds that others were waited for."""
+        began, waited = time.perf_counter(), 0.0
+        while (found := self.store.get_or_lease(key)) is None:
+            if not waited:
+                self.tracker.say(f"{name}: waiting for another run that computes it")
+            time.sleep(POLL_SECONDS)
+            waited = time.perf_counter() - began
+        return found, waited
 
     def note(
         self, name: str, key: str, cached: bool, seconds: float, facts: Mapping[str, Any], waited: float = 0.0
