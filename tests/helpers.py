@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -55,6 +60,24 @@ def stripes(count: int, seed: int = 0) -> ImageSet:
 def stripes_dataset() -> Dataset:
     """240 training and 60 test images."""
     return Dataset(FACTS, stripes(240), stripes(60, 1), ("top", "middle", "bottom"), "stripes")
+
+
+@contextlib.contextmanager
+def small_ray(num_cpus: int) -> Iterator[Any]:
+    """A Ray of a test module's own, with so many CPUs to give away."""
+    import ray
+
+    from mosaic_ray.runtime.cluster import RAY_ENVIRONMENT
+
+    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        _temp_dir=f"/tmp/mr{os.getpid()}",
+    )  # fmt: skip
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
 
 
 def shard_of(images: ImageSet) -> Shard:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, stripes_dataset
+from helpers import FACTS, TINY, assert_same, small_ray, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray import launch
@@ -270,18 +270,9 @@ def test_every_switch_of_the_algorithm_is_a_knob_with_its_presets_value():
 
 
 @pytest.fixture(scope="module")
-def ray_up(tmp_path_factory):
-    """A small Ray of this module's own."""
-    ray = pytest.importorskip("ray")
-    from mosaic_ray.runtime.cluster import RAY_ENVIRONMENT
-
-    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        _temp_dir="/tmp/mr" + str(os.getpid()),
-    )  # fmt: skip
-    yield ray
-    ray.shutdown()
+def ray_up():
+    with small_ray(num_cpus=4) as ray:
+        yield ray
 
 
 pytestmark = pytest.mark.filterwarnings(

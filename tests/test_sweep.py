@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from helpers import TINY, assert_same, stripes_dataset
+from helpers import TINY, assert_same, small_ray, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray import launch, sweep_launch
@@ -35,18 +35,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ray_up():
-    """A small Ray of this module's own."""
-    import ray
-
-    from mosaic_ray.runtime.cluster import RAY_ENVIRONMENT
-
-    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        _temp_dir="/tmp/ms" + str(os.getpid()),
-    )  # fmt: skip
-    yield ray
-    ray.shutdown()
+    with small_ray(num_cpus=2) as ray:
+        yield ray
 
 
 @pytest.fixture(autouse=True)
