@@ -79,7 +79,7 @@ def main(clients: int, samples: int, sets: tuple[str, ...]) -> None:
             "--storage", f"{folder}/runs",
             *(word for knob in (f"data.root={folder}/data", *knobs, *sets) for word in ("--set", knob)),
         ]  # fmt: skip
-        began, peak = time.perf_counter(), None
+        began, peak = time.perf_counter(), 0.0
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
             for line in process.stderr:
                 sys.stderr.write(line)

@@ -126,7 +126,9 @@ class MetaConfig:
     init: str = knob(
         "prototype_head", "start at random, or at a head re-fitted on prototypes", choices=("random", "prototype_head")
     )
-    token_dim: int = knob(0, "size of an expert's token; 0: ten per class", low=0)
+    token_dim: int = knob(
+        0, "size of an expert's token; 0: ten per class, at most 200; -1: ten per class and as many heads", low=-1
+    )
     feedforward: int = knob(2048, "hidden size of the transformer's feed-forward part", low=1)
     dropout: float = knob(0.2, "dropout", low=0.0, high=0.95)
     updates: int = knob(500, "optimiser updates", low=0)

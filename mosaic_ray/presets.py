@@ -50,6 +50,7 @@ PAPER: dict[str, Any] = {
     "meta.init": "random",
     "meta.input": "full",
     "meta.expert_embedding": False,
+    "meta.token_dim": -1,
     "meta.updates": 250,
     "meta.ema_bias_correction": False,
     "meta.select": False,

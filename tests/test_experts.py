@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mosaic_ray.algorithm.averaging import average
 from mosaic_ray.algorithm.experts import distinct_experts, expert_weights, form_experts
-from mosaic_ray.algorithm.meta_training import MetaModel, Teacher, ema_update, ema_weights
+from mosaic_ray.algorithm.meta_training import MetaModel, Teacher, ema_update, ema_weights, token_size
 from mosaic_ray.algorithm.prototypes import client_prototypes
 from mosaic_ray.algorithm.teacher import TeacherState, build_teacher, head_logits
 from mosaic_ray.config import MetaConfig, override
@@ -97,8 +97,29 @@ def test_o10_order_of_experts_matters_only_with_their_identity(embedding):
 
 @pytest.mark.parametrize("classes, parameters", [(10, 948_206), (100, 20_425_196)])
 def test_o6_meta_model_has_the_authors_size_less_its_dead_parameters(classes, parameters):
-    meta = MetaModel(classes, classes, MetaConfig(expert_embedding=False))
+    meta = MetaModel(classes, classes, MetaConfig(expert_embedding=False, token_dim=-1))
     assert sum(p.numel() for p in meta.parameters()) == parameters
+
+
+def test_a_token_stays_small_where_classes_are_many_and_is_the_authors_up_to_ten():
+    assert all(token_size(0, classes) == token_size(-1, classes) == (10 * classes, classes) for classes in range(1, 11))
+    assert token_size(0, 100) == (200, 10) and token_size(-1, 100) == (1000, 100)
+    for dim in range(1, 60):
+        for classes in range(1, 30):
+            size, heads = token_size(dim, classes)
+            assert size == dim and size % heads == 0 and heads <= min(classes, 10)
+
+
+def test_the_meta_model_in_parts_is_the_meta_model(monkeypatch):
+    """However few rows it may hold at once, it learns and answers the same, to rounding."""
+    config = override(TINY, {"meta.dropout": 0.0, "meta.updates": 30, "meta.select": False})
+    whole = make(config)[1].meta
+    monkeypatch.setattr("mosaic_ray.algorithm.meta_training.MAX_NUMBERS", 4 * 5 * 3 * 30)  # five rows with gradients
+    assert MetaModel(3, 3, config.meta).max_rows == 20
+    parts = make(config)[1].meta
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, atol=2e-4, err_msg=name)
+    assert any(not np.array_equal(parts[name], value) for name, value in whole.items()), "it was never split"
 
 
 def test_o11_the_average_holds_decay_to_the_n_of_its_start_and_the_correction_takes_it_out():

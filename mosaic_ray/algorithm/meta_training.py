@@ -14,20 +14,32 @@ from ..seeding import seeded, stream
 from .heads import scores
 from .prototypes import prototype_weights
 
+#: Numbers that one tensor of the meta model may hold where no gradient is asked for: 64 MiB of float32. With ten
+#: classes that is a thousand rows; with a hundred, each row takes a million numbers in attention alone.
+MAX_NUMBERS = 2**24
+
+
+def token_size(token_dim: int, num_classes: int) -> tuple[int, int]:
+    """(size of a token, attention heads) that ``meta.token_dim`` stands for."""
+    if token_dim < 0:
+        return 10 * num_classes, num_classes
+    dim, most = token_dim or 10 * min(num_classes, 20), min(num_classes, 10)
+    return dim, max(heads for heads in range(1, most + 1) if dim % heads == 0)
+
 
 class MetaModel(nn.Module):
     """Logits [B, E, C] of E experts to logits [B, C].
 
     Each expert's logit row becomes a token (shared linear C -> d), tokens pass an encoder-decoder transformer used
-    with source = target, are pooled over experts, and a linear map gives logits. d = 10 C with C heads as in the
-    authors' code (948,206 parameters at C = 10). Without ``expert_embedding`` the output does not depend on the order
-    of the experts (M3).
+    with source = target, are pooled over experts, and a linear map gives logits. The authors have d = 10 C with C
+    heads (948,206 parameters at C = 10; attention alone is 4 MB a row at C = 100): token_dim = -1. Ours stays at ten
+    heads and d = 200 where classes are many, and is the same up to ten. Without ``expert_embedding`` the output does
+    not depend on the order of the experts (M3).
     """
 
     def __init__(self, num_experts: int, num_classes: int, config: MetaConfig) -> None:
         super().__init__()
-        dim = config.token_dim or 10 * num_classes
-        heads = num_classes if dim % num_classes == 0 else 1
+        dim, heads = token_size(config.token_dim, num_classes)
         self.expand = nn.Linear(num_classes, dim)
         layer = nn.TransformerEncoderLayer(dim, heads, config.feedforward, config.dropout, batch_first=True)
         # torch's own encoder, said in full to decline nested tensors: there is no padding here
@@ -38,6 +50,7 @@ class MetaModel(nn.Module):
         self.out = nn.Linear(dim, num_classes)
         self.identity = nn.Parameter(0.02 * torch.randn(num_experts, dim)) if config.expert_embedding else None
         self.pool = config.pool
+        self.max_rows = max(1, MAX_NUMBERS // (num_experts * max(dim, config.feedforward, heads * num_experts)))
 
     def forward(self, expert_logits: Tensor) -> Tensor:
         tokens = self.expand(expert_logits)
@@ -66,6 +79,12 @@ class Teacher(nn.Module):
         if self.skip is None:
             return logits
         return self.skip(features) + self.gain * logits
+
+
+@torch.no_grad()
+def answers(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Logits [B, C] for features [B, d], a few rows at a time."""
+    return torch.cat([teacher(expert_logits(part), part) for part in features.split(teacher.meta.max_rows)])
 
 
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
@@ -102,10 +121,8 @@ def train_meta(
     """
     vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
     weights = torch.tensor(prototype_weights(kept, weighting))
-    inputs = expert_logits(vectors)
     judged = held_out if len(held_out) else kept
     judged_features = torch.tensor(judged.vectors)
-    judged_inputs = expert_logits(judged_features)
     averaged = copy.deepcopy(teacher).eval()
     start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     average = {name: value.clone() for name, value in start.items()}
@@ -118,8 +135,7 @@ def train_meta(
         nonlocal best, best_state, best_update
         decay, correct = config.ema, config.ema_bias_correction
         averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
-        with torch.no_grad():
-            accuracy, judged_loss = scores(averaged(judged_inputs, judged_features), judged)
+        accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), judged)
         progress(update, {"held_out_accuracy": accuracy, "held_out_loss": judged_loss} | loss)
         if not config.select or best is None or (accuracy, -judged_loss) > best:
             best = (accuracy, -judged_loss)
@@ -131,17 +147,20 @@ def train_meta(
     with seeded(seed, "meta", "dropout"):
         for update in range(1, config.updates + 1):
             rows = torch.randperm(len(kept), generator=order)[:batch]
-            logits = teacher(inputs[rows], vectors[rows])
-            loss = (weights[rows] * nn.functional.cross_entropy(logits, labels[rows], reduction="none")).mean()
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = 0.0
+            for part in rows.split(teacher.meta.max_rows // 4 or 1):  # gradients hold several tensors a layer
+                logits = teacher(expert_logits(vectors[part]), vectors[part])
+                errors = weights[part] * nn.functional.cross_entropy(logits, labels[part], reduction="none")
+                share = errors.mean() * (len(part) / len(rows))
+                share.backward()
+                loss += float(share.detach())
             optimiser.step()
             ema_update(average, teacher, config.ema)
             if update % 25 == 0 or update == config.updates:
-                look(update, {"loss": float(loss.detach())})
+                look(update, {"loss": loss})
                 if config.select and config.patience and update - best_update >= config.patience:
                     break
     averaged.load_state_dict(best_state)
-    with torch.no_grad():
-        accuracy, judged_loss = scores(averaged(judged_inputs, judged_features), judged)
+    accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), judged)
     return averaged, {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}

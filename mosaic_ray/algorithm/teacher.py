@@ -13,7 +13,7 @@ from ..config import ExperimentConfig
 from ..models.classifiers import build_classifier
 from ..models.tensors import freeze, head_of, load_weights
 from ..records import DataFacts, Weights
-from .meta_training import Teacher
+from .meta_training import Teacher, answers
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TeacherNet(nn.Module):
             return self.meta(rows.float())
         features = self.backbone.features(images) if features is None else features
         features = features.float()
-        return self.meta(self.head_logits(features), features)
+        return answers(self.meta, self.head_logits, features)
 
 
 def build_teacher(config: ExperimentConfig, facts: DataFacts, state: TeacherState) -> TeacherNet:

@@ -19,7 +19,7 @@ from ..runtime.store import stage_key
 
 #: Raise a stage's number when its mathematics changes: older results are then computed anew.
 VERSIONS = {
-    "partition": 1, "warmup": 1, "generator": 1, "generators": 1, "prototypes": 1, "teacher": 1, "distill": 1,
+    "partition": 1, "warmup": 1, "generator": 1, "generators": 1, "prototypes": 1, "teacher": 2, "distill": 1,
     "rounds": 2, "judged": 1, "evaluate": 2,
 }  # fmt: skip
 
