@@ -219,7 +219,7 @@ def run_trials(
     feed: Feed,
     ledger: Ledger,
     job: Job,
-    datasets: Mapping[DataConfig, Dataset],
+    datasets: dict[DataConfig, Dataset],
     resources: ResourcePlan,
     nodes: Sequence[Node],
     *,
@@ -227,7 +227,10 @@ def run_trials(
     warn: Callable[[str], None],
     halving: HalvingByCondition | None = None,
 ) -> None:
-    """Everything that ``feed`` hands out, as ``resources`` has it; Ray is joined already, ``nodes[0]`` is this one."""
+    """Everything that ``feed`` hands out, as ``resources`` has it; Ray is joined already, ``nodes[0]`` is this one.
+
+    ``datasets`` is emptied: the object store holds them from here on.
+    """
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own event files say more
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -243,7 +246,8 @@ def run_trials(
         if len(up) < len(pool):
             warn(f"{len(up)} of {len(pool)} client hosts could start; other jobs hold the cluster's room")
         say(f"Ray is up: {len(up)} client hosts, {resources.concurrent} trials at once")
-        job = replace(job, pool=tuple(up), datasets={name: ray.put(data) for name, data in datasets.items()})
+        references = {name: ray.put(datasets.pop(name)) for name in list(datasets)}  # this process needs them no more
+        job = replace(job, pool=tuple(up), datasets=references)
         local = ledger.store.local_root
         pinned = own_node() if resources.trials_on is not None and len(nodes) > 1 else {}
         trainable = tune.with_resources(

@@ -347,7 +347,7 @@ def run(
     return Outcome(ledger.name, f"{root}/{ledger.place}", feed.sorted(), sweep.swept, sweep.conditions)
 
 
-def _run(feed: Feed, datasets: Mapping[Any, Any], storage: str, address: str) -> None:
+def _run(feed: Feed, datasets: dict[Any, Any], storage: str, address: str) -> None:
     """Ray, the pool, the trials."""
     from .runtime.cluster import connect, nodes
     from .sweep import HalvingByCondition, Job, run_trials
