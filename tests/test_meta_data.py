@@ -23,7 +23,7 @@ from mosaic_ray.models.tensors import head_of, to_weights
 from mosaic_ray.records import Prototypes, Weights
 from mosaic_ray.runtime.store import Store, stage_key
 from mosaic_ray.seeding import seeded, stream
-from mosaic_ray.stages.keys import stage_keys, teacher_key
+from mosaic_ray.stages.keys import VERSIONS, stage_keys, teacher_key
 
 CPU = torch.device("cpu")
 ARMS = ("prototypes", "synthetic", "synthetic_vote")
@@ -188,7 +188,7 @@ def test_a_generator_that_diverged_is_named():
 def test_the_default_key_is_that_of_results_made_before_the_knob_was():
     room = {name: value for name, value in asdict(TINY.meta).items() if name != "data"}
     split = {"held_out": 0.25, "weighting": "size", "seed": 0}
-    before = stage_key("teacher", 1, {"meta": room, "split": split}, ["warmup-1", "prototypes-1"])
+    before = stage_key("teacher", VERSIONS["teacher"], {"meta": room, "split": split}, ["warmup-1", "prototypes-1"])
     assert teacher_key(TINY, "warmup-1", "prototypes-1", "generators-1") == before
     arms = {teacher_key(override(TINY, {"meta.data": d}), "warmup-1", "prototypes-1", "generators-1") for d in ARMS}
     assert len(arms) == 3

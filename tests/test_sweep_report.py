@@ -665,5 +665,5 @@ def test_a_terminal_without_unicode_gets_the_live_view_too(monkeypatch: pytest.M
         view.begin("a", "a" * 200)
         view.end("a", "done", 0.5, "b" * 200)
         view.begin("c", "c" * 200)
-        assert len(shown(view, tty)) == 3
+        assert len(shown(view, tty)) == 4
     assert tty.getvalue().isascii()
