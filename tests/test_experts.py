@@ -114,8 +114,8 @@ def test_the_meta_model_in_parts_is_the_meta_model(monkeypatch):
     """However few rows it may hold at once, it learns and answers the same, to rounding."""
     config = override(TINY, {"meta.dropout": 0.0, "meta.updates": 30, "meta.select": False})
     whole = make(config)[1].meta
-    monkeypatch.setattr("mosaic_ray.algorithm.meta_training.MAX_NUMBERS", 4 * 5 * 3 * 30)  # five rows with gradients
-    assert MetaModel(3, 3, config.meta).max_rows == 20
+    monkeypatch.setattr("mosaic_ray.algorithm.meta_training.MAX_NUMBERS", 5 * 3 * 30)
+    assert MetaModel(3, 3, config.meta).max_rows == 5
     parts = make(config)[1].meta
     for name, value in whole.items():
         np.testing.assert_allclose(parts[name], value, atol=2e-4, err_msg=name)

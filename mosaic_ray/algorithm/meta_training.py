@@ -14,9 +14,9 @@ from ..seeding import seeded, stream
 from .heads import scores
 from .prototypes import prototype_weights
 
-#: Numbers that one tensor of the meta model may hold where no gradient is asked for: 64 MiB of float32. With ten
-#: classes that is a thousand rows; with a hundred, each row takes a million numbers in attention alone.
-MAX_NUMBERS = 2**24
+#: Numbers that one tensor of the meta model may hold: 16 MiB of float32, and there are tens of them. With ten classes
+#: that is two hundred rows; with a hundred and the authors' heads, each row takes a million numbers in attention alone.
+MAX_NUMBERS = 2**22
 
 
 def token_size(token_dim: int, num_classes: int) -> tuple[int, int]:
@@ -149,7 +149,7 @@ def train_meta(
             rows = torch.randperm(len(kept), generator=order)[:batch]
             optimiser.zero_grad(set_to_none=True)
             loss = 0.0
-            for part in rows.split(teacher.meta.max_rows // 4 or 1):  # gradients hold several tensors a layer
+            for part in rows.split(teacher.meta.max_rows):
                 logits = teacher(expert_logits(vectors[part]), vectors[part])
                 errors = weights[part] * nn.functional.cross_entropy(logits, labels[part], reduction="none")
                 share = errors.mean() * (len(part) / len(rows))
