@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import re
 import shlex
@@ -12,43 +11,24 @@ import sys
 import types
 from pathlib import Path
 
-import click
-import numpy as np
 import pytest
-from click.testing import CliRunner, Result
-from rich.console import Console
+from door import ask, refusal
 
 from mosaic_ray import __version__
 from mosaic_ray import cli as door
 from mosaic_ray import words as typed_words
-from mosaic_ray.config import KNOBS, DataConfig, read_toml, resolve
+from mosaic_ray.config import KNOBS, read_toml, resolve
 from mosaic_ray.errors import RequestError, RunError
-from mosaic_ray.presets import ALGORITHMS, DATASETS, METHODS, OPTIMISERS, SCALES
-from mosaic_ray.report.tables import closing_table, partition_table
-from mosaic_ray.runtime import doctor
+from mosaic_ray.presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
 
 REPO = Path(__file__).resolve().parents[1]
+
+
 SUMMARY = {
     "method": "mosaic",
     "seed": 0,
     "accuracy": {"initial": 0.5, "teacher": None, "distilled": 0.6, "final": 0.75, "control": 0.7},
 }
-
-
-def ask(*words: str, **options: object) -> Result:
-    """The command in this process."""
-    return CliRunner().invoke(door.mosaic, words, **options)
-
-
-def refusal(result: Result | subprocess.CompletedProcess[str], status: int = 2) -> str:
-    """The one line of a refusal."""
-    code = result.exit_code if isinstance(result, Result) else result.returncode
-    assert code == status, (code, result.stderr, getattr(result, "exception", None))
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("mosaic: ")
-    return result.stderr
 
 
 WRONG = [
@@ -334,185 +314,3 @@ def test_on_the_path_the_script_goes_by_its_name(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [str(script), "run"])
     assert door.resume_command(["run"]) == ["mosaic", "run"]
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def lines_of(renderable: object) -> list[str]:
-    """What a pipe gets: 80 columns, no terminal."""
-    out = io.StringIO()
-    Console(file=out, width=80, markup=False, emoji=False, highlight=False).print(renderable, crop=False)
-    assert "\x1b" not in out.getvalue()
-    return [line.rstrip() for line in out.getvalue().splitlines()]
-
-
-def test_closing_table_tells_gain_cost_health_and_places():
-    findings = [
-        {"code": "a", "severity": severity, "stage": "generators", "client": client, "value": 1.0, "message": message}
-        for severity, client, message in (
-            ("info", None, "widths [1.0]"),
-            ("error", 3, "lost " * 30),
-            ("warning", 1, "w"),
-        )
-    ]
-    path = "/far/" + "away/" * 30
-    summary = SUMMARY | {
-        "stages": {
-            "partition": {"seconds": 9.0, "cached": True, "key": "a"},
-            "warmup": {"seconds": 12.34, "cached": False, "key": "b"},
-        },
-        "communication_bytes": {"uplink": {"weights": 3 * 2**20, "prototypes": 1}, "downlink": {"weights": 2**19}},
-        "health": findings,
-        "paths": {"run": path, "tensorboard": path + "tensorboard"},
-    }
-    lines = lines_of(closing_table(summary))
-    rows = [line.split() for line in lines]
-    assert ["FedAvg", "after", "the", "warm-up", "50.0", "%"] in rows
-    assert ["teacher", "-"] in rows
-    assert ["(final)", "75.0", "%", "+5.0", "points"] in [row[-5:] for row in rows]
-    assert ["partition", "9.0", "cached"] in rows
-    assert ["computed", "in", "this", "run", "12.3"] in rows
-    assert ["weights", "3.00", "0.50"] in rows
-    assert ["prototypes", "<0.01", "0"] in rows
-    assert [row[0] for row in rows if row[:1] in (["error"], ["warning"], ["info"])] == ["error", "warning", "info"]
-    assert " ".join(lines).count("lost") == 30
-    assert any(line.endswith("widths [1.0]") for line in lines)
-    assert f"files   {path}" in lines
-    assert f"curves  tensorboard --logdir {path}tensorboard" in lines
-    assert max(len(line) for line in lines if path not in line) <= 80
-
-
-def test_closing_table_leaves_out_what_there_is_not():
-    lines = lines_of(closing_table({"accuracy": {"initial": None, "final": 0.5, "control": None}}))
-    assert not [line for line in lines if "points" in line or "MiB" in line or "stage" in line]
-
-
-def test_many_findings_are_counted():
-    finding = {"code": "a", "severity": "info", "stage": "generators", "client": 0, "value": None, "message": "m"}
-    lines = lines_of(closing_table(SUMMARY | {"health": [finding] * 30}))
-    assert sum(line.startswith("info") for line in lines) == 12
-    assert "and 18 more in summary.json" in lines
-
-
-@pytest.mark.parametrize("num_classes", [2, 10, 100])
-def test_partition_table_loses_no_digit(num_classes):
-    counts = np.random.default_rng(0).integers(0, 14_000, (4, num_classes))
-    lines = lines_of(partition_table(counts))
-    assert max(map(len, lines)) <= 80
-    for client, row in enumerate(counts):
-        [cells] = [line.split() for line in lines if line.startswith(f"{client} ")]
-        assert str(row.sum()) in cells
-        if num_classes <= 10:
-            assert cells == [str(client), *map(str, row), str(row.sum())]
-        else:
-            assert f"{row.argmax()}: {row.max()}" in " ".join(cells)
-
-
-# --- doctor ----------------------------------------------------------------------------------------------------------
-
-
-def test_doctor_finds_this_machine_fit(tmp_path):
-    result = ask("doctor", "--storage", str(tmp_path / "new"))
-    assert result.exit_code == 0, result.stdout
-    rows = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
-    assert {row[0] for row in rows} <= {"ok", "warning"}
-    assert {"python:", "packages:", "cpu:", "memory:", "gpu:", "bf16:", "storage:", "disk:", "data:"} <= {
-        r[1] for r in rows
-    }
-    assert not (tmp_path / "new").exists()
-
-
-def test_doctor_fails_on_a_storage_that_is_a_file(tmp_path):
-    (tmp_path / "file").touch()
-    result = ask("doctor", "--storage", str(tmp_path / "file" / "below"))
-    assert result.exit_code == 1
-    assert re.search(r"^problem +storage: .*file.*--storage", result.stdout, re.MULTILINE)
-
-
-def test_doctor_compares_versions_with_the_declared_bounds(monkeypatch):
-    declared = ["numpy>=1", "click>=999", "no-such-thing>=1", "torch>=999; extra == 'x'"]
-    monkeypatch.setattr("importlib.metadata.requires", lambda name: declared)
-    checks = {check.what: check for check in doctor._packages()}
-    assert sorted(checks) == ["click", "no-such-thing", "packages"]
-    assert checks["packages"].found.startswith("numpy ")
-    assert (checks["click"].severity, checks["click"].mend) == ("problem", "pip install 'click>=999'")
-    assert checks["no-such-thing"].found == "not installed"
-
-
-def test_doctor_names_the_data_sets_that_are_there(tmp_path, monkeypatch):
-    monkeypatch.delenv("MOSAIC_DATA", raising=False)
-    (tmp_path / "cifar-10-batches-py").mkdir()
-    check = doctor._data(DataConfig(root=str(tmp_path)))
-    assert "cifar10 (cifar-10-batches-py)" in check.found
-    assert "not there: mnist, fmnist, cifar100" in check.found
-    assert doctor._data(DataConfig(root=str(tmp_path / "none"))).severity == "warning"
-
-
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"digits"}))
-def test_doctor_looks_where_the_loader_looks(tmp_path, name):
-    from mosaic_ray.data.datasets import load_dataset
-
-    with pytest.raises(RequestError) as caught:
-        load_dataset(DataConfig(name=name, root=str(tmp_path)))
-    assert str(tmp_path / doctor.FOLDERS[name]) in str(caught.value)
-
-
-@pytest.mark.ray
-def test_doctor_starts_ray_when_asked(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "mosaic_ray", "doctor", "--ray", "--address", "local", "--storage", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert re.search(r"^ok +ray: local: \d+ CPUs", result.stdout, re.MULTILINE)
-
-
-# --- the README ------------------------------------------------------------------------------------------------------
-
-
-def readme_commands() -> list[str]:
-    """The lines of README.md's bash blocks, continued lines joined, comments cut, lines with placeholders left out."""
-    text = (REPO / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line and not re.search(r"<[^>]+>|\.\.\.|\[--|\b(?:PATH|NAME|FILE)\b", line)]
-
-
-def parse(words: list[str]) -> click.Context:
-    """``words`` through the same parsers that a call goes through, without running."""
-    outer = door.mosaic.make_context("mosaic", list(words))
-    name, command, rest = door.mosaic.resolve_command(outer, [*outer._protected_args, *outer.args])
-    return command.make_context(name, rest, parent=outer)
-
-
-def mosaic_words(line: str) -> list[str] | None:
-    """What follows ``mosaic``, ``python cli.py`` or ``python -m mosaic_ray`` in a line; None in other lines."""
-    words = shlex.split(line, comments=True)
-    for size, program in ((1, r"(\S*/)?mosaic"), (2, r"\S*python3? cli\.py"), (3, r"\S*python3? -m mosaic_ray")):
-        if re.fullmatch(program, " ".join(words[:size])):
-            ends = [i for i, word in enumerate(words) if word in {"|", ">", "&&", ";", "2>", "&"}]
-            return words[size : ends[0] if ends else None]
-    return None
-
-
-def test_readme_commands_parse():
-    asked = [words for words in map(mosaic_words, readme_commands()) if words is not None]
-    assert asked, "README.md shows no mosaic command"
-    for words in asked:
-        try:
-            context = parse(words)
-        except click.exceptions.Exit:  # --help, --version
-            continue
-        request = {key: value for key, value in context.params.items() if key in {*door._REQUEST}}
-        if context.info_name in {"run", "partition"} and not request.get("config"):
-            typed_words.config_of(**request)
-
-
-def test_readme_make_targets_exist():
-    targets = re.findall(r"^([a-z-]+):.*##", (REPO / "Makefile").read_text(), re.MULTILINE)
-    named = [shlex.split(line, comments=True)[1] for line in readme_commands() if re.match(r"make [a-z]", line)]
-    assert named, "README.md shows no make target"
-    assert set(named) <= set(targets)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from terminals import Clock, Terminal
 
 import mosaic_ray.runtime.tracking as tracking
 from mosaic_ray.errors import RunError
@@ -21,29 +22,6 @@ from mosaic_ray.runtime.store import Store
 from mosaic_ray.runtime.tracking import Tracker, image_grid
 
 ESCAPE = "\x1b"
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal, and counts its flushes."""
-
-    def __init__(self, tty: bool = True) -> None:
-        super().__init__()
-        self.tty, self.flushes = tty, 0
-
-    def isatty(self) -> bool:
-        return self.tty
-
-    def flush(self) -> None:
-        self.flushes += 1
-        super().flush()
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -54,12 +32,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def tty(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    monkeypatch.setenv("TERM", "xterm-256color")
+def tty(tty: Terminal, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("COLUMNS", "120")
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal()
+    return tty
 
 
 def lines(stream: io.StringIO) -> list[str]:

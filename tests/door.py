@@ -1,0 +1,28 @@
+"""The command as a person meets it: asked in this process, and refused in one line."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from click.testing import CliRunner, Result
+
+from mosaic_ray import cli as door
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def ask(*words: str, **options: object) -> Result:
+    """The command in this process."""
+    return CliRunner().invoke(door.mosaic, words, **options)
+
+
+def refusal(result: Result | subprocess.CompletedProcess[str], status: int = 2) -> str:
+    """The one line of a refusal."""
+    code = result.exit_code if isinstance(result, Result) else result.returncode
+    assert code == status, (code, result.stderr, getattr(result, "exception", None))
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("mosaic: ")
+    return result.stderr
