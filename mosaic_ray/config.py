@@ -253,21 +253,18 @@ def check_value(name: str, value: Any, *, text: bool = False) -> Any:
     return typed(KNOBS[name], value, text=text)
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested rooms to dotted names; dotted names pass through."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool = False) -> ExperimentConfig:
     """``config`` with knobs changed; keys are dotted names, values typed (or words, with ``text``)."""
     rooms: dict[str, dict[str, Any]] = {}
-    for name, value in _flat(values).items():
+    for name, value in dotted(values).items():
         room, _, leaf = name.rpartition(".")
         rooms.setdefault(room, {})[leaf] = check_value(name, value, text=text)
     top = rooms.pop("", {})
@@ -279,7 +276,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """A user's TOML file as dotted knobs (and perhaps ``preset``)."""
     try:
         with open(path, "rb") as file:
-            return _flat(tomllib.load(file))
+            return dotted(tomllib.load(file))
     except OSError as error:
         raise RequestError(f"--config {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .presets import METHODS
-from .stages.evaluation import ROLES, evaluate_stage
+from .records import ROLES
+from .stages.evaluation import evaluate_stage
 from .stages.partition import partition_stage, refuse_small
 from .stages.rounds import closing_stage, warmup_stage
 from .stages.run import Run

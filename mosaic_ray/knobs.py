@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,3 +108,17 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
     except (ValueError, OverflowError, tomllib.TOMLDecodeError):
         raise RequestError(f"{spec.name} = {shown}: it takes {_wants(spec)}") from None
     return found
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted name, where no other has the same."""
+    last = {name: name.rpartition(".")[2] for name in names}
+    count = Counter(last.values())
+    return {name: leaf if count[leaf] == 1 else name for name, leaf in last.items()}
+
+
+def shown(value: Any) -> str:
+    """A knob's value for a person; not all its digits."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

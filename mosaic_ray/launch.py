@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .config import ExperimentConfig, as_dict, override, read_toml, to_toml
 from .errors import RequestError, RunError
 from .records import STAGES, Dataset, Weights
+from .runtime.files import write_whole
 
 if TYPE_CHECKING:
     from .runtime.hosts import Hosts
@@ -97,11 +98,11 @@ def execute(
     name = place.rpartition("/")[2]
     folder = local / place if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
     _keep_other(folder, config)
-    _write(folder / "config.toml", to_toml(config).encode())
-    if command:
-        _write(folder / "command.txt", (shlex.join(command) + "\n").encode())
     log: dict[str, dict[str, Any]] = {}
     try:
+        write_whole(folder / "config.toml", to_toml(config).encode())
+        if command:
+            write_whole(folder / "command.txt", (shlex.join(command) + "\n").encode())
         for _ in range(MAX_REPAIRS):
             log.clear()
             try:
@@ -243,8 +244,8 @@ def _failure(error: Exception, folder: Path, config: ExperimentConfig, log: Mapp
         "versions": _versions(), "stages": dict(log),
     }  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed
-        _write(folder / "error.log", "".join(traceback.format_exception(error)).encode())
-        _write(folder / "summary.json", (json.dumps(facts, indent=1) + "\n").encode())
+        write_whole(folder / "error.log", "".join(traceback.format_exception(error)).encode())
+        write_whole(folder / "summary.json", (json.dumps(facts, indent=1) + "\n").encode())
         failure.add_note(f"log: {folder / 'error.log'}")
     return failure
 
@@ -279,20 +280,12 @@ def _log(folder: Path) -> TextIO:
     return open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Written beside and renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(data)
-    beside.replace(path)
-
-
 def _write_files(folder: Path, summary: dict[str, Any], student: Any) -> None:
     from safetensors.numpy import save
 
     try:
-        _write(folder / "label_counts.json", json.dumps({"label_counts": summary["label_counts"]}).encode())
-        _write(folder / "student.safetensors", save(student))
-        _write(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+        write_whole(folder / "label_counts.json", json.dumps({"label_counts": summary["label_counts"]}).encode())
+        write_whole(folder / "student.safetensors", save(student))
+        write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     except OSError as error:
         raise RunError(f"{folder}: {error.strerror or error}") from error

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .config import ExperimentConfig, _flat, as_dict, check, override
+from .config import ExperimentConfig, as_dict, check, dotted, override
 from .errors import RequestError
+from .knobs import short_names, shown
 
 if TYPE_CHECKING:
     from .runtime.store import Store
@@ -40,17 +40,9 @@ class Trial:
     @property
     def label(self) -> str:
         """The point and the seed in a few words."""
-        leaf = {name: name.rpartition(".")[2] for name in self.knobs}
-        count = Counter(leaf.values())
-        names = [name if count[leaf[name]] > 1 else leaf[name] for name in self.knobs]
-        words = [f"{name}={_short(value)}" for name, value in zip(names, self.knobs.values(), strict=True)]
+        short = short_names(self.knobs)
+        words = [f"{short[name]}={shown(value)}" for name, value in self.knobs.items()]
         return " ".join([*(words or ["base"]), f"seed={self.seed}"])
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def make_trials(
@@ -202,10 +194,10 @@ def _told(plan: Mapping[str, Any]) -> dict[str, Any]:
     parts = {name: plan.get(name) for name in ("base", "knobs", "points")}
     told = {name: value for name, value in plan.items() if name not in parts}
     points = parts["points"] if isinstance(parts["points"], list) else []
-    told |= _flat(parts["base"]) if isinstance(parts["base"], Mapping) else {}
-    told |= {f"space's {name}": value for name, value in _flat({"knobs": parts["knobs"]}).items()}
+    told |= dotted(parts["base"]) if isinstance(parts["base"], Mapping) else {}
+    told |= {f"space's {name}": value for name, value in dotted({"knobs": parts["knobs"]}).items()}
     told["number of points"] = len(points) or None
-    return told | _flat({f"point {number}": point for number, point in enumerate(points)})
+    return told | dotted({f"point {number}": point for number, point in enumerate(points)})
 
 
 def _brief(value: Any) -> str:

@@ -16,6 +16,9 @@ STAGES = (
     "partition", "warmup", "generators", "prototypes", "teacher", "distill", "finetune", "control", "evaluate",
 )  # fmt: skip
 
+#: Whose accuracies a run reports, in the order in which they come about.
+ROLES = ("initial", "teacher", "distilled", "final", "control")
+
 
 @dataclass(frozen=True)
 class ImageSet:

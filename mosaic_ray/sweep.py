@@ -67,7 +67,8 @@ def run_trial(knobs: dict[str, Any], job: Job) -> None:
     import torch
 
     from . import launch
-    from .report.sweeps import TrialResult, write_hparams
+    from .report.sweeps import HPARAMS_FILE, TrialResult, hparams_file
+    from .runtime.files import write_whole
     from .runtime.hosts import Hosts
     from .runtime.store import Store
 
@@ -87,7 +88,7 @@ def run_trial(knobs: dict[str, Any], job: Job) -> None:
 
     def finish(folder: Any, summary: dict[str, Any]) -> None:
         result = TrialResult(trial.name, trial.point, trial.seed, swept, summary)
-        write_hparams(folder / "tensorboard", result, job.swept)
+        write_whole(folder / "tensorboard" / HPARAMS_FILE, hparams_file(result, job.swept))
 
     try:
         summary = launch.execute(

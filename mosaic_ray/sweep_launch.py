@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import ExperimentConfig, as_dict, override
@@ -225,7 +223,7 @@ class Feed:
 
     def ended(self, trial: Trial) -> None:
         """See ``sweep.Feed``."""
-        from .report.sweeps import write_hparams
+        from .report.sweeps import HPARAMS_FILE, hparams_file
 
         summary = self.ledger.summary(trial.name)
         if summary is None:  # it could not even say how it failed; the storage may be what failed
@@ -233,25 +231,18 @@ class Feed:
         kept = self._keep(trial, summary)
         if summary["status"] == "failed":
             self.view.warn(f"{trial.label}: {summary['error']}")
-        if summary["status"] != "done" and (root := self.ledger.store.local_root):  # a done one wrote its own
-            write_hparams(root / self.ledger.folder(trial.name) / "tensorboard", kept, self.sweep.swept)
+        if summary["status"] != "done":  # a done one wrote its own
+            board = f"{self.ledger.folder(trial.name)}/tensorboard"
+            self.ledger.store.write(f"{board}/{HPARAMS_FILE}", hparams_file(kept, self.sweep.swept))
         self.view.end(trial.name, summary["status"], _selection(summary), trial.label, self._condition(trial))
         self.write()
 
     def write(self) -> None:
         """results.parquet and results.csv of what has ended so far."""
-        from .report.sweeps import results_table, write_results
+        from .report.sweeps import results_files, results_table
 
-        table, store = results_table(self.sorted()), self.ledger.store
-        try:
-            if store.local_root:
-                write_results(table, store.local_root / self.ledger.place)
-                return
-            with tempfile.TemporaryDirectory() as folder:
-                write_results(table, Path(folder))
-                store.upload(Path(folder), self.ledger.place)
-        except OSError as error:
-            raise RunError(f"storage {store.uri}: {error.strerror or error}") from error
+        for name, data in results_files(results_table(self.sorted())).items():
+            self.ledger.store.write(f"{self.ledger.place}/{name}", data)
 
     def sorted(self) -> list[TrialResult]:
         """By point and seed, whatever the order of their ends."""

@@ -17,9 +17,7 @@ from mosaic_ray import launch
 from mosaic_ray.config import flatten, override, resolve
 from mosaic_ray.errors import RequestError, RunError
 from mosaic_ray.presets import ALGORITHMS, METHODS
-from mosaic_ray.records import STAGES
-
-ROLES = ("initial", "teacher", "distilled", "final", "control")
+from mosaic_ray.records import ROLES, STAGES
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,7 @@ def test_no_two_trials_share_a_name(two):
     [
         ({}, "base seed=3"),
         ({"generator.lambda_e": 0.5}, "lambda_e=0.5 seed=3"),
-        ({"partition.omega": 0.123456789, "partition.num_clients": 20}, "omega=0.123457 num_clients=20 seed=3"),
+        ({"partition.omega": 0.123456789, "partition.num_clients": 20}, "omega=0.1235 num_clients=20 seed=3"),
         (
             {"warmup.lr": 0.1, "meta.pool": "sum", "finetune.lr": 1e-4},
             "warmup.lr=0.1 pool=sum finetune.lr=0.0001 seed=3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -17,18 +18,17 @@ from hypothesis import strategies as st
 from trials import LAMBDA_E, OMEGA, STOPPED, failed, trial
 
 from mosaic_ray.config import KNOBS, ExperimentConfig, flatten, override
-from mosaic_ray.errors import RequestError, RunError
+from mosaic_ray.errors import RequestError
 from mosaic_ray.records import STAGES
-from mosaic_ray.report import sweeps
 from mosaic_ray.report.sweeps import (
+    HPARAMS_FILE,
     NOT_REPRODUCIBLE,
-    ROLES,
     SCHEMA,
     TrialResult,
+    hparams_file,
     read_results,
+    results_files,
     results_table,
-    write_hparams,
-    write_results,
 )
 
 
@@ -40,11 +40,6 @@ def test_the_schema_does_not_depend_on_the_rows() -> None:
     for name, knob in KNOBS.items():
         assert SCHEMA.field(name).type == kinds.get(knob.type, pa.string()), name
     assert [name for name in SCHEMA.names if name in KNOBS and name != "seed"] == [n for n in KNOBS if n != "seed"]
-
-
-def test_roles_are_those_of_the_evaluation() -> None:
-    source = Path(sweeps.__file__).parents[1] / "stages" / "evaluation.py"  # read, for importing it takes seconds
-    assert f"\nROLES = {json.dumps(ROLES).replace('[', '(').replace(']', ')')}\n" in source.read_text(encoding="utf-8")
 
 
 def test_a_row_holds_what_the_summary_says() -> None:
@@ -109,13 +104,12 @@ def table() -> pa.Table:
 
 
 def test_results_can_be_read_back(tmp_path: Path, table: pa.Table) -> None:
-    folder = tmp_path / "sweeps" / "new"
-    write_results(table, folder)
-    write_results(table, folder)
-    assert sorted(os.listdir(folder)) == ["results.csv", "results.parquet"]
-    assert read_results(folder / "results.parquet") == table
+    files = results_files(table)
+    assert list(files) == ["results.csv", "results.parquet"]
+    (tmp_path / "results.parquet").write_bytes(files["results.parquet"])
+    assert read_results(tmp_path / "results.parquet") == table
     read = pc.read_csv(
-        folder / "results.csv",
+        io.BytesIO(files["results.csv"]),
         parse_options=pc.ParseOptions(newlines_in_values=True),
         convert_options=pc.ConvertOptions(
             column_types=SCHEMA, strings_can_be_null=True, quoted_strings_can_be_null=False
@@ -124,26 +118,12 @@ def test_results_can_be_read_back(tmp_path: Path, table: pa.Table) -> None:
     assert read == table
 
 
-def test_a_failing_disk_leaves_the_old_results(
-    tmp_path: Path, table: pa.Table, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_results(table, tmp_path)
-    before = {name: (tmp_path / name).read_bytes() for name in ("results.csv", "results.parquet")}
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"results\.csv: No space left on device"):
-        write_results(table.slice(0, 1), tmp_path)
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole")
-    write_results(results_table([trial(point, seed) for point in range(3) for seed in range(2)]), folder)
-    return folder / "results.parquet"
+    path = tmp_path_factory.mktemp("whole") / "results.parquet"
+    table = results_table([trial(point, seed) for point in range(3) for seed in range(2)])
+    path.write_bytes(results_files(table)["results.parquet"])
+    return path
 
 
 @settings(max_examples=60, deadline=None)
@@ -225,10 +205,10 @@ def test_tensorboard_shows_every_trial_with_its_knobs_and_metrics(tmp_path: Path
         with SummaryWriter(str(tmp_path / result.trial / "tensorboard")) as board:
             board.add_scalar("student/accuracy", 0.25, 7)
     for result in results:
-        write_hparams(tmp_path / result.trial / "tensorboard", trial(0, final=0.0), swept)
-        write_hparams(tmp_path / result.trial / "tensorboard", result, swept)
-        files = os.listdir(tmp_path / result.trial / "tensorboard")
-        assert max(files) == sweeps.HPARAMS_FILE and len(files) == 1 + (result is not results[0]), "again replaces"
+        board = tmp_path / result.trial / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
+        (board / HPARAMS_FILE).write_bytes(hparams_file(result, swept))
+        assert max(os.listdir(board)) == HPARAMS_FILE, "its place is after the curves"
 
     experiment, answer = hparams_of(tmp_path)
     types = {info["name"]: info["type"] for info in experiment["hparamInfos"]}

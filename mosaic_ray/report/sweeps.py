@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,13 +24,11 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..config import KNOBS, _flat
-from ..errors import RequestError, RunError
-from ..records import STAGES
+from ..config import KNOBS, dotted
+from ..errors import RequestError
+from ..knobs import short_names, shown
+from ..records import ROLES, STAGES
 from .tables import MOST_FINDINGS, _places, _seconds, _table
-
-#: Whose accuracies a trial reports, in the order of the run's own closing table.
-ROLES = ("initial", "teacher", "distilled", "final", "control")
 
 #: More configurations than this in a section of the closing table are left to results.csv.
 MOST_POINTS = 10
@@ -94,7 +91,7 @@ def _finite(value: float | None) -> float | None:
 def _row(result: TrialResult) -> Row:
     """A trial under the names of ``SCHEMA``; what its summary does not tell is None."""
     summary, row = result.summary, dict.fromkeys(SCHEMA.names)
-    for name, value in (dict(result.knobs) | _flat(summary.get("config") or {})).items():
+    for name, value in (dict(result.knobs) | dotted(summary.get("config") or {})).items():
         if name in KNOBS:  # a summary of another version may name others
             row[name] = json.dumps(list(value)) if isinstance(value, list | tuple) else value
     row |= {"trial": result.trial, "point": result.point, "seed": result.seed}
@@ -127,27 +124,12 @@ def results_table(results: Iterable[TrialResult]) -> pa.Table:
     return pa.Table.from_pylist(_rows(results), schema=SCHEMA)
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Written beside and renamed into place."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.partial")
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}") from error
-
-
-def write_results(table: pa.Table, folder: Path) -> None:
-    """results.csv and results.parquet in ``folder``: each is the old one or the new one, never half of it."""
+def results_files(table: pa.Table) -> dict[str, bytes]:
+    """results.csv and results.parquet."""
     as_csv, as_parquet = pa.BufferOutputStream(), pa.BufferOutputStream()
     pc.write_csv(table, as_csv)
     pq.write_table(table, as_parquet, write_page_checksum=True)
-    _replace(folder / "results.csv", as_csv.getvalue().to_pybytes())
-    _replace(folder / "results.parquet", as_parquet.getvalue().to_pybytes())
+    return {"results.csv": as_csv.getvalue().to_pybytes(), "results.parquet": as_parquet.getvalue().to_pybytes()}
 
 
 def read_results(path: Path) -> pa.Table:
@@ -226,7 +208,7 @@ class _SweepTable:
         columns = [name for name in self.swept if name not in self.conditions]
         for values, section in sections.items():
             ordered, choice = _ordered(section)
-            under = [f"{name} = {_show(value)}" for name, value in zip(self.conditions, values, strict=True)]
+            under = [f"{name} = {shown(value)}" for name, value in zip(self.conditions, values, strict=True)]
             yield ", ".join([*under, choice]), columns, ordered
 
 
@@ -252,22 +234,22 @@ class _Layout:
 
     def section(self, points: list[Point], knobs: list[str]) -> Iterator[RenderableType]:
         """The first of ``points``; a column for each of the ``knobs`` where they fit, else all in one."""
-        shown = points[:MOST_POINTS]
-        names = [point[0]["trial"].rpartition("s")[0] for point in shown]
-        fewer = [f"{name} {len(point)}" for name, point in zip(names, shown, strict=True) if len(point) < self.seeds]
-        names = [name if len(point) == self.seeds else f"{name}*" for name, point in zip(names, shown, strict=True)]
+        first = points[:MOST_POINTS]
+        names = [point[0]["trial"].rpartition("s")[0] for point in first]
+        fewer = [f"{name} {len(point)}" for name, point in zip(names, first, strict=True) if len(point) < self.seeds]
+        names = [name if len(point) == self.seeds else f"{name}*" for name, point in zip(names, first, strict=True)]
         reached = {
-            "selection": [self._spread(point, "selection") for point in shown],
-            "final": [self._spread(point, "accuracy_final") for point in shown],
-            "control": [self._spread(point, "accuracy_control") for point in shown],
-            "gain": [self._spread(point, "gain", "+") for point in shown],
+            "selection": [self._spread(point, "selection") for point in first],
+            "final": [self._spread(point, "accuracy_final") for point in first],
+            "control": [self._spread(point, "accuracy_control") for point in first],
+            "gain": [self._spread(point, "gain", "+") for point in first],
         }
-        short = _short(knobs)
-        columns = {short[knob]: [_show(point[0][knob]) for point in shown] for knob in knobs} | reached
+        short = short_names(knobs)
+        columns = {short[knob]: [shown(point[0][knob]) for point in first] for knob in knobs} | reached
         widths = [max(map(len, [head, *cells])) for head, cells in [("point", names), *columns.items()]]
         if sum(widths) + 2 * len(columns) > self.width:
             common = _common(points, knobs)
-            told = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in shown]
+            told = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in first]
             columns = reached | {"configuration": [_knobs(values, short) or "-" for values in told]}
             if common:
                 yield Text(f"where nothing else is said: {_knobs(common, short)}")
@@ -290,22 +272,8 @@ class _Layout:
         return f"{fmean(values):{sign}.1f}" + (f" {self.deviation}{stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _show(value: Any) -> str:
-    """A knob's value for a person; results.parquet has all its digits."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _short(knobs: Sequence[str]) -> dict[str, str]:
-    """The last part of each dotted name, where no other has the same."""
-    last = {knob: knob.rpartition(".")[2] for knob in knobs}
-    count = Counter(last.values())
-    return {knob: leaf if count[leaf] == 1 else knob for knob, leaf in last.items()}
-
-
 def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:
-    return ", ".join(f"{short[knob]}={_show(value)}" for knob, value in values.items())
+    return ", ".join(f"{short[knob]}={shown(value)}" for knob, value in values.items())
 
 
 def _common(points: list[Point], knobs: Sequence[str]) -> dict[str, Any]:
@@ -345,11 +313,11 @@ def _failures(rows: list[Row]) -> list[RenderableType]:
 # --- TensorBoard -----------------------------------------------------------------------------------------------------
 
 
-def write_hparams(writer_folder: Path, result: TrialResult, swept: Sequence[str]) -> None:
-    """The trial as a session of TensorBoard's HParams view, in ``writer_folder``, beside its curves.
+def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
+    """The trial as a session of TensorBoard's HParams view: the event file ``HPARAMS_FILE`` beside its curves.
 
     Every trial carries the same experiment (which knobs and metrics there are, and their types), as TensorBoard reads
-    whichever it meets first. Again replaces.
+    whichever it meets first.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -392,4 +360,4 @@ def write_hparams(writer_folder: Path, result: TrialResult, swept: Sequence[str]
     writer = RecordWriter(file)
     writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
     writer.write(Event(wall_time=now, summary=Summary(value=summaries)).SerializeToString())
-    _replace(writer_folder / HPARAMS_FILE, file.getvalue())
+    return file.getvalue()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ..config import ExperimentConfig
 from ..errors import RunError
 from ..records import DataFacts, ImageSet
+from .memory import give_back
 
 Own = Callable[[int], Mapping[str, Any]]
 
@@ -114,6 +115,10 @@ class ClientActor:
     def ping(self) -> bool:
         """True once the actor is up (again)."""
         return True
+
+    def rest(self) -> None:
+        """Nothing to do for a while."""
+        give_back()
 
     def work(
         self,
@@ -220,6 +225,8 @@ class RayCohort:
         self._start()
         call = (self._config, self._facts, work)
         yield from _Fold(self._actors, self._refs, call, sorted(clients), common, own, cost).results(ordered)
+        for actor in self._actors:
+            actor.rest.remote()
 
     def release(self) -> None:
         import ray

@@ -49,16 +49,15 @@ class Files:
 
     def put(self, name: str, data: bytes) -> None:
         """``data`` under ``name``: whole or, after an error or a kill, not at all (locally) or known by its hash."""
-        folder, target = self.path(name).rpartition("/")[0], self.path(name)
+        target = self.path(name)
         if not self.local:
-            self.filesystem.create_dir(folder, recursive=True)
+            self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             with self.filesystem.open_output_stream(target) as sink:
                 sink.write(data)
             return
         for attempt in (1, 2):
-            os.makedirs(folder, exist_ok=True)
             try:
-                _put_local(folder, target, data)
+                write_whole(target, data)
                 return
             except FileNotFoundError:  # a neighbour dropped this checkpoint folder in between
                 if attempt == 2:
@@ -89,8 +88,10 @@ class Files:
                     path.unlink()
 
 
-def _put_local(folder: str, target: str, data: bytes) -> None:
-    """Write beside, flush to the disk, rename into place."""
+def write_whole(target: str | Path, data: bytes) -> None:
+    """Make the folder, write beside, flush to the disk, rename into place."""
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
     beside = f"{target}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)

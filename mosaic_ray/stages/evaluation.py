@@ -10,14 +10,11 @@ from torch import nn
 
 from ..algorithm.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
 from ..algorithm.teacher import TeacherState, build_teacher
-from ..records import ImageSet, Weights
+from ..records import ROLES, ImageSet, Weights
 from ..runtime.store import StageResult, StageWriter
 from .keys import evaluate_key, judged_key
 from .partition import Shards
 from .run import Progress, Run
-
-#: Columns of the accuracy table, in order.
-ROLES = ("initial", "teacher", "distilled", "final", "control")
 
 Model = Weights | TeacherState
 

@@ -15,6 +15,7 @@ from ..methods.client_work import Bench
 from ..records import Dataset, Finding, ImageSet
 from ..runtime.cohort import Cohort
 from ..runtime.leases import Lease
+from ..runtime.memory import give_back
 from ..runtime.store import StageResult, StageWriter, Store
 from ..runtime.tracking import Stage as Progress
 from ..runtime.tracking import Tracker
@@ -73,6 +74,7 @@ class Run:
                 except Exception as error:
                     raise RunError(f"{type(error).__name__}: {error}", stage=name) from error
                 self.store.drop_checkpoint(key)
+                give_back()
         self.note(name, key, result is found, time.perf_counter() - began, result.facts, waited)
         return result
 
