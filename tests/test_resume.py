@@ -77,8 +77,10 @@ def test_a_killed_generator_stage_computes_the_missing_clients_alone(tmp_path):
 
 def test_interrupted_by_the_user_it_names_the_command_that_resumes(tmp_path):
     with subprocess.Popen(
-        command(tmp_path, "serial"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
+        command(tmp_path, "serial"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # a shell's background jobs ignore interrupts, and what they start inherits that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         told = []
         for line in process.stderr:
             told.append(line)
