@@ -11,6 +11,15 @@ from typing import Any
 
 from .errors import RequestError
 
+#: Numbers, or the name of a rule that gives them.
+Widths = tuple[float, ...] | str
+
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text",
+    tuple[str, ...]: 'a list of names such as ["cnn", "resnet18"]',
+    Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
+}  # fmt: skip
+
 
 def knob(
     default: Any,
@@ -42,8 +51,7 @@ def _wants(spec: Knob) -> str:
     meta = spec.metadata
     if meta["choices"]:
         return "one of " + ", ".join(meta["choices"])
-    word = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(spec.type)
-    word = word or "a list of numbers such as [1.0, 0.5]"
+    word = _WORDS[spec.type]
     bounds = []
     if meta["above"] is not None:
         bounds.append(f"above {meta['above']:g}")
@@ -56,8 +64,8 @@ def _wants(spec: Knob) -> str:
 
 def _coerce(spec: Knob, value: Any, text: bool) -> Any:
     """``value`` as the knob's type, or ``ValueError``. ``text``: it came from a command line."""
-    if text and isinstance(value, str) and spec.type is not str:
-        value = tomllib.loads(f"v = {_numeral(value.strip())}")["v"]
+    if text and isinstance(value, str):
+        value = _parsed(spec.type, value.strip())
     if spec.type is bool:
         if not isinstance(value, bool):
             raise ValueError
@@ -72,15 +80,24 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError
         return float(value)
-    if spec.type is str:
+    if spec.type is str or (spec.type == Widths and isinstance(value, str)):
         if not isinstance(value, str):
             raise ValueError
         return value
     values = value if isinstance(value, list | tuple) else [value]
-    if not values:
+    if not values and spec.type == Widths:
         raise ValueError
-    number = Knob(spec.name, float, None, spec.metadata)
-    return tuple(_coerce(number, v, False) for v in values)
+    each = Knob(spec.name, float if spec.type == Widths else str, None, spec.metadata)
+    return tuple(_coerce(each, v, False) for v in values)
+
+
+def _parsed(kind: Any, word: str) -> Any:
+    """A word of a command line as the value that it stands for: TOML, less the quotes where names are meant."""
+    if kind is str or (kind == Widths and word[:1].isalpha()):
+        return word
+    if kind == tuple[str, ...] and '"' not in word and "'" not in word:
+        return [name.strip() for name in word.strip("[]").split(",") if name.strip()]
+    return tomllib.loads(f"v = {_numeral(word)}")["v"]
 
 
 def _numeral(text: str) -> str:
@@ -98,7 +115,7 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
         found = _coerce(spec, value, text)
         if meta["choices"] and found not in meta["choices"]:
             raise ValueError
-        for number in found if isinstance(found, tuple) else (found,):
+        for number in (n for n in (found if isinstance(found, tuple) else (found,)) if not isinstance(n, str)):
             if meta["above"] is not None and not number > meta["above"]:
                 raise ValueError
             if meta["low"] is not None and number < meta["low"]:
@@ -121,4 +138,6 @@ def shown(value: Any) -> str:
     """A knob's value for a person; not all its digits."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -5,24 +5,22 @@ A space is a module with ``plan() -> SweepPlan``: one that ships in ``tune_space
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import itertools
 import math
-import os
 import pkgutil
 import sys
-import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .config import KNOBS, check_value
 from .errors import RequestError, neighbours
 from .presets import preset_knobs
+from .user_code import function_of, import_module, users_code
 
 SEARCHES = ("grid", "random", "optuna")
 SHIPPED = "tune_spaces"  # reached by name only: plans import this module, never the other way round
@@ -89,8 +87,7 @@ def load_space(word: str) -> tuple[str, SweepPlan]:
         return word, _plan_of(word, lambda: importlib.import_module(f"{SHIPPED}.{word}"))
     if not all(part.isidentifier() for part in (*module.split("."), function)):
         raise RequestError(f"--space {word}: it takes a name, module:function or FILE.py")
-    with _working_directory_on_path():
-        plan = _plan_of(word, lambda: _import(word, module), function)
+    plan = _plan_of(word, lambda: import_module(f"--space {word}", module), function)
     return module.rsplit(".", 1)[-1] if function == "plan" else function, plan
 
 
@@ -99,18 +96,9 @@ def _shipped() -> list[str]:
 
 
 def _plan_of(word: str, load: Callable[[], types.ModuleType], function: str = "plan") -> SweepPlan:
-    """What ``function`` of the loaded module returns. Standard output is kept for results: prints go beside it."""
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            module = load()
-            maker = getattr(module, function, None)
-            made = maker() if callable(maker) else None
-        except (Exception, SystemExit) as error:
-            _refuse(word, error)
-    if not callable(maker):
-        others = [name for name, value in vars(module).items() if isinstance(value, types.FunctionType)]
-        near = f"; {neighbours(function, others)}" if others else ""
-        raise RequestError(f"--space {word}: no function {function}() there{near}")
+    """What ``function`` of the loaded module returns."""
+    with users_code(f"--space {word}"):
+        made = function_of(f"--space {word}", load(), function)()
     if not isinstance(made, SweepPlan):
         raise RequestError(f"--space {word}: {function}() returned {type(made).__name__}, not a SweepPlan")
     return made
@@ -127,46 +115,6 @@ def _run_file(path: str) -> types.ModuleType:
         raise RequestError(f"--space {path}: {error.strerror}") from None
     exec(spec.loader.source_to_code(source, path), vars(module))
     return module
-
-
-def _import(word: str, name: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{name}.".startswith(f"{error.name}."):  # not one that it asks for in turn
-            raise RequestError(
-                f'--space {word}: no module "{error.name}" on Python\'s path or in the working directory'
-            ) from None
-        raise
-
-
-@contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _refuse(word: str, error: BaseException) -> NoReturn:
-    """``error`` in one line, with the space's own file and line: where it begins, not the library it ends in."""
-    machinery = (__file__, importlib.__file__)
-    frames = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in frames if f.filename not in machinery and not f.filename.startswith("<")]
-    reason = str(error)
-    if isinstance(error, RequestError) and not frames:
-        raise error  # this module's own word, not the space's
-    if frames:
-        file, line = [(f.filename, f.lineno) for f in frames if f.filename == frames[0].filename][-1]
-    elif isinstance(error, SyntaxError):
-        file, line, reason = error.filename, error.lineno, error.msg
-    else:
-        file, line = None, None
-    where = "".join([f"{file}, " if file else "", f"line {line}: " if line else ""])
-    reason = " ".join([f"{type(error).__name__}:", *reason.split()])
-    raise RequestError(f"--space {word}: {where}{reason}") from None
 
 
 # --- what a plan may say ---------------------------------------------------------------------------------------------

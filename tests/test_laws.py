@@ -19,7 +19,9 @@ ROOMS = (
     "stages", "runtime", "methods", "algorithm", "models", "data",
 )  # fmt: skip
 #: The package's own ``__init__`` is "".
-FOUNDATIONS = {"", "config", "presets", "records", "seeding", "errors", "knobs", "spaces"}
+FOUNDATIONS = {
+    "", "config", "presets", "records", "seeding", "errors", "knobs", "rooms", "roster", "spaces", "user_code",
+}  # fmt: skip
 RAY_ROOMS = {"runtime.cluster", "runtime.cohort", "runtime.distiller", "sweep"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -60,7 +60,16 @@ def refusal(call, *args) -> str:
 
 
 def test_the_shipped_spaces_are_these():
-    names = ["ablation", "client_count", "lambdas_grid", "lambdas_omega", "meta_training", "omega_ladder", "smoke"]
+    names = [
+        "ablation",
+        "client_count",
+        "lambdas_grid",
+        "lambdas_omega",
+        "meta_training",
+        "omega_ladder",
+        "smoke",
+        "width_schemes",
+    ]
     assert list(list_spaces()) == SHIPPED == names
 
 
