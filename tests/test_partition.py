@@ -7,23 +7,13 @@ import math
 
 import numpy as np
 import pytest
+from dealing import counts_of, labels_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosaic_ray.config import PartitionConfig
 from mosaic_ray.data.partition import SAMPLERS, label_counts, partition, skew, split_validation
 from mosaic_ray.errors import RequestError
-
-
-def labels_of(class_sizes: list[int], order_seed: int | None = None) -> np.ndarray:
-    labels = np.repeat(np.arange(len(class_sizes)), class_sizes)
-    return labels if order_seed is None else np.random.default_rng(order_seed).permutation(labels)
-
-
-def counts_of(class_sizes: list[int], seed: int = 0, order_seed: int | None = None, **knobs) -> np.ndarray:
-    labels = labels_of(class_sizes, order_seed)
-    shards = partition(labels, PartitionConfig(**knobs), seed, len(class_sizes))
-    return label_counts(labels, shards, len(class_sizes))
+from mosaic_ray.rooms import PartitionConfig
 
 
 def textbook(labels: np.ndarray, num_clients: int, omega: float, seed: int, num_classes: int, min_size: int):
@@ -85,18 +75,20 @@ def test_o2_a_rejected_draw_is_drawn_again_from_where_the_stream_stands():
         partition(labels, PartitionConfig(num_clients=12, omega=0.02, max_tries=draws - 1, policy="reject"), 7, 10)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=150)
 @given(
     class_sizes=st.lists(st.integers(0, 120), min_size=1, max_size=12),
     num_clients=st.integers(1, 15),
-    omega=st.sampled_from([1e-6, 1e-3, 0.01, 0.1, 1.0, 1e4]),
+    omega=st.sampled_from([1e-300, 1e-6, 1e-3, 0.01, 0.1, 1.0, 1e4]),
     sampler=st.sampled_from(sorted(SAMPLERS)),
     min_size=st.integers(1, 12),
     seed=st.integers(0, 2**31 - 6000),
 )
 def test_o4_everything_dealt_once_and_nobody_left_short(class_sizes, num_clients, omega, sampler, min_size, seed):
     labels = labels_of(class_sizes, order_seed=0)
-    config = PartitionConfig(num_clients, omega, sampler, min_size, policy="repair", max_tries=3)
+    config = PartitionConfig(
+        num_clients, omega, sampler, classes_per_client=12, min_size=min_size, policy="repair", max_tries=3
+    )
     if len(labels) < num_clients * min_size:
         with pytest.raises(RequestError, match=r"partition\.num_clients"):
             partition(labels, config, seed, len(class_sizes))
@@ -114,8 +106,9 @@ def test_o4_everything_dealt_once_and_nobody_left_short(class_sizes, num_clients
 
 
 @pytest.mark.parametrize("num_clients, omega, class_sizes", [(100, 0.01, [5000] * 10), (1000, 0.1, [500] * 100)])
-def test_o4_repair_serves_many_clients_at_small_omega(num_clients, omega, class_sizes):
-    counts = counts_of(class_sizes, num_clients=num_clients, omega=omega)
+@pytest.mark.parametrize("sampler", ["reference", "dirichlet", "quantity"])
+def test_o4_repair_serves_many_clients_at_small_omega(sampler, num_clients, omega, class_sizes):
+    counts = counts_of(class_sizes, sampler=sampler, num_clients=num_clients, omega=omega, max_tries=5)
     assert counts.sum(axis=1).min() >= 10
     assert counts.sum(axis=0).tolist() == class_sizes
 
