@@ -1,4 +1,4 @@
-"""Networks: sizes, shapes, gradients (O6), and weights that are copied, never shared."""
+"""Generators and discriminators: sizes, shapes, gradients (O6); weights that are copied, never shared."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from mosaic_ray.config import KNOBS, GeneratorConfig, ModelConfig
 from mosaic_ray.errors import RequestError
 from mosaic_ray.models import discriminators, generators, tensors
-from mosaic_ray.models.classifiers import CLASSIFIERS, build_classifier
+from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.discriminators import SharedTrunkDiscriminator, build_discriminator
 from mosaic_ray.models.generators import build_generator
 from mosaic_ray.models.tensors import freeze, head_of, load_weights, num_bytes, to_weights, use_precision
+from mosaic_ray.rooms import GeneratorConfig, ModelConfig
 from mosaic_ray.seeding import seeded
 
 SIZES = (8, 16, 28, 32, 64)
@@ -38,41 +38,6 @@ def test_o6_generator_sizes(size, channels, params):
 
 def test_o6_discriminator_size():
     assert count(build_discriminator(PAPER, 3, 32)) == 2_759_424
-
-
-@pytest.mark.parametrize("classes, params", [(10, 11_173_962), (100, 11_220_132)])
-def test_o6_resnet18_size(classes, params):
-    net = build_classifier(ModelConfig(classifier="resnet18", width=64), classes, 3, 32)
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert (count(net), len(norms), net.feature_dim, net.head.out_features) == (params, 20, 512, classes)
-    shortcuts = [n for n in to_weights(net) if "shortcut.1." in n]
-    assert len(shortcuts) == 15  # three shortcut norms of five entries (O22)
-
-
-def test_o26_narrow_resnet18_sizes():
-    sizes = [count(build_classifier(ModelConfig("resnet18", width), 10, 3, 32)) for width in (32, 16, 8, 4)]
-    assert sizes == [2_797_610, 701_466, 176_402, 44_622]
-
-
-def test_cnn_has_six_convolutions_and_feature_dim_64():
-    net = build_classifier(ModelConfig(), 10, 3, 32)
-    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    assert [c.out_channels for c in convs] == [16, 16, 32, 32, 64, 64] and all(c.bias is None for c in convs)
-    assert net.feature_dim == 64 and sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 6
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_classifiers_at_every_size(name, size, channels):
-    with seeded(0, "init", "classifier"):
-        net = build_classifier(ModelConfig(name, width=4), 7, channels, size)
-    x = torch.randn(3, channels, size, size, generator=torch.Generator().manual_seed(1))
-    features, logits = net.features(x), net(x)
-    assert features.shape == (3, net.feature_dim) and isinstance(net.head, nn.Linear)
-    torch.testing.assert_close(net.head(features), logits)
-    (logits * torch.arange(7)).square().sum().backward()
-    assert gradients_reach_everything(net)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -107,29 +72,10 @@ def test_size_tables_agree():
     assert set(generators.STAGES) == set(discriminators.STAGES) == set(SIZES)
 
 
-def test_registry_matches_the_knob():
-    assert tuple(CLASSIFIERS) == KNOBS["model.classifier"].metadata["choices"]
-
-
 @pytest.mark.parametrize("build", [build_generator, build_discriminator])
 def test_sizes_that_cannot_be_drawn_are_refused(build):
     with pytest.raises(RequestError, match=r"data\.image_size = 40: .*8, 16, 28, 32, 64"):
         build(SMALL, 3, 40)
-
-
-def test_classifiers_refuse_tiny_images():
-    with pytest.raises(RequestError, match=r"data\.image_size = 4: "):
-        build_classifier(ModelConfig(), 10, 1, 4)
-
-
-def test_initialisation_follows_the_seed():
-    def build(seed):
-        with seeded(seed, "init", "classifier"):
-            return to_weights(build_classifier(ModelConfig(width=4), 10, 1, 8))
-
-    first, again, other = build(0), build(0), build(1)
-    assert all(np.array_equal(first[n], again[n]) for n in first)
-    assert not np.array_equal(first["head.weight"], other["head.weight"])
 
 
 def test_shared_trunk_trains_its_head_only():

@@ -5,13 +5,22 @@ Initialisers draw from torch's global stream, so build inside ``seeding.seeded(.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import ModelConfig
 from ..errors import RequestError
+from ..presets import METHODS
+from ..records import DataFacts
+from ..rooms import ExperimentConfig, ModelConfig
+from ..seeding import seeded
+from .mobilenet import mobilenet
+from .resnets import BasicBlock, Bottleneck, resnet
+from .user_networks import user_network
 
 MIN_IMAGE_SIZE = 8
 
@@ -19,11 +28,11 @@ MIN_IMAGE_SIZE = 8
 class Classifier(nn.Module):
     """``trunk`` maps images [B, channels, H, W] to features [B, d]; ``head`` maps those to logits [B, C]."""
 
-    def __init__(self, trunk: nn.Module, feature_dim: int, num_classes: int) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Linear(feature_dim, num_classes)
-        self.feature_dim = feature_dim
+        self.head = head
+        self.feature_dim = head.in_features
 
     def features(self, x: Tensor) -> Tensor:
         """Images [B, channels, H, W] to penultimate features [B, d]."""
@@ -36,12 +45,41 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_classifier(model: ModelConfig, num_classes: int, channels: int, image_size: int) -> Classifier:
-    """A fresh classifier for square images of ``image_size`` >= 8 pixels."""
+def build_classifier(
+    model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str | None = None
+) -> Classifier:
+    """A fresh classifier for square images of ``image_size`` pixels; ``name``: another than ``model.classifier``.
+
+    The networks of this house take 8 pixels or more; module:function makes one of the user's (``user_networks``).
+    """
+    name = name or model.classifier
+    if name not in CLASSIFIERS:
+        made = user_network(name, num_classes=num_classes, channels=channels, image_size=image_size, width=model.width)
+        return Classifier(*made)
     if image_size < MIN_IMAGE_SIZE:
         raise RequestError(f"data.image_size = {image_size}: classifiers take {MIN_IMAGE_SIZE} pixels or more")
-    trunk, feature_dim = CLASSIFIERS[model.classifier](model.width, channels)
-    return Classifier(trunk, feature_dim, num_classes)
+    trunk, feature_dim = CLASSIFIERS[name](model.width, channels)
+    return Classifier(trunk, nn.Linear(feature_dim, num_classes))
+
+
+def check_networks(config: ExperimentConfig, facts: DataFacts) -> None:
+    """``RequestError`` unless every network that ``config`` names can be built and takes images of ``facts``."""
+    room = config.generator
+    inverts = METHODS[config.method][0] == "mosaic" and room.lambda_i > 0 and room.tau > 0
+    for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
+        if not _num_norms(config.model, facts.num_classes, facts.channels, facts.image_size, name) and inverts:
+            raise RequestError(
+                f"model.classifier = {name}: it has no batch norm, whose statistics the generators' inversion loss "
+                "reads; give it one, or set generator.lambda_i=0"
+            )
+
+
+@functools.cache
+def _num_norms(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> int:
+    """Batch norms with running statistics, of a network that is built for this alone."""
+    with seeded(0, "check networks"), torch.device("meta" if name in CLASSIFIERS else "cpu"):
+        network = build_classifier(model, num_classes, channels, image_size, name)
+    return sum(isinstance(part, _BatchNorm) and part.running_mean is not None for part in network.modules())
 
 
 # --- trunks ----------------------------------------------------------------------------------------------------------
@@ -59,41 +97,11 @@ def _cnn(width: int, channels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
-class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut, activation after the sum (He et al. 2016, option B)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-def _resnet18(width: int, channels: int) -> tuple[nn.Module, int]:
-    """ResNet-18 with the CIFAR stem (3x3, stride 1, no max-pool); convolutions Kaiming-normal over fan-out."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    inputs = width
-    for stage in range(4):
-        outputs = width << stage
-        layers += [_BasicBlock(inputs, outputs, 1 if stage == 0 else 2), _BasicBlock(outputs, outputs, 1)]
-        inputs = outputs
-    trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return trunk, inputs
-
-
-#: name -> (width, channels) -> (trunk, feature_dim)
+#: name -> (width, channels) -> (trunk, feature_dim); ``presets.CLASSIFIERS`` says what each is
 CLASSIFIERS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "cnn": _cnn,
-    "resnet18": _resnet18,
+    "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(resnet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(resnet, Bottleneck, (3, 4, 6, 3)),
+    "mobilenet": mobilenet,
 }
