@@ -52,9 +52,9 @@ def run_experiment(run: Run, distil_on: Host) -> dict[str, Any]:
         models["distilled"] = student_key, student
 
     # FT. closing federated rounds on real data, and the control's: the same rounds without distillation
-    final = closing_stage(run, "finetune", student_key, student, shards)
+    final = closing_stage(run, "finetune", student_key, warmup.with_student(student), shards)
     models["final"] = final.key, student_of(final)
-    control = closing_stage(run, "control", warmup.key, warmup.weights, shards)
+    control = closing_stage(run, "control", warmup.key, warmup.models, shards)
     models["control"] = control.key, student_of(control)
 
     # what each of them reaches on images that nobody trained on

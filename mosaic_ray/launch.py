@@ -57,6 +57,7 @@ def run(
     ``RequestError`` for what the user can mend (before Ray starts), ``RunError`` for a failure met while computing.
     """
     from .data.datasets import load_dataset
+    from .methods.federation import check_models
     from .runtime.cluster import check_gpu
     from .runtime.hosts import Hosts
     from .runtime.store import Store
@@ -66,6 +67,7 @@ def run(
     store = Store(storage, fresh=fresh)
     store.check_writable()
     dataset = load_dataset(config.data)
+    check_models(config, dataset.facts)
     config = settle_precision(config)
     place = f"runs/{name or default_name(config)}"
     return execute(config, dataset, store, place, Hosts(address), command=command, progress=progress)

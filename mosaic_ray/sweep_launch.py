@@ -312,6 +312,7 @@ def run(
     ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on.
     """
     from .launch import check_name, settle_precision
+    from .methods.federation import check_models
     from .report.sweep_view import SweepView
     from .report.sweeps import read_results
     from .runtime.store import Store
@@ -325,6 +326,8 @@ def run(
     ledger = Ledger(store, name or plan_name(sweep.facts))
     with _alone(store, ledger.name):
         datasets = _load(sweep.configs)
+        for config in sweep.configs:
+            check_models(config, datasets[config.data].facts)
         ledger.begin(sweep.facts, fresh, settled.runtime.precision)
         sweep = prepare(request, override(settled, {"runtime.precision": ledger.precision}))
         if store.local_root and (old := store.local_root / ledger.place / "results.parquet").exists():

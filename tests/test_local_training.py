@@ -51,7 +51,7 @@ def test_a_batch_is_no_larger_than_the_shard():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_o31_the_same_address_gives_the_same_weights_and_another_seed_does_not(shuffle):
     plan = LocalPlan(3, 16, 0.05, 1e-4, 0.9, shuffle)
-    common = {"weights": initial_weights(BENCH), "phase": "local", "round": 1, "plan": plan}
+    common = {"models": {"cnn": initial_weights(BENCH)}, "phase": "local", "round": 1, "plan": plan}
     shard = shard_of(stripes(40))
     first, again = (train(BENCH, shard, 2, common, {}).update for _ in range(2))
     assert_same(first.weights, again.weights)

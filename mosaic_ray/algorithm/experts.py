@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ..models.widths import Channels, IndexSets
 from ..records import Weights
-from .averaging import RunningAverage
+from .averaging import PartialAverage, RunningAverage
 
 
 def expert_weights(counts: np.ndarray) -> np.ndarray:
@@ -35,19 +36,31 @@ def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
 
 
 def form_experts(
-    client_weights: Iterable[tuple[int, Weights]], counts: np.ndarray, fallback: Weights | None
+    client_weights: Iterable[tuple[int, Weights] | tuple[int, Weights, IndexSets | None]],
+    counts: np.ndarray,
+    fallback: Weights | None,
+    *,
+    whole: Weights | None = None,
+    channels: Channels | None = None,
 ) -> tuple[list[Weights], np.ndarray]:
     """Distinct experts theta_{E_c} = sum_k n_{k,c} theta_k / sum_k n_{k,c}, and the class -> expert index [C].
 
     ``client_weights`` yields (client, weights) once, in client order, so one client's model is in memory at a time.
     A class that nobody holds gets ``fallback`` (F2), or ``ValueError`` where that is None.
+
+    With narrow clients it yields (client, part, its channels), with None for a whole client's channels; ``channels``
+    and ``whole``, the global model theta_g, are then given. Each coordinate is averaged over the clients that hold both
+    it and the class, and where there is none it is theta_g's (ALGORITHM 1.6).
     """
     representatives, index = distinct_experts(counts)
-    averages = [RunningAverage() for _ in representatives]
-    for client_id, weights in client_weights:
+    averages: list[RunningAverage | PartialAverage] = [
+        RunningAverage() if channels is None or whole is None else PartialAverage(whole, channels)
+        for _ in representatives
+    ]
+    for client_id, weights, *sets in client_weights:
         for average, label in zip(averages, representatives, strict=True):
             if counts[client_id, label]:
-                average.add(weights, int(counts[client_id, label]))
+                average.add(weights, int(counts[client_id, label]), *sets)
     experts = []
     for average, label in zip(averages, representatives, strict=True):
         if counts[:, label].sum():

@@ -64,8 +64,12 @@ def train_locally(
     facts: DataFacts,
     address: tuple[int, str, int, int],
     precision: str,
+    *,
+    masked: bool = False,
 ) -> dict[str, float]:
     """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client). Returns mean loss, accuracy.
+
+    ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
 
     A last mini-batch of one image is skipped for networks whose batch norm would see a single value (it happens only
     where the shard's size leaves a remainder of one).
@@ -85,6 +89,7 @@ def train_locally(
         for parameter in model.head.parameters():
             parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
+    missing = torch.bincount(shard.labels, minlength=facts.num_classes) == 0 if masked else None
     optimiser = torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
     # dropout, where a network has it, draws from the global stream
     devices = [device] if device.type == "cuda" else []
@@ -99,6 +104,8 @@ def train_locally(
             images = normalise(augment(shard.images[rows], facts.augmentations, draws), facts.mean, facts.std)
             with use_precision(precision, device):
                 logits = model(images)
+            if missing is not None:
+                logits = logits.masked_fill(missing, 0.0)
             loss = nn.functional.cross_entropy(logits.float(), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +20,38 @@ from .meta_training import Teacher, answers
 class TeacherState:
     """A teacher as arrays. ``experts`` are the distinct ones: whole models for ``meta.input = full``, else heads.
 
-    ``index`` int64 [C] maps each class to its expert; ``backbone`` is the model whose features the heads read.
+    ``index`` int64 [C] maps each class to its expert; ``backbone`` is the model whose features the heads read, of the
+    architecture ``classifier`` (empty: the student's).
     """
 
     backbone: Weights
     experts: tuple[Weights, ...]
     index: np.ndarray
     meta: Weights
+    classifier: str = ""
+
+
+@dataclass(frozen=True)
+class MixedTeacher:
+    """A teacher for each architecture among the clients, speaking together.
+
+    A meta model reads features of one network only, so each architecture has its own, trained on the prototypes of its
+    own clients. They are joined at the logits: t_c = sum_g s_{g,c} log softmax(t_g)_c with ``shares`` [G, C], the part
+    of class c's samples that architecture g's clients hold, as FedFTG and DFRD weigh clients (ALGORITHM 3.9, 3.10). An
+    architecture that never saw a class has no say in it, and with one architecture the teacher is that architecture's.
+    ``student``: which of ``groups`` has the student's architecture.
+    """
+
+    groups: tuple[TeacherState, ...]
+    shares: np.ndarray
+    student: int
+
+
+def group_shares(counts: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """float64 [G, C] of columns that sum to 1: n_{g,c} / n_c, or n_g / n for a class that nobody holds."""
+    held = np.stack([counts[list(clients)].sum(0) for clients in groups]).astype(np.float64)
+    held[:, held.sum(0) == 0] = held.sum(1, keepdims=True)
+    return held / held.sum(0)
 
 
 def heads_only(weights: Weights) -> Weights:
@@ -55,7 +80,8 @@ class TeacherNet(nn.Module):
         super().__init__()
 
         def network(weights: Weights) -> nn.Module:
-            model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size)
+            name = state.classifier or None
+            model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name)
             return load_weights(model, weights)
 
         self.backbone = network(state.backbone)
@@ -87,6 +113,30 @@ class TeacherNet(nn.Module):
         return answers(self.meta, self.head_logits, features)
 
 
-def build_teacher(config: ExperimentConfig, facts: DataFacts, state: TeacherState) -> TeacherNet:
+class MixedTeacherNet(nn.Module):
+    """Images to the joint logits of a ``MixedTeacher``; frozen."""
+
+    def __init__(self, config: ExperimentConfig, facts: DataFacts, state: MixedTeacher) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(TeacherNet(config, facts, group) for group in state.groups)
+        self.student = state.student
+        self.register_buffer("shares", torch.tensor(state.shares, dtype=torch.float32))
+
+    def reads_student_features(self, student: Weights) -> bool:
+        """Whether one of the groups reads the student's features."""
+        return self.groups[self.student].reads_student_features(student)
+
+    def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """[B, C]; ``features`` of the student's backbone may be handed in where they are known."""
+        logits = images.new_zeros(len(images), self.shares.shape[1], dtype=torch.float32)
+        for number, (group, shares) in enumerate(zip(self.groups, self.shares, strict=True)):
+            own = group(images, features if number == self.student else None)
+            logits = logits + shares * own.float().log_softmax(1)
+        return logits
+
+
+def build_teacher(
+    config: ExperimentConfig, facts: DataFacts, state: TeacherState | MixedTeacher
+) -> TeacherNet | MixedTeacherNet:
     """The frozen teacher network of ``state``."""
-    return TeacherNet(config, facts, state)
+    return (MixedTeacherNet if isinstance(state, MixedTeacher) else TeacherNet)(config, facts, state)

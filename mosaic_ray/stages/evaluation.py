@@ -9,14 +9,14 @@ import numpy as np
 from torch import nn
 
 from ..algorithm.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
-from ..algorithm.teacher import TeacherState, build_teacher
+from ..algorithm.teacher import MixedTeacher, TeacherState, build_teacher
 from ..records import ROLES, ImageSet, Weights
 from ..runtime.store import StageResult, StageWriter
 from .keys import evaluate_key, judged_key
 from .partition import Shards
 from .run import Progress, Run
 
-Model = Weights | TeacherState
+Model = Weights | TeacherState | MixedTeacher
 
 
 def validation_images(run: Run, shards: Shards) -> ImageSet | None:
@@ -28,7 +28,7 @@ def validation_images(run: Run, shards: Shards) -> ImageSet | None:
 def _logits(run: Run, model: Model, data: ImageSet) -> np.ndarray:
     facts, device = run.dataset.facts, run.bench.device
     network: nn.Module
-    if isinstance(model, TeacherState):
+    if isinstance(model, TeacherState | MixedTeacher):
         network = build_teacher(run.config, facts, model).to(device)
     else:
         network = run.bench.classifier(model).eval()

@@ -14,8 +14,10 @@ from typing import Any
 from ..config import ExperimentConfig
 from ..presets import METHODS
 from ..records import DataFacts
+from ..roster import any_narrow
 from ..runtime.cohort import client_threads
 from ..runtime.store import stage_key
+from ..user_code import source_digest
 
 #: Raise a stage's number when its mathematics changes: older results are then computed anew.
 VERSIONS = {
@@ -27,6 +29,13 @@ VERSIONS = {
 def knobs_of(room: Any, *without: str) -> dict[str, Any]:
     """A room's knobs as plain values, less those that do not touch the result."""
     return {name: value for name, value in asdict(room).items() if name not in without}
+
+
+def model_knobs(config: ExperimentConfig) -> dict[str, Any]:
+    """The networks; of those that a user wrote the source too."""
+    names = sorted({config.model.classifier, *config.model.classifiers})
+    sources = {name: source for name in names if (source := source_digest(name))}
+    return knobs_of(config.model) | ({"sources": sources} if sources else {})
 
 
 def numbers_depend_on(config: ExperimentConfig) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def partition_key(config: ExperimentConfig, identity: str | None, facts: DataFac
 def warmup_key(config: ExperimentConfig, partition: str) -> str:
     """The global model and each client's own after the warm-up."""
     knobs = {
-        "model": knobs_of(config.model), "federation": knobs_of(config.federation), "seed": config.seed,
+        "model": model_knobs(config), "federation": knobs_of(config.federation), "seed": config.seed,
         "warmup": knobs_of(config.warmup, "checkpoint_rounds"), "runtime": numbers_depend_on(config),
     }  # fmt: skip
     if config.prototypes.rounds == "all":  # they are then uploaded during the warm-up
@@ -70,7 +79,9 @@ def generator_keys(config: ExperimentConfig, sizes: Sequence[int], partition: st
     room, own = config.generator, knobs_of(config.generator)
     without = own | {"tau": 0, "lambda_i": 0.0, "inversion_scale": 0.0}
     inverts = room.lambda_i * room.inversion_scale != 0
-    common = {"model": knobs_of(config.model), "seed": config.seed, "runtime": numbers_depend_on(config)}
+    common = {"model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config)}
+    if any_narrow(config):  # which channels a client holds does not show in "start"
+        common["federation"] = knobs_of(config.federation)
     if room.classifier_source == "fresh":
         common["fresh"] = [config.warmup.batch_size, config.warmup.shuffle]
     upstream = [partition, "start" if room.stage == "before" else warmup]
@@ -128,7 +139,7 @@ def rounds_key(config: ExperimentConfig, partition: str, start: str) -> str:
     """The closing rounds from the weights under ``start``: the student's, and the control's from the warm-up."""
     knobs = {
         "finetune": knobs_of(config.finetune), "federation": knobs_of(config.federation),
-        "model": knobs_of(config.model), "seed": config.seed, "runtime": numbers_depend_on(config),
+        "model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config),
         "warmup": knobs_of(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr"),
     }  # fmt: skip
     return _key("rounds", knobs, [partition, start])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..algorithm.batch_norm import pooled, with_statistics
 from ..algorithm.evaluation import accuracy
 from ..algorithm.local_training import LocalPlan
 from ..config import ExperimentConfig
-from ..methods.client_work import initial_weights
-from ..methods.optimisers import OPTIMISERS
+from ..methods.client_work import initial_models
+from ..methods.federation import Federation, Models
 from ..models.tensors import num_bytes
+from ..models.widths import IndexSets
 from ..records import ImageSet, Prototypes, Weights
+from ..runtime.cohort import Own
 from ..runtime.store import StageResult, StageWriter
 from ..seeding import numpy_stream
 from .evaluation import table_of, validation_images, watch
@@ -50,63 +53,114 @@ class Phase:
 
 
 def federated_rounds(
-    run: Run, phase: Phase, weights: Weights, key: str, writer: StageWriter, progress: Progress
+    run: Run, shards: Shards, phase: Phase, models: Models, key: str, writer: StageWriter, progress: Progress
 ) -> dict[str, Any]:
-    """``phase.num_rounds`` of ask, fold, average; the result's parts are "global" and, where asked, each client's.
+    """``phase.num_rounds`` of ask, fold, average; the result's parts are the global models (``model_parts``) and,
+    where asked, each client's.
 
     Every few rounds a checkpoint is stored; a run that was killed begins at the last one, with the same numbers.
     """
-    config = run.config
+    config, federation = run.config, run.bench.federation
     begun, gathered, traffic = 0, [], {"downlink": 0, "uplink": 0}
     checkpoint = run.store.load_checkpoint(key)
     last = phase.num_rounds - 1
     if checkpoint is not None:
         begun, traffic = checkpoint.facts["round"], dict(checkpoint.facts["traffic"])
-        weights = checkpoint.load("global")
+        models = load_models(federation, checkpoint)
         if "prototypes" in checkpoint.parts:
             gathered = [Prototypes(**checkpoint.load("prototypes"))]
         progress.resume(checkpoint.facts["curve"], begun)
-    optimiser = OPTIMISERS[config.federation.optimiser]
     for round_num in range(begun, phase.num_rounds):
         clients = cohort_of(config, phase.address, round_num)
         collect = round_num > last - phase.prototype_rounds
         common = {
-            "weights": weights, "phase": phase.address, "round": round_num, "plan": phase.plan,
+            "models": models, "phase": phase.address, "round": round_num, "plan": phase.plan,
             "collect_prototypes": collect,
         }  # fmt: skip
-        fold, losses = optimiser.begin(weights), []
-        for client_id, result in run.cohort.ask("train", clients, common):
+        fold, losses = federation.fold(models, phase.address, round_num, shards.counts), []
+        for client_id, result in run.cohort.ask("train", clients, common, holdings(federation, phase, round_num)):
             fold.add(result.update)
             losses.append(result.update.metrics["loss"])
-            traffic["downlink"] += num_bytes(weights)
-            traffic["uplink"] += num_bytes(result.update.weights)
+            sent = num_bytes(result.update.weights)
+            traffic["downlink"] += sent
+            traffic["uplink"] += sent
             if collect:
                 gathered.append(result.prototypes)
             if phase.keep_clients and (round_num == last):
                 writer.add(f"client_{client_id:05d}", result.update.weights)
-        weights = fold.result()
+        models = fold.result()
         done = round_num + 1
+        if federation.narrow and done == phase.num_rounds:
+            models = static_statistics(run, models, traffic)
         progress.scalar(f"{phase.name}/client_loss", done, float(np.mean(losses)))
         every = config.runtime.eval_rounds
         if every and (done % every == 0 or done == phase.num_rounds):
-            progress.scalar(f"{phase.name}/accuracy", done, glance(run, weights))
+            progress.scalar(f"{phase.name}/accuracy", done, glance(run, models[federation.student]))
         if phase.validation is not None:
-            seen = accuracy(table_of(run, weights, phase.validation))
+            seen = accuracy(table_of(run, models[federation.student], phase.validation))
             progress.scalar(f"{phase.name}/validation_accuracy", done, seen)
         progress.advance(note=f"loss {np.mean(losses):.3f}")
         if done % config.warmup.checkpoint_rounds == 0 and done < phase.num_rounds:
-            parts = {"global": weights}
+            parts = dict(model_parts(federation, models))
             if gathered:
                 parts["prototypes"] = Prototypes.concatenate(gathered).arrays()
             facts = {"round": done, "traffic": traffic, "curve": [list(row) for row in progress.recorded]}
             run.store.save_checkpoint(key, facts, parts)
-    writer.add("global", weights)
+    for part, weights in model_parts(federation, models):
+        writer.add(part, weights)
     if gathered:
         writer.add("prototypes", Prototypes.concatenate(gathered).arrays())
     kinds = {"uplink": {"weights": traffic["uplink"]}, "downlink": {"weights": traffic["downlink"]}}
+    if "statistics" in traffic:
+        kinds["uplink"]["statistics"] = traffic["statistics"]
     if gathered:
         kinds["uplink"]["prototypes"] = sum(num_bytes(p.arrays()) for p in gathered)
     return {"communication": kinds}
+
+
+def holdings(federation: Federation, phase: Phase, round_num: int) -> Own:
+    """client -> the channels that it holds in a round, where it is narrow."""
+
+    def own(client_id: int) -> dict[str, Any]:
+        sets = federation.sets(client_id, phase.address, round_num)
+        return {} if sets is None else {"sets": sets}
+
+    return own
+
+
+def model_parts(federation: Federation, models: Models) -> Iterator[tuple[str, Weights]]:
+    """Names and contents of a result's parts: "global" is the student's architecture, others are numbered."""
+    for number, name in enumerate(federation.groups):
+        yield _part(federation, name, number), models[name]
+
+
+def load_models(federation: Federation, result: StageResult) -> Models:
+    """What ``model_parts`` stored."""
+    return {name: result.load(_part(federation, name, number)) for number, name in enumerate(federation.groups)}
+
+
+def _part(federation: Federation, name: str, number: int) -> str:
+    return "global" if name == federation.student else f"global_{number:03d}"
+
+
+def static_statistics(run: Run, models: Models, traffic: dict[str, int]) -> Models:
+    """``models`` with batch-norm statistics of all clients' images under the whole networks (static BN, 3.6).
+
+    What narrow clients' statistics average to fits no network. Every pass makes the statistics of one more layer exact.
+    """
+    federation, everyone = run.bench.federation, list(range(run.config.partition.num_clients))
+    layers = max(sum(name.endswith(".running_mean") for name in weights) for weights in models.values())
+    for _ in range(run.config.federation.bn_passes or layers):
+        parts: dict[str, list[Any]] = {name: [] for name in models}
+        for client_id, found in run.cohort.ask("statistics", everyone, {"models": models}):
+            name = federation.classifiers[client_id]
+            parts[name].append(found)
+            traffic["downlink"] += num_bytes(models[name])
+            traffic["statistics"] = traffic.get("statistics", 0) + sum(
+                np.asarray(value).nbytes for moments in found.values() for value in moments
+            )
+        models = {name: with_statistics(weights, pooled(parts[name])) for name, weights in models.items()}
+    return models
 
 
 def glance(run: Run, weights: Weights) -> float:
@@ -119,23 +173,43 @@ def glance(run: Run, weights: Weights) -> float:
 
 @dataclass(frozen=True)
 class Warmup:
-    """theta_g and theta_k after the warm-up; a client that the last cohort left out has theta_g."""
+    """theta_g and theta_k after the warm-up; a client that the last cohort left out has its share of theta_g."""
 
     result: StageResult
-    weights: Weights
+    federation: Federation
+    models: Models
 
     @property
     def key(self) -> str:
         return self.result.key
 
-    def client(self, client_id: int) -> Weights:
-        """theta_k, loaded when asked."""
-        part = f"client_{client_id:05d}"
-        return self.result.load(part) if part in self.result.parts else self.weights
+    @property
+    def weights(self) -> Weights:
+        """The student's architecture's theta_g."""
+        return self.models[self.federation.student]
 
-    def clients(self, num_clients: int) -> Iterable[tuple[int, Weights]]:
-        """(k, theta_k) in order, one at a time in memory."""
-        return ((k, self.client(k)) for k in range(num_clients))
+    def with_student(self, student: Weights) -> Models:
+        """The global models, the student in the place of its architecture's."""
+        return self.models | {self.federation.student: student}
+
+    def sets(self, client_id: int) -> IndexSets | None:
+        """The channels that ``client`` speaks of, those of the last round; None for a whole model."""
+        return self.federation.sets(client_id, ADDRESS, max(0, self.federation.config.warmup.num_rounds - 1))
+
+    def client(self, client_id: int) -> Weights:
+        """theta_k, loaded when asked; as wide as the client is."""
+        part = f"client_{client_id:05d}"
+        if part in self.result.parts:
+            return self.result.load(part)
+        return self.federation.share(client_id, self.models, self.sets(client_id))
+
+    def clients(self, wanted: Iterable[int]) -> Iterable[tuple[int, Weights]]:
+        """(k, theta_k) in the order ``wanted``, one at a time in memory."""
+        return ((k, self.client(k)) for k in wanted)
+
+
+#: The streams of the warm-up's rounds.
+ADDRESS = "local"
 
 
 def warmup_stage(run: Run, shards: Shards) -> Warmup:
@@ -145,31 +219,33 @@ def warmup_stage(run: Run, shards: Shards) -> Warmup:
     key = warmup_key(config, shards.key)
     room = config.warmup
     plan = LocalPlan(room.local_steps, room.batch_size, room.lr, room.weight_decay, room.momentum, room.shuffle)
-    phase = Phase("warmup", "local", room.num_rounds, plan, keep_clients=True, prototype_rounds=history)
+    phase = Phase("warmup", ADDRESS, room.num_rounds, plan, keep_clients=True, prototype_rounds=history)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        facts = federated_rounds(run, phase, initial_weights(run.bench), key, writer, progress)
+        facts = federated_rounds(run, shards, phase, initial_models(run.bench), key, writer, progress)
         facts["communication"]["uplink"]["label_counts"] = int(shards.counts.nbytes)
         return facts
 
     result = run.stage("warmup", key, compute, total=room.num_rounds)
-    warmup = Warmup(result, result.load("global"))
+    federation = run.bench.federation
+    warmup = Warmup(result, federation, load_models(federation, result))
     watch(run, shards, "warmup", room.num_rounds, key, warmup.weights)
     return warmup
 
 
-def closing_stage(run: Run, name: str, start: str, weights: Weights, shards: Shards) -> StageResult:
-    """The closing rounds (stage FT) from ``weights``, which came under the key ``start``."""
+def closing_stage(run: Run, name: str, start: str, models: Models, shards: Shards) -> StageResult:
+    """The closing rounds (stage FT) from ``models``, which came under the key ``start``."""
     config, room = run.config, run.config.finetune
     key = rounds_key(config, shards.key, start)
     warmup = config.warmup
+    frozen = room.bn == "frozen" and not run.bench.federation.narrow  # whole networks' statistics fit no narrow one
     plan = LocalPlan(
         room.local_steps, warmup.batch_size, room.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
-        room.freeze_head, room.bn == "frozen",
+        room.freeze_head, frozen,
     )  # fmt: skip
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         phase = Phase(name, "closing", room.num_rounds, plan, validation=validation_images(run, shards))
-        return federated_rounds(run, phase, weights, key, writer, progress)
+        return federated_rounds(run, shards, phase, models, key, writer, progress)
 
     return run.stage(name, key, compute, total=room.num_rounds)

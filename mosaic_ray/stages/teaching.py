@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ..algorithm.distillation import DistillTask
-from ..algorithm.teacher import TeacherState
+from ..algorithm.teacher import MixedTeacher, TeacherState, group_shares
 from ..errors import RunError
 from ..methods.distillers.mosaic import make_task, make_teacher
 from ..methods.distillers.prototype_head import refit
+from ..methods.federation import Federation, group_counts
 from ..records import Finding, Prototypes, Weights
 from ..runtime.store import StageResult, StageWriter
 from . import keys
@@ -20,66 +21,117 @@ from .evaluation import watch
 from .partition import Shards
 from .rounds import Warmup
 from .run import Progress, Run
-from .uploads import Generators
+from .uploads import Generators, PrototypesOf
 
 #: Runs a distillation task; ``runtime.distiller`` has the hosts.
 Host = Callable[[DistillTask, Callable[[int, Mapping[str, float]], None]], Any]
 
 
 def teacher_stage(
-    run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: Prototypes, generators: Generators
-) -> tuple[str, TeacherState]:
-    """Distinct class experts and the meta model."""
-    config = run.config
+    run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: PrototypesOf, generators: Generators
+) -> tuple[str, TeacherState | MixedTeacher]:
+    """Distinct class experts and the meta model; one such teacher for each architecture, where there are several."""
+    config, federation = run.config, run.bench.federation
     key = keys.teacher_key(config, warmup.key, prototypes_key, generators.key)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        done = 0
-
-        def look(update: int, metrics: dict[str, float]) -> None:
-            nonlocal done
-            for name, value in metrics.items():
-                progress.scalar(f"meta/{name}", update, value)
-            if update > done:
-                progress.advance(update - done, note=f"held-out prototypes {metrics['held_out_accuracy']:.1%}")
-                done = update
-
-        try:
-            state, figures = make_teacher(
-                config, run.dataset.facts, warmup.weights, warmup.clients(config.partition.num_clients), shards.counts,
-                prototypes, look,
-                ((k, warmup.client(k), made.load("generator")) for k, made in enumerate(generators.results)),
-                run.bench.device,
-            )  # fmt: skip
-        except ValueError as error:  # a class without an owner, where that is asked to be an error
-            raise RunError(str(error)) from error
-        writer.add("meta", state.meta)
-        writer.add("index", {"index": state.index})
-        for number, expert in enumerate(state.experts):
-            writer.add(f"expert_{number:04d}", expert)
-        findings = []
-        if figures["meta_held_out_accuracy"] < figures["student_held_out_accuracy"]:
-            message = (
-                f"on held-out prototypes the teacher is right on {figures['meta_held_out_accuracy']:.1%}, the "
-                f"student it would teach on {figures['student_held_out_accuracy']:.1%}; see meta.input and meta.init"
-            )
-            findings.append(Finding("teacher.below_student", "warning", "teacher", message))
+        figures: dict[str, float] = {}
+        findings: list[Finding] = []
+        for number, (name, clients) in enumerate(federation.groups.items()):
+            state, found = _teach(run, shards, warmup, prototypes[name], generators, name, clients, progress)
+            _write_teacher(writer, state, _prefix(federation, name, number))
+            figures |= found if name == federation.student else {f"{name}/{what}": v for what, v in found.items()}
+            findings += _teacher_findings(found, name if len(federation.groups) > 1 else "")
         return {"figures": figures, "findings": [asdict(f) for f in findings]}
 
-    result = run.stage("teacher", key, compute, total=config.meta.updates, unit="update")
-    experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith("expert_"))
-    teacher = TeacherState(warmup.weights, experts, result.load("index")["index"], result.load("meta"))
+    total = config.meta.updates * len(federation.groups)
+    result = run.stage("teacher", key, compute, total=total, unit="update")
+    states = tuple(
+        _read_teacher(result, _prefix(federation, name, number), warmup.models[name], name)
+        for number, name in enumerate(federation.groups)
+    )
+    teacher: TeacherState | MixedTeacher = states[0]
+    if len(states) > 1:
+        shares = group_shares(shards.counts, list(federation.groups.values()))
+        teacher = MixedTeacher(states, shares, list(federation.groups).index(federation.student))
     watch(run, shards, "teacher", config.meta.updates, key, teacher)
     return key, teacher
+
+
+def _teach(
+    run: Run,
+    shards: Shards,
+    warmup: Warmup,
+    prototypes: Prototypes,
+    generators: Generators,
+    name: str,
+    clients: Sequence[int],
+    progress: Progress,
+) -> tuple[TeacherState, dict[str, float]]:
+    """The teacher of one architecture, from the clients that hold it."""
+    done = 0
+    federation = warmup.federation
+    prefix = "meta" if name == federation.student else f"meta_{name}"
+
+    def look(update: int, metrics: dict[str, float]) -> None:
+        nonlocal done
+        for what, value in metrics.items():
+            progress.scalar(f"{prefix}/{what}", update, value)
+        if update > done:
+            progress.advance(update - done, note=f"held-out prototypes {metrics['held_out_accuracy']:.1%}")
+            done = update
+
+    channels = federation.channels(name) if federation.narrow else None
+    models: Iterable[Any] = warmup.clients(clients)
+    if federation.narrow:
+        models = ((k, weights, warmup.sets(k)) for k, weights in models)
+    try:
+        return make_teacher(
+            run.config, run.dataset.facts, warmup.models[name], models, group_counts(shards.counts, clients),
+            prototypes, look,
+            ((k, warmup.client(k), made.load("generator")) for k, made in enumerate(generators.results)),
+            run.bench.device, channels,
+        )  # fmt: skip
+    except ValueError as error:  # a class without an owner, where that is asked to be an error
+        raise RunError(str(error)) from error
+
+
+def _prefix(federation: Federation, name: str, number: int) -> str:
+    """Before the names of a teacher's stored parts: nothing for the student's architecture, others are numbered."""
+    return "" if name == federation.student else f"group_{number:03d}_"
+
+
+def _write_teacher(writer: StageWriter, state: TeacherState, prefix: str) -> None:
+    writer.add(f"{prefix}meta", state.meta)
+    writer.add(f"{prefix}index", {"index": state.index})
+    for number, expert in enumerate(state.experts):
+        writer.add(f"{prefix}expert_{number:04d}", expert)
+
+
+def _read_teacher(result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
+    experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith(f"{prefix}expert_"))
+    index = result.load(f"{prefix}index")["index"]
+    return TeacherState(backbone, experts, index, result.load(f"{prefix}meta"), name)
+
+
+def _teacher_findings(figures: Mapping[str, float], name: str) -> list[Finding]:
+    reached, student = figures["meta_held_out_accuracy"], figures["student_held_out_accuracy"]
+    if reached >= student:
+        return []
+    message = (
+        f"on held-out prototypes the teacher{' of ' + name if name else ''} is right on {reached:.1%}, the student it "
+        f"would teach on {student:.1%}; see meta.input and meta.init"
+    )
+    return [Finding("teacher.below_student", "warning", "teacher", message)]
 
 
 def distill_stage(
     run: Run,
     shards: Shards,
     warmup: Warmup,
-    prototypes: Prototypes,
+    prototypes: PrototypesOf,
     teacher_key: str,
-    teacher: TeacherState,
+    teacher: TeacherState | MixedTeacher,
     generators: Generators,
     host: Host,
 ) -> StageResult:
@@ -90,7 +142,7 @@ def distill_stage(
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         task = make_task(
             config, run.dataset.facts, warmup.weights, teacher, generators.weights(), generators.figures, shards.sizes,
-            prototypes,
+            prototypes[warmup.federation.student],
         )  # fmt: skip
         if config.distill.workers:
             run.cohort.release()  # Train's workers need the CPUs that idle client actors hold
@@ -134,12 +186,12 @@ def _findings(figures: Mapping[str, float]) -> list[Finding]:
     return findings
 
 
-def refit_stage(run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: Prototypes) -> StageResult:
+def refit_stage(run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: PrototypesOf) -> StageResult:
     """The ablation's student (part "global"): the head re-fitted on prototypes."""
     key = keys.refit_key(run.config, warmup.key, prototypes_key)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        weights, figures = refit(run.config, warmup.weights, prototypes)
+        weights, figures = refit(run.config, warmup.weights, prototypes[warmup.federation.student])
         writer.add("global", weights)
         progress.advance(note=f"held-out prototypes {figures['held_out_accuracy']:.1%}")
         return {"figures": {name: float(np.float64(value)) for name, value in figures.items()}}

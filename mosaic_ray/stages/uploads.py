@@ -12,7 +12,8 @@ import numpy as np
 
 from ..algorithm.generation import generator_findings, num_steps
 from ..errors import RunError
-from ..methods.client_work import initial_weights
+from ..methods.client_work import initial_models
+from ..methods.federation import Federation
 from ..models.tensors import num_bytes
 from ..records import Finding, Prototypes, Weights
 from ..runtime.leases import Lease
@@ -27,39 +28,55 @@ from .run import POLL_SECONDS, Progress, Run
 MAX_LEASES = 256
 
 
-def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Prototypes]:
-    """Every client's prototypes, concatenated in client order."""
-    config = run.config
+#: Prototypes by the architecture of the clients that made them: each has a feature space of its own.
+PrototypesOf = dict[str, Prototypes]
+
+
+def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, PrototypesOf]:
+    """Every client's prototypes, concatenated in client order, for each architecture."""
+    config, federation = run.config, run.bench.federation
     key = prototypes_key(config, warmup.key)
     everyone = list(range(config.partition.num_clients))
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         traffic = {"uplink": {}, "downlink": {}}
         if config.prototypes.rounds == "all":
-            prototypes = Prototypes(**warmup.result.load("prototypes"))
+            prototypes = {federation.student: Prototypes(**warmup.result.load("prototypes"))}
             progress.advance(len(everyone))
         else:
             own = _own_weights(warmup) if config.prototypes.model == "client" else _nothing
             if config.prototypes.model == "global":
-                traffic["downlink"]["weights"] = num_bytes(warmup.weights) * len(everyone)
-            common = {"weights": warmup.weights, "round": config.warmup.num_rounds}
-            parts = []
-            for _, part in run.cohort.ask("prototypes", everyone, common, own, cost=lambda k: float(shards.sizes[k])):
-                parts.append(part)
+                sent = [num_bytes(warmup.models[name]) for name in federation.classifiers]
+                traffic["downlink"]["weights"] = sum(sent)
+            common = {"models": warmup.models, "round": config.warmup.num_rounds}
+            parts: dict[str, list[Prototypes]] = {name: [] for name in federation.groups}
+            for k, part in run.cohort.ask("prototypes", everyone, common, own, cost=lambda k: float(shards.sizes[k])):
+                parts[federation.classifiers[k]].append(part)
                 progress.advance()
-            prototypes = Prototypes.concatenate(parts)
-            traffic["uplink"]["prototypes"] = num_bytes(prototypes.arrays())
-        writer.add("prototypes", prototypes.arrays())
-        found = np.bincount(prototypes.labels, minlength=run.dataset.facts.num_classes)
+            prototypes = {name: Prototypes.concatenate(made) for name, made in parts.items()}
+            traffic["uplink"]["prototypes"] = sum(num_bytes(made.arrays()) for made in prototypes.values())
+        for part, made in _prototype_parts(federation, prototypes):
+            writer.add(part, made.arrays())
+        labels = np.concatenate([made.labels for made in prototypes.values()])
+        found = np.bincount(labels, minlength=run.dataset.facts.num_classes)
         missing = [int(c) for c in np.flatnonzero((found == 0) & (shards.counts.sum(0) > 0))]
         findings = []
         if missing:
             message = f"no prototype of class {', '.join(map(str, missing))}; raise prototypes.k or prototypes.samples"
             findings.append(Finding("prototypes.too_few", "warning", "prototypes", message, value=float(len(missing))))
-        return {"communication": traffic, "findings": [asdict(f) for f in findings], "num_prototypes": len(prototypes)}
+        return {"communication": traffic, "findings": [asdict(f) for f in findings], "num_prototypes": len(labels)}
 
     result = run.stage("prototypes", key, compute, total=len(everyone), unit="client")
-    return key, Prototypes(**result.load("prototypes"))
+    parts = [part for part, _ in _prototype_parts(federation, dict.fromkeys(federation.groups))]
+    return key, {name: Prototypes(**result.load(part)) for name, part in zip(federation.groups, parts, strict=True)}
+
+
+def _prototype_parts(federation: Federation, prototypes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Names and contents of the stored parts: "prototypes" is the student's architecture's, others are numbered."""
+    return [
+        ("prototypes" if name == federation.student else f"prototypes_{number:03d}", prototypes[name])
+        for number, name in enumerate(federation.groups)
+    ]
 
 
 def _nothing(client_id: int) -> Mapping[str, Any]:
@@ -163,10 +180,16 @@ def _computed(
     """(k, its generator) of ``clients`` as they arrive, each stored."""
     knobs = run.config.generator
     before = knobs.stage == "before"
-    start = initial_weights(run.bench) if before else warmup.weights
-    own = _own_weights(warmup) if not before else lambda k: {"weights": start}
+    start = initial_models(run.bench) if before else warmup.models
+    federation = run.bench.federation
+
+    def own(client_id: int) -> Mapping[str, Any]:
+        sets = warmup.sets(client_id)
+        weights = federation.share(client_id, start, sets) if before else warmup.client(client_id)
+        return {"weights": weights} if sets is None else {"weights": weights, "sets": sets}
+
     arrivals = run.cohort.ask(
-        "generate", clients, {"weights": start}, own, ordered=False,
+        "generate", clients, {"models": start}, own, ordered=False,
         cost=lambda k: float(num_steps(knobs, int(shards.sizes[k]))),
     )  # fmt: skip
     for client_id, made in arrivals:

@@ -11,14 +11,15 @@ from torch import Tensor
 from ...algorithm.distillation import DistillTask
 from ...algorithm.evaluation import domain_auc
 from ...algorithm.experts import form_experts
-from ...algorithm.generation import allocate, classifier_view, latents, load_generator, sampling_shares
+from ...algorithm.generation import allocate, classifier_view, draw, load_generator, sampling_shares
 from ...algorithm.heads import fit_head, scores
 from ...algorithm.meta_training import Teacher, train_meta
 from ...algorithm.prototypes import split_held_out
-from ...algorithm.teacher import TeacherState, head_logits, heads_only
+from ...algorithm.teacher import MixedTeacher, TeacherState, head_logits, heads_only
 from ...config import ExperimentConfig
 from ...errors import RunError
 from ...models.tensors import head_of, to_weights, use_precision
+from ...models.widths import Channels, IndexSets
 from ...records import DataFacts, Prototypes, Weights
 from ...seeding import seeded, stream
 from ..client_work import Bench
@@ -66,9 +67,10 @@ def synthetic_set(
         own = bench.classifier(own_weights).eval()
         generator = load_generator(config.generator, bench.facts, generator_weights).to(bench.device)
         vectors, labels = [], []
-        for z in latents(generator, count, stream(config.seed, "meta/synthetic", client_id), bench.device).split(chunk):
+        drawn = draw(generator, count, stream(config.seed, "meta/synthetic", client_id), bench.device)
+        for part in zip(*(tensor.split(chunk) for tensor in drawn), strict=True):
             with use_precision(config.runtime.precision, bench.device):
-                images = classifier_view(generator(z).float(), config.generator.gan_range, bench.facts)
+                images = classifier_view(generator(*part).float(), config.generator.gan_range, bench.facts)
                 features = (own if by_client else backbone).features(images).float()
                 logits = vote(images, features) if config.meta.data == "synthetic_vote" else own(images)
             vectors.append(features.cpu().numpy())
@@ -84,12 +86,13 @@ def make_teacher(
     config: ExperimentConfig,
     facts: DataFacts,
     global_weights: Weights,
-    client_weights: Iterable[tuple[int, Weights]],
+    client_weights: Iterable[tuple[int, Weights] | tuple[int, Weights, IndexSets | None]],
     counts: np.ndarray,
     prototypes: Prototypes,
     progress: Callable[[int, dict[str, float]], None],
     sources: Sources = (),
     device: torch.device | str = "cpu",
+    channels: Channels | None = None,
 ) -> tuple[TeacherState, dict[str, float]]:
     """Experts from the clients' models, and the meta model trained on three quarters of the prototypes.
 
@@ -97,13 +100,15 @@ def make_teacher(
     ``device``; the last quarter of the prototypes judges and selects all the same.
 
     ``counts`` int64 [K, C]. With ``meta.input = head`` only heads are averaged: the experts read the global model's
-    features, the very space the prototypes live in; with ``full`` whole models are (M6 has what that costs).
+    features, the very space the prototypes live in; with ``full`` whole models are (M6 has what that costs). Narrow
+    clients' weights come with the channels that they hold, and ``channels`` are the network's.
     """
-    fallback = global_weights if config.meta.expert_fallback == "global" else None
+    whole = global_weights
     if config.meta.input == "head":
-        client_weights = ((k, heads_only(w)) for k, w in client_weights)
-        fallback = None if fallback is None else heads_only(fallback)
-    experts, index = form_experts(client_weights, counts, fallback)
+        client_weights = ((k, heads_only(w), *sets) for k, w, *sets in client_weights)
+        whole = heads_only(global_weights)
+    fallback = whole if config.meta.expert_fallback == "global" else None
+    experts, index = form_experts(client_weights, counts, fallback, whole=whole, channels=channels)
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     figures: dict[str, float] = {}
     if config.meta.data != "prototypes":
@@ -140,7 +145,7 @@ def make_task(
     config: ExperimentConfig,
     facts: DataFacts,
     global_weights: Weights,
-    teacher: TeacherState,
+    teacher: TeacherState | MixedTeacher,
     generators: tuple[Weights, ...],
     generator_figures: list[dict[str, float]],
     client_sizes: np.ndarray,

@@ -1,0 +1,137 @@
+"""Who trains what: each client's network, its width and its channels, and how a round's updates become new models.
+
+Weights are averaged among clients of one architecture; a narrow client trains some channels of its architecture's
+global model, and each coordinate is averaged over the clients that held it (ALGORITHM 3.5 to 3.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from ..algorithm.averaging import PartialAverage, RunningAverage
+from ..config import ExperimentConfig
+from ..models.classifiers import build_classifier, check_networks
+from ..models.widths import Channels, IndexSets, channels_of, check_width, extract, index_sets
+from ..records import DataFacts, Update, Weights
+from ..rooms import ModelConfig
+from ..roster import any_narrow, client_classifiers, client_widths, groups
+from ..seeding import derive
+
+#: The global model of each architecture.
+Models = dict[str, Weights]
+
+
+@lru_cache(maxsize=32)
+def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Channels:
+    return channels_of(build_classifier(model, num_classes, channels, image_size, name))
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The clients of an experiment, as far as their models are concerned."""
+
+    config: ExperimentConfig
+    facts: DataFacts
+
+    @cached_property
+    def classifiers(self) -> tuple[str, ...]:
+        """Each client's architecture."""
+        return client_classifiers(self.config)
+
+    @cached_property
+    def widths(self) -> tuple[float, ...]:
+        """Each client's width."""
+        return client_widths(self.config)
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Clients by architecture."""
+        return groups(self.config)
+
+    @property
+    def student(self) -> str:
+        """The architecture whose global model becomes the student."""
+        return self.config.model.classifier
+
+    @cached_property
+    def narrow(self) -> bool:
+        """Whether some client trains a part of its network only; batch-norm statistics are then static (3.6)."""
+        return any_narrow(self.config)
+
+    def channels(self, name: str) -> Channels:
+        """Which dimensions of an architecture's weights are which channels."""
+        facts = self.facts
+        return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+
+    def check(self) -> None:
+        """``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""
+        for client_id, width in enumerate(self.widths):
+            if width < 1:
+                check_width(self.channels(self.classifiers[client_id]), width)
+
+    def sets(self, client_id: int, phase: str, round_num: int) -> IndexSets | None:
+        """The channels that a client holds in a round; None for a whole one."""
+        width = self.widths[client_id]
+        if width == 1:
+            return None
+        return index_sets(
+            self.channels(self.classifiers[client_id]), width, self.config.federation.optimiser, round_num=round_num,
+            seed=derive(self.config.seed, "widths", phase), client_id=client_id,
+        )  # fmt: skip
+
+    def share(self, client_id: int, models: Models, sets: IndexSets | None) -> Weights:
+        """What a client gets of its architecture's global model."""
+        name = self.classifiers[client_id]
+        return models[name] if sets is None else extract(models[name], self.channels(name), sets)
+
+    def fold(self, models: Models, phase: str, round_num: int, counts: np.ndarray) -> Fold:
+        """The fold of one round that begins at ``models``; ``counts`` [K, C] as in ``federation.masked``."""
+        return Fold(self, models, phase, round_num, counts)
+
+
+class Fold:
+    """Updates in, in client order; global models out. One running sum an architecture, so memory stays flat."""
+
+    def __init__(self, federation: Federation, models: Models, phase: str, round_num: int, counts: np.ndarray) -> None:
+        self._federation, self._models, self._counts = federation, models, counts
+        self._round = (phase, round_num)
+        self._masked = federation.config.federation.masked
+        self._averages: dict[str, Any] = {}
+
+    def add(self, update: Update) -> None:
+        """Fold in one client's weights with its number of samples."""
+        federation, client_id = self._federation, update.client_id
+        name = federation.classifiers[client_id]
+        if not (federation.narrow or self._masked):
+            self._averages.setdefault(name, RunningAverage()).add(update.weights, update.num_samples)
+            return
+        if name not in self._averages:
+            self._averages[name] = PartialAverage(self._models[name], federation.channels(name))
+        classes = self._counts[client_id] > 0 if self._masked else None
+        sets = federation.sets(client_id, *self._round)
+        self._averages[name].add(update.weights, update.num_samples, sets=sets, classes=classes)
+
+    def result(self) -> Models:
+        """The new models; an architecture that no client of the cohort holds keeps its old one."""
+        return {
+            name: self._averages[name].result() if name in self._averages else weights
+            for name, weights in self._models.items()
+        }
+
+
+def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
+    """``RequestError`` unless every client's network can be built for these images, and cut to its width."""
+    check_networks(config, facts)
+    Federation(config, facts).check()
+
+
+def group_counts(counts: np.ndarray, clients: Sequence[int]) -> np.ndarray:
+    """``counts`` [K, C] with the rows of all but ``clients`` zero."""
+    kept = np.zeros_like(counts)
+    kept[list(clients)] = counts[list(clients)]
+    return kept
