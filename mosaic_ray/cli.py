@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .config import to_toml
+from .config import KNOBS, to_toml
 from .errors import RequestError, RunError, neighbours
-from .presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
+from .presets import ALGORITHMS, CLASSIFIERS, METHODS, OPTIMISERS, SCALES
 from .words import address_of, config_of, count_of, refuse_swept, seeds_of
 
 if TYPE_CHECKING:
@@ -82,10 +82,15 @@ def resume_command(words: Sequence[str]) -> list[str]:
 _REQUEST: dict[str, Callable[..., Any]] = {
     "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
     "algorithm": click.option("--algorithm", metavar="|".join(ALGORITHMS), help="Algorithm preset."),
-    "dataset": click.option("--dataset", metavar="D", help="Data set by name, or parquet:PATH."),
+    "dataset": click.option("--dataset", metavar="D", help="Data set by name (`mosaic data list`), or folder:PATH."),
+    "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out, and count, images that do not decode."),
     "clients": click.option("--clients", metavar="N", help="Number of clients."),
     "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
-    "sampler": click.option("--sampler", metavar="NAME", help="How labels are dealt."),
+    "sampler": click.option(
+        "--sampler",
+        metavar="NAME",
+        help=f"How labels are dealt: {', '.join(KNOBS['partition.sampler'].metadata['choices'])}.",
+    ),
     "method": click.option("--method", metavar="M", help="See `mosaic methods`."),
     "seed": click.option("--seed", metavar="S", help="One seed for everything."),
     "host": click.option("--host", metavar="ray|serial", help="Where clients run."),
@@ -135,7 +140,7 @@ def mosaic(ctx: click.Context) -> None:
 
 
 @mosaic.command()
-@_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
+@_takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
 @_takes("storage", "name", "address", "host", "fresh", "as_json")
 @click.pass_context
 def run(
@@ -164,7 +169,7 @@ def run(
 
 
 @mosaic.command()
-@_takes("preset", "algorithm", "dataset", "clients", "omega", "method", "seed", "sets", "config")
+@_takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
 @click.option(
     "--space",
     default="lambdas_omega",
@@ -240,19 +245,27 @@ def spaces() -> None:
 
 
 @mosaic.command()
-@_takes("preset", "dataset", "clients", "omega", "sampler", "seed", "sets", "config")
-@click.option("--json", "as_json", is_flag=True, help="Label counts as JSON.")
-def partition(as_json: bool, **request: Any) -> None:
-    """Show who holds how many samples of which class."""
+@_takes("preset", "dataset", "skip_bad", "clients", "omega", "sampler", "seed", "sets", "config")
+@click.option("--png", metavar="FILE", help="Where the heat map goes.  [default: below ./mosaic_runs/partitions]")
+@click.option("--json", "as_json", is_flag=True, help="Label counts as JSON; a heat map only with --png.")
+def partition(png: str | None, as_json: bool, **request: Any) -> None:
+    """Show who holds how many samples of which class, and save it as a heat map."""
     config = config_of(**request)
     from .data.datasets import load_dataset
-    from .data.partition import label_counts
+    from .data.partition import label_counts, skew
     from .data.partition import partition as deal
 
     data = load_dataset(config.data)
     num_classes = data.facts.num_classes
     shards = deal(data.train.labels, config.partition, config.seed, num_classes)
     counts = label_counts(data.train.labels, shards, num_classes)
+    if png is not None or not as_json:
+        from .report import heatmap
+
+        place = f"./mosaic_runs/partitions/{heatmap.default_name(config)}" if png is None else png
+        said = heatmap.skew_in_words(skew(counts), num_classes)
+        title = f"{heatmap.heading(config)}\n{said}"
+        heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names))
     if as_json:
         facts = {"sampler": config.partition.sampler, "seed": config.seed}
         sizes = [len(shard) for shard in shards]
@@ -261,6 +274,54 @@ def partition(as_json: bool, **request: Any) -> None:
         from .report.tables import partition_table
 
         _console().print(partition_table(counts), crop=False)
+        click.echo(f"{said}\nheat map {place}")
+
+
+@mosaic.group(cls=Door, invoke_without_command=True)
+@click.pass_context
+def data(ctx: click.Context) -> None:
+    """List data sets, fetch one, or take in your own."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@data.command("list")
+@_takes("sets", "config")
+def list_data(**request: Any) -> None:
+    """Say what each data set is, and what of it is on the disk."""
+    config = config_of(**request).data
+    from .data.catalogue import overview
+    from .data.places import data_root
+
+    _listing(f"Data sets, looked for under {data_root(config)}", overview(config))
+    click.echo("mosaic data fetch NAME; or your own: mosaic data import --from FOLDER|PARQUET NAME")
+
+
+@data.command("fetch")
+@click.argument("name")
+@_takes("sets", "config")
+def fetch_data(name: str, **request: Any) -> None:
+    """Download the data set NAME, or go on where a download broke off."""
+    config = config_of(**request).data
+    from .data.catalogue import bring
+
+    click.echo(bring(name, config))
+
+
+@data.command("import")
+@click.option("--from", "source", required=True, metavar="FOLDER|PARQUET", help="Where images or parquet files lie.")
+@click.argument("name")
+@_takes("skip_bad", "sets", "config")
+def import_data(source: str, name: str, **request: Any) -> None:
+    """Decode your own images, once, into a data set called NAME.
+
+    FOLDER holds train/CLASS/IMAGE and test/CLASS/IMAGE; PARQUET is a folder of train*.parquet and test*.parquet. Images
+    of several sizes need --set data.image_size=64 or another.
+    """
+    config = config_of(**request).data
+    from .data.catalogue import take_in
+
+    click.echo(take_in(source, name, config))
 
 
 @mosaic.command()
@@ -281,10 +342,11 @@ def show(preset: str, algorithm: str | None) -> None:
 
 @mosaic.command()
 def methods() -> None:
-    """List the methods, and the federated optimisers."""
+    """List the methods, the federated optimisers and the networks."""
     _listing("Methods", {name: summary for name, (_, summary) in METHODS.items()})
     _listing("Federated optimisers", {name: facts.summary for name, facts in OPTIMISERS.items()})
-    click.echo("mosaic run --method METHOD --set federation.optimiser=OPTIMISER")
+    _listing("Networks", CLASSIFIERS)
+    click.echo("mosaic run --method METHOD --set federation.optimiser=OPTIMISER --set model.classifier=NETWORK")
 
 
 @mosaic.command()

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import RequestError, neighbours
 
-#: Data sets by name, with what `mosaic` says of them. Facts that need arrays live in ``data.datasets``.
+#: Data sets by name, with what `mosaic` says of them. Facts that need arrays live in ``data.facts``.
 DATASETS: dict[str, str] = {
     "digits": "scikit-learn's handwritten digits: 1,797 images of 8x8, bundled",
     "mnist": "MNIST: 60,000 + 10,000 images of 28x28",

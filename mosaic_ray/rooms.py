@@ -9,7 +9,7 @@ from .knobs import knob
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str = knob("digits", "data set; or folder:PATH, parquet:PATH")
+    name: str = knob("digits", "data set; or folder:PATH, parquet:PATH, imported:NAME")
     root: str = knob("", "where data sets lie; empty: $MOSAIC_DATA, else ~/.cache/mosaic_ray")
     image_size: int = knob(0, "pixels a side; 0: the data set's own", low=0, high=512)
     channels: int = knob(0, "1 or 3; 0: the data set's own", low=0, high=3)

@@ -19,10 +19,11 @@ from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from .config import KNOBS, DataConfig, ExperimentConfig, override
+from .config import KNOBS, ExperimentConfig, override
 from .errors import RequestError, RunError
 from .ledger import Ledger, Trial
 from .records import Dataset
+from .rooms import DataConfig
 from .runtime.cluster import RAY_ENVIRONMENT, own_node
 from .runtime.cohort import start_hosts, started
 from .runtime.resources import Node, ResourcePlan

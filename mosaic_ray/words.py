@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .config import ExperimentConfig, check_value, read_toml, resolve
 from .errors import RequestError
+from .presets import DATASETS
+from .rooms import DataConfig
 
 if TYPE_CHECKING:
     from .spaces import SweepPlan
@@ -23,6 +25,7 @@ KNOB_OF_OPTION = {
     "method": "method",
     "seed": "seed",
     "host": "runtime.host",
+    "skip_bad": "data.skip_bad",
 }
 
 
@@ -50,7 +53,11 @@ def config_of(
     for name, word in typed.items():
         knob = KNOB_OF_OPTION[name]
         if knobs.setdefault(knob, word) != word:
-            raise RequestError(f"--{name} {word}: --set {knob}={knobs[knob]} says otherwise; give one of them")
+            raise RequestError(f"{_typed(name, word)}: --set {knob}={knobs[knob]} says otherwise; give one of them")
+    root = str(knobs.get("data.root") or file.get("data.root") or "")
+    for values in (file, knobs):
+        if "data.name" in values:
+            values["data.name"] = _imported(values["data.name"], root)
     try:
         return resolve(preset or "demo", file=file, sets=knobs)
     except RequestError as error:
@@ -59,8 +66,22 @@ def config_of(
             head, knob = f"{KNOB_OF_OPTION[name]} = {word}:", KNOB_OF_OPTION[name]
             if message.startswith(head):
                 also = "" if knob == name else f" ({knob})"
-                raise RequestError(f"--{name} {word}{also}:{message.removeprefix(head)}") from None
+                raise RequestError(f"{_typed(name, word)}{also}:{message.removeprefix(head)}") from None
         raise
+
+
+def _typed(name: str, word: str) -> str:
+    """An option as it stood on the command line."""
+    option = f"--{name.replace('_', '-')}"
+    return option if name == "skip_bad" else f"{option} {word}"
+
+
+def _imported(name: Any, root: str) -> Any:
+    """The name of a data set that ``mosaic data import`` has put under ``root``, in full; any other as it is."""
+    from .data.places import data_root, imported_names
+
+    known = not isinstance(name, str) or name in DATASETS or ":" in name
+    return name if known or name not in imported_names(data_root(DataConfig(root=root))) else f"imported:{name}"
 
 
 def address_of(word: str | None) -> str:
@@ -102,7 +123,7 @@ def refuse_swept(space: str, plan: SweepPlan, words: Mapping[str, Any]) -> None:
     swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
     for option, knob in KNOB_OF_OPTION.items():
         if words.get(option) is not None and knob in swept:
-            raise RequestError(f"--{option} {words[option]}: space {space} tries values of {knob} itself")
+            raise RequestError(f"{_typed(option, words[option])}: space {space} tries values of {knob} itself")
     for item in words["sets"]:
         if (knob := item.partition("=")[0].strip()) in swept:
             raise RequestError(f"--set {item}: space {space} tries values of {knob} itself")

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
-from mosaic_ray.config import DataConfig
 from mosaic_ray.data.datasets import load_dataset
 from mosaic_ray.errors import RequestError
+from mosaic_ray.rooms import DataConfig
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -74,6 +75,85 @@ def write_cifar100(root: Path) -> np.ndarray:
         (folder / name).write_bytes(pickle.dumps(batch))
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"fine {c}" for c in range(100)]}))
     return data
+
+
+def write_svhn(root: Path, counts: tuple[int, int] = (40, 20)) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images [n, 3, 32, 32] and labels 1..10, in MATLAB's files of X [32, 32, 3, n] and y [n, 1]."""
+    root.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for split, number in zip(("train", "test"), counts, strict=True):
+        written[split] = noise(number, 3, 32, 32, seed=number), np.arange(number) % 10 + 1
+        images, labels = written[split]
+        content = {"X": images.transpose(2, 3, 1, 0), "y": labels[:, None].astype(np.uint8)}
+        savemat(root / f"{split}_32x32.mat", content, do_compression=True)
+    return written
+
+
+def picture(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
+    """uint8 [H, W, C]: soft forms, which a JPEG keeps to a few levels."""
+    forms = Image.fromarray(noise(4, 4, 3, seed=seed)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(forms if channels == 3 else forms.convert("L"))
+
+
+def write_tiny(root: Path, classes: int = 3, each: int = 4) -> list[str]:
+    """Tiny-ImageNet's layout; the wnids, in the order of ``wnids.txt``, which is not theirs."""
+    base = root / "tiny-imagenet-200"
+    wnids = [f"n{number:08}" for number in range(classes)][::-1]
+    for number, wnid in enumerate(wnids):
+        folder = base / "train" / wnid / "images"
+        folder.mkdir(parents=True)
+        for index in range(each):
+            image = picture(64, 64, seed=100 * number + index, channels=1 if index == 1 else 3)
+            (folder / f"{wnid}_{index}.JPEG").write_bytes(encoded(image.squeeze(), "JPEG"))
+        (folder.parent / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
+    (base / "val" / "images").mkdir(parents=True)
+    lines = []
+    for index in range(2 * classes):
+        content = encoded(picture(64, 64, seed=1000 + index), "JPEG")
+        (base / "val" / "images" / f"val_{index}.JPEG").write_bytes(content)
+        lines.append(f"val_{index}.JPEG\t{wnids[index % classes]}\t0\t32\t44\t62\n")
+    (base / "val" / "val_annotations.txt").write_text("".join(lines))
+    (base / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (base / "words.txt").write_text("".join(f"{wnid}\tword {wnid[-1]}, synonym\n" for wnid in [*wnids, "n99999999"]))
+    return wnids
+
+
+FOOD = ("apple_pie", "waffles")
+FOOD_SIZES = ((384, 512), (512, 306), (100, 80), (64, 64))
+
+
+def write_food(root: Path, kind: str = "json") -> None:
+    """Food-101's layout: photographs of several sizes, four a class for training and two for the test."""
+    meta = root / "food-101" / "meta"
+    meta.mkdir(parents=True)
+    (meta / "classes.txt").write_text("\n".join(FOOD))
+    rows: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
+    for number, name in enumerate(reversed(FOOD)):
+        folder = root / "food-101" / "images" / name
+        folder.mkdir(parents=True)
+        for index in range(6):
+            content = encoded(picture(*FOOD_SIZES[index % 4], seed=10 * number + index), "JPEG")
+            (folder / f"{1000 - index}.jpg").write_bytes(content)
+            rows["train" if index < 4 else "test"].setdefault(name, []).append(f"{name}/{1000 - index}")
+    for split, by_class in rows.items():
+        lines = [row for found in by_class.values() for row in found]
+        (meta / f"{split}.{kind}").write_text(json.dumps(by_class) if kind == "json" else "\n".join(lines) + "\n")
+
+
+def write_classes(
+    folder: Path, names: tuple[str, ...] = ("ant", "bee"), train: int = 6, test: int = 2, size: int = 8
+) -> np.ndarray:
+    """ImageFolder's layout, as PNG; the training images uint8 [N, 3, size, size], class by class."""
+    images = noise(len(names) * (train + test), size, size, 3)
+    for number, name in enumerate(names):
+        for split, start, count in (("train", 0, train), ("test", train, test)):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for index in range(count):
+                image = images[number * (train + test) + start + index]
+                (place / f"{index:03}.png").write_bytes(encoded(image))
+    kept = images.reshape(len(names), train + test, size, size, 3)[:, :train]
+    return kept.reshape(-1, size, size, 3).transpose(0, 3, 1, 2)
 
 
 def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 from door import ask, refusal
 
@@ -18,8 +19,9 @@ from mosaic_ray import __version__
 from mosaic_ray import cli as door
 from mosaic_ray import words as typed_words
 from mosaic_ray.config import KNOBS, read_toml, resolve
+from mosaic_ray.data.partition import skew
 from mosaic_ray.errors import RequestError, RunError
-from mosaic_ray.presets import ALGORITHMS, METHODS, OPTIMISERS, SCALES
+from mosaic_ray.presets import ALGORITHMS, CLASSIFIERS, METHODS, OPTIMISERS, SCALES
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -68,7 +70,10 @@ WRONG = [
     ("run --address host:99999", ["--address host:99999", "HOST:PORT"]),
     ("run --config no/such.toml", ["--config no/such.toml", "No such file"]),
     ("run --config .", ["--config .", "directory"]),
-    ("partition --sampler drichlet", ["--sampler drichlet", "partition.sampler", "reference"]),
+    ("partition --sampler drichlet", ["--sampler drichlet", "partition.sampler", "reference, dirichlet"]),
+    ("partition --png README.md/x.png", ["--png README.md/x.png", "folder is a file", "name a file"]),
+    ("partition --json --png .", ["--png .", "directory", "name a file"]),
+    ("partition --sampler pathological --clients 4", ["partition.classes_per_client = 2", "partition.num_clients = 4"]),
     ("show dmeo", ["dmeo", '"demo"']),
     ("rnu", ['"rnu"', '"run"']),
     ("run --omgea 1", ["--omgea", "--omega"]),
@@ -175,7 +180,7 @@ def test_show_prints_what_config_reads_back(tmp_path, preset):
 
 @pytest.mark.parametrize(
     "command, names",
-    [("presets", [*SCALES, *ALGORITHMS]), ("methods", [*METHODS, *OPTIMISERS])],
+    [("presets", [*SCALES, *ALGORITHMS]), ("methods", [*METHODS, *OPTIMISERS, *CLASSIFIERS])],
 )
 def test_lists_name_everything(command, names):
     result = ask(command)
@@ -197,7 +202,8 @@ def test_the_checkout_has_the_same_door():
     assert (checkout_door.main, checkout_door.mosaic) == (door.main, door.mosaic)
 
 
-def test_partition_as_json():
+def test_partition_as_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = ask("partition", "--dataset", "digits", "--clients", "5", "--omega", "0.1", "--seed", "2", "--json")
     assert result.exit_code == 0, result.stderr
     facts = json.loads(result.stdout)
@@ -206,14 +212,30 @@ def test_partition_as_json():
     assert [len(row) for row in facts["label_counts"]] == [10] * 5
     assert [sum(row) for row in facts["label_counts"]] == facts["client_sizes"]
     assert sum(facts["client_sizes"]) == 1437
+    assert not list(tmp_path.iterdir())
 
 
-def test_partition_as_a_table():
+def test_partition_as_a_table_and_a_heat_map(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = ["partition", "--dataset", "digits", "--clients", "3", "--omega", "1"]
-    counts = json.loads(ask(*words, "--json").stdout)["label_counts"]
-    rows = [line.split() for line in ask(*words).stdout.splitlines()]
+    counts = json.loads(ask(*words, "--json", "--png", "with.png").stdout)["label_counts"]
+    lines = ask(*words).stdout.splitlines()
+    rows = [line.split() for line in lines]
     for client, row in enumerate(counts):
         assert [str(client), *(str(n or ".") for n in row), str(sum(row))] in rows
+    place = "./mosaic_runs/partitions/digits-reference-omega1-3clients-s0.png"
+    assert lines[-2:] == [f"skew {skew(np.array(counts)):.2f} of 2.30 nats", f"heat map {place}"]
+    assert Path(place).read_bytes() == Path("with.png").read_bytes()
+    assert Path(place).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_sampler_is_named_and_deals():
+    told = " ".join(ask("partition", "--help").stdout.split())
+    for sampler in KNOBS["partition.sampler"].metadata["choices"]:
+        assert re.search(rf"How labels are dealt:.*\b{sampler}\b", told)
+        facts = json.loads(ask("partition", "--sampler", sampler, "--json").stdout)
+        assert facts["sampler"] == sampler
+        assert sum(facts["client_sizes"]) == 1437
 
 
 # --- run: what reaches the launch, and how it ends -------------------------------------------------------------------

@@ -8,20 +8,28 @@ import numpy as np
 import pytest
 from layouts import (
     load,
+    noise,
     refused,
     write_cifar10,
     write_cifar100,
+    write_classes,
     write_folder,
+    write_food,
     write_idx,
     write_mnist,
+    write_svhn,
+    write_tiny,
 )
 from PIL import Image
+from scipy.io import savemat
 
-from mosaic_ray.config import DataConfig
-from mosaic_ray.data import datasets
+from mosaic_ray.data import datasets, pixels
 from mosaic_ray.data.datasets import data_root as root_of
-from mosaic_ray.data.datasets import load_dataset
+from mosaic_ray.data.datasets import known_facts, load_dataset
+from mosaic_ray.data.making import import_as
+from mosaic_ray.data.places import FOLDERS
 from mosaic_ray.presets import DATASETS
+from mosaic_ray.rooms import DataConfig
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +49,25 @@ def everywhere(tmp_path_factory) -> Path:
     write_cifar10(root)
     write_cifar100(root)
     write_folder(root / "pictures")
+    write_svhn(root)
+    write_tiny(root)
+    write_food(root)
+    write_classes(root / "insects")
+    import_as("mine", DataConfig(name="folder:insects", root=str(root)))
     return root
 
 
-@pytest.mark.parametrize("name", [*DATASETS, "parquet:pictures"])
-@pytest.mark.parametrize("shape", [(0, 0), (16, 1), (32, 3)])
+#: Colour images are cropped and mirrored; digits are never mirrored (D10), and grey ones are left as they are.
+AUGMENTED = {
+    "svhn": ("crop",), **dict.fromkeys(
+        ("cifar10", "cifar100", "tiny_imagenet", "food101", "parquet:pictures", "folder:insects", "imported:mine"),
+        ("crop", "flip"),
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*DATASETS, "parquet:pictures", "folder:insects", "imported:mine"])
+@pytest.mark.parametrize("shape", [(0, 0), (16, 1), (28, 1), (32, 3), (64, 3), (64, 1)])
 def test_every_data_set_keeps_the_contract(everywhere, name, shape):
     size, channels = shape
     data = load(everywhere, name, image_size=size, channels=channels)
@@ -61,13 +83,33 @@ def test_every_data_set_keeps_the_contract(everywhere, name, shape):
         assert part.images.flags.writeable
         assert type(part.images) is np.ndarray
         assert 0 <= part.labels.min() <= part.labels.max() < facts.num_classes
-    assert facts.augmentations == (("crop", "flip") if name.startswith(("cifar", "parquet")) else ())
+    assert facts.augmentations == AUGMENTED.get(name, ())
     assert data.identity == load(everywhere, name, image_size=size, channels=channels).identity
     assert len(data.identity) == 16
 
 
 def test_registry_holds_what_the_presets_name():
     assert set(datasets.LOADERS) == set(DATASETS)
+
+
+@pytest.mark.parametrize(
+    "name, mean, std",
+    [
+        ("svhn", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("tiny_imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("food101", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ],
+)
+def test_constants_are_the_papers_and_those_of_grey_are_measured(everywhere, name, mean, std):
+    facts = load(everywhere, name).facts
+    assert (facts.mean, facts.std) == (mean, std)
+    known = known_facts(DataConfig(name=name))
+    assert (known.mean, known.std, known.image_size, known.augmentations) == (
+        mean, std, facts.image_size, facts.augmentations
+    )  # fmt: skip
+    grey = load(everywhere, name, channels=1)
+    assert grey.facts.mean[0] == pytest.approx(grey.train.images.mean() / 255, abs=5.1e-5)
+    assert grey.facts.std[0] == pytest.approx(grey.train.images.std() / 255, abs=5.1e-5)
 
 
 def test_identity_changes_with_a_single_pixel_a_label_and_the_size(tmp_path):
@@ -120,10 +162,12 @@ def test_idx_files_are_read_as_written(tmp_path, name, folder):
 
 
 def test_missing_files_are_answered_with_the_folder_and_the_way_to_get_them(tmp_path):
-    for name, folder in (("mnist", "MNIST/raw"), ("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
+    for name, folder in FOLDERS.items():
         message = refused(tmp_path, name)
         assert str(tmp_path / folder) in message
-        assert all(way in message for way in ("data.download=true", "data.root", "MOSAIC_DATA"))
+        ways = (f"mosaic data fetch {name}", "data.download=true", "data.root", "MOSAIC_DATA")
+        assert all(way in message for way in ways)
+    assert set(FOLDERS) == set(DATASETS) - {"digits"}
 
 
 @pytest.mark.parametrize(
@@ -151,29 +195,47 @@ def test_labels_that_do_not_fit_are_named_with_their_file(tmp_path, labels):
     assert str(file) in refused(tmp_path, "mnist")
 
 
-def test_download_fetches_what_is_missing_and_says_why_it_could_not(tmp_path, monkeypatch):
-    from torchvision.datasets import utils
+# ---------------------------------------------------------------- MATLAB
 
-    asked = []
 
-    def offline(url, download_root, filename, md5):
-        asked.append((url, download_root, md5))
-        raise OSError("no route\nto host")
+def test_svhn_is_read_as_written_and_its_tens_are_zeros(tmp_path):
+    written = write_svhn(tmp_path)
+    data = load(tmp_path, "svhn")
+    for part, split in ((data.train, "train"), (data.test, "test")):
+        assert np.array_equal(part.images, written[split][0])
+        assert part.labels.tolist() == [label % 10 for label in written[split][1]]
+    assert data.class_names == tuple("0123456789")
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", offline)
-    for name in ("mnist", "cifar100"):
-        assert "no route to host" in refused(tmp_path, name, download=True)
-    assert [where for _, where, _ in asked] == [str(tmp_path / "MNIST" / "raw")] * 2 + [str(tmp_path)]
-    assert all(url.startswith("http") and len(md5) == 32 for url, _, md5 in asked)
 
-    def online(url, download_root, filename, md5):
-        if "train-images" in filename:
-            write_mnist(tmp_path)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no matlab",
+        {"X": noise(32, 32, 3, 5)},
+        {"X": noise(32, 32, 3, 5), "y": noise(4, 1)},
+        {"X": noise(32, 32, 3, 5), "y": np.full((5, 1), 11, np.uint8)},
+        {"X": noise(32, 32, 3, 5), "y": np.full((5, 1), "a", object)},
+        {"X": noise(32, 32, 3, 5), "y": np.ones((5, 1))},
+        {"X": noise(3, 32, 32, 5), "y": np.ones((5, 1), np.uint8)},
+        {"X": noise(32, 32, 3, 5).astype(float), "y": np.ones((5, 1), np.uint8)},
+    ],
+)
+def test_damaged_matlab_files_are_named(tmp_path, content):
+    write_svhn(tmp_path)
+    file = tmp_path / "test_32x32.mat"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        savemat(file, content)
+    assert str(file) in refused(tmp_path, "svhn")
 
-    monkeypatch.setattr(utils, "download_and_extract_archive", online)
-    assert len(load(tmp_path, "mnist", download=True).train) == 30
-    monkeypatch.setattr(utils, "download_and_extract_archive", offline)
-    assert len(load(tmp_path, "mnist", download=True).train) == 30, "what is there is not fetched again"
+
+def test_a_truncated_matlab_file_is_named(tmp_path):
+    write_svhn(tmp_path)
+    file = tmp_path / "train_32x32.mat"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert str(file) in refused(tmp_path, "svhn")
 
 
 # ---------------------------------------------------------------- size and channels
@@ -206,8 +268,9 @@ def test_resizing_is_pillows_bilinear_to_a_level(everywhere, name, size):
 def test_chunks_do_not_show(tmp_path, monkeypatch):
     write_cifar10(tmp_path)
     whole = load(tmp_path, "cifar10", image_size=16, channels=1)
-    chunks = datasets._chunks
-    monkeypatch.setattr(datasets, "_chunks", lambda images: chunks(images, 7))
+    chunks = pixels.chunks
+    for module in (pixels, datasets):
+        monkeypatch.setattr(module, "chunks", lambda images: chunks(images, 7))
     assert load(tmp_path, "cifar10", image_size=16, channels=1).identity == whole.identity
 
 

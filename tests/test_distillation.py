@@ -28,9 +28,9 @@ def task() -> DistillTask:
     bench = Bench(TINY, FACTS, CPU)
     weights = initial_weights(bench)
     shards = [shard_of(stripes(30, k)) for k in range(3)]
-    made = [generate(bench, s, k, {"weights": weights}, {"weights": weights}) for k, s in enumerate(shards)]
+    made = [generate(bench, s, k, {"models": {"cnn": weights}}, {"weights": weights}) for k, s in enumerate(shards)]
     found = Prototypes.concatenate(
-        [prototypes(bench, s, k, {"weights": weights, "round": 0}, {}) for k, s in enumerate(shards)]
+        [prototypes(bench, s, k, {"models": {"cnn": weights}, "round": 0}, {}) for k, s in enumerate(shards)]
     )
     counts = np.stack([np.bincount(s.labels, minlength=3) for s in shards])
     teacher, _ = make_teacher(TINY, FACTS, weights, [(k, weights) for k in range(3)], counts, found, _quiet)

@@ -17,7 +17,8 @@ from mosaic_ray.algorithm.losses import (
     jensen_shannon,
     kl,
 )
-from mosaic_ray.config import KNOBS, DistillConfig
+from mosaic_ray.config import KNOBS
+from mosaic_ray.rooms import DistillConfig
 from mosaic_ray.seeding import stream
 
 # --- O16: divergences ------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from door import ask
 
-from mosaic_ray.config import DataConfig
 from mosaic_ray.errors import RequestError
 from mosaic_ray.presets import DATASETS
+from mosaic_ray.rooms import DataConfig
 from mosaic_ray.runtime import doctor
 
 REPO = Path(__file__).resolve().parents[1]

@@ -14,11 +14,12 @@ from mosaic_ray.algorithm.experts import distinct_experts, expert_weights, form_
 from mosaic_ray.algorithm.meta_training import MetaModel, Teacher, ema_update, ema_weights, token_size
 from mosaic_ray.algorithm.prototypes import client_prototypes
 from mosaic_ray.algorithm.teacher import TeacherState, build_teacher, head_logits
-from mosaic_ray.config import MetaConfig, override
+from mosaic_ray.config import override
 from mosaic_ray.data.transforms import normalise
 from mosaic_ray.methods.client_work import Bench, initial_weights
 from mosaic_ray.methods.distillers.mosaic import make_teacher
 from mosaic_ray.models.tensors import head_of, to_weights
+from mosaic_ray.rooms import MetaConfig
 
 BENCH = Bench(TINY, FACTS, torch.device("cpu"))
 

@@ -33,7 +33,7 @@ START = initial_weights(BENCH)
 def make(knobs: dict, data=None, client_id: int = 1):
     config = override(TINY, knobs)
     bench = Bench(config, FACTS, BENCH.device)
-    return generate(bench, shard_of(data or stripes(60)), client_id, {"weights": START}, {"weights": START})
+    return generate(bench, shard_of(data or stripes(60)), client_id, {"models": {"cnn": START}}, {"weights": START})
 
 
 def test_o31_a_generator_is_a_function_of_its_address():
@@ -88,14 +88,14 @@ def test_o30_a_client_of_class_0_alone_trains_on_class_0():
     real = list(real_batches(shard, TINY.generator, FACTS, (0, 0), 3))
     assert len(real) == 3
     wanted = {tuple(x.flatten().tolist()) for x in shard.images.float() / 127.5 - 1}
-    assert all(tuple(x.flatten().tolist()) in wanted for batch in real for x in batch)
+    assert all(tuple(x.flatten().tolist()) in wanted for batch, _ in real for x in batch)
     assert make({}, zeros).curve
 
 
 def test_o30_the_authors_bug_keeps_class_0_out_and_does_not_crash_on_it_alone():
     data = stripes(90)
     config = dataclasses.replace(TINY.generator, drop_class0_bug=True)
-    seen = torch.cat(list(real_batches(shard_of(data), config, FACTS, (0, 0), 12)))
+    seen = torch.cat([real for real, _ in real_batches(shard_of(data), config, FACTS, (0, 0), 12)])
     zeros = {tuple(x.flatten().tolist()) for x in shard_of(data).images[data.labels == 0].float() / 127.5 - 1}
     assert not any(tuple(x.flatten().tolist()) in zeros for x in seen)
     assert make({"generator.drop_class0_bug": True}, data.take(np.flatnonzero(data.labels == 0))).curve == []
@@ -104,9 +104,9 @@ def test_o30_the_authors_bug_keeps_class_0_out_and_does_not_crash_on_it_alone():
 def test_o32_the_range_of_the_game_and_the_classifiers_view_of_it():
     shard = shard_of(stripes(32))
     order = dataclasses.replace(TINY.generator, batch_size=32)
-    real = next(real_batches(shard, order, FACTS, (0, 0), 1))
+    real, _ = next(real_batches(shard, order, FACTS, (0, 0), 1))
     assert real.min() >= -1 and real.max() <= 1
-    raw = next(real_batches(shard, dataclasses.replace(order, gan_range="model_norm"), FACTS, (0, 0), 1))
+    raw, _ = next(real_batches(shard, dataclasses.replace(order, gan_range="model_norm"), FACTS, (0, 0), 1))
     torch.testing.assert_close(classifier_view(real, "pm1_then_renorm", FACTS), raw, atol=1e-5, rtol=1e-5)
     assert classifier_view(raw, "model_norm", FACTS) is raw
     pixels = to_pixels(real, "pm1_then_renorm", FACTS)

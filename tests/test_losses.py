@@ -25,9 +25,9 @@ from mosaic_ray.algorithm.losses import (
     jensen_shannon,
     kl,
 )
-from mosaic_ray.config import DistillConfig, ModelConfig
 from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.tensors import to_weights
+from mosaic_ray.rooms import DistillConfig, ModelConfig
 from mosaic_ray.seeding import seeded
 
 NAMES = ("running_mean", "running_var")

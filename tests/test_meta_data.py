@@ -58,7 +58,7 @@ SOURCES = [_client(k) for k in range(3)]
 SHARDS = [shard_of(stripes(size, k)) for k, size in enumerate((30, 24, 45))]
 COUNTS = np.array([[28, 1, 1], [2, 1, 21], [0, 44, 1]])  # as if the shards were skewed: three distinct experts
 FOUND = Prototypes.concatenate(
-    [prototypes(BENCH, s, k, {"weights": GLOBAL, "round": 0}, {}) for k, s in enumerate(SHARDS)]
+    [prototypes(BENCH, s, k, {"models": {"cnn": GLOBAL}, "round": 0}, {}) for k, s in enumerate(SHARDS)]
 )
 KEPT, HELD_OUT = split_held_out(FOUND, TINY.prototypes.held_out, TINY.seed)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import pad as zero_pad
 
-from mosaic_ray.config import DataConfig
 from mosaic_ray.data.datasets import load_dataset
 from mosaic_ray.data.transforms import AUGMENTATIONS, augment, normalise, pm1_to_normalised, to_pm1
+from mosaic_ray.rooms import DataConfig
 
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 MNIST = ((0.1307,), (0.3081,))
@@ -51,7 +51,7 @@ def test_o32_gradients_pass_to_a_generator_and_half_precision_is_widened():
     torch.testing.assert_close(x.grad[0, :, 0, 0], (0.5 / torch.tensor(CIFAR[1])).bfloat16())
 
 
-@pytest.mark.parametrize("size", [8, 28, 32])
+@pytest.mark.parametrize("size", [8, 28, 32, 64])
 def test_crop_equals_a_loop_over_windows_of_the_padded_image(size):
     images, pad = images_of(120, 3, size), max(1, size // 8)
     got = AUGMENTATIONS["crop"](images, draws())

@@ -15,11 +15,11 @@ from ..models.classifiers import build_classifier
 from ..models.tensors import load_weights, to_weights, use_precision
 from ..records import DataFacts, Prototypes, Weights
 from ..seeding import stream
-from .generation import classifier_view, latents, load_generator
+from .generation import classifier_view, load_generator, sample
 from .heads import scores
 from .losses import distillation_loss
 from .prototypes import prototype_weights
-from .teacher import TeacherState, build_teacher
+from .teacher import MixedTeacher, TeacherState, build_teacher
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class DistillTask:
     config: ExperimentConfig
     facts: DataFacts
     student: Weights
-    teacher: TeacherState
+    teacher: TeacherState | MixedTeacher
     generators: tuple[Weights, ...]
     counts: np.ndarray  # int64 [K], images of each generator in a step
     kept: Prototypes
@@ -65,9 +65,8 @@ class Batcher:
         images = [torch.empty(0, task.facts.channels, task.facts.image_size, task.facts.image_size, device=self.device)]
         for k, generator in self.generators.items():
             draws = stream(config.seed, "distill/z", step, k)
-            z = latents(generator, int(task.counts[k]), draws, self.device)
             with use_precision(config.runtime.precision, self.device):
-                fake = generator(z).float()
+                fake = sample(generator, int(task.counts[k]), draws, self.device)
             images.append(classifier_view(fake, config.generator.gan_range, task.facts))
         return torch.cat(images)
 

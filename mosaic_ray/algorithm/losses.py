@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import DistillConfig
 from ..records import Weights
+from ..rooms import DistillConfig
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..config import MetaConfig
 from ..records import Prototypes
+from ..rooms import MetaConfig
 from ..seeding import seeded, stream
 from .heads import scores
 from .prototypes import prototype_weights

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import PrototypesConfig
 from ..data.transforms import augment, normalise
 from ..models.tensors import use_precision
 from ..records import DataFacts, Prototypes
+from ..rooms import PrototypesConfig
 from ..seeding import numpy_stream, stream
 from .local_training import Shard, batches
 

@@ -1,18 +1,14 @@
-"""Files to arrays: idx, CIFAR's pickles, Hugging Face's image parquet. Knows no data set by name.
+"""Files to arrays: idx, CIFAR's pickles, MATLAB's; and the columns of Hugging Face's image parquet.
 
-Nothing read from disk may run code: pickles go through an unpickler that knows arrays of integers and nothing else,
-and Pillow is held to formats that it decodes by itself.
+Nothing read from disk may run code: pickles go through an unpickler that knows arrays of integers and nothing else.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 import pickle
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,44 +103,18 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
 
 
-def read_parquet(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Images uint8 [N, C, H, W], labels int64 [N] and the class names that the schema tells (or none)."""
-    import pyarrow as pa
-    from pyarrow import parquet
+def read_mat(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The arrays of these names in a MATLAB 5 file."""
+    from scipy.io import loadmat
 
-    images: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    names: tuple[str, ...] = ()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for path in paths:
-            try:
-                file = parquet.ParquetFile(path)
-                image, label, names = _columns(file.schema_arrow, path)
-                first = len(images)
-                for batch in file.iter_batches(1024, columns=[image, label]):
-                    places = [f"{path}: image {len(images) - first + row}" for row in range(len(batch))]
-                    images += pool.map(_decode, batch.column(image).field("bytes").to_pylist(), places)
-                    if batch.column(label).null_count:
-                        raise RequestError(f'{path}: column "{label}" has empty places')
-                    labels.append(batch.column(label).to_numpy().astype(np.int64))
-            except (pa.ArrowException, OSError) as error:
-                raise RequestError(f"{path} cannot be read as parquet ({brief(error)})") from error
-    flat = np.concatenate([np.zeros(0, np.int64), *labels])
-    if not len(flat):
-        raise RequestError(f"{paths[0]} holds no images")
-    if flat.min() < 0:
-        raise RequestError(f"{paths[0]}: a label is {flat.min()}; labels must be 0 or above")
-    for row, array in enumerate(images):
-        if array.shape[1:] != images[0].shape[1:]:
-            sizes = " and ".join("x".join(map(str, shape[1:])) for shape in (images[0].shape, array.shape))
-            raise RequestError(f"{paths[0].parent}: images 0 and {row} are {sizes}; they must be of one size")
-    out = np.empty((len(images), max(len(array) for array in images), *images[0].shape[1:]), np.uint8)
-    for target, array in zip(out, images, strict=True):
-        target[:] = array  # a grey image among coloured ones spreads over the channels
-    return out, flat, names
+    try:
+        content = loadmat(path, appendmat=False, variable_names=names)
+        return [content[name] for name in names]
+    except Exception as error:  # a damaged file may raise nearly anything
+        raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error
 
 
-def _columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
+def image_columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
     """The image column, the label column, and the class names that Hugging Face keeps in the schema."""
     import pyarrow as pa
 
@@ -164,16 +134,3 @@ def _columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
         return image, label, tuple(map(str, features[label]["names"]))
     except (KeyError, TypeError, ValueError):
         return image, label, ()
-
-
-def _decode(content: bytes | None, place: str) -> np.ndarray:
-    """An encoded image to uint8 [1 or 3, H, W]."""
-    from PIL import Image
-
-    try:
-        # named formats only: some of Pillow's others start programs
-        with Image.open(io.BytesIO(content or b""), formats=("PNG", "JPEG", "WEBP", "BMP", "GIF", "PPM")) as image:
-            array = np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
-        raise RequestError(f"{place} does not decode ({brief(error)})") from error
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

@@ -1,5 +1,8 @@
 """Discriminators: images to one *logit* each, real above zero. Losses take the logits; ``probability`` is for people.
 
+Told labels y as well, they add <v_y, phi(x) summed over the map> to the score of phi(x), with a vector v of each class:
+the projection of Miyato & Koyama (2018, eq. 3), and dim(phi) C parameters more.
+
 Initialisers draw from torch's global stream, so build inside ``seeding.seeded(...)``.
 """
 
@@ -11,16 +14,19 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from ..config import GeneratorConfig
+from ..rooms import GeneratorConfig
 from .classifiers import Classifier
 from .generators import check_image_size, initialise_dcgan
 from .tensors import freeze
 
 
 class Discriminator(nn.Module):
-    """DCGAN's: ``num_stages`` stride-2 convolutions, then one as large as the map that is left."""
+    """DCGAN's: ``num_stages`` stride-2 convolutions, then one as large as the map that is left.
 
-    def __init__(self, ndf: int, channels: int, num_stages: int, last_kernel: int) -> None:
+    With ``num_classes`` it takes labels int64 [B] too.
+    """
+
+    def __init__(self, ndf: int, channels: int, num_stages: int, last_kernel: int, num_classes: int = 0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for depth in range(num_stages):
@@ -31,15 +37,18 @@ class Discriminator(nn.Module):
             channels = outputs
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, 1, last_kernel, bias=False))
         initialise_dcgan(self)
+        if num_classes:
+            self.embedding = class_embedding(num_classes, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images [B, channels, H, W] to logits [B]."""
-        scores: Tensor = self.layers(x)
-        return scores.reshape(len(x))  # raises, rather than flattens, if an image had several scores
+        maps = self.layers[:-1](x)
+        scores: Tensor = self.layers[-1](maps).reshape(len(x))  # raises, rather than flattens, if they were several
+        return scores if labels is None else scores + (self.embedding(labels) * maps.sum((2, 3))).sum(1)
 
-    def probability(self, x: Tensor) -> Tensor:
+    def probability(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images to the probability of being real, [B] in (0, 1)."""
-        return torch.sigmoid(self(x))
+        return torch.sigmoid(self(x, labels))
 
 
 class SharedTrunkDiscriminator(nn.Module):
@@ -48,10 +57,12 @@ class SharedTrunkDiscriminator(nn.Module):
     Gradients reach the images but not the trunk. Images must be normalised as that classifier expects them.
     """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, num_classes: int = 0) -> None:
         super().__init__()
         self.trunk = freeze(copy.deepcopy(classifier.trunk))
         self.head = nn.Linear(classifier.feature_dim, 1)
+        if num_classes:
+            self.embedding = class_embedding(num_classes, classifier.feature_dim)
 
     def train(self, mode: bool = True) -> Self:
         """As usual, save that the trunk stays in eval mode: its statistics are the classifier's."""
@@ -59,20 +70,28 @@ class SharedTrunkDiscriminator(nn.Module):
         self.trunk.eval()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images [B, channels, H, W] to logits [B]."""
-        scores: Tensor = self.head(self.trunk(x))
-        return scores.squeeze(1)
+        features = self.trunk(x)
+        scores: Tensor = self.head(features).squeeze(1)
+        return scores if labels is None else scores + (self.embedding(labels) * features).sum(1)
 
-    def probability(self, x: Tensor) -> Tensor:
+    def probability(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Images to the probability of being real, [B] in (0, 1)."""
-        return torch.sigmoid(self(x))
+        return torch.sigmoid(self(x, labels))
 
 
-def build_discriminator(config: GeneratorConfig, channels: int, image_size: int) -> Discriminator:
-    """A fresh DCGAN discriminator; 2,759,424 parameters at 32x32x3 with ndf 64."""
+def class_embedding(num_classes: int, dim: int) -> nn.Embedding:
+    """A vector of each class, N(0, 0.02) as the convolutions are."""
+    embedding = nn.Embedding(num_classes, dim)
+    nn.init.normal_(embedding.weight, 0.0, 0.02)
+    return embedding
+
+
+def build_discriminator(config: GeneratorConfig, channels: int, image_size: int, num_classes: int = 0) -> Discriminator:
+    """A fresh DCGAN discriminator; 2,759,424 parameters at 32x32x3 with ndf 64, and 512 C more where conditional."""
     check_image_size(image_size)
-    return Discriminator(config.ndf, channels, *STAGES[image_size])
+    return Discriminator(config.ndf, channels, *STAGES[image_size], num_classes if config.conditional else 0)
 
 
 #: image size -> (stride-2 stages, kernel of the last convolution = side of the map that those leave)

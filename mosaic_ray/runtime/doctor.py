@@ -12,21 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import DataConfig
+from ..data.places import FOLDERS
 from ..errors import RequestError
+from ..rooms import DataConfig
 
 GIB = 2**30
 LEAST_MEMORY = 2 * GIB  # one driver (0.7 GiB) and two client actors (0.3 to 0.6 GiB each)
 LEAST_DISK = 1 * GIB
 LEAST_SHARED_MEMORY = GIB // 2  # containers give 64 MiB unless told otherwise
-
-#: Where each data set's files lie under the data root (torchvision's layouts).
-FOLDERS = {
-    "mnist": "MNIST/raw",
-    "fmnist": "FashionMNIST/raw",
-    "cifar10": "cifar-10-batches-py",
-    "cifar100": "cifar-100-python",
-}
 
 
 @dataclass(frozen=True)
@@ -178,16 +171,16 @@ def _remote_storage(uri: str) -> Check:
 
 
 def _data(data: DataConfig) -> Check:
-    from ..data.datasets import data_root
+    from ..data.places import data_root
 
     root = data_root(data)
     if (data.root or os.environ.get("MOSAIC_DATA")) and not root.is_dir():
         return Check("data", "warning", f"{root} is not a folder", "mend MOSAIC_DATA or --set data.root")
-    there = {name: folder for name, folder in FOLDERS.items() if (root / folder).is_dir()}
+    there = {name: folder for name, folder in FOLDERS.items() if (root / folder).exists()}
     absent = [name for name in FOLDERS if name not in there]
     found = f"digits (bundled){''.join(f', {name} ({folder})' for name, folder in there.items())} under {root}"
     if absent:
-        return Check("data", "ok", f"{found}; not there: {', '.join(absent)}", "--set data.download=true fetches them")
+        return Check("data", "ok", f"{found}; not there: {', '.join(absent)}", "`mosaic data fetch NAME` fetches one")
     return Check("data", "ok", found)
 
 
