@@ -83,8 +83,8 @@ class GeneratorConfig:
     gan_range: str = knob(
         "pm1_then_renorm", "range of the real images in the game (D11)", choices=("model_norm", "pm1_then_renorm")
     )
-    lambda_e: float = knob(1.0, "weight of the entropy loss", low=0.0)
-    lambda_d: float = knob(5.0, "weight of the diversity loss", low=0.0)
+    lambda_e: float = knob(1.0, "weight of the entropy loss; of the label's cross-entropy where conditional", low=0.0)
+    lambda_d: float = knob(5.0, "weight of the diversity loss; none where conditional", low=0.0)
     lambda_i: float = knob(10.0, "weight of the inversion loss", low=0.0)
     inversion_scale: float = knob(1e-3, "scale of the inversion sum before lambda_i", low=0.0)
     tau: int = knob(300, "clients with fewer samples than this use the inversion loss", low=0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from mosaic_ray import cli as door
+from mosaic_ray.errors import RequestError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,3 +29,11 @@ def refusal(result: Result | subprocess.CompletedProcess[str], status: int = 2) 
     assert result.stderr.count("\n") == 1, result.stderr
     assert result.stderr.startswith("mosaic: ")
     return result.stderr
+
+
+def refused_by(call: Callable[..., object], *args: object) -> str:
+    """The one line that ``call`` refuses with."""
+    with pytest.raises(RequestError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -138,12 +138,13 @@ def test_labels_have_an_address_and_no_order():
     assert torch.equal(sample(generator, 100, stream(0, "here"), CPU), generator(z, labels))
 
 
-def test_the_last_place_is_still_an_owned_class(monkeypatch):
-    """A draw of the largest number below 1 must not step over the end."""
-    generator = asked_of([3, 3, 3, 0])
-    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, 1 - 2**-53, dtype=torch.float64))
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_range_are_owned_classes(monkeypatch, drawn):
+    """The least and the largest draw must not step on the classes before and behind those that are owned."""
+    generator = asked_of([0, 3, 3, 0, 3, 0])
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, drawn, dtype=torch.float64))
     _, labels = draw(generator, 7, stream(0, "edge"), CPU)
-    assert labels.max() == 2
+    assert set(labels.tolist()) == {1, 2, 4}
 
 
 @pytest.mark.gpu

@@ -87,6 +87,12 @@ def test_generators_of_the_start_do_not_follow_the_warm_up():
     assert changed(stage_keys(fresh), stage_keys(override(fresh, {"warmup.batch_size": 17}))) == AFTER_PARTITION
 
 
+def test_conditional_generators_do_not_follow_the_diversity():
+    before = override(TINY, {"generator.conditional": True})
+    after = override(before, {"generator.lambda_d": 7.0, "generator.div_support": "all"})
+    assert stage_keys(before) == stage_keys(after) != stage_keys(TINY)
+
+
 def test_a_teacher_that_learns_from_synthetic_images_follows_the_generators():
     synthetic = override(TINY, {"meta.data": "synthetic"})
     after = override(synthetic, {"generator.lambda_e": 2.0})

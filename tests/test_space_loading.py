@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from door import refused_by
 
-from mosaic_ray.errors import RequestError
 from mosaic_ray.spaces import (
     Choice,
-    SweepPlan,
     load_space,
 )
 
@@ -22,18 +21,6 @@ GOOD = """from mosaic_ray.spaces import Choice, SweepPlan
 def plan():
     return SweepPlan('mine', {'meta.pool': Choice(('sum',))})
 """
-
-
-def plan_of(**fields) -> SweepPlan:
-    return SweepPlan("a test", **fields)
-
-
-def refusal(call, *args) -> str:
-    """The one line that ``call`` refuses with."""
-    with pytest.raises(RequestError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -62,7 +49,7 @@ def here(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_an_unknown_space_is_named(here, word, says):
     (here / "folder.py").mkdir()
-    assert refusal(load_space, word).startswith(says)
+    assert refused_by(load_space, word).startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +77,7 @@ def test_a_space_that_fails_is_told_by_its_own_file_and_line(here, source, says,
     module = f"bad_{request.node.callspec.indices['source']}"  # another name each time: imports are remembered
     (here / f"{module}.py").write_bytes(source.encode("latin-1"))
     word, file = (f"{module}.py", f"{module}.py") if form == "file" else (f"{module}:plan", str(here / f"{module}.py"))
-    assert refusal(load_space, word).startswith(f"--space {word}: {says.replace('{file}', file)}")
+    assert refused_by(load_space, word).startswith(f"--space {word}: {says.replace('{file}', file)}")
     assert capsys.readouterr().out == ""  # standard output is for results
 
 
@@ -98,7 +85,7 @@ def test_a_fault_further_down_is_told_by_the_line_that_led_to_it(here):
     (here / "outer_space.py").write_text("x = 1\nimport inner_space\n")
     (here / "inner_space.py").write_text("\n\n\nx = = 1\n")
     says = f"--space outer_space:plan: {here / 'outer_space.py'}, line 2: SyntaxError: invalid syntax (inner_space.py, "
-    assert refusal(load_space, "outer_space:plan").startswith(says)
+    assert refused_by(load_space, "outer_space:plan").startswith(says)
 
 
 def test_a_space_from_a_file(here, capsys):
@@ -126,10 +113,10 @@ def test_a_space_from_a_function_of_a_module(here):
     (here / "test_lab" / "wide.py").write_text(GOOD + GOOD.replace("plan", "narrow").replace("mine", "lazy"))
     assert [load_space(f"test_lab.wide:{f}")[0] for f in ("plan", "narrow")] == ["wide", "narrow"]
     assert load_space("test_lab.wide:narrow")[1].summary == "lazy"
-    assert refusal(load_space, "test_lab.wide:narow") == (
+    assert refused_by(load_space, "test_lab.wide:narow") == (
         '--space test_lab.wide:narow: no function narow() there; did you mean "narrow"?'
     )
-    assert refusal(load_space, "test_lab.wider:plan").startswith(
+    assert refused_by(load_space, "test_lab.wider:plan").startswith(
         '--space test_lab.wider:plan: no module "test_lab.wider"'
     )
     assert sys.path == before

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from door import refused_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tune_spaces
 from mosaic_ray.config import KNOBS, check, check_value, flatten, override, resolve
-from mosaic_ray.errors import RequestError
 from mosaic_ray.presets import REFERENCE, SCALES
 from mosaic_ray.seeding import numpy_stream
 from mosaic_ray.spaces import (
@@ -37,23 +37,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 SHIPPED = sorted(module.name for module in pkgutil.iter_modules(tune_spaces.__path__))
-GOOD = """from mosaic_ray.spaces import Choice, SweepPlan
-
-def plan():
-    return SweepPlan('mine', {'meta.pool': Choice(('sum',))})
-"""
 
 
 def plan_of(**fields) -> SweepPlan:
     return SweepPlan("a test", **fields)
-
-
-def refusal(call, *args) -> str:
-    """The one line that ``call`` refuses with."""
-    with pytest.raises(RequestError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- shipped spaces --------------------------------------------------------------------------------------------------
@@ -264,7 +251,7 @@ def test_draws_cover_what_they_may_be():
     ],
 )
 def test_a_search_that_the_space_cannot_give_is_refused(points, fields, says):
-    assert refusal(points, plan_of(**fields)) == says
+    assert refused_by(points, plan_of(**fields)) == says
 
 
 # --- what a plan may say ---------------------------------------------------------------------------------------------
@@ -324,7 +311,7 @@ FINE = {"generator.lambda_e": Choice((1.0,))}
     ],
 )  # fmt: skip
 def test_an_impossible_plan_is_refused_in_one_line(fields, says):
-    assert refusal(check_space, "mine", SweepPlan(**({"summary": "a test"} | fields))).startswith(
+    assert refused_by(check_space, "mine", SweepPlan(**({"summary": "a test"} | fields))).startswith(
         f"--space mine: {says}"
     )
 

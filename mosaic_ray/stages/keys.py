@@ -77,6 +77,8 @@ def generator_keys(config: ExperimentConfig, sizes: Sequence[int], partition: st
     A client with n_k >= tau never meets the inversion term: its key leaves it out (O15).
     """
     room, own = config.generator, knobs_of(config.generator)
+    if room.conditional:  # the label takes the place of diversity
+        own |= {"lambda_d": 0.0, "div_support": "all"}
     without = own | {"tau": 0, "lambda_i": 0.0, "inversion_scale": 0.0}
     inverts = room.lambda_i * room.inversion_scale != 0
     common = {"model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config)}
