@@ -101,6 +101,7 @@ def test_clients_of_several_architectures_teach_one_student(tmp_path):
     assert "mobilenet/meta_held_out_accuracy" in teacher.facts["figures"]
 
 
+@pytest.mark.slow
 def test_widths_and_architectures_together(tmp_path):
     knobs = MIXED | {"federation.optimiser": "heterofl", "federation.widths": (1.0, 0.5)}
     assert go(tmp_path, knobs)["accuracy"]["final"] > 0.4
@@ -119,7 +120,13 @@ def test_experts_of_narrow_clients_speak_in_full(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("knobs", [NARROW | {"federation.masked": True}, MIXED], ids=["widths", "architectures"])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        pytest.param(NARROW | {"federation.masked": True}, id="widths"),
+        pytest.param(MIXED, id="architectures", marks=pytest.mark.slow),
+    ],
+)
 def test_ray_agrees_bit_for_bit(tmp_path, knobs):
     serial = go(tmp_path / "serial", knobs)
     with small_ray(2):
