@@ -111,11 +111,12 @@ def test_a_failing_trial_is_recorded_and_the_rest_go_on(tmp_path, ray_up):
 
 
 def test_a_failure_in_a_client_keeps_its_address(tmp_path, ray_up):
-    """A learning rate that makes weights infinite is met in a client's work, on the pool."""
+    """A learning rate that makes weights infinite is met in a client's work, on the pool: whichever says so first."""
     outcome = sweep(tmp_path, SweepPlan("one", points=({"warmup.lr": 1e30},)))
     failed = outcome.results[0].summary
     assert failed["status"] == "failed" and "training diverged" in failed["error"]
-    assert (failed["stage"], failed["round"], failed["client"]) == ("warmup", 0, 0)
+    assert (failed["stage"], failed["round"]) == ("warmup", 0) and failed["client"] in range(3)
+    assert f"client {failed['client']}: " in failed["error"]
     assert failed["stages"].keys() == {"partition"}
 
 
