@@ -197,6 +197,12 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         cohort <= clients,
         f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)",
     )
+    least, asked = config.federation.min_cohort, cohort or clients
+    need(
+        least <= asked,
+        f"federation.min_cohort = {least}: only {asked} clients are asked in a round "
+        f"({'federation.cohort_size' if cohort else 'partition.num_clients'})",
+    )
     need(
         config.meta.init == "random" or config.meta.input == "head",
         f"meta.init = {config.meta.init}: a re-fitted head needs meta.input = head (or take meta.init = random)",

@@ -53,6 +53,13 @@ class FederationConfig:
         0, "passes that estimate batch-norm statistics where a client is narrow; 0: one a layer, which is exact", low=0
     )
     cohort_size: int = knob(0, "clients asked per round; 0: all", low=0)
+    drop_rate: float = knob(
+        0.0, "share of the clients asked that do not answer a round, drawn anew each round", low=0.0, high=0.999
+    )
+    min_cohort: int = knob(
+        0, "clients that must answer a round; those that fail are left out as long as so many do. 0: all asked", low=0
+    )
+    max_client_failures: int = knob(3, "failures of a client in one round or stage before it is given up", low=1)
 
 
 @dataclass(frozen=True)

@@ -241,13 +241,21 @@ def run_trials(
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # each failure is told by the ledger, in one line
     trials: dict[str, Trial] = {}
-    counts = {node.name: count for node, count in zip(nodes, resources.hosts, strict=True) if count}
-    pool = start_hosts(resources.host, counts) if counts else []  # none where clients run inside their trial
+    counts: dict[str, int] = {}
+    for node, count in zip(nodes, resources.hosts, strict=True):
+        place = "" if node.to_come else node.name
+        counts[place] = counts.get(place, 0) + count
+    later = counts.pop("", 0)  # asking for them makes their machines come
+    here = start_hosts(resources.host, counts) if any(counts.values()) else []
+    coming = start_hosts(resources.host, {"": later}) if later else []
+    pool = [*here, *coming]  # empty where clients run inside their trial
     try:
-        up = started(pool) if pool else []
-        if len(up) < len(pool):
-            warn(f"{len(up)} of {len(pool)} client hosts could start; other jobs hold the cluster's room")
-        say(f"Ray is up: {len(up)} client hosts, {resources.concurrent} trials at once")
+        up = started(here) if here else []
+        if len(up) < len(here):
+            warn(f"{len(up)} of {len(here)} client hosts could start; other jobs hold the cluster's room")
+        wait = f", {later} more as the cluster's machines come" if later else ""
+        say(f"Ray is up: {len(up)} client hosts{wait}, {resources.concurrent} trials at once")
+        up += coming
         references = {name: ray.put(datasets.pop(name)) for name in list(datasets)}  # this process needs them no more
         job = replace(job, pool=tuple(up), datasets=references)
         local = ledger.store.local_root

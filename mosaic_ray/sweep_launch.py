@@ -148,7 +148,7 @@ def here(address: str) -> list[Node]:
 
     if address != "local":
         connect(address)
-        return nodes()
+        return nodes(expect=True)
     found = local_resources()
     return [Node("this machine", found.cpus, found.gpus, found.memory)]
 
@@ -348,7 +348,7 @@ def _run(feed: Feed, datasets: dict[Any, Any], storage: str, address: str) -> No
 
     sweep, ledger, store = feed.sweep, feed.ledger, feed.ledger.store
     connect(address)
-    there = nodes()
+    there = nodes(expect=address != "local")
     job = Job(sweep.base, str(store.local_root or store.uri), ledger.name, ledger.session, sweep.swept)
     halving = None
     if sweep.request.scheduler == "asha":

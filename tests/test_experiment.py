@@ -324,9 +324,8 @@ def test_an_actor_that_can_never_do_it_ends_the_run_with_an_address(tmp_path, ra
             return super().work(config, facts, asked, client_id, *rest)
 
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", Doomed)
-    monkeypatch.setattr("mosaic_ray.runtime.cohort.MAX_LOSSES", 1)
     with pytest.raises(RunError, match="stage warmup, client 1: its actor died"):
-        go(tmp_path, {"runtime.host": "ray", "runtime.max_hosts": 2})
+        go(tmp_path, {"runtime.host": "ray", "runtime.max_hosts": 2, "federation.max_client_failures": 2})
 
 
 @pytest.mark.ray

@@ -15,14 +15,14 @@ PACKAGE = REPO / "mosaic_ray"
 
 #: From the top down; a room may import itself and what stands below it.
 ROOMS = (
-    "__main__", "cli", "words", "sweep_launch", "sweep", "search", "ledger", "launch", "experiment", "report",
+    "__main__", "cli", "asking", "words", "sweep_launch", "sweep", "search", "ledger", "launch", "experiment", "report",
     "stages", "runtime", "methods", "algorithm", "models", "data",
 )  # fmt: skip
 #: The package's own ``__init__`` is "".
 FOUNDATIONS = {
     "", "config", "presets", "records", "seeding", "errors", "knobs", "rooms", "roster", "spaces", "user_code",
 }  # fmt: skip
-RAY_ROOMS = {"runtime.cluster", "runtime.cohort", "runtime.distiller", "sweep"}
+RAY_ROOMS = {"runtime.cluster", "runtime.cluster_file", "runtime.cohort", "runtime.distiller", "runtime.fold", "sweep"}
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import ExperimentConfig
 from ..errors import RequestError
@@ -22,6 +24,13 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+
+
+#: Where `ray up` leaves the cluster's file on its head.
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+
+#: Bytes a CPU of a machine whose memory nobody says.
+MEMORY_A_CPU = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -102,12 +111,59 @@ def connect(address: str = "local") -> Resources:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+    return all_resources()
+
+
+def all_resources() -> Resources:
+    """What the cluster has now, all nodes together, whoever holds it."""
+    import ray
+
     total = ray.cluster_resources()
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
 
 
-def nodes() -> list[Node]:
-    """The nodes of the cluster that this process has joined, this one first; named by Ray's ids."""
+def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
+    """What there is, and what machines ``to_come`` would add."""
+    return Resources(
+        there.cpus + sum(node.cpus for node in to_come),
+        there.gpus + sum(node.gpus for node in to_come),
+        there.memory + sum(node.memory for node in to_come),
+    )
+
+
+def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
+    """The workers that the cluster's autoscaler may start beside those that are up; none where it cannot be known.
+
+    It is read from the file that ``ray up`` leaves on the cluster's head, so for drivers that run there. A type whose
+    ``resources`` the provider fills in counts once they stand in that file; a type without memory counts 4 GiB a CPU.
+    """
+    import ray
+    import yaml
+
+    try:
+        cluster = yaml.safe_load(Path(bootstrap).expanduser().read_text(encoding="utf-8"))
+        types, head = dict(cluster["available_node_types"]), cluster["head_node_type"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return []
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    left = int(cluster.get("max_workers", 2)) + 1 - len(up)
+    found: list[Node] = []
+    for name, kind in types.items():
+        has = kind.get("resources") or {}
+        cpus, gpus = float(has.get("CPU", 0)), float(has.get("GPU", 0))
+        alike = sum((n.get("CPU", 0.0), n.get("GPU", 0.0)) == (cpus, gpus) for n in up)
+        most = int(kind.get("max_workers", 0)) - max(0, alike - (name == head))
+        for number in range(max(0, min(most, left - len(found)))):
+            memory = float(has.get("memory") or cpus * MEMORY_A_CPU)
+            found.append(Node(f"{name} {number + 1}, to come", cpus, gpus, memory, to_come=True))
+    return found
+
+
+def nodes(expect: bool = False) -> list[Node]:
+    """The nodes of the cluster that this process has joined, this one first; named by Ray's ids.
+
+    ``expect``: at the end those that the cluster may still start too.
+    """
     import ray
 
     own = ray.get_runtime_context().get_node_id()
@@ -116,7 +172,7 @@ def nodes() -> list[Node]:
         if facts["Alive"]:
             has = facts["Resources"]
             found.append(Node(facts["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0)))
-    return sorted(found, key=lambda node: (node.name != own, node.name))
+    return sorted(found, key=lambda node: (node.name != own, node.name)) + (machines_to_come() if expect else [])
 
 
 def own_node() -> dict[str, float]:

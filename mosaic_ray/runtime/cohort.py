@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..config import ExperimentConfig
 from ..errors import RunError
 from ..records import DataFacts, ImageSet
+from .fold import PATIENCE_SECONDS, Crew, Fold, Missing, end, first_line
 from .memory import give_back
 
 Own = Callable[[int], Mapping[str, Any]]
-
-#: Times that one client's work is given to another host after its actor died, before the run gives up.
-MAX_LOSSES = 5
 
 
 def no_own(client_id: int) -> Mapping[str, Any]:
@@ -27,7 +23,8 @@ class Cohort(Protocol):
     """Asks clients for work and yields (client, result).
 
     ``ordered``: in client order, so that a sum does not depend on scheduling; otherwise as results arrive. ``cost``
-    orders dispatch, longest first.
+    orders dispatch, longest first. A client whose work fails, or whose host dies with it, is asked again; after
+    ``federation.max_client_failures`` a ``Missing`` takes the place of its result.
     """
 
     def ask(
@@ -85,13 +82,17 @@ class SerialCohort:
         threads = torch.get_num_threads()
         for client_id in sorted(clients):
             shard = self._shards(client_id)
-            try:
-                result = work_on(
-                    self._config, self._facts, device, work, client_id, (shard.images, shard.labels), common,
-                    own(client_id),
-                )  # fmt: skip
-            finally:
-                torch.set_num_threads(threads)
+            arrays = (shard.images, shard.labels)
+            for failures in range(1, self._config.federation.max_client_failures + 1):
+                try:
+                    result = work_on(
+                        self._config, self._facts, device, work, client_id, arrays, common, own(client_id)
+                    )
+                    break
+                except RunError as error:
+                    result = Missing(error, failures)
+                finally:
+                    torch.set_num_threads(threads)
             yield client_id, result
 
     def release(self) -> None:
@@ -159,7 +160,7 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
     return hosts
 
 
-def started(hosts: list[Any], patience_seconds: float = 120.0) -> list[Any]:
+def started(hosts: list[Any], patience_seconds: float = PATIENCE_SECONDS) -> list[Any]:
     """Those of ``hosts`` that are up within ``patience_seconds``; the others (somebody holds their room) are ended.
 
     ``RunError`` where none is.
@@ -172,14 +173,13 @@ def started(hosts: list[Any], patience_seconds: float = 120.0) -> list[Any]:
         try:
             ray.get(ping)
         except Exception as error:
-            raise RunError(f"a client actor cannot start: {_first_line(error)}") from error
+            raise RunError(f"a client actor cannot start: {first_line(error)}") from error
     if not up:
         raise RunError(
             f"no client actor could start within {patience_seconds:g} s: other jobs hold the cluster's CPUs, GPUs or "
             "memory (`ray status` shows who)"
         )
-    for ping in late:
-        ray.kill(pings[ping])
+    end([pings[ping] for ping in late])
     return [pings[ping] for ping in up]
 
 
@@ -195,162 +195,38 @@ class RayCohort:
         config: ExperimentConfig,
         facts: DataFacts,
         shards: Callable[[int], ImageSet],
-        hosts: Callable[[], list[Any]],
-        *,
-        shared: bool = False,
+        hire: Callable[[], Crew],
     ) -> None:
-        """``hosts`` answers the actors; ``shared`` ones serve others too and are not ended here."""
-        self._config, self._facts, self._shards, self._hosts, self._shared = config, facts, shards, hosts, shared
-        self._actors: list[Any] = []
+        """``hire`` answers the actors."""
+        self._config, self._facts, self._shards, self._hire = config, facts, shards, hire
+        self._crew: Crew | None = None
         self._refs: dict[int, tuple[Any, Any]] = {}
 
-    def _start(self) -> None:
-        if self._actors:
-            return
-        self._actors = self._hosts()
-        if not self._refs:
-            import ray
+    def _start(self) -> Crew:
+        if self._crew is None:
+            self._crew = self._hire()
+            if not self._refs:
+                import ray
 
-            for client_id in range(self._config.partition.num_clients):
-                shard = self._shards(client_id)
-                self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
-
-    @property
-    def actors(self) -> list[Any]:
-        """The actors alive, for tests that end one."""
-        return self._actors
+                for client_id in range(self._config.partition.num_clients):
+                    shard = self._shards(client_id)
+                    self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
+        return self._crew
 
     def ask(self, work, clients, common, own=no_own, *, ordered=True, cost=None):
         """See ``Cohort``."""
-        self._start()
-        call = (self._config, self._facts, work)
-        yield from _Fold(self._actors, self._refs, call, sorted(clients), common, own, cost).results(ordered)
-        for actor in self._actors:
-            actor.rest.remote()
+        crew, call = self._start(), (self._config, self._facts, work)
+        failures = self._config.federation.max_client_failures
+        yield from Fold(crew, self._refs, call, sorted(clients), common, own, cost, failures).results(ordered)
+        for actor in crew.actors:
+            if crew.is_up(actor):
+                actor.rest.remote()
 
     def release(self) -> None:
-        import ray
-
-        for actor in () if self._shared else self._actors:
-            with contextlib.suppress(Exception):  # it may be dead already, which is what we want
-                ray.kill(actor)
-        self._actors = []
+        if self._crew:
+            self._crew.close()
+        self._crew = None
 
     def close(self) -> None:
         self.release()
         self._refs.clear()
-
-
-class _Fold:
-    """One ask: a queue of clients, the idle actors, and what is running. ``call``: (config, facts, work)."""
-
-    def __init__(self, actors, shards, call, clients, common, own, cost) -> None:
-        import ray
-
-        self._call, self._own, self._clients, self._shards = call, own, clients, shards
-        self._cost = cost or (lambda client_id: 0.0)
-        self._common = ray.put(common)
-        self._queue = [(-self._cost(c), c) for c in clients]
-        heapq.heapify(self._queue)
-        self._idle = list(actors)
-        self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client or -1 for a ping, value, actor)
-        self._losses: dict[int, int] = {}
-
-    def results(self, ordered: bool) -> Iterator[tuple[int, Any]]:
-        """Ends with every client answered, or raises with the address of the one that failed."""
-        arrived: dict[int, Any] = {}  # references, not values: early results wait in the object store
-        turn = iter(self._clients)
-        due = next(turn, None)
-        try:
-            while due is not None:
-                self._dispatch()
-                arrived |= self._settle()
-                while due is not None and arrived:
-                    client_id = due if ordered else next(iter(arrived))
-                    if client_id not in arrived:
-                        break
-                    found, value = self._fetch(client_id, arrived.pop(client_id))
-                    if not found:
-                        break
-                    yield client_id, value
-                    del value
-                    due = next(turn, None)
-        finally:
-            self._cancel()
-
-    def _dispatch(self) -> None:
-        while self._queue and self._idle:
-            _, client_id = heapq.heappop(self._queue)
-            actor = self._idle.pop(0)
-            done, value = actor.work.options(num_returns=2).remote(
-                *self._call, client_id, self._shards[client_id], self._common, self._own(client_id)
-            )
-            self._running[done] = (client_id, value, actor)
-
-    def _settle(self) -> dict[int, Any]:
-        """Wait for something to end; answers what arrived, queues again what was lost."""
-        import ray
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-
-        if not self._running:
-            return {}
-        ready, _ = ray.wait(list(self._running), num_returns=1)
-        arrived = {}
-        for done in ready:
-            client_id, value, actor = self._running.pop(done)
-            try:
-                ray.get(done)
-            except RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, RunError) else None
-                if isinstance(error, OutOfMemoryError):
-                    self._lost(client_id, actor, error)
-                elif cause is not None:
-                    raise cause from None
-                else:
-                    raise RunError(_first_line(error.cause or error), client=client_id) from error
-            except (RayActorError, OutOfMemoryError) as error:
-                self._lost(client_id, actor, error)
-            else:
-                self._idle.append(actor)
-                if client_id >= 0:
-                    arrived[client_id] = value
-        return arrived
-
-    def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
-        """The actor died with this client's work: queue the client, and wait for the actor through a ping."""
-        self._losses[client_id] = self._losses.get(client_id, 0) + 1
-        if self._losses[client_id] > MAX_LOSSES:
-            what = (
-                f"its actor died {self._losses[client_id]} times: "
-                if client_id >= 0
-                else "a client actor cannot start: "
-            )
-            raise RunError(what + _first_line(error), client=client_id if client_id >= 0 else None) from error
-        if client_id >= 0:
-            heapq.heappush(self._queue, (-self._cost(client_id), client_id))
-        # a ping may be asked again and again: Ray holds it until the actor is up, or dead for good
-        self._running[actor.ping.options(max_task_retries=-1).remote()] = (-1, None, actor)
-
-    def _fetch(self, client_id: int, reference: Any) -> tuple[bool, Any]:
-        """(True, value), or (False, None) where the value went down with its node and must be computed again."""
-        import ray
-        from ray.exceptions import ObjectLostError
-
-        try:
-            return True, ray.get(reference)
-        except ObjectLostError:
-            heapq.heappush(self._queue, (-self._cost(client_id), client_id))
-            return False, None
-
-    def _cancel(self) -> None:
-        import ray
-
-        for done in self._running:
-            with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
-                ray.cancel(done, force=False)
-        self._running.clear()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"

@@ -8,10 +8,12 @@ from typing import Any
 
 from ..algorithm.distillation import DistillTask
 from ..config import ExperimentConfig
+from ..errors import RequestError
 from ..records import DataFacts, ImageSet
-from .cluster import connect, num_hosts
+from .cluster import all_resources, connect, in_all, machines_to_come, num_hosts
 from .cohort import Cohort, RayCohort, SerialCohort, start_hosts
 from .distiller import Outcome, distil_on_ray, distil_serial
+from .fold import PATIENCE_FOR_MACHINES, PATIENCE_SECONDS, Crew
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,27 @@ class Hosts:
         if config.runtime.host == "serial":
             return SerialCohort(config, facts, shards)
         if self.pool:
-            return RayCohort(config, facts, shards, lambda: list(self.pool), shared=True)
+            return RayCohort(config, facts, shards, lambda: Crew(self.pool, shared=True, say=say))
+        needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpus_per_client}
 
-        def own() -> list[Any]:
-            count = num_hosts(config, connect(self.address))
-            say(f"Ray is up: {config.partition.num_clients} clients on {count} actors")
-            needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpus_per_client}
-            return start_hosts(needs, {"": count})
+        def more(have: int) -> list[Any]:
+            """For machines that joined unforeseen; actors for those to come wait already, which makes them come."""
+            try:
+                wanted = num_hosts(config, in_all(all_resources(), machines_to_come()))
+            except RequestError:  # machines went away, and none is left that fits; what there was is waited for
+                return []
+            return start_hosts(needs, {"": max(0, wanted - have)})
+
+        def own() -> Crew:
+            there = connect(self.address)
+            to_come = machines_to_come() if self.address != "local" else []
+            count = num_hosts(config, in_all(there, to_come))
+            later = f", some on machines that the cluster is yet to start ({len(to_come)} at most)" if to_come else ""
+            say(f"Ray is up: {config.partition.num_clients} clients on {count} actors{later}")
+            return Crew(
+                start_hosts(needs, {"": count}), more=None if self.address == "local" else more, say=say,
+                patience_seconds=PATIENCE_FOR_MACHINES if to_come else PATIENCE_SECONDS,
+            )  # fmt: skip
 
         return RayCohort(config, facts, shards, own)
 

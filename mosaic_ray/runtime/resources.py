@@ -41,12 +41,13 @@ GAP, MAX_BRANCHES = 0.005, 1000
 
 @dataclass(frozen=True)
 class Node:
-    """A machine: CPUs, GPUs, bytes of memory."""
+    """A machine: CPUs, GPUs, bytes of memory. ``to_come``: the cluster's autoscaler may start it when it is asked."""
 
     name: str
     cpus: float
     gpus: float
     memory: float
+    to_come: bool = False
 
     @property
     def label(self) -> str:

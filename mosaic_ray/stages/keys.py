@@ -38,6 +38,13 @@ def model_knobs(config: ExperimentConfig) -> dict[str, Any]:
     return knobs_of(config.model) | ({"sources": sources} if sources else {})
 
 
+def federation_knobs(config: ExperimentConfig) -> dict[str, Any]:
+    """Who trains what; knobs for clients that do not answer only where some may be left out."""
+    room = config.federation
+    strict = () if room.min_cohort else ("min_cohort", "max_client_failures")  # a failure shows in no result then
+    return knobs_of(room, *strict, *(() if room.drop_rate else ("drop_rate",)))
+
+
 def numbers_depend_on(config: ExperimentConfig) -> dict[str, Any]:
     """Knobs of the runtime that can show in the last bit of a client's result."""
     device = "cuda" if config.runtime.gpus_per_client else "cpu"
@@ -63,7 +70,7 @@ def partition_key(config: ExperimentConfig, identity: str | None, facts: DataFac
 def warmup_key(config: ExperimentConfig, partition: str) -> str:
     """The global model and each client's own after the warm-up."""
     knobs = {
-        "model": model_knobs(config), "federation": knobs_of(config.federation), "seed": config.seed,
+        "model": model_knobs(config), "federation": federation_knobs(config), "seed": config.seed,
         "warmup": knobs_of(config.warmup, "checkpoint_rounds"), "runtime": numbers_depend_on(config),
     }  # fmt: skip
     if config.prototypes.rounds == "all":  # they are then uploaded during the warm-up
@@ -83,7 +90,7 @@ def generator_keys(config: ExperimentConfig, sizes: Sequence[int], partition: st
     inverts = room.lambda_i * room.inversion_scale != 0
     common = {"model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config)}
     if any_narrow(config):  # which channels a client holds does not show in "start"
-        common["federation"] = knobs_of(config.federation)
+        common["federation"] = federation_knobs(config)
     if room.classifier_source == "fresh":
         common["fresh"] = [config.warmup.batch_size, config.warmup.shuffle]
     upstream = [partition, "start" if room.stage == "before" else warmup]
@@ -140,7 +147,7 @@ def refit_key(config: ExperimentConfig, warmup: str, prototypes: str) -> str:
 def rounds_key(config: ExperimentConfig, partition: str, start: str) -> str:
     """The closing rounds from the weights under ``start``: the student's, and the control's from the warm-up."""
     knobs = {
-        "finetune": knobs_of(config.finetune), "federation": knobs_of(config.federation),
+        "finetune": knobs_of(config.finetune), "federation": federation_knobs(config),
         "model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config),
         "warmup": knobs_of(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr"),
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..seeding import numpy_stream
 from .evaluation import table_of, validation_images, watch
 from .keys import rounds_key, warmup_key
 from .partition import Shards
-from .run import Progress, Run
+from .run import LeftOut, Progress, Run
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -36,6 +36,18 @@ def cohort_of(config: ExperimentConfig, phase: str, round_num: int) -> list[int]
         return list(range(everyone))
     draws = numpy_stream(config.seed, "cohort", phase, round_num)
     return sorted(int(k) for k in draws.choice(everyone, size, replace=False))
+
+
+def answering(config: ExperimentConfig, phase: str, round_num: int, asked: list[int]) -> list[int]:
+    """Those of ``asked`` that do not drop out of a round: each stays with probability 1 - ``drop_rate``, and where
+    too few would, the surest stay, so that ``min_cohort`` (at least one) do."""
+    rate, least = config.federation.drop_rate, max(1, config.federation.min_cohort)
+    if not rate:
+        return asked
+    draws = numpy_stream(config.seed, "drop_out", phase, round_num).random(config.partition.num_clients)
+    surest = sorted(asked, key=lambda k: -draws[k])
+    staying = sum(draws[k] >= rate for k in asked)
+    return sorted(surest[: max(least, staying)])
 
 
 @dataclass(frozen=True)
@@ -61,29 +73,34 @@ def federated_rounds(
     Every few rounds a checkpoint is stored; a run that was killed begins at the last one, with the same numbers.
     """
     config, federation = run.config, run.bench.federation
-    begun, gathered, traffic = 0, [], {"downlink": 0, "uplink": 0}
+    begun, gathered, traffic, left_out = 0, [], {"downlink": 0, "uplink": 0}, LeftOut(phase.name)
     checkpoint = run.store.load_checkpoint(key)
     last = phase.num_rounds - 1
     if checkpoint is not None:
         begun, traffic = checkpoint.facts["round"], dict(checkpoint.facts["traffic"])
+        left_out = LeftOut.of(phase.name, checkpoint.facts.get("left_out", []))
         models = load_models(federation, checkpoint)
         if "prototypes" in checkpoint.parts:
             gathered = [Prototypes(**checkpoint.load("prototypes"))]
         progress.resume(checkpoint.facts["curve"], begun)
     for round_num in range(begun, phase.num_rounds):
-        clients = cohort_of(config, phase.address, round_num)
+        asked = cohort_of(config, phase.address, round_num)
+        clients = answering(config, phase.address, round_num, asked)
         collect = round_num > last - phase.prototype_rounds
         common = {
             "models": models, "phase": phase.address, "round": round_num, "plan": phase.plan,
             "collect_prototypes": collect,
         }  # fmt: skip
         fold, losses = federation.fold(models, phase.address, round_num, shards.counts), []
-        for client_id, result in run.cohort.ask("train", clients, common, holdings(federation, phase, round_num)):
+        holds = holdings(federation, phase, round_num)
+        silent = set(asked)  # they were sent the model, and nothing came back
+        for client_id, result in run.ask("train", clients, common, holds, left_out=left_out):
             fold.add(result.update)
             losses.append(result.update.metrics["loss"])
             sent = num_bytes(result.update.weights)
             traffic["downlink"] += sent
             traffic["uplink"] += sent
+            silent.remove(client_id)
             if collect:
                 gathered.append(result.prototypes)
             if phase.keep_clients and (round_num == last):
@@ -91,8 +108,13 @@ def federated_rounds(
         models = fold.result()
         done = round_num + 1
         if federation.narrow and done == phase.num_rounds:
-            models = static_statistics(run, models, traffic)
+            models = static_statistics(run, models, traffic, left_out)
+        for client_id in silent:
+            share = federation.share(client_id, common["models"], holds(client_id).get("sets"))
+            traffic["downlink"] += num_bytes(share)
         progress.scalar(f"{phase.name}/client_loss", done, float(np.mean(losses)))
+        if silent or config.federation.cohort_size:
+            progress.scalar(f"{phase.name}/cohort", done, float(len(losses)))
         every = config.runtime.eval_rounds
         if every and (done % every == 0 or done == phase.num_rounds):
             progress.scalar(f"{phase.name}/accuracy", done, glance(run, models[federation.student]))
@@ -104,7 +126,10 @@ def federated_rounds(
             parts = dict(model_parts(federation, models))
             if gathered:
                 parts["prototypes"] = Prototypes.concatenate(gathered).arrays()
-            facts = {"round": done, "traffic": traffic, "curve": [list(row) for row in progress.recorded]}
+            facts = {
+                "round": done, "traffic": traffic, "curve": [list(row) for row in progress.recorded],
+                "left_out": left_out.facts(),
+            }  # fmt: skip
             run.store.save_checkpoint(key, facts, parts)
     for part, weights in model_parts(federation, models):
         writer.add(part, weights)
@@ -115,7 +140,7 @@ def federated_rounds(
         kinds["uplink"]["statistics"] = traffic["statistics"]
     if gathered:
         kinds["uplink"]["prototypes"] = sum(num_bytes(p.arrays()) for p in gathered)
-    return {"communication": kinds}
+    return {"communication": kinds, "findings": [asdict(finding) for finding in left_out.findings()]}
 
 
 def holdings(federation: Federation, phase: Phase, round_num: int) -> Own:
@@ -143,7 +168,7 @@ def _part(federation: Federation, name: str, number: int) -> str:
     return "global" if name == federation.student else f"global_{number:03d}"
 
 
-def static_statistics(run: Run, models: Models, traffic: dict[str, int]) -> Models:
+def static_statistics(run: Run, models: Models, traffic: dict[str, int], left_out: LeftOut) -> Models:
     """``models`` with batch-norm statistics of all clients' images under the whole networks (static BN, 3.6).
 
     What narrow clients' statistics average to fits no network. Every pass makes the statistics of one more layer exact.
@@ -152,7 +177,7 @@ def static_statistics(run: Run, models: Models, traffic: dict[str, int]) -> Mode
     layers = max(sum(name.endswith(".running_mean") for name in weights) for weights in models.values())
     for _ in range(run.config.federation.bn_passes or layers):
         parts: dict[str, list[Any]] = {name: [] for name in models}
-        for client_id, found in run.cohort.ask("statistics", everyone, {"models": models}):
+        for client_id, found in run.ask("statistics", everyone, {"models": models}, left_out=left_out):
             name = federation.classifiers[client_id]
             parts[name].append(found)
             traffic["downlink"] += num_bytes(models[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from ..config import ExperimentConfig
 from ..errors import RequestError, RunError
 from ..methods.client_work import Bench
 from ..records import Dataset, Finding, ImageSet
-from ..runtime.cohort import Cohort
+from ..runtime.cohort import Cohort, Own, no_own
+from ..runtime.fold import Missing
 from ..runtime.leases import Lease
 from ..runtime.memory import give_back
 from ..runtime.store import StageResult, StageWriter, Store
@@ -25,6 +26,39 @@ POLL_SECONDS = 0.2
 
 Traffic = dict[str, dict[str, int]]
 Compute = Callable[[StageWriter, Progress], dict[str, Any]]
+
+
+@dataclass
+class LeftOut:
+    """Clients whose work failed for good in one stage, and what is said of them."""
+
+    stage: str
+    rounds: dict[int, int] = field(default_factory=dict)  # client -> how often it was left out
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def note(self, client_id: int, missing: Missing) -> None:
+        self.rounds[client_id] = self.rounds.get(client_id, 0) + 1
+        self.reasons[client_id] = missing.error.message
+
+    def facts(self) -> list[list[Any]]:
+        """For a checkpoint; ``LeftOut.of`` reads them."""
+        return [[client_id, count, self.reasons[client_id]] for client_id, count in self.rounds.items()]
+
+    @staticmethod
+    def of(stage: str, facts: Sequence[Sequence[Any]]) -> LeftOut:
+        """What ``facts`` wrote down."""
+        return LeftOut(stage, {k: count for k, count, _ in facts}, {k: reason for k, _, reason in facts})
+
+    def findings(self) -> list[Finding]:
+        """One a client."""
+        return [
+            Finding(
+                "client.failed", "warning", self.stage,
+                f"left out {'once' if count == 1 else f'{count} times'}, the last time for {self.reasons[client_id]}",
+                client_id, float(count),
+            )
+            for client_id, count in sorted(self.rounds.items())
+        ]  # fmt: skip
 
 
 @dataclass
@@ -45,6 +79,37 @@ class Run:
     def shard(self, client_id: int) -> ImageSet:
         """A client's training images."""
         return self.dataset.train.take(self.train_rows[client_id])
+
+    def ask(
+        self,
+        work: str,
+        clients: Sequence[int],
+        common: Mapping[str, Any],
+        own: Own = no_own,
+        *,
+        left_out: LeftOut,
+        spare: int | None = None,
+        **how: Any,
+    ) -> Iterator[tuple[int, Any]]:
+        """(client, answer) of the clients that answer; ``how`` as ``Cohort.ask`` has it.
+
+        Of those that fail for good ``spare`` (None: as ``may_fail`` says) go to ``left_out``; the next one's
+        ``RunError`` is raised.
+        """
+        spare = self.may_fail(len(clients)) if spare is None else spare
+        for client_id, answer in self.cohort.ask(work, clients, common, own, **how):
+            if not isinstance(answer, Missing):
+                yield client_id, answer
+                continue
+            if not spare:
+                raise answer.error
+            spare -= 1
+            left_out.note(client_id, answer)
+
+    def may_fail(self, asked: int) -> int:
+        """How many of ``asked`` clients may fail to answer: no more than a cohort may lack (``min_cohort``)."""
+        room = self.config.federation
+        return max(0, min(asked, room.cohort_size or asked) - room.min_cohort) if room.min_cohort else 0
 
     def stage(
         self, name: str, key: str, compute: Compute, *, total: int | None = None, unit: str = "round"

@@ -85,11 +85,12 @@ def _teach(
     models: Iterable[Any] = warmup.clients(clients)
     if federation.narrow:
         models = ((k, weights, warmup.sets(k)) for k, weights in models)
+    makers = zip(generators.clients, generators.results, strict=True)
     try:
         return make_teacher(
             run.config, run.dataset.facts, warmup.models[name], models, group_counts(shards.counts, clients),
             prototypes, look,
-            ((k, warmup.client(k), made.load("generator")) for k, made in enumerate(generators.results)),
+            ((k, warmup.client(k), made.load("generator")) for k, made in makers),
             run.bench.device, channels,
         )  # fmt: skip
     except ValueError as error:  # a class without an owner, where that is asked to be an error
@@ -141,8 +142,8 @@ def distill_stage(
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
         task = make_task(
-            config, run.dataset.facts, warmup.weights, teacher, generators.weights(), generators.figures, shards.sizes,
-            prototypes[warmup.federation.student],
+            config, run.dataset.facts, warmup.weights, teacher, generators.weights(), generators.figures,
+            shards.sizes[generators.clients], prototypes[warmup.federation.student],
         )  # fmt: skip
         if config.distill.workers:
             run.cohort.release()  # Train's workers need the CPUs that idle client actors hold

@@ -22,7 +22,7 @@ from ..runtime.tracking import image_grid
 from .keys import generator_keys, generators_key, prototypes_key
 from .partition import Shards
 from .rounds import Warmup
-from .run import POLL_SECONDS, Progress, Run
+from .run import POLL_SECONDS, LeftOut, Progress, Run
 
 #: Clients whose generators are leased at once: each lease is an open file.
 MAX_LEASES = 256
@@ -39,7 +39,7 @@ def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Pro
     everyone = list(range(config.partition.num_clients))
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        traffic = {"uplink": {}, "downlink": {}}
+        traffic, left_out = {"uplink": {}, "downlink": {}}, LeftOut("prototypes")
         if config.prototypes.rounds == "all":
             prototypes = {federation.student: Prototypes(**warmup.result.load("prototypes"))}
             progress.advance(len(everyone))
@@ -50,7 +50,8 @@ def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Pro
                 traffic["downlink"]["weights"] = sum(sent)
             common = {"models": warmup.models, "round": config.warmup.num_rounds}
             parts: dict[str, list[Prototypes]] = {name: [] for name in federation.groups}
-            for k, part in run.cohort.ask("prototypes", everyone, common, own, cost=lambda k: float(shards.sizes[k])):
+            size = shards.sizes.__getitem__
+            for k, part in run.ask("prototypes", everyone, common, own, left_out=left_out, cost=size):
                 parts[federation.classifiers[k]].append(part)
                 progress.advance()
             prototypes = {name: Prototypes.concatenate(made) for name, made in parts.items()}
@@ -60,7 +61,7 @@ def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Pro
         labels = np.concatenate([made.labels for made in prototypes.values()])
         found = np.bincount(labels, minlength=run.dataset.facts.num_classes)
         missing = [int(c) for c in np.flatnonzero((found == 0) & (shards.counts.sum(0) > 0))]
-        findings = []
+        findings = left_out.findings()
         if missing:
             message = f"no prototype of class {', '.join(map(str, missing))}; raise prototypes.k or prototypes.samples"
             findings.append(Finding("prototypes.too_few", "warning", "prototypes", message, value=float(len(missing))))
@@ -89,9 +90,10 @@ def _own_weights(warmup: Warmup) -> Callable[[int], Mapping[str, Any]]:
 
 @dataclass(frozen=True)
 class Generators:
-    """Every client's generator and its health figures, in client order."""
+    """The clients' generators and their health figures, in client order; ``clients`` are those that have one."""
 
     key: str
+    clients: list[int]
     results: list[StageResult]
 
     @property
@@ -108,42 +110,51 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
     keys = generator_keys(run.config, shards.sizes, shards.key, warmup.key)
     key = generators_key(keys)
     found = {k: result for k, name in enumerate(keys) if (result := run.store.get(name)) is not None}
-    spent, waited, computed = 0.0, 0.0, 0
+    spent, waited, computed, left_out = 0.0, 0.0, 0, LeftOut("generators")
     if len(found) < len(keys):
         try:
             with run.tracker.stage("generators", total=len(keys), unit="client") as progress:
                 progress.resume([], len(found))
-                computed, waited = _fill(run, shards, warmup, keys, found, progress)
+                computed, waited = _fill(run, shards, warmup, keys, found, left_out, progress)
         except RunError as error:
             raise error.at("generators") from error
         spent = time.perf_counter() - began
     else:
         run.tracker.replay("generators", [])
-    results = [found[k] for k in range(len(keys))]
+    clients = sorted(found)
+    if left_out.rounds:
+        key = generators_key([keys[k] for k in clients])
+    results = [found[k] for k in clients]
     uplink = sum(r.facts["communication"]["uplink"]["generators"] for r in results)
-    findings = [row for r in results for row in r.facts["findings"]]
+    findings = [row for r in results for row in r.facts["findings"]] + [asdict(f) for f in left_out.findings()]
     facts = {"communication": {"uplink": {"generators": uplink}}, "findings": findings}
     run.note("generators", key, not computed, spent, facts, waited)
-    run.log["generators"]["cached_clients"] = len(keys) - computed
-    for client_id, result in enumerate(results):
+    run.log["generators"]["cached_clients"] = len(clients) - computed
+    for client_id, result in zip(clients, results, strict=True):
         for name, value in result.facts["figures"].items():
             run.tracker.scalar("generators", f"generator/{name}", client_id, value)
         for row in result.facts["curve"]:
             for name, value in zip(("loss", "discriminator_loss", "entropy", "diversity"), row[1:], strict=True):
                 run.tracker.scalar("generators", f"generator_{client_id:03d}/{name}", int(row[0]), value)
         run.tracker.image(f"generator/client_{client_id:03d}", 0, image_grid(result.load("samples")["images"], 8))
-    return Generators(key, results)
+    return Generators(key, clients, results)
 
 
 def _fill(
-    run: Run, shards: Shards, warmup: Warmup, keys: list[str], found: dict[int, StageResult], progress: Progress
+    run: Run,
+    shards: Shards,
+    warmup: Warmup,
+    keys: list[str],
+    found: dict[int, StageResult],
+    left_out: LeftOut,
+    progress: Progress,
 ) -> tuple[int, float]:
-    """Bring ``found`` to all clients: compute what nobody computes, wait for what others do.
+    """Bring ``found`` to all clients but those ``left_out``: compute what nobody computes, wait for what others do.
 
     Returns (clients computed here, seconds waited).
     """
     computed, waited = 0, 0.0
-    while missing := [k for k in range(len(keys)) if k not in found]:
+    while missing := [k for k in range(len(keys)) if k not in found and k not in left_out.rounds]:
         leases: dict[int, Lease] = {}
         with contextlib.ExitStack() as release:
             for client_id in missing:
@@ -156,7 +167,7 @@ def _fill(
                 if len(leases) == MAX_LEASES:
                     break
             if leases:
-                for client_id, result in _computed(run, shards, warmup, keys, list(leases)):
+                for client_id, result in _computed(run, shards, warmup, keys, list(leases), left_out):
                     found[client_id] = result
                     leases[client_id].release()
                     computed += 1
@@ -164,7 +175,7 @@ def _fill(
                     progress.advance(note=f"client {client_id}: {coverage:.0%} of its classes")
                 continue
         # Nobody waits here with a lease in hand, so no two runs can ever wait for each other.
-        others = len(keys) - len(found)
+        others = len(missing) - sum(k in found for k in missing)
         if others:
             if not waited:
                 run.tracker.say(f"generators: waiting for another run that computes {others} of {len(keys)}")
@@ -175,7 +186,7 @@ def _fill(
 
 
 def _computed(
-    run: Run, shards: Shards, warmup: Warmup, keys: list[str], clients: list[int]
+    run: Run, shards: Shards, warmup: Warmup, keys: list[str], clients: list[int], left_out: LeftOut
 ) -> Iterator[tuple[int, StageResult]]:
     """(k, its generator) of ``clients`` as they arrive, each stored."""
     knobs = run.config.generator
@@ -188,9 +199,10 @@ def _computed(
         weights = federation.share(client_id, start, sets) if before else warmup.client(client_id)
         return {"weights": weights} if sets is None else {"weights": weights, "sets": sets}
 
-    arrivals = run.cohort.ask(
+    arrivals = run.ask(
         "generate", clients, {"models": start}, own, ordered=False,
         cost=lambda k: float(num_steps(knobs, int(shards.sizes[k]))),
+        left_out=left_out, spare=run.may_fail(len(keys)) - len(left_out.rounds),
     )  # fmt: skip
     for client_id, made in arrivals:
         facts = {
