@@ -22,7 +22,10 @@ ROOMS = (
 FOUNDATIONS = {
     "", "config", "presets", "records", "seeding", "errors", "knobs", "rooms", "roster", "spaces", "user_code",
 }  # fmt: skip
-RAY_ROOMS = {"runtime.cluster", "runtime.cluster_file", "runtime.cohort", "runtime.distiller", "runtime.fold", "sweep"}
+RAY_ROOMS = {
+    "runtime.cluster", "runtime.cluster_file", "runtime.cohort", "runtime.distiller", "runtime.fold",
+    "runtime.joining", "sweep",
+}  # fmt: skip
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import ExperimentConfig
 from ..errors import RequestError
+from .joining import check_cluster
 from .resources import HOST_BYTES, Node
 
 #: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
@@ -95,13 +95,13 @@ def connect(address: str = "local") -> Resources:
 
     Safe to call again: a Ray that this process has joined already is used as it is.
     """
-    if address not in ("local", "auto"):
-        _knock(address)
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
     if not ray.is_initialized():
+        if address != "local":
+            check_cluster(address)
         options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         try:
             if address == "local":
@@ -180,15 +180,6 @@ def own_node() -> dict[str, float]:
     import ray
 
     return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
-
-
-def _knock(address: str, patience: float = 5.0) -> None:
-    """``RequestError`` where nothing listens at HOST:PORT: Ray itself would try for minutes (measured: over three)."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), patience).close()
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
 
 
 def disconnect() -> None:
