@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
@@ -20,29 +21,33 @@ $(STAMP): pyproject.toml constraints.txt
 
 .PHONY: help
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: demo
 demo: $(STAMP) ## install, and run the demo (about a minute); ARGS='--omega 1' adds options
 	$(BIN)/mosaic run $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## install, and run the tests; ARGS='-k cli' picks some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## install, and run the tests, JOBS at once; ARGS='-k cli' picks some
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 .PHONY: test-all
 test-all: $(STAMP) ## the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'not gpu and not cluster' $(ARGS)
+
+.PHONY: test-cluster
+test-cluster: $(STAMP) ## a real `ray up`; needs root, iproute2, openssh-server, rsync
+	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 .PHONY: lint
 lint: $(STAMP) ## look for slips of style
 	$(BIN)/ruff check .
 
 .PHONY: wheel
-wheel: $(STAMP) ## build dist/: the wheel, and the versions it was tested with
+wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.py
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
-	cp constraints.txt dist/
+	cp constraints.txt cli.py dist/
 
 .PHONY: clean
 clean: ## remove what was made, results in mosaic_runs/ excepted

@@ -17,7 +17,8 @@ from . import __version__
 from .config import KNOBS, to_toml
 from .errors import RequestError, RunError, neighbours
 from .presets import ALGORITHMS, CLASSIFIERS, METHODS, OPTIMISERS, SCALES
-from .words import address_of, config_of, count_of, refuse_swept, seeds_of
+from .store_cli import register as register_store
+from .words import address_of, config_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -201,23 +202,12 @@ def sweep(
 ) -> None:
     """Run many experiments that share what they have in common; the same command again resumes them."""
     from . import sweep_launch
-    from .spaces import SEARCHES, check_space, load_space
+    from .asking import sweep_request
 
     address = address_of(address)
-    for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, sweep_launch.SCHEDULERS)):
-        if word is not None and word not in known:
-            raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
-    named, plan = load_space(space)
-    check_space(named, plan)
-    refuse_swept(named, plan, words)
-    preset = {"preset": plan.preset} if plan.preset else {}
-    config = config_of(**words, base=sweep_launch.SWEEP_BASE | preset | dict(plan.base))
-    one_seed = words["seed"] is not None or any(item.partition("=")[0].strip() == "seed" for item in words["sets"])
-    request = sweep_launch.Request(
-        config, named, plan, search=search or "", samples=count_of("samples", samples),
-        seeds=seeds_of(seeds, config.seed if one_seed else None), scheduler=scheduler,
-        max_concurrent=count_of("max-concurrent", max_concurrent),
-    )  # fmt: skip
+    request = sweep_request(
+        space, words, search=search, samples=samples, seeds=seeds, scheduler=scheduler, max_concurrent=max_concurrent
+    )
     if dry_run and as_json:
         raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
     if dry_run:
@@ -350,20 +340,32 @@ def methods() -> None:
 
 
 @mosaic.command()
-@click.option(
-    "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results would go."
-)
-@_takes("sets", "config")
+@click.option("--storage", metavar="PATH|URI", help="Where results would go.  [default: ./mosaic_runs]")
+@_takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "host", "seed", "sets", "config")
 @click.option("--ray", "try_ray", is_flag=True, help="Start Ray (or join --address) as well; takes seconds.")
 @click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster for --ray.")
+@click.option("--cluster", metavar="FILE.yaml", help="Instead: would the request work on this file's cluster?")
+@click.option("--space", metavar="NAME|module:function|FILE.py", help="With --cluster: the request is a sweep.")
 @click.pass_context
-def doctor(ctx: click.Context, storage: str, try_ray: bool, address: str | None, **request: Any) -> None:
-    """Say what this machine has, what would not work, and what to do. Exits with 1 where something would not."""
-    config, address = config_of(**request), address_of(address)
-    from .runtime.doctor import examine
+def doctor(
+    ctx: click.Context, storage: str | None, try_ray: bool, address: str | None, cluster: str | None, space: str | None,
+    **words: Any,
+) -> None:  # fmt: skip
+    """Say what this machine (or a cluster's file) has, what would not work, and what to do. Exits with 1 if any."""
+    if cluster is not None:
+        from .asking import asked_of
+        from .runtime.cluster_checks import examine_cluster
 
+        findings = examine_cluster(cluster, asked_of(space, words), storage)
+    else:
+        if space is not None:
+            raise RequestError(f"--space {space}: it goes with --cluster FILE.yaml")
+        config, address = config_of(**words), address_of(address)
+        from .runtime.doctor import examine
+
+        findings = examine(config.data, storage or "./mosaic_runs", address if try_ray else None)
     worst = 0
-    for finding in examine(config.data, storage, address if try_ray else None):
+    for finding in findings:
         mark = click.style(f"{finding.severity:<8}", fg=COLOURS[finding.severity])
         click.echo(f"{mark} {finding.what}: {finding.found}" + (f"; {finding.mend}" if finding.mend else ""))
         worst |= finding.severity == "problem"
@@ -382,6 +384,9 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False)
+
+
+register_store(mosaic)
 
 
 def main() -> None:

@@ -58,12 +58,12 @@ def run(
     """
     from .data.datasets import load_dataset
     from .methods.federation import check_models
-    from .runtime.cluster import check_gpu
+    from .runtime.cluster import check_room
     from .runtime.hosts import Hosts
     from .runtime.store import Store
 
     check_name(name, "runs")
-    check_gpu(config, address)
+    check_room(config, address)
     store = Store(storage, fresh=fresh)
     store.check_writable()
     dataset = load_dataset(config.data)
@@ -115,7 +115,8 @@ def execute(
                     ) as tracker,
                 ):
                     store.say = tracker.warn
-                    summary, student = _run_once(config, dataset, store, tracker, hosts, folder, log)
+                    train = str(folder / "train") if local else store.where(f"{place}/train")
+                    summary, student = _run_once(config, dataset, store, tracker, hosts, train, log)
                 break
             except CorruptResult as damaged:  # it went bad after it was looked up
                 store.discard(damaged.key)
@@ -123,10 +124,7 @@ def execute(
             raise RunError(f"stored results under {store.uri} keep being damaged; is the disk sound?")
         summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
         if not local:
-            summary["paths"] = {
-                part: f"{store.uri.rstrip('/')}/{place}{tail}"
-                for part, tail in (("run", ""), ("tensorboard", "/tensorboard"))
-            }
+            summary["paths"] = {"run": store.where(place), "tensorboard": store.where(f"{place}/tensorboard")}
         if finish:
             finish(folder, summary)
         _write_files(folder, summary, student)
@@ -163,10 +161,10 @@ def _run_once(
     store: Store,
     tracker: Tracker,
     hosts: Hosts,
-    folder: Path,
+    train: str,
     log: dict[str, dict[str, Any]],
 ) -> tuple[dict[str, Any], Weights]:
-    """The experiment on its hosts, and the summary of it; ``log`` is filled stage by stage."""
+    """The experiment on its hosts, and the summary of it; ``log`` is filled stage by stage. ``train``: Ray Train's."""
     import torch
 
     from .experiment import run_experiment
@@ -178,7 +176,7 @@ def _run_once(
     run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker, log=log)
     run.cohort = hosts.cohort(config, dataset.facts, run.shard, tracker.say)
     try:
-        results = run_experiment(run, lambda task, report: hosts.distil(task, report, str(folder / "train")))
+        results = run_experiment(run, lambda task, report: hosts.distil(task, report, train))
     finally:
         run.cohort.close()
     student = results.pop("student")

@@ -258,7 +258,6 @@ def run_trials(
         up += coming
         references = {name: ray.put(datasets.pop(name)) for name in list(datasets)}  # this process needs them no more
         job = replace(job, pool=tuple(up), datasets=references)
-        local = ledger.store.local_root
         pinned = own_node() if resources.trials_on is not None and len(nodes) > 1 else {}
         trainable = tune.with_resources(
             tune.with_parameters(run_trial, job=job), PlacementGroupFactory([{**resources.trial, **pinned}])
@@ -276,7 +275,7 @@ def run_trials(
             ),
             run_config=RunConfig(
                 name="tune",
-                storage_path=f"{local or ledger.store.uri.rstrip('/')}/{ledger.place}",
+                storage_path=ledger.store.where(ledger.place),
                 verbose=0,
                 callbacks=[_Follow(feed, ledger, trials)],
                 failure_config=FailureConfig(max_failures=MAX_DEATHS),

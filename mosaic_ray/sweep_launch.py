@@ -337,8 +337,7 @@ def run(
             if feed.found():
                 _run(feed, datasets, storage, address)
         feed.write()
-    root = str(store.local_root) if store.local_root else store.uri.rstrip("/")
-    return Outcome(ledger.name, f"{root}/{ledger.place}", feed.sorted(), sweep.swept, sweep.conditions)
+    return Outcome(ledger.name, store.where(ledger.place), feed.sorted(), sweep.swept, sweep.conditions)
 
 
 def _run(feed: Feed, datasets: dict[Any, Any], storage: str, address: str) -> None:

@@ -19,7 +19,7 @@ from mosaic_ray import launch
 from mosaic_ray.config import check, override
 from mosaic_ray.errors import RequestError, RunError
 from mosaic_ray.methods.client_work import WORK
-from mosaic_ray.runtime.cohort import ClientActor
+from mosaic_ray.runtime.cohort import ClientActor, RayCohort, start_hosts
 from mosaic_ray.runtime.fold import Crew, Missing
 from mosaic_ray.runtime.store import Store
 from mosaic_ray.stages.keys import stage_keys
@@ -280,6 +280,19 @@ def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monk
     there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=3, federation__max_client_failures=1)
     assert len(crews) == 1 and not failed(there)
     assert_same(student(there), student(go(tmp_path / "serial")))
+
+
+@on_ray
+@pytest.mark.ray
+def test_actors_that_find_no_room_are_not_waited_for_for_ever(ray_up):
+    shards = {k: stripes_dataset().train for k in range(3)}
+    nobody = Crew(start_hosts({"CPU": 8.0}, {"": 1}), patience_seconds=0.5)
+    cohort = RayCohort(TINY, FACTS, shards.__getitem__, lambda: nobody)
+    try:
+        with pytest.raises(RunError, match=r"no client actor could start within 0\.5 s: other jobs hold"):
+            list(cohort.ask("train", [0], {}))
+    finally:
+        cohort.close()
 
 
 def test_the_last_actor_is_never_retired():

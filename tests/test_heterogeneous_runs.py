@@ -74,8 +74,8 @@ def test_static_statistics_are_those_of_all_clients_images(tmp_path, monkeypatch
     seen = {}
     keep = rounds.static_statistics
 
-    def watched(run, models, traffic):
-        seen["run"], seen["models"] = run, keep(run, models, traffic)
+    def watched(run, models, *rest):
+        seen["run"], seen["models"] = run, keep(run, models, *rest)
         return seen["models"]
 
     monkeypatch.setattr(rounds, "static_statistics", watched)

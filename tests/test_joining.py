@@ -22,6 +22,11 @@ from mosaic_ray.runtime.joining import check_cluster
 VERSIONS = {"ray_version": ray.__version__, "python_version": platform.python_version()}
 
 
+def answer(*nodes: str, **other: str) -> str:
+    """Code that prints what a head says of a cluster of this version, with this machine as a node."""
+    return f"print({json.dumps({'versions': VERSIONS | other, 'nodes': nodes or ['127.0.0.1']})!r})"
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     """A user without a token."""
@@ -60,13 +65,20 @@ def refused(address: str) -> str:
 
 
 def test_a_cluster_of_this_version_is_joined(home, address, head):
-    head(f"print({json.dumps(json.dumps(VERSIONS))})")
+    head(answer())
+    check_cluster(address)
+
+
+def test_a_cluster_that_this_machine_is_no_node_of(home, address, head):
+    head(answer("198.51.100.1", "198.51.100.2"))
+    assert "this machine is no node of that cluster" in refused(address)
+    head(answer("198.51.100.1", "127.0.0.1"))
     check_cluster(address)
 
 
 @pytest.mark.parametrize("name, other", [("ray_version", "2.1.0"), ("python_version", "3.9.1")])
 def test_another_version_is_named_beside_this_one(home, address, head, name, other):
-    head(f"print({json.dumps(json.dumps(VERSIONS | {name: other}))})")
+    head(answer(**{name: other}))
     said = refused(address)
     assert other in said and ray.__version__ in said and platform.python_version() in said
 
@@ -83,7 +95,7 @@ def test_auto_where_no_ray_runs(home, monkeypatch):
 
 def test_auto_is_the_cluster_that_ray_finds(home, address, head, monkeypatch):
     monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda asked: address)
-    head(f"import sys; assert sys.argv[1] == {address!r}; print({json.dumps(json.dumps(VERSIONS))})")
+    head(f"import sys; assert sys.argv[1] == {address!r}; {answer()}")
     check_cluster("auto")
 
 

@@ -30,6 +30,7 @@ FOLLOWS = {
     "data": ALL, "data.root": set(), "data.download": set(),
     "partition": ALL,
     "model": AFTER_PARTITION, "federation": AFTER_PARTITION,
+    "federation.max_client_failures": set(),  # every client has to answer: see the test of those that may be left out
     "warmup": AFTER_PARTITION, "warmup.checkpoint_rounds": set(),
     "generator": {"generators"} | AFTER_DISTILL,
     "prototypes": {"prototypes"} | AFTER_TEACHER,
@@ -73,6 +74,14 @@ def changed(before: dict, after: dict) -> set[str]:
 def test_a_stages_key_changes_with_what_it_depends_on_and_nothing_else(name):
     rooms = [named for named in FOLLOWS if name == named or name.startswith(f"{named}.")]
     assert changed(stage_keys(TINY), stage_keys(override(TINY, {name: another(name)}))) == FOLLOWS[max(rooms, key=len)]
+
+
+def test_failures_of_clients_matter_only_where_some_may_be_left_out():
+    after = {"federation.max_client_failures": 4}
+    left_out = override(TINY, {"federation.min_cohort": 1})
+    assert changed(stage_keys(left_out), stage_keys(override(left_out, after))) == AFTER_PARTITION
+    drops = override(TINY, {"federation.drop_rate": 0.25})
+    assert changed(stage_keys(TINY), stage_keys(drops)) == AFTER_PARTITION
 
 
 def test_generators_of_the_start_do_not_follow_the_warm_up():

@@ -16,6 +16,7 @@ import pytest
 from storing import KEY, arrays, same
 
 from mosaic_ray.errors import RequestError, RunError
+from mosaic_ray.runtime import files
 from mosaic_ray.runtime.store import Store
 
 
@@ -70,6 +71,7 @@ def test_a_disk_that_fills_up_is_a_run_error_and_shows_nothing(
     store.put(KEY, {"n": 1}, {"p": arrays(1.0)})
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write)
+        patch.setattr(files, "PATIENCE_SECONDS", 0.1)  # an error of the device may pass, so it is tried again
         with pytest.raises(RunError, match=f"storage {store.uri}: {word}.*{KEY}") as caught:
             store.put(KEY, {"n": 2}, {"p": arrays(2.0)})
     assert caught.value.stage == "warmup" and "\n" not in str(caught.value)

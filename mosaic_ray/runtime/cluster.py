@@ -84,9 +84,12 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
     return max(1, min(bounds))
 
 
-def check_gpu(config: ExperimentConfig, address: str) -> None:
-    """``RequestError`` where a GPU is asked of this machine and it has none; said before Ray starts."""
-    if config.runtime.gpus_per_client and (address == "local" or config.runtime.host == "serial"):
+def check_room(config: ExperimentConfig, address: str) -> None:
+    """``RequestError`` where no client fits: on this machine for want of a GPU, which is said before Ray starts, or on
+    the cluster at ``address``, which is joined here, and what it may still start."""
+    if config.runtime.host == "ray" and address != "local":
+        num_hosts(config, in_all(connect(address), machines_to_come()))
+    elif config.runtime.gpus_per_client:
         num_hosts(config, local_resources())
 
 

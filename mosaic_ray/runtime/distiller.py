@@ -78,6 +78,22 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     return outcome
 
 
+def _fit(trainer: Any) -> Any:
+    """``trainer.fit()``; again where a process dies that Train does not replace: its controller, or a worker that is
+    just starting. A wait for room that ends in vain is not repeated."""
+    from ray.exceptions import RayActorError
+
+    for attempt in range(MAX_FAILURES + 1):
+        try:
+            return trainer.fit()
+        except Exception as error:
+            cause = getattr(error, "controller_failure", error)
+            died = isinstance(cause, RayActorError) or type(cause).__name__ == "WorkerGroupStartupFailedError"
+            if not died or attempt == MAX_FAILURES:
+                raise
+    raise AssertionError("the last attempt raises")
+
+
 def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool = False) -> Outcome:
     """One ``TorchTrainer.fit()``: ``distill.workers`` workers, or in process with 0; ``here``: all on this node.
 
@@ -113,7 +129,7 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         ),
     )
     try:
-        result = trainer.fit()
+        result = _fit(trainer)
     except Exception as error:  # Train wraps whatever a worker raised; the address is what the user needs
         failures = getattr(error, "worker_failures", None)
         cause = next(iter(failures.values())) if failures else error

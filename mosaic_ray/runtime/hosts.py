@@ -65,10 +65,10 @@ class Hosts:
         return RayCohort(config, facts, shards, own)
 
     def distil(self, task: DistillTask, report: Callable[[int, Mapping[str, float]], None], storage: str) -> Outcome:
-        """The distilled student; ``storage`` is Ray Train's own folder."""
+        """The distilled student; ``storage`` is Ray Train's own folder, a local one's workers beside it."""
         knobs = task.config
         if knobs.runtime.host == "serial" or (self.in_trial and not knobs.distill.workers):
             return distil_serial(task, report)
         if not self.in_trial:
             connect(self.address)
-        return distil_on_ray(task, report, storage, here=self.in_trial)
+        return distil_on_ray(task, report, storage, here=self.in_trial or "://" not in storage)

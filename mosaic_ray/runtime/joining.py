@@ -22,9 +22,14 @@ KNOCK_SECONDS, PATIENCE_SECONDS = 3.0, 7.0
 PLACES = "~/.ray/auth_token or RAY_AUTH_TOKEN"
 
 _PROBE = """
-import sys
+import json, sys
 from ray._raylet import GcsClient
-print(GcsClient(address=sys.argv[1]).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=5).decode())
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+head = GcsClient(address=sys.argv[1])
+versions = json.loads(head.internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=5))
+nodes = head.get_all_node_info(timeout=5).values()
+alive = [node.node_manager_address for node in nodes if node.state == GcsNodeInfo.GcsNodeState.ALIVE]
+print(json.dumps({"versions": versions, "nodes": alive}))
 """
 
 _NO_TOKEN = "InvalidAuthToken", "AuthenticationError"
@@ -48,7 +53,20 @@ def check_cluster(address: str) -> None:
             raise RequestError(f"--address {address}: {_token_advice()}")
         last = next((line for line in reversed(asked.stderr.splitlines()) if line.strip()), "no reason given")
         raise RequestError(f"--address {address}: no Ray cluster answers there ({last.strip()})")
-    _check_versions(address, json.loads(asked.stdout.splitlines()[-1]))
+    found = json.loads(asked.stdout.splitlines()[-1])
+    _check_versions(address, found["versions"])
+    if not set(found["nodes"]) & _own_addresses():
+        raise RequestError(
+            f"--address {address}: this machine is no node of that cluster; give the command on one (`ray exec`, `ray "
+            "job submit`), or let this one join it by `ray start --address`"
+        )
+
+
+def _own_addresses() -> set[str]:
+    """The IP addresses of this machine."""
+    import psutil
+
+    return {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
 
 
 def _head_of(address: str) -> str:

@@ -4,9 +4,10 @@ On a local disk, shared ones too, a lease is a lock of the kernel's on ``leases/
 its holder is. Other storage knows no locks. There a lease is two small objects that nobody else writes: the claim,
 ``leases/<key>~<owner>``, and the owner's beat, ``leases/~<owner>``, a counter that grows as long as the owner lives.
 A watcher takes an owner for dead when it has seen the same beat for ``TTL_SECONDS`` of its own clock; the clocks of
-two machines are never compared. This is as good as the storage is consistent and the network quick: an owner that
-stalls for longer loses its lease without knowing. Then a result is computed twice, which costs time and nothing else,
-since results are deterministic and writers of one key cannot spoil each other.
+two machines are never compared, and a watcher whose own storage failed for a while begins to count anew. This is as
+good as the storage is consistent and the network quick: an owner that stalls for longer, or that alone cannot reach the
+storage, loses its lease without knowing. Then a result is computed twice, which costs time and nothing else, since
+results are deterministic and writers of one key cannot spoil each other; the two may drop each other's checkpoints.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import threading
 import time
 import uuid
@@ -31,7 +33,15 @@ TTL_SECONDS = 12.0
 #: Looks at, and seconds between them, whether all others that claimed in the same moment have withdrawn.
 _LOOKS, _LOOK_SECONDS = 10, 0.1
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+#: A claim's or a beat's name: the key, and the owner.
+_CLAIM = re.compile("(.*)~([0-9a-f]{32})")
 _now = time.monotonic
+
+
+def key_of(name: str) -> str:
+    """The key that a file of a lease is about; "" for an owner's beat."""
+    claim = _CLAIM.fullmatch(name)
+    return claim[1] if claim else name
 
 
 class Lease:
@@ -66,12 +76,35 @@ class Leases:
         """The lease on ``key``; None where somebody holds it. Does not wait for them."""
         if self._claims is None:
             try:
-                return _lock(Path(self._files.path(LEASES)) / key)
+                return self._files.again(lambda: _lock(self._path(key)))
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
                 self._claims = _Claims(self._files)  # a file system without locks, as some clusters mount theirs
         return self._claims.take(key)
+
+    def survey(self) -> dict[str, bool]:
+        """Every file that leases are made of, by name, and whether its holder lives.
+
+        Where there are claims this takes as long as one of their owners is silent, at most ``TTL_SECONDS``.
+        """
+        claims = {name: _CLAIM.fullmatch(name) for name in self._files.names(LEASES)}
+        own = {self._claims.owner} if self._claims else set()
+        living = own | _living_owners(self._files, {claim[2] for claim in claims.values() if claim} - own)
+        return {
+            name: claim[2] in living if claim else self._files.local and _is_locked(self._path(name))
+            for name, claim in claims.items()
+        }
+
+    def clear(self, name: str) -> None:
+        """Remove a file that ``survey`` found without a holder."""
+        if self._claims or _CLAIM.fullmatch(name):
+            self._files.delete(f"{LEASES}/{name}")
+        elif lease := _lock(self._path(name)):
+            lease.release()
+
+    def _path(self, name: str) -> Path:
+        return Path(self._files.path(LEASES)) / name
 
 
 def _lock(path: Path) -> Lease | None:
@@ -98,11 +131,41 @@ def _unlock(path: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
+def _is_locked(path: Path) -> bool:
+    """Whether somebody holds the kernel's lock on ``path``."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *_NO_LOCKS):
+            raise
+    return False
+
+
+def _living_owners(files: Files, owners: set[str]) -> set[str]:
+    """Those whose beat changes within ``TTL_SECONDS``."""
+
+    def beat(owner: str) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError):
+            return files.read(f"{LEASES}/~{owner}")
+        return None
+
+    first, living, begun = {owner: beat(owner) for owner in owners}, set(), _now()
+    silent = {owner for owner, found in first.items() if found is not None}  # without a beat nobody lives
+    while silent and _now() - max(begun, files.recovered) < TTL_SECONDS:
+        time.sleep(BEAT_SECONDS / 4)
+        living |= {owner for owner in silent if beat(owner) not in (first[owner], None)}
+        silent -= living
+    return living
+
+
 class _Claims:
     """Leases where there are no locks: see the module's head."""
 
     def __init__(self, files: Files) -> None:
-        self._files, self._owner = files, uuid.uuid4().hex
+        self._files, self.owner = files, uuid.uuid4().hex
         self._guard = threading.Lock()  # one thread at a time; the beat goes on without it
         self._held: set[str] = set()
         self._count = 0  # never begins anew: an equal count means that no beat came in between
@@ -118,7 +181,7 @@ class _Claims:
                 undo.callback(self._rest)
                 self._wake()
                 undo.callback(self._withdraw, key)
-                self._files.put(f"{LEASES}/{key}~{self._owner}", b"")
+                self._files.put(f"{LEASES}/{key}~{self.owner}", b"")
                 if not self._alone(key):
                     return None
                 self._held.add(key)
@@ -135,7 +198,7 @@ class _Claims:
             rivals = self._rivals(key)
             if not rivals:
                 return True
-            if min(rivals) < self._owner:
+            if min(rivals) < self.owner:
                 return False
             time.sleep(_LOOK_SECONDS)
         return False
@@ -145,7 +208,7 @@ class _Claims:
         alive = []
         for name in self._files.names(LEASES):
             claimed, _, owner = name.rpartition("~")
-            if claimed == key and owner != self._owner:
+            if claimed == key and owner != self.owner:
                 if self._is_alive(owner):
                     alive.append(owner)
                 else:
@@ -162,7 +225,7 @@ class _Claims:
         if beat != before:
             self._seen[owner] = beat, _now()
             return True
-        return _now() - since < TTL_SECONDS
+        return _now() - max(since, self._files.recovered) < TTL_SECONDS
 
     def _wake(self) -> None:
         """Begin to beat, unless it goes on already."""
@@ -174,12 +237,12 @@ class _Claims:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # one beat is missed; TTL_SECONDS allow for some
+            with contextlib.suppress(OSError):  # tried again for long already; others may have taken over
                 self._put_beat()
 
     def _put_beat(self) -> None:
         self._count += 1
-        self._files.put(f"{LEASES}/~{self._owner}", str(self._count).encode())
+        self._files.put(f"{LEASES}/~{self.owner}", str(self._count).encode())
 
     def _rest(self) -> None:
         """Stop beating where there is nothing to hold."""
@@ -188,11 +251,11 @@ class _Claims:
             self._beating.join()  # a beat under way would come back after its removal
             self._beating = None
             with contextlib.suppress(OSError):
-                self._files.delete(f"{LEASES}/~{self._owner}")
+                self._files.delete(f"{LEASES}/~{self.owner}")
 
     def _withdraw(self, key: str) -> None:
         with contextlib.suppress(OSError):  # the claim is worth nothing without its beat
-            self._files.delete(f"{LEASES}/{key}~{self._owner}")
+            self._files.delete(f"{LEASES}/{key}~{self.owner}")
 
     def _let_go(self, key: str) -> None:
         with self._guard:

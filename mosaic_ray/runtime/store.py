@@ -18,11 +18,10 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,11 @@ import safetensors.numpy
 
 from ..errors import RequestError, RunError
 from ..records import Weights
-from .files import Files, open_uri, reason
+from .canonical import canonical, plain
+from .canonical import stage_key as stage_key  # where others look for it
+from .files import OPENING_SECONDS, Files
 from .leases import Lease, Leases
+from .uris import CREDENTIALS, below, open_uri, reason, remedy, without_secrets
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -58,42 +60,8 @@ class CorruptResult(RunError):
         return located
 
 
-class _Damage(Exception):
+class Damage(Exception):
     """``(file name, why)``: a stored file is not what its manifest says."""
-
-
-def _plain(value: Any, where: str) -> Any:
-    """``value`` as JSON holds it, losing nothing; ``ValueError`` names the place of what would be lost."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} = {value}: only finite numbers can be stored")
-        return value
-    if isinstance(value, Mapping):
-        for name in value:
-            if not isinstance(name, str):
-                raise ValueError(f"{where}: key {name!r} is not a word")
-        return {name: _plain(item, f"{where}.{name}") for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise ValueError(f"{where}: a {type(value).__name__} is no fact; arrays belong into parts")
-
-
-def _canonical(value: Any) -> bytes:
-    """The one JSON spelling of a plain value: sorted keys, floats by ``repr``, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def stage_key(stage: str, version: int, knobs: Mapping[str, Any], upstream: Sequence[str]) -> str:
-    """``stage-`` and 20 hex digits that change with any of the arguments; equal on every machine.
-
-    Knobs may nest and hold numpy scalars; tuples count as lists; the order of ``upstream`` counts, that of knobs not.
-    """
-    asked = {"stage": stage, "version": int(version), "knobs": _plain(knobs, "knobs"), "upstream": list(upstream)}
-    return f"{stage}-{hashlib.sha256(_canonical(asked)).hexdigest()[:20]}"
 
 
 def _name(key: str) -> str:
@@ -117,8 +85,8 @@ def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
 class StageResult:
     """A finished stage: ``facts`` (plain JSON) and named ``parts`` of arrays, read from the store when asked for."""
 
-    def __init__(self, files: Files, folder: str, manifest: Mapping[str, Any]) -> None:
-        self._files, self._folder, self._entries = files, folder, manifest["files"]
+    def __init__(self, store: Store, folder: str, manifest: Mapping[str, Any]) -> None:
+        self._store, self._folder, self._entries = store, folder, manifest["files"]
         self.key: str = manifest["key"]
         self.facts: dict[str, Any] = manifest["facts"]
         self.parts: tuple[str, ...] = tuple(self._entries)
@@ -126,12 +94,14 @@ class StageResult:
     def load(self, part: str) -> Weights:
         """The arrays of ``part``, in the order in which they were added: fresh, writable copies.
 
-        The bytes are hashed again here; ``CorruptResult`` where they vanished or changed since ``get``.
+        The bytes are hashed again here; ``CorruptResult`` where they vanished or changed since ``get``, ``RunError``
+        where the storage fails.
         """
         entry = self._entries[part]
         try:
-            data = self._files.read(f"{self._folder}/{entry['name']}")
+            data = self._store._files.read(f"{self._folder}/{entry['name']}")
         except OSError as error:
+            self._store._unless_damaged(error, self._folder, self.key)
             raise CorruptResult(self.key, part, reason(error)) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptResult(self.key, part, "its SHA-256 differs")
@@ -160,13 +130,13 @@ class StageWriter:
             "key": self._key,
             "version": FORMAT,
             "session": self._store.session,
-            "facts": _plain(facts, "facts"),
+            "facts": plain(facts, "facts"),
             "files": dict(self._entries),
         }
         # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
-        sealed = manifest | {"sha256": hashlib.sha256(_canonical(manifest)).hexdigest()}
+        sealed = manifest | {"sha256": hashlib.sha256(canonical(manifest)).hexdigest()}
         self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
-        return StageResult(self._store._files, f"{self._room}/{self._key}", manifest)
+        return StageResult(self._store, f"{self._room}/{self._key}", manifest)
 
     def _put(self, name: str, data: bytes) -> None:
         try:
@@ -179,8 +149,10 @@ class Store:
     """Results and checkpoints under ``uri``: a local path, or file://, s3://, gs:// and what else pyarrow.fs knows.
 
     Everything written is marked with the ``session``, of which each store has its own unless one is given.
+    ``create=False``: ``RequestError`` where nothing is stored yet.
     ``fresh`` hides whatever another session wrote; writing still replaces it.
-    ``say`` is told, in a line, of every damaged result that will be computed again.
+    ``say`` is told, in a line, of every damaged result that will be computed again, and of storage in trouble.
+    What fails for a while only is tried again (``files``); ``RunError`` where it goes on.
     """
 
     def __init__(
@@ -189,13 +161,19 @@ class Store:
         *,
         fresh: bool = False,
         session: str | None = None,
+        create: bool = True,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.uri, self.fresh = os.fspath(uri), fresh
+        if (shown := without_secrets(self.uri)) != self.uri:
+            raise RequestError(f"--storage {shown}: a URI is shown and stored, so it holds no secrets; {CREDENTIALS}")
         self.session = session or uuid.uuid4().hex
         self.say = say or (lambda text: None)
         try:
             self._files = Files(*open_uri(self.uri))
+            self._files.say = lambda text: self.say(f"{self.uri}: {text}")
+            if not create and not self._opening().exists():
+                raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
             if self._files.local:
                 os.makedirs(self._files.root, exist_ok=True)
             self._leases = Leases(self._files)
@@ -207,8 +185,23 @@ class Store:
         """The storage folder where it is a local one."""
         return Path(self._files.root) if self._files.local else None
 
+    @property
+    def files(self) -> Files:
+        """The storage's files, by names relative to it."""
+        return self._files
+
+    @property
+    def leases(self) -> Leases:
+        """Who computes what right now."""
+        return self._leases
+
+    def _opening(self) -> Files:
+        """The same files with little patience: what fails at first is more often the request than the storage."""
+        return Files(self._files.filesystem, self._files.root, OPENING_SECONDS)
+
     def check_writable(self) -> None:
         """``RequestError`` unless a file of 1 MiB can be written and removed, and a local disk has room for more."""
+        files = self._opening()
         probe = f"{OBJECTS}/.probe-{uuid.uuid4().hex}"
         try:
             if self._files.local and (free := shutil.disk_usage(self._files.root).free) < MIN_FREE_BYTES:
@@ -216,8 +209,8 @@ class Store:
                     f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, "
                     f"{MIN_FREE_BYTES >> 20} MiB needed); make room or name another folder"
                 )
-            self._files.put(probe, bytes(1 << 20))
-            self._files.delete(probe)
+            files.put(probe, bytes(1 << 20))
+            files.delete(probe)
         except OSError as error:
             raise self._refuse(error) from None
 
@@ -235,7 +228,10 @@ class Store:
 
     def discard(self, key: str) -> None:
         """Remove the result under ``key``, so that it is computed again."""
-        self._forget(f"{OBJECTS}/{key}")
+        try:
+            self._forget(f"{OBJECTS}/{key}")
+        except OSError as error:
+            raise self._failure(error, f"removing {OBJECTS}/{key}", key) from error
 
     def try_lease(self, key: str) -> Lease | None:
         """The sole right to compute ``key``, across threads, processes and machines; None where somebody has it."""
@@ -283,7 +279,11 @@ class Store:
 
     def move(self, folder: str, to: str) -> None:
         """Rename a folder."""
-        self._files.filesystem.move(self._files.path(folder), self._files.path(to))
+        self._files.move(folder, to)
+
+    def where(self, name: str) -> str:
+        """The path or the URI of a file or folder here, for others to open: a URI's query stays at its end."""
+        return str(self.local_root / name) if self.local_root else below(self.uri, name)
 
     def save_checkpoint(self, key: str, facts: Mapping[str, Any], parts: Parts) -> None:
         """Replace the checkpoint under ``key``: until the new one is whole, the old one stands."""
@@ -303,6 +303,45 @@ class Store:
         with contextlib.suppress(OSError):  # a leftover checkpoint is only disk space: its stage's result comes first
             self._files.delete_folder(f"{CHECKPOINTS}/{key}")
 
+    def manifest(self, room: str, key: str) -> dict[str, Any] | None:
+        """What is recorded of a result or checkpoint, its checksum verified (``Damage``); None where there is none."""
+        folder = f"{room}/{key}"
+        try:
+            manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
+            seal = manifest.pop("sha256")
+            sound = seal == hashlib.sha256(canonical(manifest)).hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._unless_damaged(error, folder, key)
+            raise Damage(MANIFEST, reason(error)) from None
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            raise Damage(MANIFEST, "not a whole manifest") from None
+        if not sound:
+            raise Damage(MANIFEST, "its SHA-256 differs")
+        if (manifest["key"], manifest["version"]) != (key, FORMAT):
+            raise Damage(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
+        return manifest
+
+    def verify(self, room: str, manifest: Mapping[str, Any]) -> None:
+        """Hash every byte that belongs to ``manifest``; ``Damage`` where it is not what was written."""
+        folder = f"{room}/{manifest['key']}"
+        for entry in manifest["files"].values():
+            self._verify(folder, entry)
+
+    def _verify(self, folder: str, entry: Mapping[str, Any]) -> None:
+        try:
+            size, digest = self._files.digest(f"{folder}/{entry['name']}")
+        except FileNotFoundError:
+            raise Damage(entry["name"], "it is missing") from None
+        except OSError as error:
+            self._unless_damaged(error, folder, folder.rpartition("/")[2])
+            raise Damage(entry["name"], reason(error)) from None
+        if size != entry["size"]:
+            raise Damage(entry["name"], f"{size} bytes instead of {entry['size']}")
+        if digest != entry["sha256"]:
+            raise Damage(entry["name"], "its SHA-256 differs")
+
     @staticmethod
     def _fill(writer: StageWriter, facts: Mapping[str, Any], parts: Parts) -> StageResult:
         for part, arrays in parts.items():
@@ -312,54 +351,28 @@ class Store:
     def _get(self, room: str, key: str, complaint: str) -> StageResult | None:
         folder = f"{room}/{key}"
         try:
-            manifest = self._manifest(folder, key)
+            manifest = self.manifest(room, key)
             if manifest is None or (self.fresh and manifest.get("session") != self.session):
                 return None
-            for entry in manifest["files"].values():
-                self._verify(folder, entry)
-        except _Damage as damage:
+            self.verify(room, manifest)
+        except Damage as damage:
             self.say(complaint.format(key, *damage.args))
             with contextlib.suppress(OSError):
                 self._forget(folder)
             return None
-        return StageResult(self._files, folder, manifest)
+        return StageResult(self, folder, manifest)
 
     def _forget(self, folder: str) -> None:
         # Only the manifest goes: a neighbour may be putting or reading the same payload right at this moment.
         self._files.delete(f"{folder}/{MANIFEST}")
 
-    def _manifest(self, folder: str, key: str) -> dict[str, Any] | None:
-        """The manifest in ``folder``, its checksum verified; None where there is none."""
-        try:
-            manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
-            seal = manifest.pop("sha256")
-            sound = seal == hashlib.sha256(_canonical(manifest)).hexdigest()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise _Damage(MANIFEST, reason(error)) from None
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            raise _Damage(MANIFEST, "not a whole manifest") from None
-        if not sound:
-            raise _Damage(MANIFEST, "its SHA-256 differs")
-        if (manifest["key"], manifest["version"]) != (key, FORMAT):
-            raise _Damage(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
-        return manifest
-
-    def _verify(self, folder: str, entry: Mapping[str, Any]) -> None:
-        digest, size = hashlib.sha256(), 0
-        try:
-            for chunk in self._files.chunks(f"{folder}/{entry['name']}"):
-                digest.update(chunk)
-                size += len(chunk)
-        except FileNotFoundError:
-            raise _Damage(entry["name"], "it is missing") from None
-        except OSError as error:
-            raise _Damage(entry["name"], reason(error)) from None
-        if size != entry["size"]:
-            raise _Damage(entry["name"], f"{size} bytes instead of {entry['size']}")
-        if digest.hexdigest() != entry["sha256"]:
-            raise _Damage(entry["name"], "its SHA-256 differs")
+    def _unless_damaged(self, error: OSError, folder: str, key: str) -> None:
+        """``RunError`` where not one file but the storage is what fails."""
+        one_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        if self._files.local:  # a disk has bad sectors, and files that others own
+            one_file |= error.errno == errno.EIO or not self._files.may_pass(error)
+        if not one_file:
+            raise self._failure(error, f"reading {folder}", key) from error
 
     def _failure(self, error: OSError, doing: str, key: str) -> RunError:
         why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
@@ -370,5 +383,4 @@ class Store:
 
     def _refuse(self, error: Exception) -> RequestError:
         why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
-        wanted = "it takes a folder that can be written, or a file://, s3:// or gs:// URI"
-        return RequestError(f"--storage {self.uri}: {why}; {wanted}")
+        return RequestError(f"--storage {self.uri}: {why}; {remedy(error)}")
