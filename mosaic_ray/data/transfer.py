@@ -111,7 +111,8 @@ def _download(resource: Resource, target: Path) -> None:
             try:
                 _transfer(url, part)
             except (OSError, http.client.HTTPException) as error:
-                reasons.append(f"{url}: {brief(error)}")
+                said = getattr(getattr(error, "reason", None), "strerror", None)  # URLError wraps the network's error
+                reasons.append(f"{url}: {said or brief(error)}")
                 break
             if (found := _md5(part)) == resource.md5:
                 os.replace(part, target)
