@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@test -e $@ || $(PYTHON) -m venv $(if $(filter .venv,$(VENV)),--clear) $(VENV)
 	@rm -f $@
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
 	@touch $@
 
 .PHONY: help
@@ -43,6 +43,14 @@ test-cluster: $(STAMP) ## a real `ray up`; needs root, iproute2, openssh-server,
 lint: $(STAMP) ## look for slips of style
 	$(BIN)/ruff check .
 
+.PHONY: docs
+docs: $(STAMP) ## build site/: the documentation, any warning fails
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+.PHONY: docs-serve
+docs-serve: $(STAMP) ## show it at http://127.0.0.1:8000, and again when a page changes
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
 .PHONY: wheel
 wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.py
 	rm -rf dist
@@ -51,5 +59,5 @@ wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.
 
 .PHONY: clean
 clean: ## remove what was made, results in mosaic_runs/ excepted
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

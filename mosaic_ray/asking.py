@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import RequestError
+from .errors import RequestError, neighbours
+from .presets import METHODS, OPTIMISERS
 from .words import config_of, count_of, refuse_swept, seeds_of
 
 if TYPE_CHECKING:
     from .runtime.cluster_fit import Asked
+    from .spaces import SweepPlan
     from .sweep_launch import Request
 
 
@@ -22,15 +24,19 @@ def sweep_request(
     seeds: str | None = None,
     scheduler: str = "fifo",
     max_concurrent: str | None = None,
+    plan: SweepPlan | None = None,
 ) -> Request:
-    """The sweep that a command line asks for; ``words`` are those of ``config_of``, all as typed."""
+    """The sweep that a command line asks for; ``words`` are those of ``config_of``, all as typed.
+
+    ``space`` is where the plan is found, or the name of the ``plan`` given.
+    """
     from .spaces import SEARCHES, check_space, load_space
     from .sweep_launch import SCHEDULERS, SWEEP_BASE, Request
 
     for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, SCHEDULERS)):
         if word is not None and word not in known:
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
-    named, plan = load_space(space)
+    named, plan = (space, plan) if plan else load_space(space)
     check_space(named, plan)
     refuse_swept(named, plan, words)
     preset = {"preset": plan.preset} if plan.preset else {}
@@ -41,6 +47,28 @@ def sweep_request(
         seeds=seeds_of(seeds, config.seed if one_seed else None), scheduler=scheduler,
         max_concurrent=count_of("max-concurrent", max_concurrent),
     )  # fmt: skip
+
+
+def compare_plan(methods: str) -> SweepPlan:
+    """A point for each of ``methods``: a method, an optimiser (on its own: ``fedavg``), or METHOD+OPTIMISER."""
+    from .spaces import SweepPlan
+
+    def point(word: str) -> dict[str, str]:
+        if word in METHODS:
+            return {"method": word}
+        method, plus, optimiser = word.partition("+")
+        if not plus:
+            method, optimiser = "fedavg", word
+        if method not in METHODS or optimiser not in OPTIMISERS:
+            raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*METHODS, *OPTIMISERS})}")
+        return {"method": method, "federation.optimiser": optimiser}
+
+    words = [word.strip() for word in methods.split(",")]
+    points = tuple(map(point, words))
+    optimisers = [p["federation.optimiser"] for p in points if "federation.optimiser" in p]
+    # where each point names its own, narrow widths need not suit the default one
+    base = {"federation.optimiser": optimisers[0]} if len(optimisers) == len(points) else {}
+    return SweepPlan(summary=f"methods side by side: {', '.join(words)}", points=points, base=base)
 
 
 def asked_of(space: str | None, words: Mapping[str, Any]) -> Asked:

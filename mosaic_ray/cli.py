@@ -8,16 +8,20 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
-from .config import KNOBS, to_toml
+from .config import to_toml
 from .errors import RequestError, RunError, neighbours
+from .options import listing, takes
 from .presets import ALGORITHMS, CLASSIFIERS, METHODS, OPTIMISERS, SCALES
+from .report_cli import register as register_report
 from .store_cli import register as register_store
+from .study_cli import register as register_studies
+from .sweep_cli import register as register_sweeps
 from .words import address_of, config_of
 
 if TYPE_CHECKING:
@@ -56,7 +60,7 @@ class Door(click.Group):
         except RunError as error:
             status = _complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 1)
         except (click.Abort, KeyboardInterrupt):
-            resumes = words[:1] in (["run"], ["sweep"])
+            resumes = words[:1] in (["run"], ["sweep"], ["compare"], ["experiment"])
             resume = f"; to resume: {shlex.join(resume_command(words))}" if resumes else ""
             click.echo(f"mosaic: interrupted{resume}", err=True)
             status = 130
@@ -78,53 +82,6 @@ def resume_command(words: Sequence[str]) -> list[str]:
     return [*program, *(w for w in words if w != "--fresh")]
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-_REQUEST: dict[str, Callable[..., Any]] = {
-    "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
-    "algorithm": click.option("--algorithm", metavar="|".join(ALGORITHMS), help="Algorithm preset."),
-    "dataset": click.option("--dataset", metavar="D", help="Data set by name (`mosaic data list`), or folder:PATH."),
-    "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out, and count, images that do not decode."),
-    "clients": click.option("--clients", metavar="N", help="Number of clients."),
-    "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
-    "sampler": click.option(
-        "--sampler",
-        metavar="NAME",
-        help=f"How labels are dealt: {', '.join(KNOBS['partition.sampler'].metadata['choices'])}.",
-    ),
-    "method": click.option("--method", metavar="M", help="See `mosaic methods`."),
-    "seed": click.option("--seed", metavar="S", help="One seed for everything."),
-    "host": click.option("--host", metavar="ray|serial", help="Where clients run."),
-    "sets": click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob; see `mosaic show demo`."),
-    "config": click.option("--config", metavar="FILE.toml", help="Knobs from a file."),
-}
-
-_PLACE: dict[str, Callable[..., Any]] = {
-    "storage": click.option(
-        "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go."
-    ),
-    "name": click.option("--name", metavar="NAME", help="Folder of the results; named after the request by default."),
-    "address": click.option(
-        "--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]"
-    ),
-    "fresh": click.option("--fresh", is_flag=True, help="Compute every stage again."),
-    "as_json": click.option(
-        "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
-    ),
-}
-
-
-def _takes(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The request options ``names``, in that order."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for name in reversed(names):
-            command = (_REQUEST | _PLACE)[name](command)
-        return command
-
-    return decorate
-
-
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -141,14 +98,15 @@ def mosaic(ctx: click.Context) -> None:
 
 
 @mosaic.command()
-@_takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
-@_takes("storage", "name", "address", "host", "fresh", "as_json")
+@takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
+@takes("storage", "name", "address", "host", "strict_health", "fresh", "as_json")
 @click.pass_context
 def run(
     ctx: click.Context,
     storage: str,
     name: str | None,
     address: str | None,
+    strict_health: bool,
     fresh: bool,
     as_json: bool,
     **request: Any,
@@ -159,8 +117,9 @@ def run(
 
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         summary = launch.run(
-            config, storage=storage, name=name, address=address, fresh=fresh, command=resume_command(ctx.obj)
-        )
+            config, storage=storage, name=name, address=address, fresh=fresh, command=resume_command(ctx.obj),
+            strict_health=strict_health,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
@@ -170,72 +129,7 @@ def run(
 
 
 @mosaic.command()
-@_takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
-@click.option(
-    "--space",
-    default="lambdas_omega",
-    show_default=True,
-    metavar="NAME|module:function|FILE.py",
-    help="What to try; see `mosaic spaces`.",
-)
-@click.option("--search", metavar="grid|random|optuna", help="How points are chosen; the space has a default.")
-@click.option("--samples", metavar="N", help="Points of a random or optuna search.")
-@click.option("--seeds", metavar="S,S,...", help="Repeat every point with each of these seeds.")
-@click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak ones early.")
-@click.option("--max-concurrent", metavar="N", help="Trials at once, at most; as many as fit by default.")
-@click.option("--dry-run", is_flag=True, help="Say what would run, where and how much work it is; run nothing.")
-@_takes("storage", "name", "address", "host", "fresh", "as_json")
-def sweep(
-    space: str,
-    search: str | None,
-    samples: str | None,
-    seeds: str | None,
-    scheduler: str,
-    max_concurrent: str | None,
-    dry_run: bool,
-    storage: str,
-    name: str | None,
-    address: str | None,
-    fresh: bool,
-    as_json: bool,
-    **words: Any,
-) -> None:
-    """Run many experiments that share what they have in common; the same command again resumes them."""
-    from . import sweep_launch
-    from .asking import sweep_request
-
-    address = address_of(address)
-    request = sweep_request(
-        space, words, search=search, samples=samples, seeds=seeds, scheduler=scheduler, max_concurrent=max_concurrent
-    )
-    if dry_run and as_json:
-        raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
-    if dry_run:
-        for part in sweep_launch.dry_run(request, storage, name, address):
-            _console().print(part, crop=False, soft_wrap=isinstance(part, str))
-        return
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        outcome = sweep_launch.run(request, storage=storage, name=name, address=address, fresh=fresh)
-    if as_json:
-        click.echo(json.dumps(outcome.as_dict(), indent=2))
-    else:
-        from .report.sweeps import sweep_table
-
-        _console().print(sweep_table(outcome.results, outcome.conditions, outcome.swept, outcome.place), crop=False)
-    outcome.raise_failures()
-
-
-@mosaic.command()
-def spaces() -> None:
-    """List the sweep spaces that ship with the package."""
-    from .spaces import list_spaces
-
-    _listing("Spaces", list_spaces())
-    click.echo("mosaic sweep --space NAME; or --space module:function, --space FILE.py with a function plan()")
-
-
-@mosaic.command()
-@_takes("preset", "dataset", "skip_bad", "clients", "omega", "sampler", "seed", "sets", "config")
+@takes("preset", "dataset", "skip_bad", "clients", "omega", "sampler", "seed", "sets", "config")
 @click.option("--png", metavar="FILE", help="Where the heat map goes.  [default: below ./mosaic_runs/partitions]")
 @click.option("--json", "as_json", is_flag=True, help="Label counts as JSON; a heat map only with --png.")
 def partition(png: str | None, as_json: bool, **request: Any) -> None:
@@ -276,20 +170,20 @@ def data(ctx: click.Context) -> None:
 
 
 @data.command("list")
-@_takes("sets", "config")
+@takes("sets", "config")
 def list_data(**request: Any) -> None:
     """Say what each data set is, and what of it is on the disk."""
     config = config_of(**request).data
     from .data.catalogue import overview
     from .data.places import data_root
 
-    _listing(f"Data sets, looked for under {data_root(config)}", overview(config))
+    listing(f"Data sets, looked for under {data_root(config)}", overview(config))
     click.echo("mosaic data fetch NAME; or your own: mosaic data import --from FOLDER|PARQUET NAME")
 
 
 @data.command("fetch")
 @click.argument("name")
-@_takes("sets", "config")
+@takes("sets", "config")
 def fetch_data(name: str, **request: Any) -> None:
     """Download the data set NAME, or go on where a download broke off."""
     config = config_of(**request).data
@@ -301,7 +195,7 @@ def fetch_data(name: str, **request: Any) -> None:
 @data.command("import")
 @click.option("--from", "source", required=True, metavar="FOLDER|PARQUET", help="Where images or parquet files lie.")
 @click.argument("name")
-@_takes("skip_bad", "sets", "config")
+@takes("skip_bad", "sets", "config")
 def import_data(source: str, name: str, **request: Any) -> None:
     """Decode your own images, once, into a data set called NAME.
 
@@ -317,14 +211,14 @@ def import_data(source: str, name: str, **request: Any) -> None:
 @mosaic.command()
 def presets() -> None:
     """List the presets: scales, and algorithms."""
-    _listing("Scales", {name: scale.summary for name, scale in SCALES.items()})
-    _listing("Algorithms", {name: summary for name, (_, summary) in ALGORITHMS.items()})
+    listing("Scales", {name: scale.summary for name, scale in SCALES.items()})
+    listing("Algorithms", {name: summary for name, (_, summary) in ALGORITHMS.items()})
     click.echo("Join one of each by a plus: mosaic run --preset cifar10_small+reference")
 
 
 @mosaic.command()
 @click.argument("preset")
-@_takes("algorithm")
+@takes("algorithm")
 def show(preset: str, algorithm: str | None) -> None:
     """Print PRESET as TOML, every knob with its meaning; `--config` reads it back."""
     click.echo(to_toml(config_of(preset, algorithm=algorithm), comments=True), nl=False)
@@ -333,15 +227,15 @@ def show(preset: str, algorithm: str | None) -> None:
 @mosaic.command()
 def methods() -> None:
     """List the methods, the federated optimisers and the networks."""
-    _listing("Methods", {name: summary for name, (_, summary) in METHODS.items()})
-    _listing("Federated optimisers", {name: facts.summary for name, facts in OPTIMISERS.items()})
-    _listing("Networks", CLASSIFIERS)
+    listing("Methods", {name: summary for name, (_, summary) in METHODS.items()})
+    listing("Federated optimisers", {name: facts.summary for name, facts in OPTIMISERS.items()})
+    listing("Networks", CLASSIFIERS)
     click.echo("mosaic run --method METHOD --set federation.optimiser=OPTIMISER --set model.classifier=NETWORK")
 
 
 @mosaic.command()
 @click.option("--storage", metavar="PATH|URI", help="Where results would go.  [default: ./mosaic_runs]")
-@_takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "host", "seed", "sets", "config")
+@takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "host", "seed", "sets", "config")
 @click.option("--ray", "try_ray", is_flag=True, help="Start Ray (or join --address) as well; takes seconds.")
 @click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster for --ray.")
 @click.option("--cluster", metavar="FILE.yaml", help="Instead: would the request work on this file's cluster?")
@@ -372,21 +266,16 @@ def doctor(
     ctx.exit(worst)
 
 
-def _listing(title: str, rows: dict[str, str]) -> None:
-    """Names and what they mean, laid out as click lays out help."""
-    formatter = click.HelpFormatter(width=80)
-    with formatter.section(title):
-        formatter.write_dl(list(rows.items()))
-    click.echo(formatter.getvalue())
-
-
 def _console() -> Console:
     from rich.console import Console
 
     return Console(markup=False, emoji=False, highlight=False)
 
 
+register_sweeps(mosaic)
+register_report(mosaic)
 register_store(mosaic)
+register_studies(mosaic, takes, resume_command)
 
 
 def main() -> None:

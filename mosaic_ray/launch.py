@@ -9,14 +9,14 @@ import shlex
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .config import ExperimentConfig, as_dict, override, read_toml, to_toml
 from .errors import RequestError, RunError
-from .records import STAGES, Dataset, Weights
+from .records import STAGES, Dataset, Finding, Weights
 from .runtime.files import write_whole
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ def run(
     fresh: bool = False,
     command: list[str] | None = None,
     progress: bool | None = None,
+    strict_health: bool = False,
 ) -> dict[str, Any]:
     """Run one experiment and write its files; returns the content of summary.json.
 
+    ``strict_health``: a finding of severity error ends the run right after its stage; it changes no number and no key.
     ``RequestError`` for what the user can mend (before Ray starts), ``RunError`` for a failure met while computing.
     """
     from .data.datasets import load_dataset
@@ -70,7 +72,9 @@ def run(
     check_models(config, dataset.facts)
     config = settle_precision(config)
     place = f"runs/{name or default_name(config)}"
-    return execute(config, dataset, store, place, Hosts(address), command=command, progress=progress)
+    return execute(
+        config, dataset, store, place, Hosts(address), command=command, progress=progress, strict_health=strict_health
+    )
 
 
 def execute(
@@ -82,6 +86,7 @@ def execute(
     *,
     command: list[str] | None = None,
     progress: bool | None = None,
+    strict_health: bool = False,
     log_file: bool = False,
     on_metric: Callable[[str, int, float], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
@@ -101,12 +106,14 @@ def execute(
     folder = local / place if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
     _keep_other(folder, config)
     log: dict[str, dict[str, Any]] = {}
+    findings: list[Finding] = []
     try:
         write_whole(folder / "config.toml", to_toml(config).encode())
         if command:
             write_whole(folder / "command.txt", (shlex.join(command) + "\n").encode())
         for _ in range(MAX_REPAIRS):
             log.clear()
+            findings.clear()
             try:
                 with (
                     _log(folder) if log_file else contextlib.nullcontext() as stream,
@@ -115,8 +122,11 @@ def execute(
                     ) as tracker,
                 ):
                     store.say = tracker.warn
+                    if command:
+                        tracker.text("run/command", f"    {shlex.join(command)}")
                     train = str(folder / "train") if local else store.where(f"{place}/train")
-                    summary, student = _run_once(config, dataset, store, tracker, hosts, train, log)
+                    watched = {"log": log, "findings": findings, "strict": strict_health}
+                    summary, student = _run_once(config, dataset, store, tracker, hosts, train, watched)
                 break
             except CorruptResult as damaged:  # it went bad after it was looked up
                 store.discard(damaged.key)
@@ -131,7 +141,7 @@ def execute(
     except (RequestError, KeyboardInterrupt):
         raise
     except Exception as error:
-        failure = _failure(error, folder, config, log)
+        failure = _failure(error, folder, config, log, findings)
         if not local:
             with contextlib.suppress(OSError, RunError):  # the storage may be what failed
                 store.upload(folder, place)
@@ -162,21 +172,27 @@ def _run_once(
     tracker: Tracker,
     hosts: Hosts,
     train: str,
-    log: dict[str, dict[str, Any]],
+    watched: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Weights]:
-    """The experiment on its hosts, and the summary of it; ``log`` is filled stage by stage. ``train``: Ray Train's."""
+    """The experiment on its hosts, and the summary of it; ``watched`` are fields of ``Run``, of which ``log`` and
+    ``findings`` are filled stage by stage. ``train``: Ray Train's."""
     import torch
 
     from .experiment import run_experiment
     from .methods.client_work import Bench
+    from .report.boards import Boards
     from .stages.run import Run
 
     torch.set_num_threads(config.runtime.driver_threads)
     device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-    run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker, log=log)
+    run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker, **watched)
     run.cohort = hosts.cohort(config, dataset.facts, run.shard, tracker.say)
+    boards = Boards(tracker, store, config, dataset, run.log)
+    boards.begin()
+    tracker.between_stages = boards.catch_up
     try:
         results = run_experiment(run, lambda task, report: hosts.distil(task, report, train))
+        boards.catch_up()
     finally:
         run.cohort.close()
     student = results.pop("student")
@@ -185,6 +201,10 @@ def _run_once(
 
 def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> dict[str, Any]:
     """summary.json, as DESIGN's outside contract has it."""
+    import numpy as np
+
+    from .stages.traffic import communication
+
     traffic: dict[str, dict[str, int]] = {"uplink": {}, "downlink": {}}
     for stage, kinds in run.traffic.items():
         if stage == "control":  # the control is a comparison, nothing that a deployment would send
@@ -203,6 +223,7 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         "calibration": results["calibration"],
         "stages": {name: run.log[name] for name in STAGES if name in run.log},
         "communication_bytes": traffic,
+        "communication": communication(run, np.array(results["label_counts"])),
         "health": [finding.as_dict() for finding in run.findings],
         "config": as_dict(config),
         "versions": _versions(),
@@ -230,7 +251,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _failure(error: Exception, folder: Path, config: ExperimentConfig, log: Mapping[str, Any]) -> RunError:
+def _failure(
+    error: Exception, folder: Path, config: ExperimentConfig, log: Mapping[str, Any], findings: Sequence[Finding]
+) -> RunError:
     """``error`` as one line with its address; the whole story goes to error.log, and summary.json says "failed"."""
     if isinstance(error, RunError):
         failure = error
@@ -241,7 +264,7 @@ def _failure(error: Exception, folder: Path, config: ExperimentConfig, log: Mapp
     facts = {
         "status": "failed", "error": str(failure), "stage": failure.stage, "round": failure.round,
         "client": failure.client, "method": config.method, "seed": config.seed, "config": as_dict(config),
-        "versions": _versions(), "stages": dict(log),
+        "versions": _versions(), "stages": dict(log), "health": [finding.as_dict() for finding in findings],
     }  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed
         write_whole(folder / "error.log", "".join(traceback.format_exception(error)).encode())

@@ -109,7 +109,10 @@ class Prototypes:
 
 @dataclass(frozen=True)
 class Finding:
-    """A health finding: ``severity`` is info, warning or error; ``client`` is -1 where no client is meant."""
+    """A health finding: ``severity`` is info, warning or error; ``client`` is -1 where no client is meant.
+
+    ``threshold``: what ``value`` was held against; ``advice``: what to try (``algorithm.health`` has the rules).
+    """
 
     code: str
     severity: str
@@ -117,6 +120,8 @@ class Finding:
     message: str
     client: int = -1
     value: float | None = None
+    threshold: float | None = None
+    advice: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in summary.json."""
@@ -126,5 +131,7 @@ class Finding:
             "stage": self.stage,
             "client": None if self.client < 0 else self.client,
             "value": self.value,
+            "threshold": self.threshold,
             "message": self.message,
+            "advice": self.advice,
         }

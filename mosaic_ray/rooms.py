@@ -45,7 +45,7 @@ class ModelConfig:
 class FederationConfig:
     optimiser: str = knob("fedavg", "federated optimiser of the warm-up and the closing rounds")
     widths: tuple[float, ...] | str = knob(
-        (1.0,), "client widths, dealt in turn; or a rule such as rho:3 (docs/EXPERIMENTS.md)", above=0.0, high=1.0
+        (1.0,), "client widths, dealt in turn; or a rule such as rho:3 (docs/HETEROGENEITY.md)", above=0.0, high=1.0
     )
     scaler: bool = knob(True, "narrow clients divide activations by their width while they train (HeteroFL)")
     masked: bool = knob(False, "a client's loss and head rows leave out classes that it does not hold (HeteroFL)")

@@ -46,6 +46,7 @@ class Job:
     swept: tuple[str, ...]
     datasets: Mapping[DataConfig, Any] = field(default_factory=dict)  # references
     pool: tuple[Any, ...] = ()
+    strict_health: bool = False
 
 
 class Feed(Protocol):
@@ -95,6 +96,7 @@ def run_trial(knobs: dict[str, Any], job: Job) -> None:
         summary = launch.execute(
             config, ray.get(job.datasets[config.data]), store, ledger.folder(trial.name), hosts, progress=None,
             log_file=True, on_metric=on_metric, on_stage=lambda name: tune.report({"stage": name}), finish=finish,
+            strict_health=job.strict_health,
         )  # fmt: skip
         status = summary["status"]
     except RunError:

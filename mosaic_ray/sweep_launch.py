@@ -185,6 +185,7 @@ class Feed:
     ledger: Ledger
     view: SweepView
     results: dict[str, TrialResult] = field(default_factory=dict)
+    strict_health: bool = False
     _back: list[Trial] = field(default_factory=list)
 
     def found(self) -> bool:
@@ -203,7 +204,7 @@ class Feed:
             return self._back.pop()
         while (trial := self.sweep.search.next()) is not None:
             summary = self.ledger.ended(trial)
-            if summary is None:
+            if summary is None or (self.strict_health and _alarmed(summary)):
                 return trial
             self._keep(trial, summary)
             self.view.found(summary["status"], _selection(summary), trial.label, self._condition(trial))
@@ -260,6 +261,11 @@ class Feed:
         return kept
 
 
+def _alarmed(summary: Mapping[str, Any]) -> bool:
+    """Whether an error is among a trial's health findings: with ``strict_health`` it fails, from what is stored."""
+    return any(finding["severity"] == "error" for finding in summary.get("health", []))
+
+
 def _selection(summary: Mapping[str, Any]) -> float | None:
     return (summary.get("selection") or {}).get("value") if summary["status"] == "done" else None
 
@@ -306,10 +312,12 @@ def run(
     address: str = "local",
     fresh: bool = False,
     progress: bool | None = None,
+    strict_health: bool = False,
 ) -> Outcome:
     """Run what has not ended of the sweep, and write its results.
 
-    ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on.
+    ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on. With ``strict_health``
+    a finding of severity error is such a failure.
     """
     from .launch import check_name, settle_precision
     from .methods.federation import check_models
@@ -333,7 +341,7 @@ def run(
         if store.local_root and (old := store.local_root / ledger.place / "results.parquet").exists():
             read_results(old)  # refuses what is not whole
         with SweepView(sweep.search.total, progress=progress) as view:
-            feed = Feed(sweep, ledger, view)
+            feed = Feed(sweep, ledger, view, strict_health=strict_health)
             if feed.found():
                 _run(feed, datasets, storage, address)
         feed.write()
@@ -348,7 +356,10 @@ def _run(feed: Feed, datasets: dict[Any, Any], storage: str, address: str) -> No
     sweep, ledger, store = feed.sweep, feed.ledger, feed.ledger.store
     connect(address)
     there = nodes(expect=address != "local")
-    job = Job(sweep.base, str(store.local_root or store.uri), ledger.name, ledger.session, sweep.swept)
+    job = Job(
+        sweep.base, str(store.local_root or store.uri), ledger.name, ledger.session, sweep.swept,
+        strict_health=feed.strict_health,
+    )  # fmt: skip
     halving = None
     if sweep.request.scheduler == "asha":
         names = (*sweep.conditions, "seed")

@@ -19,6 +19,7 @@ from mosaic_ray import launch
 from mosaic_ray.config import check, override
 from mosaic_ray.errors import RequestError, RunError
 from mosaic_ray.methods.client_work import WORK
+from mosaic_ray.runtime import fold
 from mosaic_ray.runtime.cohort import ClientActor, RayCohort, start_hosts
 from mosaic_ray.runtime.fold import Crew, Missing
 from mosaic_ray.runtime.store import Store
@@ -251,15 +252,13 @@ def test_a_client_that_kills_its_host_is_left_out_on_ray_as_a_failing_one_is_her
 
 
 def hungry(marker: Path) -> type:
-    """A host that runs out of memory the first time, as Ray tells it of a killed worker."""
+    """A host that is killed the first time; what for, Ray tells beside it."""
 
     class Hungry(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
-            from ray.exceptions import OutOfMemoryError
-
             if asked == "generate" and not marker.exists():
                 marker.touch()
-                raise OutOfMemoryError("the node was low on memory")
+                os.kill(os.getpid(), signal.SIGKILL)
             return super().work(config, facts, asked, client_id, *rest)
 
     return Hungry
@@ -267,18 +266,29 @@ def hungry(marker: Path) -> type:
 
 @on_ray
 @pytest.mark.ray
-def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monkeypatch):
+@pytest.mark.parametrize("memory", [True, False])
+def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monkeypatch, memory):
+    """The kill by Ray's own monitor is in test_faults.py, for it needs gigabytes."""
     crews: list[Crew] = []
+    asked: list[str] = []
     retire = Crew.retire
 
     def note(crew: Crew, actor: Any) -> bool:
         crews.append(crew)
         return retire(crew, actor)
 
+    def told(worker_id: str) -> bool:
+        asked.append(worker_id)
+        assert not real(worker_id), "it was no lack of memory"
+        return memory
+
+    real = fold.killed_for_memory
+    monkeypatch.setattr(fold, "killed_for_memory", told)
     monkeypatch.setattr(Crew, "retire", note)
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", hungry(tmp_path / "marker"))
-    there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=3, federation__max_client_failures=1)
-    assert len(crews) == 1 and not failed(there)
+    failures = 1 if memory else 2  # a lack of memory is no client's failure
+    there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=3, federation__max_client_failures=failures)
+    assert len(crews) == memory and len(asked) == 1 and not failed(there)
     assert_same(student(there), student(go(tmp_path / "serial")))
 
 
@@ -300,7 +310,8 @@ def test_the_last_actor_is_never_retired():
         pass
 
     first, second = Actor(), Actor()
-    crew = Crew([first, second], up=True, shared=True)
+    crew = Crew([first, second], shared=True)
+    crew.mark_up(second, "c0ffee")
     assert crew.retire(first) and crew.actors == [second]
     assert not crew.retire(second) and crew.actors == [second] and crew.is_up(second)
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from mosaic_ray.algorithm.generation import (
     allocate,
     classifier_view,
-    generator_findings,
     num_steps,
     real_batches,
     sampling_shares,
     to_pixels,
     train_generator,
 )
+from mosaic_ray.algorithm.health import generator_findings
 from mosaic_ray.config import override
 from mosaic_ray.data.transforms import normalise
 from mosaic_ray.methods.client_work import Bench, generate, initial_weights

@@ -114,11 +114,10 @@ def test_who_is_up_is_known_by_its_answers():
     first, second = Actor(), Actor()
     crew = Crew([first, second])
     assert not crew.is_up(first) and not crew.any_up
-    crew.mark(first, True)
+    crew.mark_up(first, "c0ffee")
     assert crew.is_up(first) and not crew.is_up(second) and crew.any_up
-    crew.mark(first, False)
-    assert not crew.any_up
-    assert Crew([first], up=True).is_up(first)
+    assert crew.mark_down(first) == "c0ffee" and not crew.any_up
+    assert crew.mark_down(first) == ""
 
 
 def test_the_bootstrap_file_is_where_ray_up_leaves_it():

@@ -15,8 +15,9 @@ PACKAGE = REPO / "mosaic_ray"
 
 #: From the top down; a room may import itself and what stands below it.
 ROOMS = (
-    "__main__", "cli", "store_cli", "asking", "words", "sweep_launch", "sweep", "search", "ledger", "launch",
-    "experiment", "report", "stages", "runtime", "methods", "algorithm", "models", "data",
+    "__main__", "cli", "report_cli", "store_cli", "study_cli", "sweep_cli", "options", "asking", "words",
+    "sweep_launch", "sweep", "search", "ledger", "studies", "launch", "experiment", "report", "stages", "runtime",
+    "methods", "algorithm", "models", "data",
 )  # fmt: skip
 #: The package's own ``__init__`` is "".
 FOUNDATIONS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mosaic_ray import cli as door
+from mosaic_ray import options
 from mosaic_ray import words as typed_words
 
 REPO = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def test_readme_commands_parse():
             context = parse(words)
         except click.exceptions.Exit:  # --help, --version
             continue
-        request = {key: value for key, value in context.params.items() if key in {*door._REQUEST}}
+        request = {key: value for key, value in context.params.items() if key in {*options.REQUEST}}
         if context.info_name in {"run", "partition"} and not request.get("config"):
             typed_words.config_of(**request)
 

@@ -77,6 +77,12 @@ def test_many_findings_are_counted():
     assert "and 18 more in summary.json" in lines
 
 
+def test_advice_stands_once_with_the_first_finding_that_it_is_for():
+    finding = {"code": "a", "severity": "warning", "stage": "generators", "client": 0, "message": "m", "advice": "do x"}
+    lines = lines_of(closing_table(SUMMARY | {"health": [finding, finding | {"client": 1}]}))
+    assert [line.split("client ")[1] for line in lines if line.startswith("warning")] == ["0  m; do x", "1  m"]
+
+
 @pytest.mark.parametrize("num_classes", [2, 10, 100])
 def test_partition_table_loses_no_digit(num_classes):
     counts = np.random.default_rng(0).integers(0, 14_000, (4, num_classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from ..records import DataFacts, Prototypes, Weights
 from ..seeding import stream
 from .generation import classifier_view, load_generator, sample
 from .heads import scores
+from .health import PLATEAU_LEAST, PLATEAU_WINDOW
 from .losses import distillation_loss
 from .prototypes import prototype_weights
-from .teacher import MixedTeacher, TeacherState, build_teacher
+from .teacher import MixedTeacher, TeacherState, build_teacher, shift
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def distil(
     ``anchor_weight`` times the head's cross-entropy on prototypes. With ``guard`` the state that is best on held-out
     prototypes is handed back, the one that went in included. While the backbone moves, prototypes (taken before) only
     judge the head.
+
+    Of the figures, ``improvement`` is 1 less the mean loss (without the anchor) of the last steps over that of as many
+    before them, and ``late_agreement`` how often student and teacher named the same class in those.
     """
     config, distill = task.config, task.config.distill
     student = build_classifier(config.model, task.facts.num_classes, task.facts.channels, task.facts.image_size)
@@ -128,6 +133,7 @@ def distil(
     best, best_step = standing(), 0
     entered, best_state = best, copy.deepcopy(student.state_dict())
     seen = torch.zeros(task.facts.num_classes, device=device)
+    window, late = min(PLATEAU_WINDOW, distill.steps // 2), torch.zeros(4, device=device)
     for step in range(1, distill.steps + 1):
         images = batch_of(step)
         with torch.no_grad(), use_precision(config.runtime.precision, device):
@@ -139,6 +145,12 @@ def distil(
         with use_precision(config.runtime.precision, device):
             logits = (student.head(features) if shared else student(images)).float()
         loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
+        if step > distill.steps - 2 * window:
+            last = int(step > distill.steps - window)
+            late[last] += loss.detach()
+            if last:
+                late[2] += (logits.argmax(1) == target.argmax(1)).sum()
+                late[3] += len(logits)
         if distill.anchor_weight and len(anchors):
             anchor = nn.functional.cross_entropy(student.head(anchors), labels, reduction="none")
             anchor = (weights_of_anchors * anchor).mean()
@@ -163,6 +175,7 @@ def distil(
                 | {name: float(part) for name, part in parts.items()},
             )
     peers.sum_(seen)
+    peers.sum_(late)
     if distill.guard:
         student.load_state_dict(best_state)
     figures = {
@@ -171,4 +184,38 @@ def distil(
         "step": float(best_step if distill.guard else distill.steps),
         "class_coverage": float((seen / seen.sum().clamp(min=1) >= 0.1 / len(seen)).float().mean()),
     }
+    if window >= PLATEAU_LEAST:
+        before, after, agreed, count = late.tolist()
+        figures["improvement"] = 1 - after / before if before > 0 else 0.0
+        figures["late_agreement"] = agreed / max(count, 1.0)
     return to_weights(student.eval()), figures
+
+
+@torch.no_grad()
+def look_at_student(task: DistillTask, student: Weights, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
+    """(figures, int64 [C] classes that the teacher names) of one synthetic batch that nobody learnt from (4.3).
+
+    ``teacher_entropy``: mean entropy of the teacher's answers over log C, ``teacher_confidence`` their mean largest
+    probability; ``class_entropy``: entropy of the classes that it names over log C; ``agreement``: how often the
+    student names the same; ``shift`` as in ``teacher.shift``.
+    """
+    config, num_classes = task.config, task.facts.num_classes
+    images = Batcher(task, Peers(), device)(0)  # distillation begins with 1
+    teacher = build_teacher(config, task.facts, task.teacher).to(device)
+    network = build_classifier(config.model, num_classes, task.facts.channels, task.facts.image_size)
+    load_weights(network, student).to(device).eval()
+    with use_precision(config.runtime.precision, device):
+        target, logits = teacher(images).float(), network(images).float()
+        moved = shift(teacher, images)
+    named, answers = target.argmax(1), target.softmax(1)
+    counts, scale = torch.bincount(named, minlength=num_classes), math.log(max(2, num_classes))
+    shares = counts / counts.sum()
+    figures = {
+        "num_classes": float(num_classes),
+        "teacher_entropy": float(-torch.xlogy(answers, answers).sum(1).mean()) / scale,
+        "teacher_confidence": float(answers.max(1).values.mean()),
+        "class_entropy": float(-torch.xlogy(shares, shares).sum()) / scale,
+        "agreement": float((logits.argmax(1) == named).float().mean()),
+        "shift": moved,
+    }
+    return figures, counts.cpu().numpy()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from ..models.widths import Channels, IndexSets
 from ..records import Weights
 from .averaging import PartialAverage, RunningAverage
+from .health import ONE_OWNER
+
+#: Relative distance below which two experts are one (ALGORITHM 4.2).
+SAME = 1e-3
 
 
 def expert_weights(counts: np.ndarray) -> np.ndarray:
@@ -33,6 +37,48 @@ def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
             representatives.append(label)
         index[label] = seen[name]
     return representatives, index
+
+
+def effective_owners(counts: np.ndarray) -> np.ndarray:
+    """float64 [C]: exp of the entropy of a class's weights, 1 where one client has it alone; 0 where nobody has it."""
+    weights = expert_weights(counts)
+    entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(0)
+    return np.where(counts.sum(0) > 0, np.exp(entropy), 0.0)
+
+
+def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray) -> float:
+    """Share of the pairs of classes whose experts are one model: the same, or nearer than ``SAME`` in their parameters.
+
+    The distance is relative to the experts' mean norm. Classes that nobody holds are not counted, nor two that the same
+    client all but owns: their experts can be nothing else. 0 where no pair is left.
+    """
+    squares, norms = _distances(experts)
+    near = np.sqrt(squares) < SAME * norms.mean()
+    np.fill_diagonal(near, True)
+    owner, alone = counts.argmax(0), effective_owners(counts) < ONE_OWNER
+    held = np.flatnonzero(counts.sum(0) > 0)
+    pairs = [
+        near[index[a], index[b]]
+        for i, a in enumerate(held)
+        for b in held[i + 1 :]
+        if not (alone[a] and alone[b] and owner[a] == owner[b])
+    ]
+    return float(np.mean(pairs)) if pairs else 0.0
+
+
+def _distances(experts: Sequence[Weights], chunk: int = 2**18) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances [E, E] of parameters, and their norms [E]; a part of the parameters in memory at a time."""
+    squares, norms = np.zeros((len(experts),) * 2), np.zeros(len(experts))
+    for name, value in experts[0].items():
+        if value.dtype.kind != "f" or "running_" in name:
+            continue
+        for start in range(0, value.size, chunk):
+            rows = np.stack([e[name].reshape(-1)[start : start + chunk] for e in experts]).astype(np.float64)
+            norms += np.square(rows).sum(1)
+            rows -= rows.mean(0)  # what they share would swallow what they differ in
+            products = rows @ rows.T
+            squares += np.diag(products)[:, None] + np.diag(products) - 2 * products
+    return np.maximum(squares, 0), np.sqrt(norms)
 
 
 def form_experts(

@@ -16,7 +16,7 @@ label, which teaches a generator nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,15 +26,24 @@ from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
 from ..models.discriminators import SharedTrunkDiscriminator, build_discriminator
 from ..models.generators import build_generator
 from ..models.tensors import freeze, load_weights, to_weights, use_precision
-from ..records import DataFacts, Finding, Weights
+from ..records import DataFacts, Weights
 from ..rooms import GeneratorConfig
 from ..seeding import seeded, stream
 from .local_training import Shard, batches
-from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
+from .losses import (
+    adversarial_loss,
+    bn_statistics,
+    discriminator_loss,
+    diversity_loss,
+    entropy_loss,
+    inversion_probe,
+)
 
 NUM_SAMPLES = 64  # images kept for people to look at
 NUM_JUDGED = 512  # images behind the health figures, and of them at least
 NUM_JUDGED_PER_CLASS = 16  # for each class that a client owns
+NUM_COMPARED = 256  # synthetic images, and real ones, of which the variety is compared
+NUM_WATCHED, NUM_MOMENTS = 8, 5  # images of fixed latents, and how often they are drawn while a generator trains
 
 
 def classifier_view(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
@@ -119,6 +128,7 @@ def train_generator(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
+    watch: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[Weights, np.ndarray, dict[str, float], list[list[float]]]:
     """Train one client's generator; ``address`` is (seed, client).
 
@@ -126,6 +136,7 @@ def train_generator(
     generator step per batch, Adam for both; where ``conditional``, lambda_e L_y for the two terms in the middle.
     ``classifier`` is the client's (frozen, eval) unless ``classifier_mode`` is train (the authors' way, whose batch
     statistics come from the fakes). ``bn_targets`` are the global model's running statistics for L_inv.
+    ``watch(steps done, images)`` gets uint8 images of the same latents at a few ``moments``, the end among them.
 
     Returns (weights, sample images uint8, health figures, curve rows [step, loss_g, loss_d, entropy, diversity]).
     """
@@ -142,14 +153,16 @@ def train_generator(
         generator.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
     freeze(classifier)
     classifier.train(config.classifier_mode == "train")
-    owned = torch.bincount(shard.labels, minlength=facts.num_classes) > 0
-    support = owned if config.div_support == "owned" else None
+    counts = torch.bincount(shard.labels, minlength=facts.num_classes)
+    support = counts > 0 if config.div_support == "owned" else None
     inverts = len(shard) < config.tau and config.lambda_i > 0
     betas = (config.beta1, config.beta2)
     adam_g = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=betas)
     adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=config.lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
-    steps, curve = num_steps(config, len(shard)), []
+    steps, curve, seen_through = num_steps(config, len(shard)), [], []
+    looks = moments(steps) if watch else ()
+    watched = draw(generator, NUM_WATCHED, stream(seed, "generator/watched", client_id), device) if watch else ()
     shared = config.discriminator == "shared_trunk"
 
     def judge(images: Tensor, told: Sequence[Tensor] = ()) -> Tensor:
@@ -162,7 +175,10 @@ def train_generator(
         with use_precision(precision, device):
             fake = generator(z, *asked)
         fake = fake.float()
-        loss_d = discriminator_loss(judge(real, [labels] if asked else []), judge(fake.detach(), asked))
+        on_real, on_fake = judge(real, [labels] if asked else []), judge(fake.detach(), asked)
+        loss_d = discriminator_loss(on_real, on_fake)
+        if step >= steps - -(-steps // 4):
+            seen_through.append(torch.stack([(on_real > 0).float().mean(), (on_fake < 0).float().mean()]).detach())
         adam_d.zero_grad(set_to_none=True)
         loss_d.backward()
         adam_d.step()
@@ -187,30 +203,56 @@ def train_generator(
         adam_g.step()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             curve.append([step, *(float(x.detach()) for x in (loss_g, loss_d, entropy, diversity))])
+        if watch and step + 1 in looks:
+            watch(step + 1, watched_images(generator, watched, config, facts))
 
     freeze(generator)
     freeze(classifier)
-    figures, pixels = judge_generator(generator, classifier, owned, config, facts, address)
+    figures, pixels = judge_generator(generator, classifier, counts, config, facts, address)
+    if seen_through:
+        real_known, fake_known = torch.stack(seen_through).mean(0).tolist()
+        figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
+        figures["discriminator_accuracy"] = min(real_known, fake_known)
+    figures |= compare_with_real(generator, classifier, shard, config, facts, address)
     return to_weights(generator), pixels, figures, curve
+
+
+def moments(steps: int) -> tuple[int, ...]:
+    """Steps after which a generator is looked at: ever farther apart, from a sixteenth of the way to the end."""
+    return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_MOMENTS).round().astype(int)).tolist())
+
+
+@torch.no_grad()
+def watched_images(
+    generator: nn.Module, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
+) -> np.ndarray:
+    """uint8 [n, C, H, W] of what ``draw`` gave, as the generator would be used; it goes on as it was."""
+    training = generator.training
+    images = to_pixels(generator.eval()(*latent).float(), config.gan_range, facts)
+    generator.train(training)
+    return images
 
 
 @torch.no_grad()
 def judge_generator(
     generator: nn.Module,
     classifier: nn.Module,
-    owned: Tensor,
+    counts: Tensor,
     config: GeneratorConfig,
     facts: DataFacts,
     address: tuple[int, int],
 ) -> tuple[dict[str, float], np.ndarray]:
     """(figures, sample images): how well a generator covers the classes that its client owns (ALGORITHM 4.1).
 
-    ``coverage``: share of owned classes that get at least 1 % of the predictions, or a tenth of an equal share where
-    the client owns more than ten; ``owned_mass``: share of predictions on owned classes; ``marginal_entropy``: entropy
-    of the mean prediction over log |owned| (0 with one owned class); ``confidence``: mean largest probability; and of a
-    conditional one ``label_agreement``: share of images that show the classifier the class asked for.
+    ``counts`` [C]: the client's label counts. ``coverage``: share of owned classes that get at least 1 % of the
+    predictions, or a tenth of an equal share where the client owns more than ten, and ``image_coverage`` of the
+    client's images those in such classes; ``owned_mass``: share of predictions on owned classes; ``marginal_entropy``:
+    entropy of the mean prediction over log |owned| (0 with one owned class), and ``label_entropy`` that of the client's
+    labels; ``confidence``: mean largest probability; and of a conditional one ``label_agreement``: share of images that
+    show the classifier the class asked for.
     """
     seed, client_id = address
+    owned = counts > 0
     num_owned = int(owned.sum())
     count = max(NUM_JUDGED, NUM_JUDGED_PER_CLASS * num_owned)
     drawn = draw(generator, count, stream(seed, "generator/judge", client_id), owned.device)
@@ -223,17 +265,59 @@ def judge_generator(
     found = probabilities.argmax(1)
     shares = torch.bincount(found, minlength=facts.num_classes).float() / count
     mean = probabilities.mean(0)
-    entropy = -float(torch.xlogy(mean, mean).sum())
+    own = counts.double() / counts.sum()
+    shown = owned & (shares >= min(0.01, 0.1 / num_owned))
+    entropies = [
+        -float(torch.xlogy(p, p).sum()) / float(np.log(num_owned)) if num_owned > 1 else 0.0 for p in (mean, own)
+    ]
     figures = {
-        "coverage": float((shares[owned] >= min(0.01, 0.1 / num_owned)).float().mean()),
+        "coverage": float(shown[owned].float().mean()),
+        "image_coverage": float(own[shown].sum()),
         "owned_mass": float(shares[owned].sum()),
-        "marginal_entropy": entropy / float(np.log(num_owned)) if num_owned > 1 else 0.0,
+        "marginal_entropy": entropies[0],
+        "label_entropy": entropies[1],
         "confidence": float(probabilities.max(1).values.mean()),
         "owned_classes": float(num_owned),
     }
     if len(drawn) > 1:
         figures["label_agreement"] = float((found == drawn[1]).float().mean())
     return figures, pixels
+
+
+@torch.no_grad()
+def compare_with_real(
+    generator: nn.Module,
+    classifier: nn.Module,
+    shard: Shard,
+    config: GeneratorConfig,
+    facts: DataFacts,
+    address: tuple[int, int],
+) -> dict[str, float]:
+    """How a client's synthetic images differ from its real ones (ALGORITHM 4.1).
+
+    ``variety``: variance of the classifier's features, summed over them, as a share of real images' (1 where those have
+    none); ``bn_gap``: L_inv of synthetic images over that of real ones, where the classifier has batch norm;
+    ``out_of_range``: share of the real images' values that tanh cannot reach (D11).
+    """
+    seed, client_id = address
+    rows = torch.linspace(0, len(shard) - 1, min(len(shard), NUM_COMPARED)).long()
+    real = normalise(shard.images[rows], facts.mean, facts.std)
+    fake = sample(generator, NUM_COMPARED, stream(seed, "generator/compare", client_id), shard.images.device)
+    probed, gaps, variances = bool(bn_statistics(classifier)), [], []
+    for images in (real, classifier_view(fake, config.gan_range, facts)):
+        if probed:
+            with inversion_probe(classifier) as probe:
+                features = classifier.features(images).float()
+            gaps.append(float(probe.loss()))
+        else:
+            features = classifier.features(images).float()
+        variances.append(float(features.var(0).sum()) if len(features) > 1 else 0.0)
+    played = real if config.gan_range == "model_norm" else to_pm1(shard.images[rows])
+    figures = {
+        "variety": variances[1] / variances[0] if variances[0] > 0 else 1.0,
+        "out_of_range": float((played.abs() > 1 + 1e-6).float().mean()),
+    }
+    return figures | ({"bn_gap": gaps[1] / gaps[0]} if probed and gaps[0] > 0 else {})
 
 
 def sampling_shares(config_sampling: str, sizes: np.ndarray, figures: list[dict[str, float]]) -> np.ndarray:
@@ -261,39 +345,6 @@ def allocate(shares: np.ndarray, total: int) -> np.ndarray:
     for k in np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]:
         counts[k] += 1
     return counts
-
-
-def generator_findings(client_id: int, figures: dict[str, float]) -> list[Finding]:
-    """What to tell people about one generator (ALGORITHM 4.1's alarms); label agreement covers a conditional one."""
-    owned, findings = int(figures["owned_classes"]), []
-    if "label_agreement" in figures:
-        if figures["label_agreement"] < 0.5:
-            findings.append(
-                Finding(
-                    "generator.label_agreement", "warning", "generators",
-                    f"{figures['label_agreement']:.0%} of its images show its classifier the class asked for; raise "
-                    "generator.steps",
-                    client_id, figures["label_agreement"],
-                )
-            )  # fmt: skip
-    elif owned >= 2 and figures["marginal_entropy"] < 0.2:
-        findings.append(
-            Finding(
-                "generator.mode_collapse", "warning", "generators",
-                f"its images fall on one class (marginal entropy {figures['marginal_entropy']:.2f} of log {owned}); "
-                "raise generator.lambda_d or generator.steps",
-                client_id, figures["marginal_entropy"],
-            )
-        )  # fmt: skip
-    elif figures["coverage"] < 0.5:
-        findings.append(
-            Finding(
-                "generator.low_coverage", "warning", "generators",
-                f"it shows {figures['coverage'] * owned:.0f} of its {owned} classes; raise generator.steps",
-                client_id, figures["coverage"],
-            )
-        )  # fmt: skip
-    return findings
 
 
 def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ from .prototypes import prototype_weights
 #: Numbers that one tensor of the meta model may hold: 16 MiB of float32, and there are tens of them. With ten classes
 #: that is two hundred rows; with a hundred and the authors' heads, each row takes a million numbers in attention alone.
 MAX_NUMBERS = 2**22
+
+#: Updates by which the end of training is told from a bad batch.
+RECENT = 25
 
 
 def token_size(token_dim: int, num_classes: int) -> tuple[int, int]:
@@ -87,6 +91,25 @@ def answers(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], feature
     return torch.cat([teacher(expert_logits(part), part) for part in features.split(teacher.meta.max_rows)])
 
 
+def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor) -> np.ndarray:
+    """float32 [E, C]: how much the teacher listens to expert e on class c, in units of its logits.
+
+    The mean over the prototypes of class c (``features`` [P, d], ``labels`` [P]) of |sum_j (x_ej - mean_j x_ej)
+    dt_c / dx_ej|, with x_e the expert's logits and t_c the teacher's for c: what, to first order, c's logit would
+    change if expert e had no opinion. 0 for a class without prototypes, and where the meta model has no say (g = 0).
+    """
+    sums, counts = np.zeros((0, 0)), torch.bincount(labels, minlength=teacher.meta.out.out_features)
+    for rows in torch.arange(len(labels)).split(teacher.meta.max_rows):
+        given = expert_logits(features[rows]).detach().requires_grad_()
+        asked = teacher(given, features[rows]).gather(1, labels[rows, None]).sum()
+        (slopes,) = torch.autograd.grad(asked, given)
+        opinion = given.detach() - given.detach().mean(2, keepdim=True)
+        effect = (opinion * slopes).sum(2).abs()  # [B, E]
+        part = torch.zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T).numpy()
+        sums = part if not sums.size else sums + part
+    return (sums / counts.clamp(min=1).numpy()).astype(np.float32)
+
+
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
     """average <- decay * average + (1 - decay) * parameters, in place."""
     for name, parameter in model.named_parameters():
@@ -116,6 +139,8 @@ def train_meta(
 ) -> tuple[Teacher, dict[str, float]]:
     """Train on ``kept`` prototypes; the teacher is the EMA copy (the best on ``held_out``, where ``select``).
 
+    Returns it with figures: its own on the prototypes that judge, and of training's end, diverged or not,
+    ``train_loss`` (the median of the last ``RECENT`` updates) and ``raw_held_out_accuracy`` (without averaging).
     ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C] through their heads. ``teacher`` should be
     built under a seeded stream; batches and dropout draw from streams of their own.
     """
@@ -142,6 +167,7 @@ def train_meta(
             best_state, best_update = copy.deepcopy(averaged.state_dict()), update
 
     look(0, {})
+    recent: list[float] = []
     teacher.train()
     batch = min(config.batch_size, len(kept))
     with seeded(seed, "meta", "dropout"):
@@ -156,6 +182,7 @@ def train_meta(
                 share.backward()
                 loss += float(share.detach())
             optimiser.step()
+            recent = [*recent[1 - RECENT :], loss]
             ema_update(average, teacher, config.ema)
             if update % 25 == 0 or update == config.updates:
                 look(update, {"loss": loss})
@@ -163,4 +190,8 @@ def train_meta(
                     break
     averaged.load_state_dict(best_state)
     accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), judged)
-    return averaged, {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}
+    figures = {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}
+    if recent:
+        figures["train_loss"] = float(np.median(recent))
+        figures["raw_held_out_accuracy"] = scores(answers(teacher.eval(), expert_logits, judged_features), judged)[0]
+    return averaged, figures

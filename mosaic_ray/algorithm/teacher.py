@@ -87,7 +87,7 @@ class TeacherNet(nn.Module):
         self.backbone = network(state.backbone)
         self.full = config.meta.input == "full"
         self.experts = nn.ModuleList([network(e) for e in state.experts] if self.full else [])
-        self.head_logits = None if self.full else head_logits(state.experts, state.index)
+        self.head_logits = head_logits(state.experts, state.index)
         self.register_buffer("index", torch.tensor(state.index))
         self.meta = load_weights(
             Teacher(len(state.index), facts.num_classes, config.meta, self.backbone.feature_dim), state.meta
@@ -108,6 +108,10 @@ class TeacherNet(nn.Module):
         if self.full:
             rows = torch.stack([expert(images) for expert in self.experts], 1)[:, self.index]
             return self.meta(rows.float())
+        return self.by_heads(images, features)
+
+    def by_heads(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """[B, C] of the experts' heads on the backbone's features, the input that prototypes are."""
         features = self.backbone.features(images) if features is None else features
         features = features.float()
         return answers(self.meta, self.head_logits, features)
@@ -133,6 +137,19 @@ class MixedTeacherNet(nn.Module):
             own = group(images, features if number == self.student else None)
             logits = logits + shares * own.float().log_softmax(1)
         return logits
+
+
+@torch.no_grad()
+def shift(teacher: TeacherNet | MixedTeacherNet, images: Tensor) -> float:
+    """Share of ``images`` on which a teacher names another class than on the input that its meta model learnt from.
+
+    A meta model learns from the experts' heads on features (prototypes); with ``meta.input = full`` it is then shown
+    whole experts (M6). Images of any kind will do, for no label is asked for; of several architectures the largest.
+    """
+    parts = teacher.groups if isinstance(teacher, MixedTeacherNet) else [teacher]
+    if not any(part.full for part in parts):
+        return 0.0
+    return max(float((part(images).argmax(1) != part.by_heads(images).argmax(1)).float().mean()) for part in parts)
 
 
 def build_teacher(

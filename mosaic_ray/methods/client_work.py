@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..algorithm.batch_norm import moments
-from ..algorithm.generation import train_generator
+from ..algorithm.generation import NUM_WATCHED, train_generator
 from ..algorithm.local_training import LocalPlan, Shard, train_locally
 from ..algorithm.prototypes import client_prototypes
 from ..config import ExperimentConfig
@@ -106,12 +106,16 @@ def train(bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any],
 
 @dataclass(frozen=True)
 class GeneratorResult:
-    """A client's generator, images to look at uint8 [n, C, H, W], health figures and curve rows."""
+    """A client's generator, images to look at uint8 [n, C, H, W], health figures and curve rows.
+
+    ``progress``: ``images`` uint8 [T, n, C, H, W] of the same latents after so many ``steps`` int64 [T].
+    """
 
     weights: Weights
     samples: np.ndarray
     figures: dict[str, float]
     curve: list[list[float]]
+    progress: Weights = field(default_factory=dict)
 
 
 def generate(
@@ -132,6 +136,7 @@ def generate(
         plan = LocalPlan(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
         address = (config.seed, "generator/fresh", 0, client_id)
         train_locally(classifier, shard, plan, bench.facts, address, config.runtime.precision)
+    seen: list[tuple[int, np.ndarray]] = []
     weights, samples, figures, curve = train_generator(
         classifier,
         federation.share(client_id, common["models"], own.get("sets")),
@@ -140,10 +145,14 @@ def generate(
         bench.facts,
         (config.seed, client_id),
         config.runtime.precision,
+        lambda step, images: seen.append((step, images)),
     )
     if not all(map(math.isfinite, figures.values())):
         raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
-    return GeneratorResult(weights, samples, figures, curve)
+    if not seen:  # nobody played (drop_class0_bug): there is the start alone
+        seen.append((0, samples[:NUM_WATCHED]))
+    progress = {"images": np.stack([i for _, i in seen]), "steps": np.array([s for s, _ in seen], np.int64)}
+    return GeneratorResult(weights, samples, figures, curve, progress)
 
 
 def prototypes(

@@ -12,15 +12,17 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..algorithm.averaging import PartialAverage, RunningAverage
+from ..algorithm.communication import Entries, entries_of
 from ..config import ExperimentConfig
-from ..models.classifiers import build_classifier, check_networks
-from ..models.widths import Channels, IndexSets, channels_of, check_width, extract, index_sets
+from ..models.classifiers import CLASSIFIERS, build_classifier, check_networks
+from ..models.widths import Channels, IndexSets, channels_of, check_width, extract, index_sets, num_kept
 from ..records import DataFacts, Update, Weights
 from ..rooms import ModelConfig
 from ..roster import any_narrow, client_classifiers, client_widths, groups
-from ..seeding import derive
+from ..seeding import derive, seeded
 
 #: The global model of each architecture.
 Models = dict[str, Weights]
@@ -29,6 +31,12 @@ Models = dict[str, Weights]
 @lru_cache(maxsize=32)
 def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Channels:
     return channels_of(build_classifier(model, num_classes, channels, image_size, name))
+
+
+@lru_cache(maxsize=32)
+def _entries(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Entries:
+    with seeded(0, "entries"), torch.device("meta" if name in CLASSIFIERS else "cpu"):
+        return entries_of(build_classifier(model, num_classes, channels, image_size, name).state_dict())
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,24 @@ class Federation:
         """Which dimensions of an architecture's weights are which channels."""
         facts = self.facts
         return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+
+    def entries(self, name: str, width: float = 1.0) -> Entries:
+        """What the weights of an architecture hold (names, shapes, types) where a client has this ``width``."""
+        facts = self.facts
+        whole = _entries(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        if width == 1:
+            return whole
+        channels = self.channels(name)
+        return {
+            entry: (
+                tuple(
+                    size if held is None else num_kept(width, channels.sizes[held[0]]) * held[1]
+                    for size, held in zip(shape, channels.entries[entry], strict=True)
+                ),
+                kind,
+            )
+            for entry, (shape, kind) in whole.items()
+        }
 
     def check(self) -> None:
         """``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""

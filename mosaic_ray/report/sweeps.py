@@ -166,6 +166,23 @@ def sweep_table(
     return _SweepTable(_rows(results), tuple(conditions), tuple(name for name in swept if name != "seed"), folder)
 
 
+def best_sections(
+    rows: list[Row], conditions: Sequence[str], swept: Sequence[str]
+) -> list[tuple[str, list[str], list[Point]]]:
+    """Of each set of conditions: what it is, the knobs to show, the finished configurations best first."""
+    finished: dict[int, Point] = {}
+    for row in rows:
+        if row["status"] == "done":
+            finished.setdefault(row["point"], []).append(row)
+    table = _SweepTable(rows, tuple(conditions), tuple(name for name in swept if name != "seed"), None)
+    return list(table._sections(list(finished.values())))
+
+
+def mean_and_sd(point: Point, column: str, sign: str = "") -> str:
+    """Mean and sample standard deviation of ``column`` over a configuration's trials, in percent."""
+    return _Layout(len(point), "± ", 0)._spread(point, column, sign)
+
+
 @dataclass(frozen=True)
 class _SweepTable:
     """Laid out when it is printed: only then are the width and the alphabet known."""

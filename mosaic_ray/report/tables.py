@@ -44,6 +44,8 @@ def closing_table(summary: Mapping[str, Any]) -> RenderableType:
         parts += [_stages(summary["stages"]), ""]
     if summary.get("communication_bytes"):
         parts += [_communication(summary["communication_bytes"]), ""]
+    if summary.get("communication"):
+        parts += [_ledger(summary["communication"]), ""]
     if summary.get("health"):
         parts += [*_health(summary["health"]), ""]
     return Group(*parts, *_places(summary.get("paths") or {}))
@@ -95,20 +97,31 @@ def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
     return table
 
 
+def _ledger(found: Mapping[str, Any]) -> Text:
+    """All that was sent, against arithmetic, and against FedAvg and FedRolex in the same rounds."""
+    words = [f"{100 * found['measured_over_predicted']:.1f} % of what arithmetic predicts"]
+    for name, ways in found["baselines"].items():
+        words.append(f"{found['total'] / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
+    return Text(f"{_mib(found['total'])} MiB in all: {'; '.join(words)}")
+
+
 def _mib(count: int) -> str:
     return "0" if not count else "<0.01" if count < MIB / 100 else f"{count / MIB:,.2f}"
 
 
 def _health(findings: list[Mapping[str, Any]]) -> list[RenderableType]:
-    """Findings, the worst first."""
+    """Findings, the worst first; advice stands with the first of its kind."""
     findings = sorted(findings, key=lambda f: list(SEVERITIES).index(f["severity"]))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for column in ("health", "where", ""):
         table.add_column(Text(column))
+    advised: set[str] = set()
     for finding in findings[:MOST_FINDINGS]:
-        client, severity = finding.get("client"), finding["severity"]
+        client, severity, advice = finding.get("client"), finding["severity"], finding.get("advice")
         where = finding["stage"] + ("" if client is None else f", client {client}")
-        table.add_row(Text(severity, style=SEVERITIES[severity]), Text(where), Text(finding["message"]))
+        words = [finding["message"], *([advice] if advice and advice not in advised else [])]
+        advised |= {advice or ""}
+        table.add_row(Text(severity, style=SEVERITIES[severity]), Text(where), Text("; ".join(words)))
     left = len(findings) - MOST_FINDINGS
     return [table, Text(f"and {left} more in summary.json")] if left > 0 else [table]
 

@@ -113,9 +113,11 @@ class ClientActor:
             raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
         self._device = "cuda" if gpu else "cpu"
 
-    def ping(self) -> bool:
-        """True once the actor is up (again)."""
-        return True
+    def ping(self) -> str:
+        """Ray's id of the worker process, once the actor is up (again)."""
+        import ray
+
+        return ray.get_runtime_context().get_worker_id()
 
     def rest(self) -> None:
         """Nothing to do for a while."""

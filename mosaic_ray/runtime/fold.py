@@ -20,6 +20,9 @@ MAX_LOSSES = 5
 #: How long nobody at all may be up: other jobs hold the room, or the cluster's autoscaler is starting machines.
 PATIENCE_SECONDS, PATIENCE_FOR_MACHINES = 120.0, 1800.0
 
+#: How long Ray may take to tell what a worker died of.
+VERDICT_SECONDS = 2.0
+
 
 @dataclass(frozen=True)
 class Missing:
@@ -32,7 +35,7 @@ class Missing:
 class Crew:
     """The client actors that a cohort works with: those that are up, and those that are still to come.
 
-    ``up``: all of ``actors`` are known to be. ``more(have)`` answers further actors where the cluster has grown.
+    ``more(have)`` answers further actors where the cluster has grown.
     ``shared`` ones serve others too and are not ended here.
     """
 
@@ -40,7 +43,6 @@ class Crew:
         self,
         actors: Sequence[Any],
         *,
-        up: bool = False,
         shared: bool = False,
         more: Callable[[int], list[Any]] | None = None,
         patience_seconds: float = PATIENCE_SECONDS,
@@ -48,15 +50,19 @@ class Crew:
     ) -> None:
         self.actors, self.shared, self.say = list(actors), shared, say
         self.patience_seconds = patience_seconds
-        self._up = {id(actor) for actor in actors} if up else set()
+        self._up: dict[int, str] = {}  # actor -> its worker's id
         self._more, self._looked = more, time.monotonic()
 
     def is_up(self, actor: Any) -> bool:
         return id(actor) in self._up
 
-    def mark(self, actor: Any, up: bool) -> None:
-        """``actor`` answered, or died."""
-        (self._up.add if up else self._up.discard)(id(actor))
+    def mark_up(self, actor: Any, worker_id: str) -> None:
+        """``actor`` answered a ping, from this process."""
+        self._up[id(actor)] = worker_id
+
+    def mark_down(self, actor: Any) -> str:
+        """``actor`` died, or left; returns the id of its process, "" where that is unknown."""
+        return self._up.pop(id(actor), "")
 
     @property
     def any_up(self) -> bool:
@@ -78,7 +84,7 @@ class Crew:
         if len(self.actors) == 1:
             return False
         self.actors = [other for other in self.actors if other is not actor]
-        self.mark(actor, False)
+        self.mark_down(actor)
         self._more = None  # where memory ran out, there is no room for more
         if not self.shared:
             end([actor])
@@ -186,12 +192,10 @@ class Fold:
     def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:
         """What became of one call (``client_id`` -1: of a ping)."""
         import ray
-        from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+        from ray.exceptions import RayActorError, RayTaskError
 
         try:
-            ray.get(done)
-        except OutOfMemoryError as error:  # of the actor's node; it comes wrapped as a RayTaskError too
-            self._starved(client_id, actor, error)
+            answer = ray.get(done)
         except RayActorError as error:
             self._lost(client_id, actor, error)
         except RayTaskError as error:
@@ -201,11 +205,11 @@ class Fold:
             cause = error.cause if isinstance(error.cause, RunError) else None
             self._failed(client_id, cause or RunError(first_line(error.cause or error), client=client_id))
         else:
-            self._crew.mark(actor, True)
             self._idle.append(actor)
             if client_id >= 0:
                 self._arrived[client_id] = value
             else:
+                self._crew.mark_up(actor, answer)
                 self._losses = 0
 
     def _failed(self, client_id: int, error: RunError) -> None:
@@ -221,7 +225,9 @@ class Fold:
 
     def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
         """The actor died, perhaps with a client's work: wait for it through a ping."""
-        self._crew.mark(actor, False)
+        worker_id = self._crew.mark_down(actor)
+        if worker_id and killed_for_memory(worker_id) and self._retired(client_id, actor):
+            return
         if client_id >= 0:
             self._failed(client_id, RunError(f"its actor died: {first_line(error)}", client=client_id))
         else:
@@ -230,15 +236,15 @@ class Fold:
                 raise RunError(f"a client actor cannot start: {first_line(error)}") from error
         self._ping(actor)
 
-    def _starved(self, client_id: int, actor: Any, error: Exception) -> None:
+    def _retired(self, client_id: int, actor: Any) -> bool:
         """The actor was killed because its node ran out of memory: no fault of the client while fewer can share it."""
         if not self._crew.retire(actor):
-            self._lost(client_id, actor, error)
-            return
+            return False
         left = len(self._crew.actors)
         self._crew.say(f"out of memory: a client actor was killed; going on with {left} at once")
         if client_id >= 0:
             self._again(client_id)
+        return True
 
     def _ping(self, actor: Any) -> None:
         # asked again and again: Ray holds it until the actor is up, or dead for good
@@ -264,6 +270,26 @@ class Fold:
             with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
                 ray.cancel(done, force=False)
         self._running.clear()
+
+
+def killed_for_memory(worker_id: str) -> bool:
+    """Whether Ray's memory monitor killed the worker.
+
+    Of an actor that is started again the error does not say so (Ray 2.60), and Ray's State API needs the dashboard, so
+    this asks the table behind it. Ray says "no" here where the worker's node died with it.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.common_pb2 import WorkerExitType
+    from ray.core.generated.gcs_pb2 import WorkerTableData
+
+    table, deadline = state._connect_and_get_accessor(), time.monotonic() + VERDICT_SECONDS
+    while time.monotonic() < deadline:
+        found = table.get_worker_info(ray.WorkerID.from_hex(worker_id))
+        if found and not (row := WorkerTableData.FromString(found)).is_alive:
+            return row.exit_type == WorkerExitType.NODE_OUT_OF_MEMORY
+        time.sleep(0.05)
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -73,16 +73,11 @@ class Stage:
 
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
         """An image uint8 [H, W] or [C, H, W] for TensorBoard."""
-        if board := self._tracker._board:
-            with self._tracker._writing():
-                board.add_image(tag, np.asarray(array), step, dataformats="HW" if array.ndim == 2 else "CHW")
+        self._tracker.image(tag, step, array)
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
         """A histogram of the finite ones of ``values`` (any shape) for TensorBoard."""
-        finite = np.asarray(values)[np.isfinite(values)]
-        if (board := self._tracker._board) and finite.size:
-            with self._tracker._writing():
-                board.add_histogram(tag, finite, step)
+        self._tracker.histogram(tag, step, values)
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """``n`` more units are done; ``note`` is a few words for the person who looks on, such as the loss."""
@@ -277,7 +272,11 @@ class Tracker:
     ``run_dir``: where metrics.jsonl and tensorboard/ are begun anew (a cached stage is replayed into them); None: no
     files. ``progress``: False shows messages only. ``stream``: None means standard error. ``on_metric(tag, step,
     value)`` is called for every scalar, replayed ones too, ``on_stage(name)`` when a stage begins or is found cached.
+    Before that, ``between_stages()`` may be set to show what has been stored so far, and TensorBoard's file is brought
+    up to date; within a stage that happens every ten seconds.
     """
+
+    between_stages: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -329,14 +328,26 @@ class Tracker:
 
     def stage(self, name: str, total: int | None = None, unit: str = "round") -> Stage:
         """A stage of ``total`` units (None: unknown), to be used in a ``with`` block."""
-        self._on_stage(name)
+        self._enter(name)
         return Stage(self, name, total, unit)
 
     def replay(self, stage_name: str, recorded: Sequence[Scalar]) -> None:
         """A cached stage: its scalars are written out again, and it is shown as cached."""
-        self._on_stage(stage_name)
+        self._enter(stage_name)
         self._again(stage_name, recorded)
         self._display.cached(stage_name)
+
+    def _enter(self, stage_name: str) -> None:
+        self.between_stages()
+        if self._board:
+            with self._writing():
+                self._board.flush()
+        self._on_stage(stage_name)
+
+    @property
+    def draws(self) -> bool:
+        """Whether images, histograms and texts go anywhere."""
+        return self._board is not None
 
     def scalar(self, stage: str, tag: str, step: int, value: float) -> None:
         """A scalar that no open stage records (a client's curve, kept with that client's result)."""
@@ -348,11 +359,23 @@ class Tracker:
             with self._writing():
                 self._board.add_image(tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
 
+    def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
+        """A histogram of the finite ones of ``values`` (any shape) for TensorBoard."""
+        if self._board and (finite := np.asarray(values)[np.isfinite(values)]).size:
+            with self._writing():
+                self._board.add_histogram(tag, finite, step)
+
     def text(self, tag: str, markdown: str) -> None:
         """A text for TensorBoard."""
         if self._board:
             with self._writing():
                 self._board.add_text(tag, markdown)
+
+    def layout(self, charts: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
+        """TensorBoard's page of curves that stand together: category -> title -> [kind, tags]."""
+        if self._board:
+            with self._writing():
+                self._board.add_custom_scalars(charts)
 
     def say(self, text: str) -> None:
         """A line for the person who looks on."""

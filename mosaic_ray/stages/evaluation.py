@@ -64,6 +64,13 @@ def watch(run: Run, shards: Shards, stage: str, step: int, key: str, model: Mode
         run.tracker.scalar(stage, f"{stage}/validation_accuracy", step, reached)
 
 
+def _curve(run: Run, role: str) -> tuple[str, int]:
+    """Tag and step of a role's accuracy; steps are federated rounds until then."""
+    warmup, closing = run.config.warmup.num_rounds, run.config.finetune.num_rounds
+    tag = {"teacher": "teacher/accuracy", "control": "student/accuracy_control"}.get(role, "student/accuracy")
+    return tag, warmup + (closing if role in ("final", "control") else 0)
+
+
 def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Model]]) -> StageResult:
     """Accuracy of each role's model, (key it came under, weights), on test and validation images, and calibration."""
     roles = [role for role in ROLES if role in models]
@@ -77,7 +84,7 @@ def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Mod
                 results[role] = judged(run, shards, *models[role], split, splits[split])
             reached = found["test"][role].facts["accuracy"]
             progress.advance(note=f"{role} {reached:.1%}")
-            progress.scalar(f"{'teacher' if role == 'teacher' else 'student'}/accuracy_{role}", 0, reached)
+            progress.scalar(*_curve(run, role), reached)
         writer.add(
             "confusion",
             {f"{role}/{split}": r.load("confusion")["table"] for split in found for role, r in found[split].items()},

@@ -21,8 +21,8 @@ from ..user_code import source_digest
 
 #: Raise a stage's number when its mathematics changes: older results are then computed anew.
 VERSIONS = {
-    "partition": 1, "warmup": 1, "generator": 1, "generators": 1, "prototypes": 1, "teacher": 2, "distill": 1,
-    "rounds": 2, "judged": 1, "evaluate": 2,
+    "partition": 1, "warmup": 2, "generator": 2, "generators": 1, "prototypes": 2, "teacher": 3, "distill": 2,
+    "rounds": 3, "judged": 1, "evaluate": 3,
 }  # fmt: skip
 
 

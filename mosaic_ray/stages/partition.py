@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..algorithm.health import partition_findings
 from ..data.partition import label_counts, partition, split_validation
 from ..errors import RequestError
-from ..records import Finding
 from ..runtime.store import StageWriter
 from .keys import partition_key
 from .run import Progress, Run
@@ -46,12 +46,7 @@ def partition_stage(run: Run) -> Shards:
             arrays[f"{name}_sizes"] = np.array([len(s) for s in lists], np.int64)
         writer.add("shards", arrays)
         progress.advance()
-        empty = [int(c) for c in np.flatnonzero(counts.sum(0) == 0)]
-        findings = []
-        if empty:
-            message = f"no client holds class {', '.join(map(str, empty))}; nothing can be learnt of it"
-            findings.append(Finding("partition.empty_class", "warning", "partition", message, value=float(len(empty))))
-        return {"findings": [asdict(f) for f in findings]}
+        return {"findings": [asdict(f) for f in partition_findings(counts.sum(0).tolist())]}
 
     arrays = run.stage("partition", key, compute, total=1, unit="draw").load("shards")
     lists = {name: np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1]) for name in ("train", "validation")}

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..algorithm.batch_norm import pooled, with_statistics
+from ..algorithm.communication import Tally, size_of
 from ..algorithm.evaluation import accuracy
 from ..algorithm.local_training import LocalPlan
 from ..config import ExperimentConfig
 from ..methods.client_work import initial_models
 from ..methods.federation import Federation, Models
-from ..models.tensors import num_bytes
 from ..models.widths import IndexSets
 from ..records import ImageSet, Prototypes, Weights
 from ..runtime.cohort import Own
@@ -23,7 +23,7 @@ from ..seeding import numpy_stream
 from .evaluation import table_of, validation_images, watch
 from .keys import rounds_key, warmup_key
 from .partition import Shards
-from .run import LeftOut, Progress, Run
+from .run import Compute, LeftOut, Progress, Run
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -61,6 +61,7 @@ class Phase:
     plan: LocalPlan
     keep_clients: bool = False
     prototype_rounds: int = 0
+    send_counts: bool = False  # clients tell their label counts
     validation: ImageSet | None = None  # looked at after every round
 
 
@@ -68,21 +69,29 @@ def federated_rounds(
     run: Run, shards: Shards, phase: Phase, models: Models, key: str, writer: StageWriter, progress: Progress
 ) -> dict[str, Any]:
     """``phase.num_rounds`` of ask, fold, average; the result's parts are the global models (``model_parts``) and,
-    where asked, each client's.
+    where asked, each client's; ``losses`` float32 [rounds, clients], NaN where there was no answer; ``communication``
+    as ``Tally.arrays`` has it.
 
     Every few rounds a checkpoint is stored; a run that was killed begins at the last one, with the same numbers.
     """
     config, federation = run.config, run.bench.federation
-    begun, gathered, traffic, left_out = 0, [], {"downlink": 0, "uplink": 0}, LeftOut(phase.name)
+    shape = phase.num_rounds, config.partition.num_clients
+    begun, gathered, left_out = 0, [], LeftOut(phase.name)
+    traffic, client_losses = Tally(*shape), np.full(shape, np.nan, np.float32)
     checkpoint = run.store.load_checkpoint(key)
     last = phase.num_rounds - 1
     if checkpoint is not None:
-        begun, traffic = checkpoint.facts["round"], dict(checkpoint.facts["traffic"])
+        begun, traffic = checkpoint.facts["round"], Tally(*shape, checkpoint.load("communication"))
+        client_losses[:begun] = checkpoint.load("losses")["losses"]
+        show_losses(run, phase.name, client_losses[:begun])
         left_out = LeftOut.of(phase.name, checkpoint.facts.get("left_out", []))
         models = load_models(federation, checkpoint)
         if "prototypes" in checkpoint.parts:
             gathered = [Prototypes(**checkpoint.load("prototypes"))]
         progress.resume(checkpoint.facts["curve"], begun)
+    elif phase.send_counts:
+        for client_id, counts in enumerate(shards.counts):
+            traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
     for round_num in range(begun, phase.num_rounds):
         asked = cohort_of(config, phase.address, round_num)
         clients = answering(config, phase.address, round_num, asked)
@@ -93,27 +102,29 @@ def federated_rounds(
         }  # fmt: skip
         fold, losses = federation.fold(models, phase.address, round_num, shards.counts), []
         holds = holdings(federation, phase, round_num)
-        silent = set(asked)  # they were sent the model, and nothing came back
+        for client_id in asked:  # also one from which nothing comes back is sent the model
+            share = federation.share(client_id, models, holds(client_id).get("sets"))
+            traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
         for client_id, result in run.ask("train", clients, common, holds, left_out=left_out):
             fold.add(result.update)
             losses.append(result.update.metrics["loss"])
-            sent = num_bytes(result.update.weights)
-            traffic["downlink"] += sent
-            traffic["uplink"] += sent
-            silent.remove(client_id)
+            client_losses[round_num, client_id] = losses[-1]
+            traffic.add("uplink", "weights", client_id, size_of(result.update.weights), round_num=round_num)
             if collect:
                 gathered.append(result.prototypes)
+                size = size_of(result.prototypes.arrays())
+                traffic.add("uplink", "prototypes", client_id, size, round_num=round_num)
             if phase.keep_clients and (round_num == last):
                 writer.add(f"client_{client_id:05d}", result.update.weights)
         models = fold.result()
         done = round_num + 1
         if federation.narrow and done == phase.num_rounds:
-            models = static_statistics(run, models, traffic, left_out)
-        for client_id in silent:
-            share = federation.share(client_id, common["models"], holds(client_id).get("sets"))
-            traffic["downlink"] += num_bytes(share)
+            models = static_statistics(run, models, traffic, left_out, round_num)
         progress.scalar(f"{phase.name}/client_loss", done, float(np.mean(losses)))
-        if silent or config.federation.cohort_size:
+        for what, of in (("median", np.median), ("min", np.min), ("max", np.max)):
+            progress.scalar(f"{phase.name}/client_loss_{what}", done, float(of(losses)))
+        show_losses(run, phase.name, client_losses[round_num:done], round_num)
+        if len(losses) < len(asked) or config.federation.cohort_size:
             progress.scalar(f"{phase.name}/cohort", done, float(len(losses)))
         every = config.runtime.eval_rounds
         if every and (done % every == 0 or done == phase.num_rounds):
@@ -124,23 +135,31 @@ def federated_rounds(
         progress.advance(note=f"loss {np.mean(losses):.3f}")
         if done % config.warmup.checkpoint_rounds == 0 and done < phase.num_rounds:
             parts = dict(model_parts(federation, models))
+            parts |= {"communication": traffic.arrays(), "losses": {"losses": client_losses[:done]}}
             if gathered:
                 parts["prototypes"] = Prototypes.concatenate(gathered).arrays()
             facts = {
-                "round": done, "traffic": traffic, "curve": [list(row) for row in progress.recorded],
-                "left_out": left_out.facts(),
+                "round": done, "curve": [list(row) for row in progress.recorded], "left_out": left_out.facts(),
             }  # fmt: skip
             run.store.save_checkpoint(key, facts, parts)
     for part, weights in model_parts(federation, models):
         writer.add(part, weights)
     if gathered:
         writer.add("prototypes", Prototypes.concatenate(gathered).arrays())
-    kinds = {"uplink": {"weights": traffic["uplink"]}, "downlink": {"weights": traffic["downlink"]}}
-    if "statistics" in traffic:
-        kinds["uplink"]["statistics"] = traffic["statistics"]
-    if gathered:
-        kinds["uplink"]["prototypes"] = sum(num_bytes(p.arrays()) for p in gathered)
-    return {"communication": kinds, "findings": [asdict(finding) for finding in left_out.findings()]}
+    writer.add("communication", traffic.arrays())
+    writer.add("losses", {"losses": client_losses})
+    return {"communication": traffic.totals(), "findings": [asdict(finding) for finding in left_out.findings()]}
+
+
+def show_losses(run: Run, stage: str, losses: np.ndarray, begun: int = 0) -> None:
+    """The clients' losses [rounds, clients] as a histogram a round, after ``begun`` rounds of ``stage``.
+
+    Closing rounds go on where the warm-up ended; the control is a comparison, and not shown.
+    """
+    before = {"warmup": begun, "finetune": begun + run.config.warmup.num_rounds}
+    if stage in before:
+        for number, row in enumerate(losses, before[stage] + 1):
+            run.tracker.histogram("client/loss", number, row)
 
 
 def holdings(federation: Federation, phase: Phase, round_num: int) -> Own:
@@ -168,7 +187,7 @@ def _part(federation: Federation, name: str, number: int) -> str:
     return "global" if name == federation.student else f"global_{number:03d}"
 
 
-def static_statistics(run: Run, models: Models, traffic: dict[str, int], left_out: LeftOut) -> Models:
+def static_statistics(run: Run, models: Models, traffic: Tally, left_out: LeftOut, round_num: int) -> Models:
     """``models`` with batch-norm statistics of all clients' images under the whole networks (static BN, 3.6).
 
     What narrow clients' statistics average to fits no network. Every pass makes the statistics of one more layer exact.
@@ -177,13 +196,14 @@ def static_statistics(run: Run, models: Models, traffic: dict[str, int], left_ou
     layers = max(sum(name.endswith(".running_mean") for name in weights) for weights in models.values())
     for _ in range(run.config.federation.bn_passes or layers):
         parts: dict[str, list[Any]] = {name: [] for name in models}
+        for client_id in everyone:
+            size = size_of(models[federation.classifiers[client_id]])
+            traffic.add("downlink", "weights", client_id, size, round_num=round_num)
         for client_id, found in run.ask("statistics", everyone, {"models": models}, left_out=left_out):
-            name = federation.classifiers[client_id]
-            parts[name].append(found)
-            traffic["downlink"] += num_bytes(models[name])
-            traffic["statistics"] = traffic.get("statistics", 0) + sum(
-                np.asarray(value).nbytes for moments in found.values() for value in moments
-            )
+            parts[federation.classifiers[client_id]].append(found)
+            told = ((layer, *entry) for layer, moments in found.items() for entry in moments._asdict().items())
+            message = {f"{layer}/{what}": np.asarray(value) for layer, what, value in told}
+            traffic.add("uplink", "statistics", client_id, size_of(message), round_num=round_num)
         models = {name: with_statistics(weights, pooled(parts[name])) for name, weights in models.items()}
     return models
 
@@ -233,8 +253,8 @@ class Warmup:
         return ((k, self.client(k)) for k in wanted)
 
 
-#: The streams of the warm-up's rounds.
-ADDRESS = "local"
+#: The streams of the warm-up's rounds, and of the closing ones.
+ADDRESS, CLOSING = "local", "closing"
 
 
 def warmup_stage(run: Run, shards: Shards) -> Warmup:
@@ -244,14 +264,14 @@ def warmup_stage(run: Run, shards: Shards) -> Warmup:
     key = warmup_key(config, shards.key)
     room = config.warmup
     plan = LocalPlan(room.local_steps, room.batch_size, room.lr, room.weight_decay, room.momentum, room.shuffle)
-    phase = Phase("warmup", ADDRESS, room.num_rounds, plan, keep_clients=True, prototype_rounds=history)
+    phase = Phase(
+        "warmup", ADDRESS, room.num_rounds, plan, keep_clients=True, prototype_rounds=history, send_counts=True
+    )
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        facts = federated_rounds(run, shards, phase, initial_models(run.bench), key, writer, progress)
-        facts["communication"]["uplink"]["label_counts"] = int(shards.counts.nbytes)
-        return facts
+        return federated_rounds(run, shards, phase, initial_models(run.bench), key, writer, progress)
 
-    result = run.stage("warmup", key, compute, total=room.num_rounds)
+    result = _rounds_stage(run, "warmup", key, compute, room.num_rounds)
     federation = run.bench.federation
     warmup = Warmup(result, federation, load_models(federation, result))
     watch(run, shards, "warmup", room.num_rounds, key, warmup.weights)
@@ -270,7 +290,15 @@ def closing_stage(run: Run, name: str, start: str, models: Models, shards: Shard
     )  # fmt: skip
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        phase = Phase(name, "closing", room.num_rounds, plan, validation=validation_images(run, shards))
+        phase = Phase(name, CLOSING, room.num_rounds, plan, validation=validation_images(run, shards))
         return federated_rounds(run, shards, phase, models, key, writer, progress)
 
-    return run.stage(name, key, compute, total=room.num_rounds)
+    return _rounds_stage(run, name, key, compute, room.num_rounds)
+
+
+def _rounds_stage(run: Run, name: str, key: str, compute: Compute, num_rounds: int) -> StageResult:
+    """``run.stage``, and what a cached result's curve does not hold."""
+    result = run.stage(name, key, compute, total=num_rounds)
+    if run.log[name]["cached"]:
+        show_losses(run, name, result.load("losses")["losses"])
+    return result

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..algorithm.health import in_one_line
 from ..config import ExperimentConfig
 from ..errors import RequestError, RunError
 from ..methods.client_work import Bench
@@ -63,7 +65,7 @@ class LeftOut:
 
 @dataclass
 class Run:
-    """What every stage needs, and what the run has gathered so far."""
+    """What every stage needs, and what the run has gathered so far; ``strict``: an error among findings ends it."""
 
     config: ExperimentConfig
     dataset: Dataset
@@ -75,6 +77,8 @@ class Run:
     log: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     traffic: dict[str, Traffic] = field(default_factory=dict)
+    strict: bool = False
+    _told: set[Finding] = field(default_factory=set)
 
     def shard(self, client_id: int) -> ImageSet:
         """A client's training images."""
@@ -164,12 +168,43 @@ class Run:
         if waited:
             self.log[name]["waited_seconds"] = round(waited, 3)
         self.traffic[name] = facts.get("communication", {})
-        for row in facts.get("findings", []):
-            finding = Finding(**row)
-            self.findings.append(finding)
-            if finding.severity != "info" and not cached:
+        found = [Finding(**row) for row in facts.get("findings", [])]
+        self.findings += found
+        if not cached:
+            self.warn_of(found)
+        for code in dict.fromkeys(finding.code for finding in found):
+            self.tracker.text(f"health/{code}", "\n\n".join(map(_markdown, (f for f in found if f.code == code))))
+        worst = next((finding for finding in found if finding.severity == "error"), None)
+        if self.strict and worst:
+            raise RunError(
+                f"{in_one_line(worst)}; --strict-health stops here, the same command without it goes on from here",
+                stage=name, client=worst.client if worst.client >= 0 else None,
+            )  # fmt: skip
+
+    def warn_of(self, findings: Iterable[Finding]) -> None:
+        """Say what asks for attention, each once."""
+        for finding in findings:
+            if finding.severity != "info" and finding not in self._told:
+                self._told.add(finding)
                 whose = f" client {finding.client}" if finding.client >= 0 else ""
-                self.tracker.warn(f"{finding.code}{whose}: {finding.message}")
+                advice = f"; {finding.advice}" if finding.advice else ""
+                self.tracker.warn(f"{finding.code}{whose}: {finding.message}{advice}")
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether an error was found already: of what follows from it nothing need be said."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+
+def known(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures as they can be stored: None where one is not finite."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def _markdown(finding: Finding) -> str:
+    whose = f", client {finding.client}" if finding.client >= 0 else ""
+    advice = f" *{finding.advice}*" if finding.advice else ""
+    return f"**{finding.severity}**, {finding.stage}{whose}: {finding.message}.{advice}"
 
 
 def _own_tag(tag: str, stage: str) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithm.distillation import DistillTask
+from ..algorithm.distillation import DistillTask, look_at_student
+from ..algorithm.experts import effective_owners
+from ..algorithm.health import ONE_OWNER, distill_findings, teacher_findings
 from ..algorithm.teacher import MixedTeacher, TeacherState, group_shares
 from ..errors import RunError
-from ..methods.distillers.mosaic import make_task, make_teacher
+from ..methods.distillers.mosaic import look_at_teacher, make_task, make_teacher
 from ..methods.distillers.prototype_head import refit
 from ..methods.federation import Federation, group_counts
 from ..records import Finding, Prototypes, Weights
@@ -20,7 +22,7 @@ from . import keys
 from .evaluation import watch
 from .partition import Shards
 from .rounds import Warmup
-from .run import Progress, Run
+from .run import Progress, Run, known
 from .uploads import Generators, PrototypesOf
 
 #: Runs a distillation task; ``runtime.distiller`` has the hosts.
@@ -39,10 +41,22 @@ def teacher_stage(
         findings: list[Finding] = []
         for number, (name, clients) in enumerate(federation.groups.items()):
             state, found = _teach(run, shards, warmup, prototypes[name], generators, name, clients, progress)
-            _write_teacher(writer, state, _prefix(federation, name, number))
-            figures |= found if name == federation.student else {f"{name}/{what}": v for what, v in found.items()}
-            findings += _teacher_findings(found, name if len(federation.groups) > 1 else "")
-        return {"figures": figures, "findings": [asdict(f) for f in findings]}
+            counts = group_counts(shards.counts, clients)
+            looked, arrays = look_at_teacher(config, run.dataset.facts, state, counts, prototypes[name])
+            found |= looked
+            prefix, owners = _prefix(federation, name, number), effective_owners(counts)
+            _write_teacher(writer, state, prefix)
+            writer.add(f"{prefix}diagnostics", arrays)
+            own = name == federation.student
+            for what, value in found.items():
+                progress.scalar(f"teacher/{what}" if own else f"teacher_{name}/{what}", config.meta.updates, value)
+            figures |= found if own else {f"{name}/{what}": value for what, value in found.items()}
+            alone = [int(c) for c in np.flatnonzero((owners > 0) & (owners < ONE_OWNER))]
+            findings += teacher_findings(
+                found, run.dataset.facts.num_classes, alone, name=name if len(federation.groups) > 1 else "",
+                holds_out=config.prototypes.held_out > 0,
+            )  # fmt: skip
+        return {"figures": known(figures), "findings": [asdict(f) for f in findings]}
 
     total = config.meta.updates * len(federation.groups)
     result = run.stage("teacher", key, compute, total=total, unit="update")
@@ -115,17 +129,6 @@ def _read_teacher(result: StageResult, prefix: str, backbone: Weights, name: str
     return TeacherState(backbone, experts, index, result.load(f"{prefix}meta"), name)
 
 
-def _teacher_findings(figures: Mapping[str, float], name: str) -> list[Finding]:
-    reached, student = figures["meta_held_out_accuracy"], figures["student_held_out_accuracy"]
-    if reached >= student:
-        return []
-    message = (
-        f"on held-out prototypes the teacher{' of ' + name if name else ''} is right on {reached:.1%}, the student it "
-        f"would teach on {student:.1%}; see meta.input and meta.init"
-    )
-    return [Finding("teacher.below_student", "warning", "teacher", message)]
-
-
 def distill_stage(
     run: Run,
     shards: Shards,
@@ -158,33 +161,20 @@ def distill_stage(
 
         weights, figures, _ = host(task, look)
         writer.add("global", weights)
-        return {"figures": figures, "findings": [asdict(f) for f in _findings(figures)]}
+        looked, named = look_at_student(task, weights, run.bench.device)
+        figures |= looked
+        writer.add("diagnostics", {"synthetic_counts": named})
+        for what in ("entropy", "confidence"):
+            progress.scalar(f"teacher/synthetic_{what}", config.distill.steps, looked[f"teacher_{what}"])
+        for what in ("class_entropy", "shift"):
+            progress.scalar(f"teacher/synthetic_{what}", config.distill.steps, looked[what])
+        held = float((shards.counts.sum(0) > 0).mean())
+        findings = [] if run.alarmed else distill_findings(figures, held)
+        return {"figures": known(figures), "findings": [asdict(f) for f in findings]}
 
     result = run.stage("distill", key, compute, total=config.distill.steps, unit="step")
     watch(run, shards, "distill", config.distill.steps, key, student_of(result))
     return result
-
-
-def _findings(figures: Mapping[str, float]) -> list[Finding]:
-    findings = []
-    if figures["class_coverage"] < 0.5:
-        message = (
-            f"the teacher sees {figures['class_coverage']:.0%} of the classes in the synthetic images; "
-            "raise generator.steps, or see the generators' findings"
-        )
-        findings.append(
-            Finding("generator.low_coverage", "warning", "distill", message, value=figures["class_coverage"])
-        )
-    if figures["step"] == 0:
-        message = "no state on the way was better on held-out prototypes: the student that went in is handed back"
-        findings.append(Finding("distill.guarded", "info", "distill", message, value=figures["held_out_before"]))
-    elif figures["held_out_after"] < figures["held_out_before"]:
-        message = (
-            f"held-out prototypes fell from {figures['held_out_before']:.1%} to {figures['held_out_after']:.1%}; "
-            "see distill.guard and distill.backbone_lr"
-        )
-        findings.append(Finding("distill.forgetting", "warning", "distill", message, value=figures["held_out_after"]))
-    return findings
 
 
 def refit_stage(run: Run, shards: Shards, warmup: Warmup, prototypes_key: str, prototypes: PrototypesOf) -> StageResult:

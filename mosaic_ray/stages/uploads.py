@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..algorithm.generation import generator_findings, num_steps
+from ..algorithm.communication import Size, Tally, size_of
+from ..algorithm.generation import num_steps
+from ..algorithm.health import generator_findings, prototype_findings
 from ..errors import RunError
 from ..methods.client_work import initial_models
 from ..methods.federation import Federation
-from ..models.tensors import num_bytes
 from ..records import Finding, Prototypes, Weights
 from ..runtime.leases import Lease
 from ..runtime.store import StageResult, StageWriter
-from ..runtime.tracking import image_grid
 from .keys import generator_keys, generators_key, prototypes_key
 from .partition import Shards
 from .rounds import Warmup
@@ -39,33 +39,32 @@ def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Pro
     everyone = list(range(config.partition.num_clients))
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        traffic, left_out = {"uplink": {}, "downlink": {}}, LeftOut("prototypes")
+        traffic, left_out = Tally(1, len(everyone)), LeftOut("prototypes")
         if config.prototypes.rounds == "all":
             prototypes = {federation.student: Prototypes(**warmup.result.load("prototypes"))}
             progress.advance(len(everyone))
         else:
             own = _own_weights(warmup) if config.prototypes.model == "client" else _nothing
             if config.prototypes.model == "global":
-                sent = [num_bytes(warmup.models[name]) for name in federation.classifiers]
-                traffic["downlink"]["weights"] = sum(sent)
+                for k, name in enumerate(federation.classifiers):
+                    traffic.add("downlink", "weights", k, size_of(warmup.models[name]))
             common = {"models": warmup.models, "round": config.warmup.num_rounds}
             parts: dict[str, list[Prototypes]] = {name: [] for name in federation.groups}
             size = shards.sizes.__getitem__
             for k, part in run.ask("prototypes", everyone, common, own, left_out=left_out, cost=size):
                 parts[federation.classifiers[k]].append(part)
+                traffic.add("uplink", "prototypes", k, size_of(part.arrays()))
                 progress.advance()
             prototypes = {name: Prototypes.concatenate(made) for name, made in parts.items()}
-            traffic["uplink"]["prototypes"] = sum(num_bytes(made.arrays()) for made in prototypes.values())
         for part, made in _prototype_parts(federation, prototypes):
             writer.add(part, made.arrays())
+        writer.add("communication", traffic.arrays())
         labels = np.concatenate([made.labels for made in prototypes.values()])
         found = np.bincount(labels, minlength=run.dataset.facts.num_classes)
-        missing = [int(c) for c in np.flatnonzero((found == 0) & (shards.counts.sum(0) > 0))]
-        findings = left_out.findings()
-        if missing:
-            message = f"no prototype of class {', '.join(map(str, missing))}; raise prototypes.k or prototypes.samples"
-            findings.append(Finding("prototypes.too_few", "warning", "prototypes", message, value=float(len(missing))))
-        return {"communication": traffic, "findings": [asdict(f) for f in findings], "num_prototypes": len(labels)}
+        findings = left_out.findings() + prototype_findings(found.tolist(), shards.counts.sum(0).tolist())
+        return {
+            "communication": traffic.totals(), "findings": [asdict(f) for f in findings], "num_prototypes": len(labels),
+        }  # fmt: skip
 
     result = run.stage("prototypes", key, compute, total=len(everyone), unit="client")
     parts = [part for part, _ in _prototype_parts(federation, dict.fromkeys(federation.groups))]
@@ -125,9 +124,11 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
     if left_out.rounds:
         key = generators_key([keys[k] for k in clients])
     results = [found[k] for k in clients]
-    uplink = sum(r.facts["communication"]["uplink"]["generators"] for r in results)
+    traffic = Tally(1, len(keys))
+    for client_id, result in zip(clients, results, strict=True):
+        traffic.add("uplink", "generators", client_id, Size(**result.facts["communication"]))
     findings = [row for r in results for row in r.facts["findings"]] + [asdict(f) for f in left_out.findings()]
-    facts = {"communication": {"uplink": {"generators": uplink}}, "findings": findings}
+    facts = {"communication": traffic.totals(), "findings": findings}
     run.note("generators", key, not computed, spent, facts, waited)
     run.log["generators"]["cached_clients"] = len(clients) - computed
     for client_id, result in zip(clients, results, strict=True):
@@ -136,7 +137,6 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
         for row in result.facts["curve"]:
             for name, value in zip(("loss", "discriminator_loss", "entropy", "diversity"), row[1:], strict=True):
                 run.tracker.scalar("generators", f"generator_{client_id:03d}/{name}", int(row[0]), value)
-        run.tracker.image(f"generator/client_{client_id:03d}", 0, image_grid(result.load("samples")["images"], 8))
     return Generators(key, clients, results)
 
 
@@ -171,6 +171,7 @@ def _fill(
                     found[client_id] = result
                     leases[client_id].release()
                     computed += 1
+                    run.warn_of(Finding(**row) for row in result.facts["findings"])
                     coverage = result.facts["figures"]["coverage"]
                     progress.advance(note=f"client {client_id}: {coverage:.0%} of its classes")
                 continue
@@ -208,7 +209,7 @@ def _computed(
         facts = {
             "figures": made.figures, "curve": made.curve,
             "findings": [asdict(f) for f in generator_findings(client_id, made.figures)],
-            "communication": {"uplink": {"generators": num_bytes(made.weights)}},
+            "communication": asdict(size_of(made.weights)),
         }  # fmt: skip
-        parts = {"generator": made.weights, "samples": {"images": made.samples}}
+        parts = {"generator": made.weights, "samples": {"images": made.samples}, "progress": made.progress}
         yield client_id, run.store.put(keys[client_id], facts, parts)

@@ -10,15 +10,16 @@ from torch import Tensor
 
 from ...algorithm.distillation import DistillTask
 from ...algorithm.evaluation import domain_auc
-from ...algorithm.experts import form_experts
+from ...algorithm.experts import effective_owners, expert_weights, form_experts, redundancy
 from ...algorithm.generation import allocate, classifier_view, draw, load_generator, sampling_shares
 from ...algorithm.heads import fit_head, scores
-from ...algorithm.meta_training import Teacher, train_meta
+from ...algorithm.health import ONE_OWNER
+from ...algorithm.meta_training import Teacher, answers, gates, train_meta
 from ...algorithm.prototypes import split_held_out
 from ...algorithm.teacher import MixedTeacher, TeacherState, head_logits, heads_only
 from ...config import ExperimentConfig
 from ...errors import RunError
-from ...models.tensors import head_of, to_weights, use_precision
+from ...models.tensors import freeze, head_of, load_weights, to_weights, use_precision
 from ...models.widths import Channels, IndexSets
 from ...records import DataFacts, Prototypes, Weights
 from ...seeding import seeded, stream
@@ -26,6 +27,9 @@ from ..client_work import Bench
 
 #: (client, its model, its generator), in client order, one client in memory at a time.
 Sources = Iterable[tuple[int, Weights, Weights]]
+
+#: Prototypes, at most, that the meta model's gates are read off.
+MAX_READ = 1024
 
 
 def experts_vote(bench: Bench, experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Tensor, Tensor], Tensor]:
@@ -139,6 +143,42 @@ def make_teacher(
     }
     state = TeacherState(global_weights, tuple(experts), index, to_weights(teacher))
     return state, figures
+
+
+def look_at_teacher(
+    config: ExperimentConfig, facts: DataFacts, state: TeacherState, counts: np.ndarray, prototypes: Prototypes
+) -> tuple[dict[str, float], Weights]:
+    """(figures, arrays) of a teacher that ``make_teacher`` made of the same ``counts`` and ``prototypes`` (4.2).
+
+    Arrays: ``expert_weights`` float32 [K, C], client k's share in class c's expert; ``expert_of_class`` int64 [C],
+    which of the distinct experts is its own; ``meta_gates`` float32 [C, C] as ``gates`` has them, of class experts, on
+    the prototypes held out (on all, where none is).
+    """
+    kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
+    judged = held_out if len(held_out) else kept
+    teacher = Teacher(facts.num_classes, facts.num_classes, config.meta, head_of(state.backbone)[0].shape[1])
+    freeze(load_weights(teacher, state.meta))
+    expert_logits = head_logits(state.experts, state.index)
+    features, labels = torch.tensor(judged.vectors), torch.tensor(judged.labels)
+    named = answers(teacher, expert_logits, features).argmax(1)
+    votes = torch.cat([expert_logits(part).mean(1) for part in features.split(teacher.meta.max_rows)])
+    read = torch.linspace(0, len(judged) - 1, min(len(judged), MAX_READ)).long()
+    owners = effective_owners(counts)
+    owners = owners[owners > 0]
+    figures = {
+        "meta_classes_named": float(len(named.unique())),
+        "classes_judged": float(len(labels.unique())),
+        "experts_held_out_accuracy": scores(votes, judged)[0],
+        "expert_redundancy": redundancy(state.experts, state.index, counts),
+        "single_owner_classes": float((owners < ONE_OWNER).sum()),
+        "effective_owners": float(owners.mean()),
+    }
+    arrays = {
+        "expert_weights": expert_weights(counts).astype(np.float32),
+        "expert_of_class": state.index,
+        "meta_gates": gates(teacher, expert_logits, features[read], labels[read]),
+    }
+    return figures, arrays
 
 
 def make_task(

@@ -1,0 +1,224 @@
+"""Pages that are made when the site is built: every knob, every command, and the public modules' docstrings."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from mosaic_ray.cli import mosaic
+from mosaic_ray.config import KNOBS, ROOMS
+from mosaic_ray.knobs import Knob
+
+PACKAGE = Path(importlib.util.find_spec("mosaic_ray").origin).parent
+
+#: Folder of the pages that modules get.
+CODE = "reference/code"
+
+#: What is documented, by the room that it stands in: modules, or all modules of a package.
+MODULES: dict[str, tuple[str, ...]] = {
+    "From a notebook": ("mosaic_ray", "report.loading"),
+    "A run": ("experiment", "launch"),
+    "Foundations": ("rooms", "knobs", "config", "presets", "records", "spaces", "seeding", "errors"),
+    "Mathematics": ("algorithm.*",),
+    "Methods": ("methods.client_work", "methods.federation", "methods.distillers.*"),
+    "Models": (
+        "models.classifiers",
+        "models.generators",
+        "models.discriminators",
+        "models.user_networks",
+        "models.widths",
+    ),
+    "Data": ("data.datasets", "data.facts", "data.partition", "data.transforms"),
+    "Storage": ("stages.keys", "runtime.store"),
+}
+
+#: What a room of knobs is about.
+ABOUT = {
+    "data": "Which images, in which size, and where they lie.",
+    "partition": "How the images are dealt to the clients.",
+    "model": "The network of clients and student.",
+    "federation": "Who takes part in a round, and how updates become a model.",
+    "warmup": "The federated rounds before anything else.",
+    "generator": "The generator that each client trains beside its frozen classifier.",
+    "prototypes": "The class centroids that each client sends.",
+    "meta": "The class experts and the meta model that speaks for them.",
+    "distill": "What the student learns from the teacher, and when it stops.",
+    "finetune": "The closing rounds, the student's and the control's alike.",
+    "runtime": "Where things run. These knobs change speed; where one shows in a result, its meaning says so.",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the generated pages."""
+    pages = {"reference/knobs.md": knobs_page(), "reference/commands.md": commands_page()} | dict(code_pages())
+    for place, content in pages.items():
+        files.append(File.generated(config, place, content=content))
+    return files
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Adds to the menu what is found rather than listed: pages in depth, and the reference."""
+    deep = sorted(path.name for path in Path(config.docs_dir).glob("[A-Z]*.md"))
+    code = [{heading: [f"{CODE}/{name}.md" for name in names]} for heading, names in modules().items()]
+    reference = ["reference/knobs.md", "reference/commands.md", {"Code": [f"{CODE}/index.md", *code]}]
+    config.nav = [*config.nav, {"In depth": deep}, {"Reference": reference}]
+    return config
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings introduce code by two colons; a page shows one."""
+    return html.replace("::</p>", ":</p>")
+
+
+# --- knobs -----------------------------------------------------------------------------------------------------------
+
+
+def knobs_page() -> str:
+    """Name, default, what it may be and meaning of every knob, room by room."""
+    parts = [
+        "# Knobs",
+        "Every knob, made from the code. Set one with `--set ROOM.KNOB=VALUE`, or in a TOML file given by `--config`; "
+        "`mosaic show demo` prints all of them as such a file. A preset changes defaults: what is here holds where no "
+        "preset speaks. Letters and numbers in brackets, such as (G9), name a choice in which the authors' code and "
+        "the paper's text differ, or in which this project differs from both; "
+        "`mosaic show reference` and `mosaic show paper` have their values.",
+        "## For the whole run {#run}",
+        _table(knob for name, knob in KNOBS.items() if "." not in name),
+    ]
+    for room in (room for room in ROOMS if any(name.startswith(f"{room}.") for name in KNOBS)):
+        rows = [knob for name, knob in KNOBS.items() if name.startswith(f"{room}.")]
+        parts += [f"## {room}", ABOUT.get(room, ""), _table(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(knobs: Any) -> str:
+    rows = ["| knob | default | may be | meaning |", "|---|---|---|---|"]
+    for knob in knobs:
+        name = f'<code id="{knob.name}">{knob.name}</code>'
+        rows.append(f"| {name} | {_code(knob.default)} | {_allowed(knob)} | {_cell(knob.metadata['help'])} |")
+    return "\n".join(rows)
+
+
+def _allowed(knob: Knob) -> str:
+    """What a knob takes, in few words."""
+    meta = knob.metadata
+    if meta["choices"]:
+        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+    kind = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}.get(knob.type)
+    if kind is None:
+        kind = "list of names" if knob.type == tuple[str, ...] else "a rule, or list of numbers"
+    high = "" if meta["high"] is None else f"{meta['high']:,.10g}"
+    if meta["low"] is not None:
+        return f"{kind}, {meta['low']:g} to {high}" if high else f"{kind}, {meta['low']:g} or more"
+    if meta["above"] is not None:
+        return f"{kind} above {meta['above']:g}" + (f", at most {high}" if high else "")
+    return kind
+
+
+def _code(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(str(item) for item in value)}]`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "empty"
+
+
+def _cell(text: str) -> str:
+    """``text`` inside a table: no bar ends the cell, no sign becomes markup."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands_page() -> str:
+    """Every command with its options, as ``--help`` has them."""
+    parts = [
+        "# Commands",
+        "Every command with its options, made from the code; `mosaic COMMAND --help` says the same. All of them end "
+        "with 0 when done, 2 for a wrong request, 1 for a run that failed, 130 when interrupted "
+        "([Troubleshooting](../howto/troubleshooting.md)).",
+    ]
+    for words, command in commands(mosaic, ("mosaic",)):
+        if len(words) == 1:  # the door itself
+            continue
+        parts += [f"{'#' * len(words)} {' '.join(words)}", _paragraph(command.help or "")]
+        arguments = [param for param in command.params if isinstance(param, click.Argument)]
+        usage = [*words, *(param.make_metavar(click.Context(command)) for param in arguments)]
+        if isinstance(command, click.Group):
+            continue
+        options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
+        parts.append(f"```\n{' '.join(usage)}{' [OPTIONS]' if options else ''}\n```")
+        if options:
+            parts.append("\n".join(["| option | meaning |", "|---|---|", *map(_option, options)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def commands(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """``command`` and all below it, in the order of their definition."""
+    yield words, command
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from commands(inner, (*words, name))
+
+
+def _option(option: click.Option) -> str:
+    names = ", ".join(f"`{name}`" for name in option.opts)
+    metavar = "" if option.is_flag else f" `{option.metavar or option.type.name.upper()}`"
+    shown = option.show_default and option.default is not None and not option.is_flag
+    default = f" [default: {option.default}]" if shown else ""
+    return f"| {names}{metavar} | {_cell(option.help or '')}{default} |"
+
+
+def _paragraph(text: str) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n")).replace("<", "&lt;")
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, list[str]]:
+    """Heading -> the full names of the modules below it."""
+    found: dict[str, list[str]] = {}
+    for heading, names in MODULES.items():
+        found[heading] = []
+        for name in names:
+            package, star, _ = name.partition(".*")
+            folder = PACKAGE.joinpath(*package.split("."))
+            below = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__") if star else []
+            full = "mosaic_ray" if name == "mosaic_ray" else f"mosaic_ray.{package}"
+            found[heading] += [f"{full}.{stem}" for stem in below] if star else [full]
+    return found
+
+
+def code_pages() -> Iterator[tuple[str, str]]:
+    """A page for each module, and their index."""
+    index = [
+        "# Code",
+        "The public modules, made from their docstrings. Shapes are in square brackets: K clients, C classes, N images "
+        "or samples, B a batch, d features. Imports point down this page: what stands lower knows nothing of what "
+        "stands higher, and Ray is needed by none of the mathematics.",
+    ]
+    for heading, names in modules().items():
+        rows = []
+        for name in names:
+            page = f"{name}.md"
+            rows.append(f"| [`{name}`]({page}) | {_cell(summary_of(name))} |")
+            yield f"{CODE}/{page}", f"# {name.removeprefix('mosaic_ray.')}\n\n::: {name}\n"
+        index += [f"## {heading}", "\n".join(["| module | what it is |", "|---|---|", *rows])]
+    yield f"{CODE}/index.md", "\n\n".join(index) + "\n"
+
+
+def summary_of(name: str) -> str:
+    """The first sentence of a module's docstring, which is read and not run."""
+    place = PACKAGE.joinpath(*name.split(".")[1:])
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())

@@ -1,0 +1,53 @@
+"""Numbers as a reader of the report sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: Lists longer than this are cut short.
+MOST_NAMED = 6
+
+
+def percent(share: float | None) -> str:
+    """``95.3 %``."""
+    return "–" if share is None or share != share else f"{100 * share:.1f} %"
+
+
+def points(difference: float | None) -> str:
+    """``+8.6``, in percentage points."""
+    return "–" if difference is None or difference != difference else f"{100 * difference:+.1f}".replace("-", "−")
+
+
+def size(count: float) -> str:
+    """``18.6 MiB``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.1f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """``5 min 20 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """``1 class``, ``3 classes``."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def listed(names: Sequence[object]) -> str:
+    """``0, 3 and 7``; of many the first ones."""
+    words = [str(name) for name in names]
+    if len(words) > MOST_NAMED:
+        return f"{', '.join(words[:MOST_NAMED])} and {len(words) - MOST_NAMED} more"
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def sentence(words: str) -> str:
+    """``words`` with a capital letter in front."""
+    return words[:1].upper() + words[1:]

@@ -1,0 +1,189 @@
+"""`mosaic experiment generator-quality`: a generator on its own, and how far its images are from real ones.
+
+One client holds everything: a classifier is trained on it, then the client's generator beside that classifier, as in
+any run. Images held out from the client (``partition.validation_fraction``, never test images) are cut into two
+disjoint halves: one stands for real images, and the distance between both is the floor, what real images reach.
+
+Two classifiers judge. ``own`` is the one that steered the generator, which therefore may have learnt to please it;
+``judge`` has the same training from another start and took no part. Where they disagree, believe the judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import ExperimentConfig, override
+from ..errors import RequestError
+from ..records import Dataset, Weights
+from ..seeding import derive, numpy_stream, stream
+from .setting import Desk, Row, Study, measured
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..runtime.store import StageResult
+    from ..stages.run import Run
+
+#: Below --config and --set: one client, and a classifier worth asking.
+BASE: dict[str, Any] = {
+    "partition.num_clients": 1, "partition.sampler": "iid", "partition.validation_fraction": 0.2,
+    "warmup.num_rounds": 30, "warmup.local_steps": 20, "runtime.eval_rounds": 0,
+}  # fmt: skip
+VERSION = 1
+
+#: Images of each kind where no number is asked for.
+MOST_IMAGES, FEWEST_IMAGES = 2000, 20
+_CHUNK = 500
+
+
+def num_images(config: ExperimentConfig, dataset: Dataset, asked: int | None) -> int:
+    """Images of each kind: as many as asked for, or as one half of the held-out ones has (2000 at most)."""
+    half = int(len(dataset.train) * config.partition.validation_fraction) // 2
+    if half < FEWEST_IMAGES:
+        raise RequestError(
+            f"partition.validation_fraction = {config.partition.validation_fraction:g}: of {len(dataset.train)} images "
+            f"that leaves {2 * half} real ones to compare with; {2 * FEWEST_IMAGES} or more are needed"
+        )
+    if asked is not None and not FEWEST_IMAGES <= asked <= half:
+        raise RequestError(
+            f"--images {asked}: it may be {FEWEST_IMAGES} to {half}, half of the images that are held out; "
+            "partition.validation_fraction says how many are"
+        )
+    return asked or min(half, MOST_IMAGES)
+
+
+def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]) -> None:
+    """``RequestError`` unless one client holds everything and enough images are held out."""
+    from ..algorithm.quality import inception_weights
+    from ..models.generators import check_image_size
+
+    if config.partition.num_clients != 1:
+        raise RequestError(
+            f"partition.num_clients = {config.partition.num_clients}: in this experiment one client holds everything"
+        )
+    check_image_size(dataset.facts.image_size)
+    num_images(config, dataset, options["images"])
+    if options["inception"]:
+        inception_weights()
+
+
+def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
+    """Classifier, generator, judge; then both classifiers' figures."""
+    from ..stages.partition import partition_stage
+    from ..stages.rounds import warmup_stage
+    from ..stages.uploads import generators_stage
+
+    with desk.run(config) as run:
+        shards = partition_stage(run)
+        warmup = warmup_stage(run, shards)
+        generators = generators_stage(run, shards, warmup)
+    other = override(config, {"seed": derive(config.seed, "quality", "judge") % 2**30})
+    with desk.run(other) as apart:  # the same images, another start and order
+        apart.train_rows = run.train_rows
+        judge = warmup_stage(apart, shards)
+    count = num_images(config, desk.dataset, desk.options["images"])
+    held = numpy_stream(config.seed, "quality", "real").permutation(shards.validation[0])
+    halves = [desk.dataset.train.images[rows] for rows in (held[:count], held[count : 2 * count])]
+    inception = bool(desk.options["inception"])
+
+    def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
+        images = drawn(run, generators.weights()[0], count)
+        judges = {"own": warmup.weights, "judge": judge.weights}
+        rows = [_judge(run, name, weights, images, halves) for name, weights in judges.items()]
+        rows += [_inception(run, images, halves)] if inception else []
+        return rows, {"images": images[:100]}
+
+    return measured(
+        run, STUDY.name, VERSION, {"images": count, "inception": inception}, [generators.key, judge.key], compute
+    )
+
+
+def drawn(run: Run, weights: Weights, count: int) -> np.ndarray:
+    """``count`` images uint8 [count, C, H, W] of a generator."""
+    import torch
+
+    from ..algorithm.generation import draw, load_generator, to_pixels
+
+    config, device = run.config, run.bench.device
+    generator = load_generator(config.generator, run.dataset.facts, weights).to(device)
+    inputs = draw(generator, count, stream(config.seed, "quality", "images"), device)
+    with torch.no_grad():
+        parts = zip(*(tensor.split(_CHUNK) for tensor in inputs), strict=True)
+        made = [to_pixels(generator(*part).float(), config.generator.gan_range, run.dataset.facts) for part in parts]
+    return np.concatenate(made)
+
+
+def _judge(run: Run, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
+    """One classifier's figures of ``images`` beside two sets of real ones."""
+    from ..algorithm.evaluation import accuracy
+    from ..algorithm.quality import Network, class_shares, coverage, frechet_distance, inception_score, predicted
+    from ..stages.evaluation import table_of
+
+    facts, device, seed = run.dataset.facts, str(run.bench.device), run.config.seed
+    features = Network(run.bench.classifier(weights), facts)
+    logits = Network(run.bench.classifier(weights), facts, logits=True)
+    distance, floor = (frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
+    score, spread = inception_score(logits, images, seed, device)
+    shares = class_shares(predicted(logits, images, device), facts.num_classes)
+    return {
+        "classifier": name, "num_images": len(images),
+        "fid": distance, "floor": floor, "ratio": distance / floor if floor else None,
+        "inception_score": score, "inception_score_sd": spread,
+        "inception_score_real": inception_score(logits, halves[0], seed, device)[0],
+        "coverage": coverage(shares), "class_share": shares.tolist(),
+        "test_accuracy": accuracy(table_of(run, weights, run.dataset.test)),
+    }  # fmt: skip
+
+
+def _inception(run: Run, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
+    from ..algorithm.quality import frechet_distance, inception_weights
+
+    weights, device = inception_weights(), str(run.bench.device)
+    distance, floor = (frechet_distance(weights, halves[0], other, device) for other in (images, halves[1]))
+    ratio = distance / floor if floor else None
+    return {"classifier": "inception", "num_images": len(images), "fid": distance, "floor": floor, "ratio": ratio}
+
+
+def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
+    """The first seed's images, the share of each class, and every seed's distance over its floor."""
+    from ..runtime.tracking import image_grid
+
+    grid, shares, ratios = figure.subplots(1, 3, width_ratios=(1.1, 1.4, 0.8))
+    picture = image_grid(arrays["images"], 10).transpose(1, 2, 0)
+    grid.imshow(picture.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    grid.set_axis_off()
+    grid.set_title(f"synthetic images, seed {rows[0]['seed']}", size=10)
+    names = list(dict.fromkeys(row["classifier"] for row in rows))
+    seen = [name for name in names if name != "inception"]
+    for place, name in enumerate(seen):
+        found = np.array([row["class_share"] for row in rows if row["classifier"] == name])
+        where = np.arange(found.shape[1]) + (place - 0.5) * 0.4
+        low, high = found.mean(0) - found.min(0), found.max(0) - found.mean(0)
+        shares.bar(where, found.mean(0), 0.4, yerr=[low, high], label=name, error_kw={"elinewidth": 0.8})
+    if found.shape[1] <= 20:
+        shares.set_xticks(range(found.shape[1]))
+    shares.set(xlabel="class (lines: range over seeds)", ylabel="share of the synthetic images")
+    shares.legend(frameon=False)
+    for place, name in enumerate(names):
+        found = [row["ratio"] for row in rows if row["classifier"] == name and row["ratio"] is not None]
+        ratios.plot([place] * len(found), found, "o", mfc="none")
+    ratios.set_xticks(range(len(names)), names)
+    ratios.set(yscale="log", ylabel="FID / floor (1: as real images)", xlim=(-0.5, len(names) - 0.5))
+    ratios.axhline(1, color="0.6", lw=0.8)
+
+
+STUDY = Study(
+    "generator-quality",
+    measure,
+    "classifier",
+    {
+        "fid": ("FID", ".3g"), "floor": ("floor", ".3g"), "ratio": ("FID / floor", ".3g"),
+        "inception_score": ("IS", ".2f"), "inception_score_real": ("IS of real", ".2f"),
+        "coverage": ("coverage", ".0%"), "test_accuracy": ("its test accuracy", ".1%"),
+    },
+    figure,
+    check,
+)  # fmt: skip

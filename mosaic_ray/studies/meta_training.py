@@ -1,0 +1,179 @@
+"""`mosaic experiment meta-training`: a meta model trained on prototypes, beside ones trained on synthetic images.
+
+The arms are ``meta.data``'s: prototypes; synthetic images labelled by the model of the client whose generator made
+them; and labelled by the experts' vote. Each arm has the same meta model, random start, number of updates and of
+training vectors, and hands back its last state (``tune_spaces/meta_training`` has the reasons). What the teachers reach
+on test images is compared seed by seed.
+
+``auc`` says how easily a linear classifier tells what an arm learns from from the clients' prototypes. A prototype is a
+mean of images, so even features of real images are told from them: ``real images`` is that floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import ExperimentConfig, override
+from ..config import check as check_config
+from ..errors import RequestError
+from ..records import Dataset, Prototypes
+from ..seeding import numpy_stream
+from .setting import Desk, Row, Study, measured
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..runtime.store import StageResult
+    from ..stages.partition import Shards
+    from ..stages.rounds import Warmup
+    from ..stages.run import Run
+    from ..stages.uploads import Generators
+
+ARMS = ("prototypes", "synthetic", "synthetic_vote")
+#: Below --config and --set: nothing in an arm may be chosen or begun by prototypes.
+BASE: dict[str, Any] = {"meta.init": "random", "meta.select": False, "runtime.eval_rounds": 0}
+VERSION = 1
+
+
+def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]) -> None:
+    """``RequestError`` where the arms could not differ in ``meta.data`` alone."""
+    for knob, value, wanted in (
+        ("meta.init", config.meta.init, "random"),
+        ("meta.select", config.meta.select, False),
+        ("meta.data", config.meta.data, "prototypes"),
+    ):
+        if value != wanted:
+            raise RequestError(f"{knob} = {str(value).lower()}: this experiment sets {knob} itself; leave it out")
+    for arm in ARMS:
+        check_config(override(config, {"meta.data": arm}))
+
+
+def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
+    """What clients upload, a teacher for each arm, and what each teacher reaches."""
+    from ..methods.client_work import Bench
+    from ..stages.evaluation import judged
+    from ..stages.partition import partition_stage, refuse_small
+    from ..stages.rounds import warmup_stage
+    from ..stages.teaching import teacher_stage
+    from ..stages.uploads import generators_stage, prototypes_stage
+
+    with desk.run(config) as run:
+        shards = partition_stage(run)
+        refuse_small(shards)
+        warmup = warmup_stage(run, shards)
+        generators = generators_stage(run, shards, warmup)
+        prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
+        reached, keys, looks = {}, [], {}
+        for arm in ARMS:
+            own = override(config, {"meta.data": arm})
+            at = replace(run, config=own, bench=Bench(own, run.dataset.facts, run.bench.device))
+            key, teacher = teacher_stage(at, shards, warmup, prototypes_key, prototypes, generators)
+            reached[arm] = judged(at, shards, key, teacher, "test", run.dataset.test).facts
+            keys.append(key)
+            looks[arm] = at, teacher
+
+        def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
+            kept = _kept(run, prototypes[warmup.federation.student])
+            rows = []
+            for arm in ARMS:
+                facts = reached[arm]
+                row = {"learns_from": arm} | {name: facts[name] for name in ("accuracy", "nll", "ece")}
+                for name in ("accuracy", "nll", "ece"):
+                    pair = (facts[name], reached["prototypes"][name])
+                    row[f"{name}_difference"] = None if arm == "prototypes" or None in pair else pair[0] - pair[1]
+                if arm != "prototypes":
+                    row |= _bias(run, kept, _synthetic(*looks[arm], warmup, generators, kept))
+                rows.append(row)
+            rows.append(
+                {"learns_from": "real images", "auc": _auc(run, kept, _real_features(run, shards, warmup, kept))}
+            )
+            return rows, {"kept": kept.vectors}
+
+        return measured(run, STUDY.name, VERSION, {}, [*keys, generators.key], compute)
+
+
+def _kept(run: Run, prototypes: Prototypes) -> Prototypes:
+    """The prototypes that the meta model learns from."""
+    from ..algorithm.prototypes import split_held_out
+
+    return split_held_out(prototypes, run.config.prototypes.held_out, run.config.seed)[0]
+
+
+def _synthetic(run: Run, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
+    """The vectors and labels that an arm's meta model learnt from in the place of ``kept``, drawn again."""
+    from ..methods.distillers.mosaic import experts_vote, synthetic_set
+
+    makers = zip(generators.clients, generators.results, strict=True)
+    sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
+    vote = experts_vote(run.bench, teacher.experts, teacher.index)
+    return synthetic_set(run.bench, warmup.weights, sources, vote, kept)
+
+
+def _bias(run: Run, kept: Prototypes, made: Prototypes) -> dict[str, float]:
+    """How synthetic training vectors differ from prototypes: by domain, and by the classes that their labels name."""
+    classes = run.dataset.facts.num_classes
+    shares = [np.bincount(p.labels, p.sizes, classes) / p.sizes.sum() for p in (kept, made)]
+    return {
+        "auc": _auc(run, kept, made.vectors),
+        "label_distance": float(np.abs(shares[0] - shares[1]).sum() / 2),
+        "num_classes": len(np.unique(made.labels)),
+    }
+
+
+def _auc(run: Run, kept: Prototypes, vectors: np.ndarray) -> float:
+    from ..algorithm.quality import domain_auc
+
+    return domain_auc(kept.vectors, vectors, run.config.seed)
+
+
+def _real_features(run: Run, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
+    """Features of as many of each client's real images as it has prototypes, by the model that made those."""
+    from ..algorithm.prototypes import extract_features
+
+    by_client = run.config.prototypes.model == "client" and run.config.prototypes.rounds == "last"
+    parts = []
+    for client_id, count in zip(*np.unique(kept.clients, return_counts=True), strict=True):
+        draws = numpy_stream(run.config.seed, "meta-training", "real", int(client_id))
+        rows = draws.permutation(shards.train[client_id])[:count]
+        data = run.dataset.train.take(rows)
+        model = run.bench.classifier(warmup.client(int(client_id)) if by_client else warmup.weights)
+        shard = run.bench.shard(data.images, data.labels)
+        parts.append(extract_features(model, shard, run.dataset.facts, run.config.runtime.precision))
+    return np.concatenate(parts)
+
+
+def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
+    """Every seed's figures, arm by arm; a line joins the arms of one seed."""
+    shown = {"accuracy": "test accuracy", "nll": "NLL, nats", "ece": "ECE", "auc": "AUC, told from prototypes"}
+    for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
+        arms = [arm for arm in dict.fromkeys(row["learns_from"] for row in rows) if _has(rows, arm, name)]
+        for seed in dict.fromkeys(row["seed"] for row in rows):
+            found = {row["learns_from"]: row.get(name) for row in rows if row["seed"] == seed}
+            axes.plot(range(len(arms)), [found[arm] for arm in arms], "o-", lw=0.8, mfc="none", label=f"seed {seed}")
+        axes.set_xticks(range(len(arms)), [arm.replace("_", "\n").replace(" ", "\n") for arm in arms])
+        axes.set(title=label, xlim=(-0.4, len(arms) - 0.6))
+    axes.set_ylim(top=1.02)
+    axes.axhline(0.5, color="0.6", lw=0.8)
+    axes.legend(frameon=False)
+
+
+def _has(rows: Sequence[Row], arm: str, name: str) -> bool:
+    return all(row.get(name) is not None for row in rows if row["learns_from"] == arm)
+
+
+STUDY = Study(
+    "meta-training",
+    measure,
+    "learns_from",
+    {
+        "accuracy": ("test accuracy", ".1%"), "accuracy_difference": ("paired difference, points", "+.1%"),
+        "nll": ("NLL", ".2f"), "ece": ("ECE", ".3f"), "auc": ("AUC", ".2f"),
+        "label_distance": ("labels' distance", ".2f"),
+    },
+    figure,
+    check,
+)  # fmt: skip

@@ -1,0 +1,171 @@
+"""`mosaic experiment moe-weights`: can the experts' weights be told from synthetic images alone?
+
+The class experts weigh client k by W_{k,c} = n_{k,c} / sum_k n_{k,c}, for which clients send their label counts. Here
+only their sizes n_k are known: What_{k,c} is proportional to n_k P_k(c), with P_k(c) the share of client k's synthetic
+images in which client k's own model sees class c (ALGORITHM 4.2, W_err). Beside it stand three baselines: ``noise``,
+the same with images of random pixels, for a model that knows few classes sees them in anything; ``sizes``, n_k / n for
+every class (FedAvg's weights); and ``uniform``, 1 / K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import ExperimentConfig
+from ..records import Weights
+from ..seeding import numpy_stream, stream
+from .setting import Desk, Row, Study, measured
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from ..runtime.store import StageResult
+    from ..stages.run import Run
+
+BASE: dict[str, Any] = {}
+VERSION = 1
+NUM_IMAGES = 2000
+_CHUNK = 500
+
+
+def estimate(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """What float64 [K, C] of columns that sum to 1, from P_k(c) ``shares`` [K, C] and n_k ``sizes`` [K].
+
+    The column of a class that no generator shows is n_k / n.
+    """
+    mass = shares * sizes[:, None]
+    mass[:, mass.sum(0) == 0] = sizes[:, None]
+    return mass / mass.sum(0)
+
+
+def total_variation(true: np.ndarray, guess: np.ndarray) -> np.ndarray:
+    """float64 [C], each within [0, 1]: half the summed difference of two columns of weights [K, C]."""
+    return np.abs(true - guess).sum(0) / 2
+
+
+def rank_correlations(true: np.ndarray, guess: np.ndarray) -> list[float | None]:
+    """Spearman's correlation over clients, class by class; None where either column is constant."""
+    from scipy.stats import spearmanr
+
+    return [
+        None if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
+        for a, b in zip(true.T, guess.T, strict=True)
+    ]
+
+
+def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
+    """The figures of one estimate; ``owner``: share of classes whose largest owner it names."""
+    distances, ranks = total_variation(true, guess), rank_correlations(true, guess)
+    known = [value for value in ranks if value is not None]
+    one = np.ptp(guess, 0) > 0
+    return {
+        "weights": name,
+        "total_variation": float(distances.mean()), "worst": float(distances.max()),
+        "rank_correlation": float(np.mean(known)) if known else None,
+        "owner": float((one & (guess.argmax(0) == true.argmax(0))).mean()) if one.any() else None,
+        "class_distance": distances.tolist(), "class_rank": ranks,
+    }  # fmt: skip
+
+
+def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
+    """Clients' models and generators as in any run, and what their images tell of the weights."""
+    from ..algorithm.experts import expert_weights
+    from ..stages.partition import partition_stage, refuse_small
+    from ..stages.rounds import warmup_stage
+    from ..stages.uploads import generators_stage
+
+    with desk.run(config) as run:
+        shards = partition_stage(run)
+        refuse_small(shards)
+        warmup = warmup_stage(run, shards)
+        generators = generators_stage(run, shards, warmup)
+
+        def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
+            owned = np.flatnonzero(shards.counts.sum(0))  # a class that nobody holds has no weights
+            shares, noise = np.zeros((2, *shards.counts.shape))
+            for client_id, made in zip(generators.clients, generators.results, strict=True):
+                weights = warmup.client(client_id)
+                drawn = synthetic_images(run, client_id, made.load("generator"))
+                shares[client_id] = seen_shares(run, client_id, weights, drawn)
+                noise[client_id] = seen_shares(run, client_id, weights, random_images(run, client_id))
+            true, sizes = expert_weights(shards.counts)[:, owned], shards.sizes.astype(np.float64)
+            alike = np.ones(true.shape)
+            guesses = {
+                "synthetic": estimate(shares[:, owned], sizes),
+                "noise": estimate(noise[:, owned], sizes),
+                "sizes": estimate(alike, sizes),
+                "uniform": alike / len(sizes),
+            }
+            rows = [compared(name, true, guess) for name, guess in guesses.items()]
+            return rows, {"true": true, "guess": guesses["synthetic"], "classes": owned}
+
+        return measured(run, STUDY.name, VERSION, {"images": NUM_IMAGES}, [warmup.key, generators.key], compute)
+
+
+def synthetic_images(run: Run, client_id: int, generator: Weights) -> Iterator[torch.Tensor]:
+    """2,000 of a generator's images, as classifiers see them."""
+    from ..algorithm.generation import classifier_view, draw, load_generator
+
+    config, facts, device = run.config, run.dataset.facts, run.bench.device
+    maker = load_generator(config.generator, facts, generator).to(device)
+    inputs = draw(maker, NUM_IMAGES, stream(config.seed, "moe-weights", client_id), device)
+    for part in zip(*(tensor.split(_CHUNK) for tensor in inputs), strict=True):
+        yield classifier_view(maker(*part).float(), config.generator.gan_range, facts)
+
+
+def random_images(run: Run, client_id: int) -> Iterator[torch.Tensor]:
+    """2,000 images of pixels that are uniform and independent, as classifiers see them."""
+    import torch
+
+    from ..data.transforms import normalise
+
+    facts, draws = run.dataset.facts, numpy_stream(run.config.seed, "moe-weights/noise", client_id)
+    for _ in range(NUM_IMAGES // _CHUNK):
+        pixels = draws.integers(0, 256, (_CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
+        yield normalise(torch.tensor(pixels, device=run.bench.device), facts.mean, facts.std)
+
+
+def seen_shares(run: Run, client_id: int, weights: Weights, views: Iterable[torch.Tensor]) -> np.ndarray:
+    """P_k float64 [C]: share of each class that client k's model sees in classifier inputs ``views``."""
+    import torch
+
+    from ..algorithm.quality import class_shares
+
+    model = run.bench.client_classifier(client_id, weights).eval()
+    with torch.no_grad():
+        labels = torch.cat([model(view).argmax(1) for view in views])
+    return class_shares(labels.cpu().numpy(), run.dataset.facts.num_classes)
+
+
+def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
+    """The first seed's true weights and estimate, and the distance of each class over all seeds."""
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
+    for axes, name, title in zip(panels, ("true", "guess"), ("true weights W", "from synthetic images"), strict=False):
+        image = axes.imshow(arrays[name], vmin=0, vmax=1, cmap="YlGnBu", aspect="auto", interpolation="nearest")
+        axes.set_title(f"{title}, seed {rows[0]['seed']}", size=10)
+        classes = arrays["classes"]
+        if len(classes) <= 20:
+            axes.set_xticks(range(len(classes)), map(str, classes))
+        axes.set(xlabel="class", ylabel="client")
+    figure.colorbar(image, ax=panels[1])
+    for name in dict.fromkeys(row["weights"] for row in rows):
+        found = [value for row in rows if row["weights"] == name for value in row["class_distance"]]
+        panels[2].plot(np.sort(found), np.linspace(0, 1, len(found)), drawstyle="steps-post", label=name)
+    panels[2].set(xlabel="total variation from the true column", ylabel="share of the classes (all seeds)", xlim=(0, 1))
+    panels[2].legend(frameon=False)
+
+
+STUDY = Study(
+    "moe-weights",
+    measure,
+    "weights",
+    {
+        "total_variation": ("total variation", ".3f"), "worst": ("of the worst class", ".3f"),
+        "rank_correlation": ("rank correlation", ".2f"), "owner": ("largest owner found", ".0%"),
+    },
+    figure,
+)  # fmt: skip

@@ -1,0 +1,142 @@
+"""`mosaic sweep`, `mosaic compare` and `mosaic spaces`: many experiments that share what they have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import RequestError
+from .options import takes
+from .words import address_of
+
+if TYPE_CHECKING:
+    from .sweep_launch import Request
+
+_SEEDS = "Repeat every {} with each of these seeds."
+_AT_ONCE = click.option("--max-concurrent", metavar="N", help="Trials at once, at most; as many as fit by default.")
+_DRY_RUN = click.option(
+    "--dry-run", is_flag=True, help="Say what would run, where and how much work it is; run nothing."
+)
+_PLACE = takes("storage", "name", "address", "host", "strict_health", "fresh", "as_json")
+
+
+def register(door: click.Group) -> None:
+    """The commands below ``door``."""
+    for command in (_sweep, _compare, _spaces):
+        door.add_command(command)
+
+
+@click.command("sweep")
+@takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
+@click.option(
+    "--space",
+    default="lambdas_omega",
+    show_default=True,
+    metavar="NAME|module:function|FILE.py",
+    help="What to try; see `mosaic spaces`.",
+)
+@click.option("--search", metavar="grid|random|optuna", help="How points are chosen; the space has a default.")
+@click.option("--samples", metavar="N", help="Points of a random or optuna search.")
+@click.option("--seeds", metavar="S,S,...", help=_SEEDS.format("point"))
+@click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak ones early.")
+@_AT_ONCE
+@_DRY_RUN
+@_PLACE
+def _sweep(
+    space: str,
+    search: str | None,
+    samples: str | None,
+    seeds: str | None,
+    scheduler: str,
+    max_concurrent: str | None,
+    host: str | None,
+    **words: Any,
+) -> None:
+    """Run many experiments that share what they have in common; the same command again resumes them."""
+    from .asking import sweep_request
+
+    def ask(words: dict[str, Any]) -> Request:
+        return sweep_request(
+            space, words | {"host": host}, search=search, samples=samples, seeds=seeds, scheduler=scheduler,
+            max_concurrent=max_concurrent,
+        )  # fmt: skip
+
+    _go(ask, **words)
+
+
+@click.command("compare")
+@click.option(
+    "--methods", default="fedavg,prototype_head,mosaic", show_default=True, metavar="M,M,...",
+    help="Methods, optimisers (fedrolex), and methods over optimisers (mosaic+fedrolex).",
+)  # fmt: skip
+@takes("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "sets", "config")
+@click.option("--seeds", default="0,1,2", show_default=True, metavar="S,S,...", help=_SEEDS.format("method"))
+@_AT_ONCE
+@_DRY_RUN
+@_PLACE
+def _compare(methods: str, seeds: str, max_concurrent: str | None, host: str | None, **words: Any) -> None:
+    """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
+    from .asking import compare_plan, sweep_request
+
+    plan = compare_plan(methods)
+
+    def ask(words: dict[str, Any]) -> Request:
+        words |= {"host": host, "seed": None}
+        return sweep_request("compare", words, plan=plan, seeds=seeds, max_concurrent=max_concurrent)
+
+    _go(ask, **words)
+
+
+def _go(
+    ask: Callable[[dict[str, Any]], Request],
+    storage: str,
+    name: str | None,
+    address: str | None,
+    strict_health: bool,
+    fresh: bool,
+    as_json: bool,
+    dry_run: bool,
+    **words: Any,
+) -> None:
+    from . import sweep_launch
+
+    address = address_of(address)
+    request = ask(words)
+    if dry_run and as_json:
+        raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
+    if dry_run:
+        for part in sweep_launch.dry_run(request, storage, name, address):
+            _print(part, soft_wrap=isinstance(part, str))
+        return
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        outcome = sweep_launch.run(
+            request, storage=storage, name=name, address=address, fresh=fresh, strict_health=strict_health
+        )
+    if as_json:
+        click.echo(json.dumps(outcome.as_dict(), indent=2))
+    else:
+        from .report.sweeps import sweep_table
+
+        _print(sweep_table(outcome.results, outcome.conditions, outcome.swept, outcome.place))
+    outcome.raise_failures()
+
+
+def _print(part: Any, **how: Any) -> None:
+    from rich.console import Console
+
+    Console(markup=False, emoji=False, highlight=False).print(part, crop=False, **how)
+
+
+@click.command("spaces")
+def _spaces() -> None:
+    """List the sweep spaces that ship with the package."""
+    from .options import listing
+    from .spaces import list_spaces
+
+    listing("Spaces", list_spaces())
+    click.echo("mosaic sweep --space NAME; or --space module:function, --space FILE.py with a function plan()")

@@ -1,0 +1,299 @@
+"""The documentation tells the truth: its commands, knobs, links and examples, and the site that is made of it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+from door import ask
+from pages import DOCS, PAGES, REPO, blocks, commands, headings, links, make_targets, parsed, titled
+
+from mosaic_ray.cli import mosaic
+from mosaic_ray.config import KNOBS, ROOMS, dotted, override, resolve
+from mosaic_ray.knobs import typed
+from mosaic_ray.options import REQUEST
+from mosaic_ray.presets import preset_knobs
+from mosaic_ray.rooms import ExperimentConfig
+from mosaic_ray.spaces import check_space, grid_points, load_space, random_points
+from mosaic_ray.words import config_of
+
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+
+#: Names that a page makes up on the way.
+OWN = {"nearest_mean", "spread", "my_leaves"}
+
+
+#: Commands that a page shows with their refusal: (page, command, what is said).
+CONSOLE = [
+    (page.stem, *part.split("\n", 1))
+    for page in PAGES
+    for block in blocks(page, "console")
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]
+    if "mosaic: error:" in part
+]
+REFUSED = {command for _, command, _ in CONSOLE}
+
+
+# --- what pages show -------------------------------------------------------------------------------------------------
+
+
+@by_page
+def test_commands_parse_and_ask_for_what_exists(page):
+    for words in commands(page):
+        if OWN & set(re.split(r"[ =]", " ".join(words))) or " ".join(["mosaic", *words]) in REFUSED:
+            continue
+        try:
+            context = parsed(words)
+        except click.exceptions.Exit:  # --help, --version
+            continue
+        except (click.MissingParameter, click.BadOptionUsage):
+            assert len(words) <= 2, words  # a command's name in a sentence
+            continue
+        asked = context.params
+        request = {key: value for key, value in asked.items() if key in REQUEST}
+        if request.get("config"):
+            request["config"] = None  # the reader's own file
+        config_of(**request)
+        if asked.get("space") and ":" not in asked["space"] and not asked["space"].endswith(".py"):
+            load_space(asked["space"])
+
+
+def test_pages_show_commands():
+    assert {page.name for page in PAGES if commands(page)} >= {"README.md", "index.md", "sweeps.md", "CLUSTER.md"}
+
+
+def test_a_command_that_does_not_exist_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text with `mosaic rum`.\n\n```bash\nmosaic run --seeds 3  # no\nray exec x 'mosaic store lsd'\n```\n"
+    )
+    assert commands(page) == [["run", "--seeds", "3"], ["store", "lsd"], ["rum"]]
+    for words in commands(page):
+        with pytest.raises(Exception, match=r"unknown command|No such option"):
+            parsed(words)
+
+
+@by_page
+def test_knobs_exist(page):
+    text = page.read_text(encoding="utf-8")
+    codes = (REPO / "mosaic_ray" / "algorithm" / "health.py").read_text(encoding="utf-8")
+    for name, value in re.findall(rf"`(?:--set )?((?:{'|'.join(ROOMS)})\.[a-z]\w*)(?: ?= ?([^`]+))?`", text):
+        if name.endswith((".py", ".md")) or f'"{name}"' in codes or _in_code(*name.split(".")):
+            continue
+        assert name in KNOBS, f"{page.name}: no knob {name}"
+        if value and not re.search(r"[A-Z]{3}|module:", value):
+            typed(KNOBS[name], value, text=True)
+
+
+def _in_code(module: str, name: str) -> bool:
+    """Whether ``name`` is a module of the package ``module``, or defined in the module of that name."""
+    package = REPO / "mosaic_ray"
+    if (package / module / f"{name}.py").exists() or (package / module / name).is_dir():
+        return True
+    path = package / f"{module}.py"
+    return path.exists() and bool(re.search(rf"^(def |class )?{name}\b", path.read_text("utf-8"), re.MULTILINE))
+
+
+@by_page
+def test_blocks_of_code_are_whole(page):
+    for block in blocks(page, "python"):
+        ast.parse(block.text)
+    for block in blocks(page, "toml"):
+        values = dotted(tomllib.loads(block.text))
+        preset_knobs(values.pop("preset", "demo"))
+        override(ExperimentConfig(), values)
+
+
+@by_page
+def test_links_resolve(page):
+    for target in links(page):
+        place, _, anchor = target.partition("#")
+        if "{" in place or place.startswith(("../reference/", "reference/")):
+            continue  # made with the site, which checks these
+        file = (page.parent / place).resolve() if place else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in headings(file), f"{page.name}: {target}"
+
+
+@by_page
+def test_make_targets_exist(page):
+    targets = re.findall(r"^([a-z-]+):.*##", (REPO / "Makefile").read_text(), re.MULTILINE)
+    assert set(make_targets(page)) <= set(targets)
+
+
+@pytest.mark.parametrize("page, command, says", CONSOLE, ids=[command for _, command, _ in CONSOLE])
+def test_refusals_are_word_for_word(page, command, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MOSAIC_DATA", raising=False)
+    result = ask(*command.split()[1:])
+    assert (result.exit_code, result.stderr) == (2, says)
+
+
+# --- examples --------------------------------------------------------------------------------------------------------
+
+
+def written(page: str, title: str, folder: Path) -> Path:
+    """A block of a page as the file that its title names."""
+    path = folder / title
+    path.write_text(titled(page, title))
+    return path
+
+
+@pytest.mark.parametrize("title, points", [("my_space.py", 6), ("one_at_a_time.py", 4)])
+def test_spaces_can_be_swept(title, points, tmp_path):
+    name, plan = load_space(str(written("howto/own-space.md", title, tmp_path)))
+    check_space(name, plan)
+    assert len(grid_points(plan)) == points
+    if plan.knobs:
+        assert len(random_points(plan, 8, 0)) == 8
+
+
+def test_the_space_of_the_page_is_planned(two_cpus, tmp_path):
+    written("howto/own-space.md", "my_space.py", tmp_path)
+    result = ask("sweep", "--space", "my_space.py", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "12 trials" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "title, dataset", [("write_folder.py", "folder:shades"), ("write_parquet.py", "parquet:shades-parquet")]
+)
+def test_data_sets_that_pages_write_are_read(title, dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(titled("howto/own-data.md", title), title, "exec"), {"__name__": "__main__"})
+    words = ("--clients", "4", "--omega", "0.5", "--set", f"data.root={tmp_path}", "--json")
+    result = ask("partition", "--dataset", dataset, *words)
+    assert result.exit_code == 0, result.stderr
+    assert sum(json.loads(result.stdout)["client_sizes"]) == 120
+
+
+def test_the_network_of_the_page_is_taken(tmp_path, monkeypatch):
+    from mosaic_ray.methods.federation import check_models
+    from mosaic_ray.records import DataFacts
+
+    monkeypatch.chdir(tmp_path)
+    written("howto/own-model.md", "nets.py", tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    for knobs in ({}, {"federation.widths": (1.0, 0.5), "federation.optimiser": "fedrolex"}):
+        config = override(resolve(), {"model.classifier": "nets:build", "partition.num_clients": 2} | knobs)
+        check_models(config, DataFacts("digits", 10, 1, 8, (0.3,), (0.3,)))
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+
+
+def patched(text: str, diff: str) -> str:
+    """``text`` after ``diff``, lines that begin with a blank, a minus or a plus; what goes must be there once."""
+    lines = diff.splitlines(keepends=True)
+    old = "".join(line[1:] for line in lines if line[0] in " -")
+    new = "".join(line[1:] for line in lines if line[0] in " +")
+    assert text.count(old) == 1, f"the page changes what is there {text.count(old)} times:\n{old}"
+    return text.replace(old, new)
+
+
+@pytest.fixture
+def extended(tmp_path) -> Path:
+    """A copy of the package with the files and changes of the page about methods."""
+    shutil.copytree(REPO / "mosaic_ray", tmp_path / "mosaic_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    for block in blocks(DOCS / "howto/own-method.md", "python", "diff"):
+        path = tmp_path / block.title
+        path.write_text(block.text if block.language == "python" else patched(path.read_text(), block.text))
+    return tmp_path
+
+
+def test_the_method_of_the_page_fits_the_code(extended):
+    """Its lines find their places, and its two halves have names."""
+    for block in blocks(DOCS / "howto/own-method.md", "python", "diff"):
+        ast.parse((extended / block.title).read_text())
+    listed = subprocess.run(
+        [sys.executable, "-m", "mosaic_ray", "methods"],
+        cwd=extended, env=os.environ | {"PYTHONPATH": str(extended)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert all(name in listed.stdout for name in ("nearest_mean", "spread"))
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_runs(extended):
+    """One run with both of its halves."""
+    words = ["--method", "nearest_mean", "--set", "federation.optimiser=spread", "--set", "federation.widths=[1.0,0.5]"]
+    small = ["warmup.num_rounds=3", "model.width=4", "finetune.num_rounds=1", "runtime.precision=fp32"]
+    small += ["runtime.eval_rounds=0", "partition.num_clients=2", "finetune.local_steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mosaic_ray", "run", "--host", "serial", "--json", *words]
+        + [word for knob in small for word in ("--set", knob)],
+        cwd=extended, env=os.environ | {"PYTHONPATH": str(extended)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    accuracy = json.loads(done.stdout)["accuracy"]
+    assert accuracy["distilled"] > accuracy["initial"]
+
+
+def test_a_change_that_no_longer_fits_is_found():
+    assert patched("a\nb\nc\n", " a\n-b\n+x\n+y\n") == "a\nx\ny\nc\n"
+    with pytest.raises(AssertionError, match="0 times"):
+        patched("a\nb\n", "-c\n+d\n")
+
+
+# --- the site --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built from this checkout; any warning fails."""
+    for name in ("material", "mkdocstrings"):
+        pytest.importorskip(name)
+    place = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(place)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place
+
+
+def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
+    for page in PAGES[1:]:
+        assert (site / page.relative_to(DOCS)).with_suffix(".html").exists(), page
+    loading = re.compile(r'(?:src="|<link[^>]*href="|@import\s+|url\()["\']?(?:https?:)?//[^"\')>\s]*')
+    for path in [*site.rglob("*.html"), *site.rglob("*.css")]:
+        found = [tag for tag in loading.findall(path.read_text(encoding="utf-8")) if 'rel="canonical"' not in tag]
+        assert not found, (path.name, found)
+    assert not (site / "hooks.py").exists()
+
+
+def test_the_site_can_be_searched(site):
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    places = {entry["location"].partition("#")[0] for entry in index["docs"]}
+    assert {"concepts.html", "howto/own-space.html", "reference/knobs.html"} <= places
+    # opened from a disk, where pages may fetch nothing and start no workers
+    assert (site / "search" / "search_index.js").read_text(encoding="utf-8").startswith("var __index")
+    assert 'src="assets/iframe-worker.js"' in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_knob_command_and_module(site):
+    knobs = (site / "reference" / "knobs.html").read_text(encoding="utf-8")
+    for name, knob in KNOBS.items():
+        assert f'<code id="{name}">' in knobs
+        for choice in knob.metadata["choices"] or ():
+            assert f"<code>{choice}</code>" in knobs
+    page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    todo = [("mosaic", mosaic)]
+    while todo:
+        words, command = todo.pop()
+        if isinstance(command, click.Group):
+            todo += [(f"{words} {name}", inner) for name, inner in command.commands.items()]
+        for option in (opt for param in command.params for opt in param.opts if opt.startswith("--")):
+            assert words == "mosaic" or option in page
+        assert words == "mosaic" or f'id="{words.replace(" ", "-")}"' in page, words
+    for module in ("algorithm.losses", "methods.federation", "data.partition", "spaces", "runtime.store", "experiment"):
+        code = (site / "reference" / "code" / f"mosaic_ray.{module}.html").read_text(encoding="utf-8")
+        assert "doc-function" in code or "doc-class" in code, module
+    losses = {path.stem for path in (REPO / "mosaic_ray" / "algorithm").glob("[!_]*.py")}
+    assert losses == {path.stem.split(".")[-1] for path in (site / "reference" / "code").glob("*.algorithm.*.html")}
