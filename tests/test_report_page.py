@@ -12,7 +12,7 @@ from reports import ACCURACY, FINDING, Reader, make_run, write_run
 
 from mosaic_ray.errors import RequestError
 from mosaic_ray.report import figures, figures_cost, figures_data, figures_teacher, run_page
-from mosaic_ray.report.drawing import PALETTE, STEPS, contrast
+from mosaic_ray.report.drawing import PALETTE, STEPS, axes, cells, contrast, inline_svg
 from mosaic_ray.report.loading import load_run
 from mosaic_ray.report.page import FILE, render, write_report
 
@@ -97,6 +97,15 @@ def test_contrast_meets_aa(theme):
         assert contrast(colour[role], colour["raised"]) >= 4.5, role
     for step in range(STEPS):
         assert contrast(colour[f"t{step}"], colour[f"h{step}"]) >= 4.5, step
+
+
+def test_numbers_in_cells_are_drawn_in_the_pages_colours():
+    """Every one: matplotlib does not write pure black down, which would stay black on a dark page."""
+    figure, over = axes()
+    shares = (np.arange(STEPS) + 0.5)[None] / STEPS
+    cells(over, shares, np.full(shares.shape, "8"), power=1.0)
+    drawing = inline_svg(figure, "x")
+    assert all(f"var(--t{step})" in drawing and f"var(--h{step})" in drawing for step in range(STEPS))
 
 
 #: Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.

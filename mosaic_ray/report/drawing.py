@@ -66,7 +66,8 @@ def _palette() -> dict[str, tuple[str, str]]:
         )
         colours[f"h{step}"] = (light, dark)
         colours[f"t{step}"] = (
-            f"#00000{step}" if on_light == "black" else f"#fffff{step}", "#000000" if on_dark == "black" else "#ffffff"
+            f"#00000{step + 1}" if on_light == "black" else f"#fffff{step}",  # matplotlib leaves pure black unsaid
+            "#000000" if on_dark == "black" else "#ffffff",
         )  # fmt: skip
     return colours
 
