@@ -276,6 +276,18 @@ def test_a_failed_runs_results_stay(storage: Path, root: Path, full: set[str]) -
     assert names(gc(storage)) == full and all(Store(storage).get(key) is not None for key in mine)
 
 
+def test_an_experiments_results_stay(storage: Path, root: Path, full: set[str]) -> None:
+    store = Store(str(storage))
+    for key in ("warmup-e1", "moe_weights-e2", "warmup-e3"):
+        store.put(key, {}, {"p": arrays()})
+    store.write("experiments/x/results.json", json.dumps({"keys": ["warmup-e1", "moe_weights-e2"]}).encode())
+    age(root)
+    gc(storage)
+    assert store.get("warmup-e1") and store.get("moe_weights-e2") and not store.get("warmup-e3")
+    store.write("experiments/x/results.json", b"{")
+    assert "experiments/x/results.json is not whole" in refusal(ask("store", "gc", "--storage", str(storage)))
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"stages": {"warmup": 3}}', '{"stages": 7}', ""])
 def test_a_summary_that_is_not_whole_is_refused(storage: Path, root: Path, full: set[str], text: str) -> None:
     (root / "runs/one/summary.json").write_text(text)

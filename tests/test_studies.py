@@ -125,6 +125,7 @@ def test_generator_quality_leaves_its_files_and_computes_nothing_twice(data, tmp
         assert sum(row["class_share"]) == pytest.approx(1)
     own, judge = found["rows"][:2]
     assert own["fid"] != judge["fid"], "the judge took part"
+    assert set(found["keys"]) == {path.name for path in (tmp_path / "objects").iterdir()}
     forbid(monkeypatch, "train", "generate")
     assert run(generator_quality.STUDY, config, tmp_path, (0, 1)) == found
 

@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class User:
-    """A run or a sweep's trial: what its summary.json says, and the ``keys`` behind it, all of them where ``sure``."""
+    """A run, a trial or an experiment: what its summary says, and the ``keys`` behind it, all of them where ``sure``."""
 
     name: str
     status: str
@@ -111,7 +111,7 @@ class Plan:
 def survey(store: Store, trace: Trace) -> Holdings:
     """Everything in ``store``; ``RequestError`` for a summary.json that is not whole."""
     files: dict[str, Stored] = {}
-    for room in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps") if store.local_root else ())):
+    for room in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps", "experiments") if store.local_root else ())):
         files |= _told(store, room, lambda room=room: store.files.tree(room))
     folders: dict[tuple[str, str], dict[str, Stored]] = {}
     others = {}
@@ -139,6 +139,10 @@ def _users(store: Store, trace: Trace, stored: Container[str]) -> list[User]:
             except (TypeError, KeyError, AttributeError, ValueError):
                 raise _not_whole(store, places[name]) from None
             users.append(User(name, str(summary.get("status")), frozenset(keys), sure))
+    for name in _names(store, "experiments"):
+        results = _summary(store, f"experiments/{name}", "results.json")
+        if results is not None:
+            users.append(User(f"experiment {name}", "done", frozenset(results.get("keys", ())), True))
     return users
 
 
@@ -146,21 +150,21 @@ def _names(store: Store, folder: str) -> list[str]:
     return sorted(_told(store, folder, lambda: store.names(folder)))
 
 
-def _summary(store: Store, place: str) -> dict[str, Any] | None:
+def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
-        summary = json.loads(_told(store, place, lambda: store.read(f"{place}/summary.json")))
+        summary = json.loads(_told(store, place, lambda: store.read(f"{place}/{file}")))
     except (FileNotFoundError, NotADirectoryError):  # not ended yet, or killed
         return None
     except (ValueError, RecursionError):
         summary = None
     if not isinstance(summary, dict):
-        raise _not_whole(store, place)
+        raise _not_whole(store, place, file)
     return summary
 
 
-def _not_whole(store: Store, place: str) -> RequestError:
+def _not_whole(store: Store, place: str, file: str = "summary.json") -> RequestError:
     return RequestError(
-        f"--storage {store.uri}: {place}/summary.json is not whole, so what that run uses cannot be told; run it "
+        f"--storage {store.uri}: {place}/{file} is not whole, so what that run uses cannot be told; run it "
         "again, or remove its folder"
     )
 

@@ -136,6 +136,8 @@ class StageWriter:
         # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
         sealed = manifest | {"sha256": hashlib.sha256(canonical(manifest)).hexdigest()}
         self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
+        if self._room == OBJECTS:
+            self._store.used.add(self._key)
         return StageResult(self._store, f"{self._room}/{self._key}", manifest)
 
     def _put(self, name: str, data: bytes) -> None:
@@ -169,6 +171,7 @@ class Store:
             raise RequestError(f"--storage {shown}: a URI is shown and stored, so it holds no secrets; {CREDENTIALS}")
         self.session = session or uuid.uuid4().hex
         self.say = say or (lambda text: None)
+        self.used: set[str] = set()  #: keys of the results that were found or stored here
         try:
             self._files = Files(*open_uri(self.uri))
             self._files.say = lambda text: self.say(f"{self.uri}: {text}")
@@ -216,7 +219,10 @@ class Store:
 
     def get(self, key: str) -> StageResult | None:
         """The result under ``key`` with every byte verified; None where it is absent or damaged (said, and removed)."""
-        return self._get(OBJECTS, key, "stage result {} is damaged ({}: {}); computing it again")
+        found = self._get(OBJECTS, key, "stage result {} is damaged ({}: {}); computing it again")
+        if found is not None:
+            self.used.add(key)
+        return found
 
     def writer(self, key: str) -> StageWriter:
         """A result to be filled part by part."""

@@ -116,6 +116,8 @@ def conduct(
 ) -> dict[str, Any]:
     """Measure with every seed and write results.json, results.csv, figure.png and config.toml; returns results.json.
 
+    Its ``keys`` are the stage results behind it, which `mosaic store gc` keeps.
+
     ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
     """
     from ..data.datasets import load_dataset
@@ -143,7 +145,7 @@ def conduct(
     found = {
         "study": study.name, "command": command, "seeds": list(seeds), "options": dict(options),
         "summary": over_seeds(rows, study), "rows": rows, "config": as_dict(config),
-        "paths": {"results": store.where(place)},
+        "paths": {"results": store.where(place)}, "keys": sorted(store.used),
     }  # fmt: skip
     title = f"{study.name}: {config.data.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     files = {
