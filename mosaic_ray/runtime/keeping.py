@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class User:
-    """A run, a trial or an experiment: what its summary says, and the ``keys`` behind it, all of them where ``sure``."""
+    """A run, a trial or an experiment: what its summary says, and the ``keys`` behind it, all where ``sure``."""
 
     name: str
     status: str
