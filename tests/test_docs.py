@@ -17,6 +17,7 @@ import pytest
 from door import ask
 from pages import DOCS, PAGES, REPO, blocks, commands, headings, links, make_targets, parsed, titled
 
+from mosaic_ray.asking import compare_plan
 from mosaic_ray.cli import mosaic
 from mosaic_ray.config import KNOBS, ROOMS, dotted, override, resolve
 from mosaic_ray.knobs import typed
@@ -62,7 +63,7 @@ def test_commands_parse_and_ask_for_what_exists(page):
         request = {key: value for key, value in asked.items() if key in REQUEST}
         if request.get("config"):
             request["config"] = None  # the reader's own file
-        config_of(**request)
+        config_of(**request, base=compare_plan(asked["methods"]).base if "methods" in asked else None)
         if asked.get("space") and ":" not in asked["space"] and not asked["space"].endswith(".py"):
             load_space(asked["space"])
 
