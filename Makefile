@@ -29,7 +29,7 @@ demo: $(STAMP) ## install, and run the demo (about a minute); ARGS='--omega 1' a
 
 .PHONY: test
 test: $(STAMP) ## install, and run the tests, JOBS at once; ARGS='-k cli' picks some
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 .PHONY: test-all
 test-all: $(STAMP) ## the slow tests too

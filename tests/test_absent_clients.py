@@ -266,7 +266,7 @@ def hungry(marker: Path) -> type:
 
 @on_ray
 @pytest.mark.ray
-@pytest.mark.parametrize("memory", [True, False])
+@pytest.mark.parametrize("memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monkeypatch, memory):
     """The kill by Ray's own monitor is in test_faults.py, for it needs gigabytes."""
     crews: list[Crew] = []

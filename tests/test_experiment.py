@@ -289,7 +289,9 @@ def test_serial_and_ray_end_with_the_same_bits_whatever_the_number_of_actors(tmp
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("work", ["train", "generate", "prototypes"])
+@pytest.mark.parametrize(
+    "work", ["train", *(pytest.param(work, marks=pytest.mark.slow) for work in ("generate", "prototypes"))]
+)
 def test_an_actor_killed_in_mid_work_costs_that_work_alone(tmp_path, ray_up, work, monkeypatch):
     """SIGKILL from within, at the moment when client 1's work begins; the run ends with the same bits."""
     marker = tmp_path / "died"

@@ -50,7 +50,8 @@ def outcome(summary: dict) -> tuple:
     return summary["accuracy"], summary["per_class_accuracy"], summary["communication_bytes"], student
 
 
-@pytest.mark.parametrize("host", ["serial", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.slow])])
+@pytest.mark.slow  # the next two kill by default
+@pytest.mark.parametrize("host", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
 def test_killed_in_every_stage_and_resumed(tmp_path, host):
     undisturbed, _ = finish(tmp_path / "a", host)
     for sign in ("warmup: round 3", "generators: client 1", "teacher: begins", "distill: begins", "finetune: round 1"):

@@ -120,6 +120,7 @@ def test_a_failure_in_a_client_keeps_its_address(tmp_path, ray_up):
     assert failed["stages"].keys() == {"partition"}
 
 
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_begins_again_where_it_was(tmp_path, ray_up, monkeypatch):
     from mosaic_ray import sweep as tuning
 
@@ -168,6 +169,7 @@ def test_asha_stops_trials_and_keeps_what_they_reached(tmp_path, ray_up):
     assert [r.summary["status"] for r in again.results] == ["done", "done", "stopped"]
 
 
+@pytest.mark.slow
 def test_optuna_chooses_the_same_points_again(tmp_path, ray_up):
     plan = SweepPlan("learns", knobs={"warmup.lr": Choice((0.01, 0.05, 0.1)), "generator.lambda_d": Choice((2.0, 5.0))})
     options = {"search": "optuna", "samples": 5, "knobs": {"runtime.host": "serial"}}
