@@ -188,12 +188,13 @@ def test_a_process_of_trains_that_is_killed_costs_the_loop_in_hand(tmp_path, wor
     knobs = {"runtime__host": "ray", "distill__workers": workers, "distill__steps": 400}
     with machines(4) as (cluster, _):
         undisturbed = go(tmp_path / "a", cluster.address, **knobs)
+        actor = title.partition(".")[0]
+        old = hosts_up(actor)
 
         def strike() -> None:
-            actor = title.partition(".")[0]
-            victim = until(lambda: hosts_up(actor), actor)[0]
-            while title not in " ".join(victim.cmdline()):  # calls are short, so without a pause; psutil tells its end
-                pass
+            victim = until(lambda: [process for process in hosts_up(actor) if process not in old], actor)[0]
+            while title not in " ".join(victim.cmdline()):  # NoSuchProcess where it ends without that call
+                time.sleep(0.001)  # calls are short
             os.kill(victim.pid, signal.SIGKILL)
             killed.append(victim.pid)
 
