@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from .cluster import own_node
 
 Report = Callable[[int, Mapping[str, float]], None]
 Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
+
+#: Seconds between two looks at what Train's workers have reported.
+LOOK_SECONDS = 1.0
 
 #: A worker group that lost a worker starts again this often; the loop is deterministic, so it ends the same.
 MAX_FAILURES = 3
@@ -53,6 +58,63 @@ def distil_serial(task: DistillTask, report: Report) -> Outcome:
         torch.set_num_threads(threads)
 
 
+class Letterbox:
+    """An actor that holds what Train's first worker reports until the driver, which waits in ``fit``, looks."""
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[int, dict[str, float]]] = []
+
+    def post(self, step: int, metrics: dict[str, float]) -> None:
+        self._reports.append((step, metrics))
+
+    def take(self) -> list[tuple[int, dict[str, float]]]:
+        """All since the last look."""
+        taken, self._reports = self._reports, []
+        return taken
+
+
+class Watch:
+    """``report`` once for every step, in order: live from the letterbox, and at the end whatever did not come."""
+
+    def __init__(self, report: Report, box: Any) -> None:
+        self._report, self._box, self._last, self._over = report, box, 0, threading.Event()
+        self._failure: Exception | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Reports while the block runs; an error of ``report`` itself is raised at its end."""
+        thread = threading.Thread(target=self._look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+        if self._failure:
+            raise self._failure
+
+    def rest(self, curve: list[tuple[int, dict[str, float]]]) -> None:
+        """Report what of ``curve`` has not been; a loop that began again repeats itself."""
+        for step, metrics in curve:
+            if step > self._last:
+                self._report(step, metrics)
+                self._last = step
+
+    def _look(self) -> None:
+        import ray
+
+        while not self._over.wait(LOOK_SECONDS):
+            try:
+                reports = ray.get(self._box.take.remote())
+            except ray.exceptions.RayError:  # its node died: the curve comes at the end
+                return
+            try:
+                self.rest(reports)
+            except Exception as error:
+                self._failure = error
+                return
+
+
 def _worker(settings: dict[str, Any]) -> Outcome:
     """Runs on each Ray Train worker (or in process, with no workers)."""
     import ray
@@ -67,7 +129,11 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     peers = Peers()
     if size > 1:
         peers = Peers(context.get_world_rank(), size, torch.distributed.all_reduce)
-    outcome = _loop(task, peers, settings.get("report") or (lambda step, metrics: None))
+    report = settings.get("report") or (lambda step, metrics: None)
+    if settings.get("box") and peers.rank == 0:
+        [box] = settings["box"]
+        report = box.post.remote  # nobody waits for an answer
+    outcome = _loop(task, peers, report)
     if settings["checkpoint"]:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
@@ -112,6 +178,8 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         settings |= {"task": task, "report": report}
     else:
         settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
+        settings["box"] = [ray.remote(num_cpus=0)(Letterbox).remote()]
+        watch = Watch(report, *settings["box"])
     threads = torch.get_num_threads()
     each = {"CPU": 1.0, "GPU": float(gpu)} | (own_node() if here else {})
     trainer = TorchTrainer(
@@ -129,7 +197,10 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         ),
     )
     try:
-        result = _fit(trainer)
+        with watch.live() if workers else contextlib.nullcontext():
+            result = _fit(trainer)
+    except RunError:
+        raise
     except Exception as error:  # Train wraps whatever a worker raised; the address is what the user needs
         failures = getattr(error, "worker_failures", None)
         cause = next(iter(failures.values())) if failures else error
@@ -139,6 +210,5 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         torch.set_num_threads(threads)
     outcome = result.return_value
     if workers > 0:
-        for step, metrics in outcome[2]:
-            report(step, metrics)
+        watch.rest(outcome[2])
     return outcome
