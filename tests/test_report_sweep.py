@@ -10,7 +10,7 @@ import pytest
 from reports import Reader, make_sweep, write_run
 from trials import LAMBDA_E, OMEGA, STOPPED, failed, grid, trial
 
-from mosaic_ray.asking import sweep_request
+from mosaic_ray.asking import compare_plan, sweep_request
 from mosaic_ray.report import sweep_cost, sweep_figures, sweep_page
 from mosaic_ray.report.loading import Absent, load_sweep
 from mosaic_ray.report.page import FILE, render
@@ -159,6 +159,21 @@ def test_nothing_chosen_and_nothing_ended_are_said(tmp_path):
     assert "No trial has ended yet" in empty.text("header") and not empty.all("figure")
     lost = Reader(render(make_sweep(tmp_path / "c", [failed(0)])))
     assert "No trial has ended well yet" in lost.text("header") and "no memory" in lost.text("table")
+
+
+def test_a_comparison_says_so_and_how_to_do_it_again(tmp_path):
+    plan = compare_plan("fedrolex,mosaic+fedrolex")
+    words = {"seed": None, "sets": ("federation.widths=[1.0,0.5]",)}
+    facts = prepare(sweep_request("compare", words, plan=plan, seeds="0,1")).facts
+    page = sweep_page.sweep_page(load_sweep(make_sweep(tmp_path / "s", [], **facts)), tmp_path)
+    texts = {text.title: text.body for section in page.sections for text in section.texts}
+    base = tmp_path / "base.toml"
+    base.write_text(next(body for title, body in texts.items() if "base.toml" in title))
+    command = shlex.split(texts["Command"])
+    assert command[:4] == ["mosaic", "compare", "--methods", "fedavg+fedrolex,mosaic+fedrolex"]
+    assert command[4:] == ["--config", "base.toml", "--name", "s", "--seeds", "0,1"]
+    again = {"seed": None, "sets": (), "config": str(base)}
+    assert prepare(sweep_request("compare", again, plan=compare_plan(command[3]), seeds="0,1")).facts == facts
 
 
 @pytest.mark.parametrize("space, options", [("smoke", {}), ("lambdas_omega", {"samples": "3", "seeds": "0,1"})])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -198,19 +199,31 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
     return section
 
 
+def _compared(plan: Mapping[str, Any]) -> list[str]:
+    """What `mosaic compare` was asked to compare; empty for any other sweep."""
+    names, tried = ("method", "federation.optimiser"), plan.get("points") or []
+    if plan["space"] != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
+        return []
+    return ["+".join(point[name] for name in names if name in point) for point in tried]
+
+
 def _reproduce(sweep: SweepReport) -> Section:
     plan = sweep.plan
-    words = ["mosaic", "sweep", "--space", plan["space"], "--config", "base.toml", "--name", sweep.name]
-    for option in ("search", "samples", "scheduler"):
+    methods = _compared(plan)
+    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan["space"]]
+    words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]
+    for option in () if methods else ("search", "samples", "scheduler"):
         if plan.get(option) is not None:
             words += [f"--{option}", str(plan[option])]
     if plan.get("seeds"):
         words += ["--seeds", ",".join(map(str, plan["seeds"]))]
     knobs = [f"{name}: {domain}" for name, domain in plan["knobs"].items()]
+    if methods:
+        knobs = [f"methods: {', '.join(methods)}"]
     texts = [Text("Command", shlex.join(words)), Text("Plan", "\n".join(knobs) or "points listed by the space")]
     if isinstance(plan.get("base"), dict):
         texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan["base"]), folded=True))
     lead = "With what all trials share saved as base.toml, this asks for the same trials."
-    if plan["space"] not in list_spaces():
+    if not methods and plan["space"] not in list_spaces():
         lead += " The space does not ship with the package: --space takes its path, or module:function."
     return Section("Reproduce", lead, texts=texts)
