@@ -148,7 +148,7 @@ def test_every_machine_gets_the_wheel_the_token_and_the_setting(cluster):
     "has, says",
     [
         ({}, "set RAY_AUTH_MODE=token"),
-        ({"RAY_AUTH_MODE": "token"}, "there is no token"),
+        ({"RAY_AUTH_MODE": "token", "HOME": "/tmp"}, "there is no token"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "does not take the token in RAY_AUTH_TOKEN"),
     ],
     ids=["none", "mode alone", "another"],
