@@ -104,7 +104,8 @@ def strike(running: subprocess.Popen[bytes], kind: str, moment: float, draws: ra
 @click.command()
 @click.option("--kills", default=30, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(kills: int, seed: int) -> None:
+@click.option("--first", default=1, show_default=True, help="Where to go on; a kill's draws depend on its number alone.")
+def main(kills: int, seed: int, first: int) -> None:
     """Run it."""
     table: Counter[tuple[str, str, str]] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +117,7 @@ def main(kills: int, seed: int) -> None:
             subprocess.run(words(kind, storage, space), check=True, capture_output=True)
             wanted[kind], spent[kind] = outcome(storage), time.monotonic() - began
             print(f"undisturbed {kind}: {len(wanted[kind])} results", flush=True)
-        for number in range(kills):
+        for number in range(first - 1, kills):
             draws = random.Random(f"{seed} {number}")
             kind = ("run", "sweep")[number % 2]
             storage, moment = Path(folder) / f"{kind}{number}", draws.uniform(0.05, 0.95) * spent[kind]
