@@ -104,7 +104,7 @@ def strike(running: subprocess.Popen[bytes], kind: str, moment: float, draws: ra
 @click.command()
 @click.option("--kills", default=30, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--first", default=1, show_default=True, help="Where to go on; a kill's draws depend on its number alone.")
+@click.option("--first", default=1, show_default=True, help="Go on there; draws follow from a kill's number.")
 def main(kills: int, seed: int, first: int) -> None:
     """Run it."""
     table: Counter[tuple[str, str, str]] = Counter()
