@@ -117,8 +117,9 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
         cards.append(Card("bytes sent", size(sum(moved)), f"{size(moved[0])} up, {size(moved[1])} down, all trials"))
     codes = Counter(code for row in sweep.rows for code in (row["health"] or "").split(",") if code)
     if len(sweep.done):
-        worst = ", ".join(f"{code} in {counted(count, 'trial')}" for code, count in codes.most_common(2))
-        cards.append(Card("health", counted(len(codes), "code"), worst or "no findings"))
+        most = ((code.replace(".", ".\u200b").replace("_", "_\u200b"), count) for code, count in codes.most_common(2))
+        worst = ", ".join(f"{code} in {counted(count, 'trial')}" for code, count in most)  # names may break there
+        cards.append(Card("health", counted(len(codes), "code"), f"most: {worst}" if worst else "no findings"))
     return cards
 
 
