@@ -15,7 +15,7 @@ from mosaic_ray.config import override, resolve
 from mosaic_ray.errors import RunError
 from mosaic_ray.records import Finding
 from mosaic_ray.runtime.store import Store
-from mosaic_ray.spaces import Choice, SweepPlan
+from mosaic_ray.spaces import SweepPlan
 from mosaic_ray.stages.run import Run, known
 
 QUICK = {
@@ -149,7 +149,8 @@ def test_a_trial_that_ended_with_an_error_is_not_done_for_a_strict_sweep(strict,
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_a_strict_sweep_records_the_trial_as_failed_with_the_line(tmp_path, stripes_as_data):
-    plan = SweepPlan("one learns, one diverges", knobs={"meta.lr": Choice((1e-3, 1e30))})
+    points = ({"method": "prototype_head"}, {"method": "mosaic", "meta.lr": 1e30})
+    plan = SweepPlan("one has no teacher, one's diverges", points=points)
     request = sweep_launch.Request(override(TINY, BROKEN | {"runtime.host": "ray"}), "mine", plan, search="grid")
     with small_ray(num_cpus=2):
         outcome = sweep_launch.run(request, storage=str(tmp_path), progress=False, strict_health=True)
