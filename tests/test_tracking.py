@@ -16,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from terminals import Clock, Terminal
 
+import mosaic_ray.runtime.displays as displays
 import mosaic_ray.runtime.tracking as tracking
+from mosaic_ray.data.pixels import image_grid
 from mosaic_ray.errors import RunError
 from mosaic_ray.runtime.store import Store
-from mosaic_ray.runtime.tracking import Tracker, image_grid
+from mosaic_ray.runtime.tracking import Tracker
 
 ESCAPE = "\x1b"
 
@@ -28,6 +30,7 @@ ESCAPE = "\x1b"
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(tracking, "_now", clock)
+    monkeypatch.setattr(displays, "_now", clock)
     return clock
 
 

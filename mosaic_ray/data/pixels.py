@@ -61,3 +61,15 @@ def moments(tallies: Iterable[list[list[int]]]) -> Moments:
         spread = math.sqrt(count * squares - total * total) / count / 255
         std.append(round(spread, 4) or 1.0)  # a channel of one single value has no spread to divide by
     return tuple(mean), tuple(std)
+
+
+def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """uint8 [N, C, H, W] as one image uint8 [C, H', W'], row by row, white lines of one pixel between."""
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    grid = np.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        grid[:, top : top + height, left : left + width] = image
+    return grid

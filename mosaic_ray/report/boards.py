@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..config import ExperimentConfig, to_toml
+from ..data.pixels import image_grid
 from ..records import Dataset
 from ..runtime.store import StageResult, Store
-from ..runtime.tracking import Tracker, image_grid
+from ..runtime.tracking import Tracker
 from ..stages.keys import generator_keys
 
 #: Pixels of a cell at most, so that a picture of ten classes is as wide as TensorBoard shows it; those that it needs to

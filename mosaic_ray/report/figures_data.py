@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..data.partition import skew
-from ..runtime.tracking import image_grid
+from ..data.pixels import image_grid
 from .drawing import axes, cells, colour, drawn
 from .exhibits import Exhibit
 from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers, skew_in_words

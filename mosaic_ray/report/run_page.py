@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from ..config import ExperimentConfig, override, to_toml
+from ..data.pixels import image_grid
 from ..errors import RequestError
-from ..runtime.tracking import image_grid
 from .figures import EXHIBITS
 from .figures_cost import time_frame, traffic
 from .figures_data import progress_of, samples_of

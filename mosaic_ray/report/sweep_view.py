@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..runtime.tracking import _clock, _Quiet
-from ..runtime.tracking import _Live as _Rows
+from ..runtime.displays import Live, Quiet, clock, is_terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,9 +50,8 @@ class SweepView:
         self._running: dict[str, _Trial] = {}
         self._begun, self._slots, self._succeeded = _now(), 1, False
         self._durations: list[float] = []
-        terminal = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        self._live = _Live(self, stream) if terminal and progress is not False else None
-        self._plain = _Quiet(stream)
+        self._live = _Live(self, stream) if progress is not False and is_terminal(stream) else None
+        self._plain = Quiet(stream)
         self._lines = self._live is None and progress is not False
 
     def __enter__(self) -> SweepView:
@@ -129,7 +126,7 @@ class SweepView:
 
     def _left(self) -> str:
         left = self.seconds_left()
-        return "time left unknown" if left is None else f"{_clock(left)} left"
+        return "time left unknown" if left is None else f"{clock(left)} left"
 
     def _best(self, condition: str) -> str:
         if condition not in self.best:
@@ -151,7 +148,7 @@ class SweepView:
         head = Table.grid(padding=(0, 1, 0, 0))
         head.add_row("sweep", ProgressBar(self.total, sum(self.ended.values()), width=16), Text(self._counts()))
         yield head
-        yield Text(f"{_clock(_now() - self._begun)} elapsed, {self._left()}", no_wrap=True, overflow="crop")
+        yield Text(f"{clock(_now() - self._begun)} elapsed, {self._left()}", no_wrap=True, overflow="crop")
         for condition in list(self.best)[:MOST_CONDITIONS]:
             yield Text(self._best(condition), no_wrap=True, overflow="crop")
         rows = Table.grid(padding=(0, 2, 0, 0), expand=True)
@@ -159,7 +156,7 @@ class SweepView:
         rows.add_column(no_wrap=True, overflow="crop", ratio=1)
         rows.add_column(no_wrap=True, justify="right")
         for trial in list(self._running.values()):  # a copy: the view is drawn by a thread of its own
-            rows.add_row(Text(f"> {trial.label}"), Text(trial.stage), _clock(_now() - trial.begun))
+            rows.add_row(Text(f"> {trial.label}"), Text(trial.stage), clock(_now() - trial.begun))
         yield rows
 
 
@@ -180,4 +177,4 @@ class _Live:
         )
         self.start, self.stop = self.live.start, self.live.stop
 
-    say = _Rows.say  # of the console alone
+    say = Live.say  # of the console alone

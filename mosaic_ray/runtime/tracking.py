@@ -1,7 +1,7 @@
-"""Metrics out: JSON lines and TensorBoard in the run's folder, and what a person sees while a run goes on.
+"""Metrics out: JSON lines and TensorBoard in the run's folder, and the stages that a display shows (``displays``).
 
-On a terminal there is a live row for each stage; elsewhere there are plain lines on the same stream. Every scalar of a
-stage is kept as well, so that the caller can store the curve with the stage's result and replay it when it is cached.
+Every scalar of a stage is kept as well, so that the caller can store the curve with the stage's result and replay it
+when it is cached.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from ..errors import RunError
+from .displays import clock, display_on
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,20 +27,7 @@ if TYPE_CHECKING:
 #: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
 Scalar = list[Any]
 
-_SECONDS_BETWEEN_LINES = 10.0
 _now = time.monotonic
-
-
-def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 [N, C, H, W] as one image uint8 [C, H', W'], row by row, white lines of one pixel between."""
-    count, channels, height, width = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    grid = np.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        grid[:, top : top + height, left : left + width] = image
-    return grid
 
 
 class Stage:
@@ -109,161 +96,7 @@ class Stage:
             return []
         rate = fresh / seconds
         words = [f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"]
-        return words if self.total is None else [*words, f"{_clock(max(0, self.total - self.done) / rate)} left"]
-
-
-def _clock(seconds: float) -> str:
-    """``m:ss``, with hours in front where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-class Display(Protocol):
-    """What a person sees."""
-
-    def begin(self, stage: Stage) -> None: ...
-    def advance(self, stage: Stage) -> None: ...
-    def resume(self, stage: Stage) -> None: ...
-    def end(self, stage: Stage) -> None: ...
-    def cached(self, name: str) -> None: ...
-    def say(self, text: str, warning: bool) -> None: ...
-    def close(self) -> None: ...
-
-
-class _Quiet:
-    """Messages only."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def begin(self, stage: Stage) -> None:
-        pass
-
-    advance = resume = end = begin
-
-    def cached(self, name: str) -> None:
-        pass
-
-    def say(self, text: str, warning: bool) -> None:
-        self.stream.write(("warning: " if warning else "") + text + "\n")
-        self.stream.flush()
-
-    def close(self) -> None:
-        pass
-
-
-class _Lines(_Quiet):
-    """A line when a stage begins, at its first advance, at each tenth or every ten seconds, and when it ends."""
-
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self.tenth: dict[Stage, int] = {}  # of the line before; a stage is in it from its first advance on
-        self.last = 0.0
-
-    def _line(self, stage: Stage, *words: str) -> None:
-        self.last = _now()
-        self.say(f"{stage.name}: " + ", ".join(word for word in words if word), False)
-
-    def begin(self, stage: Stage) -> None:
-        self._line(stage, "begins", "" if stage.total is None else stage.count)
-
-    def resume(self, stage: Stage) -> None:
-        self._line(stage, f"resumed at {stage.count}")
-
-    def advance(self, stage: Stage) -> None:
-        tenth = 0 if not stage.total else 10 * stage.done // stage.total
-        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < _SECONDS_BETWEEN_LINES:
-            return
-        self.tenth[stage] = tenth
-        self._line(stage, stage.count, *stage.pace, stage.note)
-
-    def end(self, stage: Stage) -> None:
-        self._line(stage, f"{stage.state} after {stage.seconds:.1f} s")
-
-    def cached(self, name: str) -> None:
-        self.say(f"{name}: cached", False)
-
-
-class _Live:
-    """A rich live view: a row for each stage, messages above them."""
-
-    def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, ProgressColumn, Task
-        from rich.table import Column
-        from rich.text import Text
-
-        class Row(ProgressColumn):
-            """``words`` of the row's stage."""
-
-            def __init__(self, words: Callable[[Any], str], **layout: Any) -> None:
-                self.words = words
-                super().__init__(Column(no_wrap=True, overflow="ellipsis", **layout))
-
-            def render(self, task: Task) -> Text:
-                return Text(self.words(task.fields["row"]))
-
-        self.console = Console(file=stream, force_terminal=True)
-        ascii_only = self.console.options.ascii_only
-        marks = {"running": ">", "done": "+" if ascii_only else "✓", "stopped": "x"}
-        self.progress = Progress(
-            Row(lambda row: marks["done" if isinstance(row, str) else row.state]),
-            Row(lambda row: row if isinstance(row, str) else row.name),
-            BarColumn(bar_width=16),
-            Row(_status),
-            Row(lambda row: "" if isinstance(row, str) else row.note, ratio=1),
-            console=self.console,
-            refresh_per_second=4,
-            expand=True,
-            # a piped standard output is somebody's data: it must not be led to the terminal
-            redirect_stdout=sys.stdout.isatty(),
-        )
-        self.tasks: dict[Stage, Any] = {}
-
-    def begin(self, stage: Stage) -> None:
-        self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, row=stage)
-        self.progress.start()
-
-    def advance(self, stage: Stage) -> None:
-        self.progress.update(self.tasks[stage], completed=stage.done)
-
-    resume = advance
-
-    def end(self, stage: Stage) -> None:
-        if stage.state == "done":
-            self.progress.update(self.tasks[stage], total=max(stage.done, 1), completed=max(stage.done, 1))
-        else:
-            self.progress.stop()  # whatever is printed about the failure finds a sane terminal
-
-    def cached(self, name: str) -> None:
-        self.progress.add_task(name, total=1, completed=1, row=name)
-        self.progress.start()
-
-    def say(self, text: str, warning: bool) -> None:
-        from rich.text import Text
-
-        self.console.print(Text(f"warning: {text}", style="yellow") if warning else Text(text), soft_wrap=True)
-
-    def close(self) -> None:
-        self.progress.stop()
-
-
-def _status(row: Stage | str) -> str:
-    """What stands behind a stage's bar; a cached stage is its name alone."""
-    if isinstance(row, str):
-        return "cached"
-    if row.state == "done":
-        return f"{row.seconds:.1f} s"
-    words = [row.count, _clock(row.seconds), *row.pace] if row.state == "running" else [row.count, row.state]
-    return "  ".join(words)
-
-
-def _display(stream: TextIO, progress: bool | None) -> Display:
-    if progress is False:
-        return _Quiet(stream)
-    if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        return _Live(stream)
-    return _Lines(stream)
+        return words if self.total is None else [*words, f"{clock(max(0, self.total - self.done) / rate)} left"]
 
 
 class Tracker:
@@ -294,7 +127,7 @@ class Tracker:
         if run_dir is not None:
             with self._writing():
                 self._open(run_dir, tensorboard)
-        self._display = _display(sys.stderr if stream is None else stream, progress)
+        self._display = display_on(sys.stderr if stream is None else stream, progress)
 
     def _open(self, run_dir: Path, tensorboard: bool) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)

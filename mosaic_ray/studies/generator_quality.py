@@ -149,7 +149,7 @@ def _inception(run: Run, images: np.ndarray, halves: Sequence[np.ndarray]) -> Ro
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
     """The first seed's images, the share of each class, and every seed's distance over its floor."""
-    from ..runtime.tracking import image_grid
+    from ..data.pixels import image_grid
 
     grid, shares, ratios = figure.subplots(1, 3, width_ratios=(1.1, 1.4, 0.8))
     picture = image_grid(arrays["images"], 10).transpose(1, 2, 0)
