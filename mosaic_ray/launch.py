@@ -181,13 +181,15 @@ def _run_once(
     from .experiment import run_experiment
     from .methods.client_work import Bench
     from .report.boards import Boards
+    from .runtime.memory import keep_freed
     from .stages.run import Run
 
+    keep_freed()
     torch.set_num_threads(config.runtime.driver_threads)
     device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
     run = Run(config, dataset, Bench(config, dataset.facts, device), store, tracker, **watched)
     run.cohort = hosts.cohort(config, dataset.facts, run.shard, tracker.say)
-    boards = Boards(tracker, store, config, dataset, run.log)
+    boards = Boards(tracker, config, dataset, run.results, run.generators)
     boards.begin()
     tracker.between_stages = boards.catch_up
     try:

@@ -135,11 +135,11 @@ def test_the_losses_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, s
 
 def test_without_tensorboard_nothing_is_read_or_drawn():
     class Shut:
-        def get(self, key):
+        def load(self, part):
             raise AssertionError("the store was asked")
 
     with Tracker(None, progress=False) as tracker:
-        boards = Boards(tracker, Shut(), TINY, stripes_dataset(), {"partition": {"key": "p"}})
+        boards = Boards(tracker, TINY, stripes_dataset(), {"partition": Shut()}, {0: Shut()})
         boards.begin()
         boards.catch_up()
 
@@ -151,15 +151,15 @@ def test_what_a_stage_stored_is_shown_when_the_next_begins_and_only_once(tmp_pat
     monkeypatch.setattr(board, "SummaryWriter", lambda place, flush_secs: writer(place, flush_secs=100_000))
     store = Store(str(tmp_path / "store"))
     counts = np.array([[5, 0, 1], [0, 2, 2]])
-    store.put("partition-1", {}, {"shards": {"counts": counts}})
-    log = {}
+    result = store.put("partition-1", {}, {"shards": {"counts": counts}})
+    results = {}
     with Tracker(tmp_path, progress=False) as tracker:
-        boards = Boards(tracker, store, TINY, stripes_dataset(), log)
+        boards = Boards(tracker, TINY, stripes_dataset(), results, {})
         boards.begin()
         tracker.between_stages = boards.catch_up
         tracker.replay("partition", [])
         assert "partition/label_counts" not in shown(tmp_path)["images"]
-        log["partition"] = {"key": "partition-1"}
+        results["partition"] = result
         with tracker.stage("warmup", 2):
             ((step, picture),) = shown(tmp_path)["images"]["partition/label_counts"]  # the file is up to date
             assert step == 0

@@ -18,6 +18,7 @@ from mosaic_ray.config import flatten, override, resolve
 from mosaic_ray.errors import RequestError, RunError
 from mosaic_ray.presets import ALGORITHMS, METHODS
 from mosaic_ray.records import ROLES, STAGES
+from mosaic_ray.runtime.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,24 @@ def test_a_second_run_computes_nothing_and_ends_with_the_same_files(tmp_path):
     assert sorted((Path(second["paths"]["run"]) / "metrics.jsonl").read_text().splitlines()) == sorted(
         metrics.splitlines()
     )
+
+
+def test_a_run_reads_no_result_from_the_store_twice(tmp_path, monkeypatch):
+    read: list[str] = []
+    get = Store.get
+
+    def watched(store, key):
+        found = get(store, key)
+        read.extend([key] if found else [])
+        return found
+
+    monkeypatch.setattr(Store, "get", watched)
+    go(tmp_path)
+    assert len(read) == len(set(read))  # one that it computed is held, not read
+    read.clear()
+    stages = go(tmp_path)["stages"]
+    assert len(read) == len(set(read))
+    assert {stage["key"] for name, stage in stages.items() if name != "generators"} <= set(read)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ..rooms import ExperimentConfig, ModelConfig
 from ..seeding import seeded
 from .mobilenet import mobilenet
 from .resnets import BasicBlock, Bottleneck, resnet
+from .tensors import channels_last
 from .user_networks import user_network
 
 MIN_IMAGE_SIZE = 8
@@ -59,7 +60,7 @@ def build_classifier(
     if image_size < MIN_IMAGE_SIZE:
         raise RequestError(f"data.image_size = {image_size}: classifiers take {MIN_IMAGE_SIZE} pixels or more")
     trunk, feature_dim = CLASSIFIERS[name](model.width, channels)
-    return Classifier(trunk, nn.Linear(feature_dim, num_classes))
+    return channels_last(Classifier(trunk, nn.Linear(feature_dim, num_classes)))
 
 
 def check_networks(config: ExperimentConfig, facts: DataFacts) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..rooms import GeneratorConfig
 from .classifiers import Classifier
 from .generators import check_image_size, initialise_dcgan
-from .tensors import freeze
+from .tensors import channels_last, freeze
 
 
 class Discriminator(nn.Module):
@@ -91,7 +91,8 @@ def class_embedding(num_classes: int, dim: int) -> nn.Embedding:
 def build_discriminator(config: GeneratorConfig, channels: int, image_size: int, num_classes: int = 0) -> Discriminator:
     """A fresh DCGAN discriminator; 2,759,424 parameters at 32x32x3 with ndf 64, and 512 C more where conditional."""
     check_image_size(image_size)
-    return Discriminator(config.ndf, channels, *STAGES[image_size], num_classes if config.conditional else 0)
+    told = num_classes if config.conditional else 0
+    return channels_last(Discriminator(config.ndf, channels, *STAGES[image_size], told))
 
 
 #: image size -> (stride-2 stages, kernel of the last convolution = side of the map that those leave)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import RequestError
 from ..rooms import GeneratorConfig
+from .tensors import channels_last
 
 
 class Generator(nn.Module):
@@ -56,7 +57,7 @@ def build_generator(config: GeneratorConfig, channels: int, image_size: int, num
     """
     check_image_size(image_size)
     told = num_classes if config.conditional else 0
-    return Generator(config.latent_dim, config.ngf, channels, STAGES[image_size], told)
+    return channels_last(Generator(config.latent_dim, config.ngf, channels, STAGES[image_size], told))
 
 
 def check_image_size(image_size: int) -> None:

@@ -37,6 +37,15 @@ def load_weights(module: ModuleT, weights: Weights) -> ModuleT:
     return module
 
 
+def channels_last(module: ModuleT) -> ModuleT:
+    """In place: the arrays of convolutions stored pixel by pixel, the layout that they are fastest in.
+
+    Values and the state dict's shapes stay as they are; sums are taken in another order. Not for networks of users:
+    ``view`` on what such a convolution gives fails where it would go through otherwise.
+    """
+    return module.to(memory_format=torch.channels_last)
+
+
 def freeze(module: ModuleT) -> ModuleT:
     """In place: eval mode, and no parameter asks for gradients (gradients still flow through to the input)."""
     return module.eval().requires_grad_(False)

@@ -177,6 +177,8 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     if old is None:
         module._buffers[name] = value
     else:
+        if old.dim() == 4 and not old.is_contiguous():  # laid out by pixel, as `channels_last` has it
+            value = value.contiguous(memory_format=torch.channels_last)
         module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 

@@ -14,9 +14,8 @@ import numpy as np
 from ..config import ExperimentConfig, to_toml
 from ..data.pixels import image_grid
 from ..records import Dataset
-from ..runtime.store import StageResult, Store
+from ..runtime.store import StageResult
 from ..runtime.tracking import Tracker
-from ..stages.keys import generator_keys
 
 #: Pixels of a cell at most, so that a picture of ten classes is as wide as TensorBoard shows it; those that it needs to
 #: hold a number; and between the parts of a picture.
@@ -55,11 +54,16 @@ class Boards:
     """Shows each finished stage of a run once, by ``catch_up``."""
 
     def __init__(
-        self, tracker: Tracker, store: Store, config: ExperimentConfig, dataset: Dataset, log: Mapping[str, Any]
+        self,
+        tracker: Tracker,
+        config: ExperimentConfig,
+        dataset: Dataset,
+        results: Mapping[str, StageResult],
+        generators: Mapping[int, StageResult],
     ) -> None:
-        """``log``: the run's, which names the stages that are done and their keys."""
-        self._tracker, self._store, self._config, self._dataset, self._log = tracker, store, config, dataset, log
-        self._counts = np.zeros((0, 0), np.int64)
+        """``results`` of the stages that are done and the clients' ``generators``: the run's, which goes on."""
+        self._tracker, self._config, self._dataset = tracker, config, dataset
+        self._results, self._generators = results, generators
         self._done: set[str] = set()
 
     def begin(self) -> None:
@@ -71,27 +75,22 @@ class Boards:
         """Show the stages that have ended since the last time."""
         if not self._tracker.draws:
             return
-        for stage in [name for name in self._log if name not in self._done]:
+        for stage in [name for name in SHOW if name in self._results and name not in self._done]:
             self._done.add(stage)
-            if stage == "generators":
-                self._generators()
-            elif stage in SHOW and (result := self._store.get(self._log[stage]["key"])):
-                SHOW[stage](self, result)
+            SHOW[stage](self, self._results[stage])
+        if self._generators and "generators" not in self._done:
+            self._done.add("generators")
+            self._show_generators()
 
     def _partition(self, result: StageResult) -> None:
-        self._counts = result.load("shards")["counts"]
-        picture = partition_picture(self._counts, "training images by client and class", self._names())
+        counts = result.load("shards")["counts"]
+        picture = partition_picture(counts, "training images by client and class", self._names())
         self._tracker.image("partition/label_counts", 0, picture)
 
-    def _generators(self) -> None:
+    def _show_generators(self) -> None:
         """Every client's synthetic images as its training went on, and how the clients' figures are spread."""
-        upstream = self._log["partition"]["key"], self._log["warmup"]["key"]
-        keys = generator_keys(self._config, self._counts.sum(1), *upstream)
         figures: dict[str, list[float]] = {}
-        for client_id, key in enumerate(keys):
-            result = self._store.get(key)
-            if result is None:  # left out
-                continue
+        for client_id, result in self._generators.items():
             for name, value in result.facts["figures"].items():
                 figures.setdefault(name, []).append(value)
             if client_id >= MOST_CLIENTS:

@@ -9,7 +9,7 @@ from ..config import ExperimentConfig
 from ..errors import RunError
 from ..records import DataFacts, ImageSet
 from .fold import PATIENCE_SECONDS, Crew, Fold, Missing, end, first_line
-from .memory import give_back
+from .memory import give_back, keep_freed
 
 Own = Callable[[int], Mapping[str, Any]]
 
@@ -85,9 +85,7 @@ class SerialCohort:
             arrays = (shard.images, shard.labels)
             for failures in range(1, self._config.federation.max_client_failures + 1):
                 try:
-                    result = work_on(
-                        self._config, self._facts, device, work, client_id, arrays, common, own(client_id)
-                    )
+                    result = work_on(self._config, self._facts, device, work, client_id, arrays, common, own(client_id))
                     break
                 except RunError as error:
                     result = Missing(error, failures)
@@ -108,6 +106,7 @@ class ClientActor:
     def __init__(self, gpu: bool) -> None:
         import torch
 
+        keep_freed()
         torch.set_num_threads(1)  # until the first work says otherwise: importing torch must not take every core
         if gpu and not torch.cuda.is_available():
             raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")

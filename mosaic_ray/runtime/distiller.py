@@ -14,6 +14,7 @@ from ..algorithm.distillation import DistillTask, Peers, distil
 from ..errors import RunError
 from ..records import Weights
 from .cluster import own_node
+from .memory import keep_freed
 
 Report = Callable[[int, Mapping[str, float]], None]
 Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
@@ -36,6 +37,7 @@ def _loop(task: DistillTask, peers: Peers, report: Report) -> Outcome:
     """The training loop of one worker; the curve is gathered and handed back."""
     import torch
 
+    keep_freed()
     torch.set_num_threads(task.config.runtime.driver_threads)
     curve: list[tuple[int, dict[str, float]]] = []
 

@@ -21,7 +21,7 @@ from ..user_code import source_digest
 
 #: Raise a stage's number when its mathematics changes: older results are then computed anew.
 VERSIONS = {
-    "partition": 1, "warmup": 2, "generator": 2, "generators": 1, "prototypes": 2, "teacher": 3, "distill": 2,
+    "partition": 1, "warmup": 3, "generator": 2, "generators": 1, "prototypes": 2, "teacher": 3, "distill": 2,
     "rounds": 3, "judged": 1, "evaluate": 3,
 }  # fmt: skip
 

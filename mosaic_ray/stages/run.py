@@ -74,6 +74,8 @@ class Run:
     tracker: Tracker
     cohort: Cohort = field(init=False)  # set by who launches; asked for nothing before the partition is known
     train_rows: list[np.ndarray] = field(default_factory=list)
+    results: dict[str, StageResult] = field(default_factory=dict)  # of stages that are done
+    generators: dict[int, StageResult] = field(default_factory=dict)  # by client, once all are there
     log: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     traffic: dict[str, Traffic] = field(default_factory=dict)
@@ -144,6 +146,7 @@ class Run:
                     raise RunError(f"{type(error).__name__}: {error}", stage=name) from error
                 self.store.drop_checkpoint(key)
                 give_back()
+        self.results[name] = result
         self.note(name, key, result is found, time.perf_counter() - began, result.facts, waited)
         return result
 

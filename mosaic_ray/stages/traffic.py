@@ -28,26 +28,20 @@ from ..models.generators import build_generator
 from ..presets import METHODS
 from ..records import DataFacts
 from ..roster import any_narrow
-from .keys import generator_keys
 from .rounds import ADDRESS, CLOSING, PROTOTYPE_HISTORY, answering, cohort_of
 from .run import Run
+from .uploads import uploaded
 
 #: FedRolex's own widths (Alam et al. 2022), dealt in turn: what it is set at where no client of a run is narrow.
 FEDROLEX_WIDTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
-def measured(run: Run, counts: np.ndarray) -> Tally:
-    """What was sent, by client, as the finished stages stored it; ``counts`` [K, C] are the label counts."""
+def measured(run: Run) -> Tally:
+    """What was sent, by client, as the finished stages stored it."""
     clients = run.config.partition.num_clients
-    stages = (run.store.get(run.log[name]["key"]) for name in ("warmup", "prototypes", "finetune") if name in run.log)
-    found = [Tally(1, clients, result.load("communication")) for result in stages if result is not None]
-    if "generators" in run.log:
-        upstream = run.log["partition"]["key"], run.log["warmup"]["key"]
-        found.append(Tally(1, clients))
-        for client_id, key in enumerate(generator_keys(run.config, counts.sum(1), *upstream)):
-            if (result := run.store.get(key)) is not None:
-                found[-1].add("uplink", "generators", client_id, Size(**result.facts["communication"]))
-    return Tally.of(found, clients)
+    stages = (run.results[name] for name in ("warmup", "prototypes", "finetune") if name in run.results)
+    found = [Tally(1, clients, result.load("communication")) for result in stages]
+    return Tally.of([*found, uploaded(run.generators, clients)], clients)
 
 
 def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | None = None) -> Tally:
@@ -128,7 +122,7 @@ def baselines(config: ExperimentConfig, facts: DataFacts) -> dict[str, Tally]:
 def communication(run: Run, counts: np.ndarray) -> dict[str, Any]:
     """summary.json's ``communication``: by client and by width, predicted, and against FedAvg and FedRolex."""
     config, facts = run.config, run.dataset.facts
-    federation, sent, expected = Federation(config, facts), measured(run, counts), predicted(config, facts, counts)
+    federation, sent, expected = Federation(config, facts), measured(run), predicted(config, facts, counts)
     ways = {way: (sent.by_client(way), expected.by_client(way)) for way in ("uplink", "downlink")}
     clients = [
         {"client": k, "classifier": name, "width": width}

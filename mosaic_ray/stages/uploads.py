@@ -124,11 +124,9 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
     if left_out.rounds:
         key = generators_key([keys[k] for k in clients])
     results = [found[k] for k in clients]
-    traffic = Tally(1, len(keys))
-    for client_id, result in zip(clients, results, strict=True):
-        traffic.add("uplink", "generators", client_id, Size(**result.facts["communication"]))
+    run.generators.update((k, found[k]) for k in clients)
     findings = [row for r in results for row in r.facts["findings"]] + [asdict(f) for f in left_out.findings()]
-    facts = {"communication": traffic.totals(), "findings": findings}
+    facts = {"communication": uploaded(run.generators, len(keys)).totals(), "findings": findings}
     run.note("generators", key, not computed, spent, facts, waited)
     run.log["generators"]["cached_clients"] = len(clients) - computed
     for client_id, result in zip(clients, results, strict=True):
@@ -138,6 +136,14 @@ def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
             for name, value in zip(("loss", "discriminator_loss", "entropy", "diversity"), row[1:], strict=True):
                 run.tracker.scalar("generators", f"generator_{client_id:03d}/{name}", int(row[0]), value)
     return Generators(key, clients, results)
+
+
+def uploaded(generators: Mapping[int, StageResult], num_clients: int) -> Tally:
+    """What clients sent for their generators."""
+    traffic = Tally(1, num_clients)
+    for client_id, result in generators.items():
+        traffic.add("uplink", "generators", client_id, Size(**result.facts["communication"]))
+    return traffic
 
 
 def _fill(

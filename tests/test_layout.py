@@ -1,0 +1,74 @@
+"""Arrays of convolutions are stored pixel by pixel: the same numbers, sooner."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY
+from torch import nn
+
+from mosaic_ray.config import override
+from mosaic_ray.models.classifiers import build_classifier
+from mosaic_ray.models.discriminators import build_discriminator
+from mosaic_ray.models.generators import build_generator
+from mosaic_ray.models.tensors import channels_last, load_weights, to_weights
+from mosaic_ray.models.widths import fit
+from mosaic_ray.presets import CLASSIFIERS
+from mosaic_ray.rooms import GeneratorConfig, ModelConfig
+
+
+def by_pixel(module: nn.Module) -> list[bool]:
+    """Of each array of a convolution with more than one of everything, whether channels lie next to each other."""
+    found = [p for p in module.parameters() if p.dim() == 4 and 1 not in p.shape]
+    return [not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in found]
+
+
+def networks() -> dict[str, tuple[nn.Module, torch.Tensor]]:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 32, 32)
+    made = {name: (build_classifier(ModelConfig(), 10, 3, 32, name), images) for name in CLASSIFIERS}
+    room = GeneratorConfig(ngf=8, ndf=8)
+    made["generator"] = build_generator(room, 3, 32), torch.randn(4, room.latent_dim)
+    made["discriminator"] = build_discriminator(room, 3, 32), images
+    return made
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "generator", "discriminator"])
+def test_the_layout_changes_no_number_but_by_rounding(name):
+    network, inputs = networks()[name]
+    assert by_pixel(network) and all(by_pixel(network))
+    network = network.double().eval()
+    plain = load_weights(networks()[name][0].double().to(memory_format=torch.contiguous_format), to_weights(network))
+    outputs = [net.eval()(inputs.double()) for net in (network, plain)]
+    for output in outputs:
+        output.square().mean().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-12)
+
+
+def test_weights_leave_and_enter_in_rows():
+    network = build_classifier(ModelConfig(), 10, 3, 32, "cnn")
+    weights = to_weights(network)
+    assert all(array.flags.c_contiguous for array in weights.values())
+    again = load_weights(build_classifier(ModelConfig(), 10, 3, 32, "cnn"), weights)
+    assert all(by_pixel(again))
+    for name, array in to_weights(again).items():
+        np.testing.assert_array_equal(array, weights[name])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_narrow_network_is_laid_out_as_the_whole_one_was(device):
+    room = ModelConfig(width=16)
+    with torch.device(device):
+        whole = build_classifier(room, 10, 3, 32, "cnn")
+    narrow = fit(whole, to_weights(build_classifier(override(TINY, {"model.width": 8}).model, 10, 3, 32, "cnn")))
+    assert by_pixel(narrow) and all(by_pixel(narrow))
+
+
+def test_a_network_of_the_users_own_keeps_its_layout():
+    own = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    cut = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    assert not any(by_pixel(fit(own, to_weights(cut))))
+    assert all(by_pixel(channels_last(cut)))
