@@ -50,7 +50,7 @@ class FederationConfig:
     scaler: bool = knob(True, "narrow clients divide activations by their width while they train (HeteroFL)")
     masked: bool = knob(False, "a client's loss and head rows leave out classes that it does not hold (HeteroFL)")
     bn_passes: int = knob(
-        0, "passes that estimate batch-norm statistics where a client is narrow; 0: one a layer, which is exact", low=0
+        0, "passes that estimate batch-norm statistics where a client is narrow; 0: as many as make all exact", low=0
     )
     cohort_size: int = knob(0, "clients asked per round; 0: all", low=0)
     drop_rate: float = knob(

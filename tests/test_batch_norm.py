@@ -8,10 +8,10 @@ import torch
 from helpers import FACTS, assert_same, shard_of, stripes
 from torch import nn
 
-from mosaic_ray.algorithm.batch_norm import Moments, moments, pooled, with_statistics
+from mosaic_ray.algorithm.batch_norm import Moments, moments, passes, pooled, with_statistics
 from mosaic_ray.algorithm.local_training import Shard
 from mosaic_ray.data.transforms import normalise
-from mosaic_ray.models.classifiers import build_classifier
+from mosaic_ray.models.classifiers import build_classifier, norm_depths
 from mosaic_ray.models.tensors import load_weights, to_weights
 from mosaic_ray.records import Weights
 from mosaic_ray.rooms import ModelConfig
@@ -92,6 +92,82 @@ def test_as_many_passes_do_as_there_are_batch_norms_in_the_longest_chain(name, p
     with torch.no_grad():
         images = normalise(shard_of(stripes(30)).images, FACTS.mean, FACTS.std)
         torch.testing.assert_close(load_weights(network(name), weights).eval()(images), logits, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "mobilenet"])
+def test_depths_by_brute_force_what_reads_anothers_statistics_lies_behind_it(name):
+    """Statistics that are infinite show in every layer behind them."""
+    layers = batch_norms(network(name))
+    before: dict[str, set[str]] = {layer: set() for layer in layers}
+    for broken in layers:
+        model = network(name)
+        for layer, module in batch_norms(model).items():
+
+            def look(_: nn.Module, inputs: tuple, layer: str = layer, broken: str = broken) -> None:
+                if inputs[0].isnan().any():
+                    before[layer].add(broken)
+
+            module.register_forward_pre_hook(look)
+        with torch.no_grad():
+            batch_norms(model)[broken].running_mean.fill_(torch.nan)
+            model.eval()(torch.zeros(2, 1, 8, 8))
+
+    def depth(layer: str) -> int:
+        return 1 + max((depth(other) for other in before[layer]), default=0)
+
+    assert norm_depths(ModelConfig(name, width=4), 3, 1, 8) == {layer: depth(layer) for layer in layers}
+
+
+def test_depths_go_through_layers_that_change_their_input_in_place_and_ways_that_meet():
+    class Meeting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.left, self.right, self.last = (nn.BatchNorm2d(1) for _ in range(4))
+            self.unused, self.bare = nn.BatchNorm2d(1), nn.BatchNorm2d(1, track_running_stats=False)
+            self.head = nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.relu(self.first(x), inplace=True)
+            x = self.last(self.right(self.left(self.bare(x))) + x)
+            return self.head(x.flatten(1))
+
+    import mosaic_ray.models.classifiers as classifiers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifiers, "build_classifier", lambda *_: Meeting())
+        assert norm_depths(ModelConfig("my:net"), 3, 1, 8) == {"first": 1, "left": 2, "right": 3, "last": 4}
+
+
+def test_a_pass_reads_what_the_last_one_made_ready_or_all_that_is_left():
+    depths = {"a": 1, "b": 2, "side": 2, "c": 3}
+    assert passes(depths) == passes(depths, 3) == passes(depths, 9) == [["a"], ["b", "side"], ["c"]]
+    assert passes(depths, 2) == [["a", "b", "side", "c"], ["b", "side", "c"]]
+    assert passes(depths, 1) == [list(depths)]
+    assert passes({}) == []
+
+
+@pytest.mark.parametrize("most", [0, 2])
+@pytest.mark.parametrize("name", ["cnn", "resnet18"])
+def test_reading_some_layers_a_pass_ends_as_reading_all_in_every_pass(name, most):
+    everything, sparing = to_weights(network(name)), to_weights(network(name))
+    for layers in passes(norm_depths(ModelConfig(name, width=4), 3, 1, 8), most):
+        everything = a_pass(network(name), everything)
+        model = load_weights(network(name), sparing)
+        found = [moments(model, shard, FACTS, "fp32", layers, chunk=5) for shard in shards()]
+        assert all(list(part) == layers for part in found)
+        sparing = with_statistics(sparing, pooled(found))
+    for entry, value in everything.items():
+        np.testing.assert_allclose(sparing[entry], value, rtol=1e-4, atol=1e-6, err_msg=entry)
+
+
+def test_the_network_behind_the_last_layer_is_spared():
+    model, convolutions = network(), []
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, *_: convolutions.append(layer))
+    second = list(batch_norms(model))[1]
+    moments(model, shard_of(stripes(30)), FACTS, "fp32", [second], chunk=10)
+    assert len(convolutions) == 6 + 2 + 2  # the first chunk shows where it lies
 
 
 def test_the_variance_is_the_population_s_where_torch_has_n_less_one():

@@ -3,12 +3,14 @@
 Running statistics that narrow clients keep fit no whole network. So each client sends the moments of the inputs of the
 global model's batch norms over its own images, and the sums of all clients make the statistics. The network is in
 eval mode: a layer's moments depend on the statistics before it, so one pass makes the first layer of a chain exact, and
-every further pass the next one.
+every further pass the next one. A pass reads only those, and ends behind the last of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -34,26 +36,60 @@ class Moments(NamedTuple):
     squares: np.ndarray
 
 
+class _Enough(Exception):
+    """What there was to read has been read."""
+
+
+def passes(depths: Mapping[str, int], most: int = 0) -> list[list[str]]:
+    """The layers that each pass reads; ``depths``: as ``norm_depths`` gives them.
+
+    Each layer once, when all before it are exact; where ``most`` (0: any number) are fewer passes than that takes, each
+    reads all that are not exact yet.
+    """
+    deepest = max(depths.values(), default=0)
+    if most and most < deepest:
+        return [[name for name, depth in depths.items() if depth >= done + 1] for done in range(most)]
+    return [[name for name, depth in depths.items() if depth == done + 1] for done in range(deepest)]
+
+
 @torch.no_grad()
-def moments(model: nn.Module, shard: Shard, facts: DataFacts, precision: str, chunk: int = 100) -> dict[str, Moments]:
-    """By layer, what ``shard`` adds to the statistics of ``model``'s batch norms: its images as they are, eval mode."""
-    layers = list(bn_statistics(model))
+def moments(
+    model: nn.Module,
+    shard: Shard,
+    facts: DataFacts,
+    precision: str,
+    layers: Sequence[str] | None = None,
+    chunk: int = 100,
+) -> dict[str, Moments]:
+    """By layer, what ``shard`` adds to the statistics of ``model``'s batch norms: its images as they are, eval mode.
+
+    ``layers``: these alone; after the first ``chunk`` of images, which shows where the last of them is read, the
+    network behind it is spared.
+    """
+    layers = list(bn_statistics(model)) if layers is None else layers
     counts = dict.fromkeys(layers, 0)
     sums: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
+    reads, wanted = 0, math.inf
 
     def read(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal reads
         x = inputs[0].flatten(2) if inputs[0].ndim > 2 else inputs[0][:, :, None]  # [batch, channels, places]
         counts[name] += x.shape[0] * x.shape[2]
         for few in x.split(max(1, CACHED // x[0].numel())):
             few = few.double()
             sums[name] = sums[name] + torch.stack([few.sum((0, 2)), few.square().sum((0, 2))])
+        reads += 1
+        if reads == wanted:
+            raise _Enough
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(read, name)) for name in layers]
     model.eval()
     try:
         for rows in torch.arange(len(shard), device=shard.images.device).split(chunk):
-            with use_precision(precision, shard.images.device):
+            reads = 0
+            with use_precision(precision, shard.images.device), contextlib.suppress(_Enough):
                 model(normalise(shard.images[rows], facts.mean, facts.std))
+            wanted = reads
     finally:
         for hook in hooks:
             hook.remove()

@@ -127,14 +127,13 @@ def prototype_entries(count: int, feature_dim: int) -> Entries:
     }  # fmt: skip
 
 
-def statistics_entries(entries: Entries) -> Entries:
+def statistics_entries(entries: Entries, layers: Iterable[str]) -> Entries:
     """A client's message for static batch norm (3.6), of a network with ``entries``: three moments of each layer."""
     found: dict[str, tuple[Sequence[int], Any]] = {}
-    for name, (shape, _) in entries.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "running_mean":
-            found |= {f"{layer}/count": ((), np.int64), f"{layer}/total": (shape, np.float64)}
-            found[f"{layer}/squares"] = (shape, np.float64)
+    for layer in layers:
+        shape, _ = entries[f"{layer}.running_mean"]
+        found |= {f"{layer}/count": ((), np.int64), f"{layer}/total": (shape, np.float64)}
+        found[f"{layer}/squares"] = (shape, np.float64)
     return found
 
 

@@ -173,9 +173,10 @@ def prototypes(
 def statistics(
     bench: Bench, shard: Shard, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """What the client adds to the batch-norm statistics of its architecture's global model (static BN, 3.6)."""
+    """What the client adds to the statistics of ``layers``, its architecture's global model's (static BN, 3.6)."""
     name = bench.federation.classifiers[client_id]
-    return moments(bench.classifier(common["models"][name], name), shard, bench.facts, bench.config.runtime.precision)
+    model = bench.classifier(common["models"][name], name)
+    return moments(model, shard, bench.facts, bench.config.runtime.precision, common["layers"][name])
 
 
 Work = Callable[[Bench, Shard, int, Mapping[str, Any], Mapping[str, Any]], Any]

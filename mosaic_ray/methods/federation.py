@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from ..algorithm.averaging import PartialAverage, RunningAverage
+from ..algorithm.batch_norm import passes
 from ..algorithm.communication import Entries, entries_of
 from ..config import ExperimentConfig
-from ..models.classifiers import CLASSIFIERS, build_classifier, check_networks
+from ..models.classifiers import CLASSIFIERS, build_classifier, check_networks, norm_depths
 from ..models.widths import Channels, IndexSets, channels_of, check_width, extract, index_sets, num_kept
 from ..records import DataFacts, Update, Weights
 from ..rooms import ModelConfig
@@ -93,6 +94,12 @@ class Federation:
             )
             for entry, (shape, kind) in whole.items()
         }
+
+    def statistics_passes(self, name: str) -> list[list[str]]:
+        """The batch norms that each pass over the clients' images reads of an architecture (static BN, 3.6)."""
+        facts = self.facts
+        depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        return passes(depths, self.config.federation.bn_passes)
 
     def check(self) -> None:
         """``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""

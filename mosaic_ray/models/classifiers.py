@@ -6,8 +6,9 @@ Initialisers draw from torch's global stream, so build inside ``seeding.seeded(.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def check_networks(config: ExperimentConfig, facts: DataFacts) -> None:
     room = config.generator
     inverts = METHODS[config.method][0] == "mosaic" and room.lambda_i > 0 and room.tau > 0
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
-        if not _num_norms(config.model, facts.num_classes, facts.channels, facts.image_size, name) and inverts:
+        if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name) and inverts:
             raise RequestError(
                 f"model.classifier = {name}: it has no batch norm, whose statistics the generators' inversion loss "
                 "reads; give it one, or set generator.lambda_i=0"
@@ -76,11 +77,47 @@ def check_networks(config: ExperimentConfig, facts: DataFacts) -> None:
 
 
 @functools.cache
-def _num_norms(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> int:
-    """Batch norms with running statistics, of a network that is built for this alone."""
-    with seeded(0, "check networks"), torch.device("meta" if name in CLASSIFIERS else "cpu"):
-        network = build_classifier(model, num_classes, channels, image_size, name)
-    return sum(isinstance(part, _BatchNorm) and part.running_mean is not None for part in network.modules())
+def norm_depths(
+    model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str | None = None
+) -> dict[str, int]:
+    """Of each batch norm with running statistics, how many lie on the longest way from the images to it, with itself.
+
+    Read off the graph of a forward pass (a way that a network detaches is not seen); in the order of the pass.
+    """
+    on = "meta" if (name or model.classifier) in CLASSIFIERS else "cpu"
+    with seeded(0, "norm depths"), torch.device(on), torch.enable_grad():
+        network = build_classifier(model, num_classes, channels, image_size, name).eval()
+        images = torch.zeros(2, channels, image_size, image_size, requires_grad=True)
+        depths: dict[str, int] = {}
+        depth_of: dict[Any, int] = {}  # a batch norm's node in the graph -> its depth
+
+        def enter(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            depths[name] = max(depths.get(name, 0), 1 + _depth_before(inputs[0].grad_fn, depth_of))
+
+        def leave(name: str, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            depth_of[output.grad_fn] = depths[name]
+
+        for path, part in network.named_modules():
+            if isinstance(part, _BatchNorm) and part.running_mean is not None:
+                part.register_forward_pre_hook(partial(enter, path))
+                part.register_forward_hook(partial(leave, path))
+        network(images)
+    return depths
+
+
+def _depth_before(node: Any, depth_of: Mapping[Any, int]) -> int:
+    """The largest depth among the nodes nearest to ``node`` that have one."""
+    largest, seen, ahead = 0, {None}, [node]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in depth_of:
+            largest = max(largest, depth_of[node])
+        else:
+            ahead += [before for before, _ in node.next_functions]
+    return largest
 
 
 # --- trunks ----------------------------------------------------------------------------------------------------------

@@ -192,19 +192,22 @@ def static_statistics(run: Run, models: Models, traffic: Tally, left_out: LeftOu
 
     What narrow clients' statistics average to fits no network. Every pass makes the statistics of one more layer exact.
     """
-    federation, everyone = run.bench.federation, list(range(run.config.partition.num_clients))
-    layers = max(sum(name.endswith(".running_mean") for name in weights) for weights in models.values())
-    for _ in range(run.config.federation.bn_passes or layers):
-        parts: dict[str, list[Any]] = {name: [] for name in models}
-        for client_id in everyone:
+    federation = run.bench.federation
+    layers = {name: federation.statistics_passes(name) for name in models}
+    for number in range(max(map(len, layers.values()))):
+        now = {name: passes[number] for name, passes in layers.items() if number < len(passes)}
+        asked = sorted(client_id for name in now for client_id in federation.groups[name])
+        parts: dict[str, list[Any]] = {name: [] for name in now}
+        for client_id in asked:
             size = size_of(models[federation.classifiers[client_id]])
             traffic.add("downlink", "weights", client_id, size, round_num=round_num)
-        for client_id, found in run.ask("statistics", everyone, {"models": models}, left_out=left_out):
+        common = {"models": models, "layers": now}
+        for client_id, found in run.ask("statistics", asked, common, left_out=left_out):
             parts[federation.classifiers[client_id]].append(found)
             told = ((layer, *entry) for layer, moments in found.items() for entry in moments._asdict().items())
             message = {f"{layer}/{what}": np.asarray(value) for layer, what, value in told}
             traffic.add("uplink", "statistics", client_id, size_of(message), round_num=round_num)
-        models = {name: with_statistics(weights, pooled(parts[name])) for name, weights in models.items()}
+        models = models | {name: with_statistics(models[name], pooled(parts[name])) for name in now}
     return models
 
 

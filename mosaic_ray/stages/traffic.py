@@ -66,14 +66,13 @@ def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | N
             answered[there] += 1
             if config.prototypes.rounds == "all" and address == ADDRESS and round_num >= num_rounds - PROTOTYPE_HISTORY:
                 collected[there] += 1
-        layers = max(sum(name.endswith(".running_mean") for name in whole) for whole in wholes.values())
-        passes = (config.federation.bn_passes or layers) if narrow and num_rounds else 0
         for k, maker in enumerate(makers):
             whole = wholes[maker[0]]
             tally.add("downlink", "weights", k, shares[maker], times=int(asked[k]))
             tally.add("uplink", "weights", k, shares[maker], times=int(answered[k]))
-            tally.add("downlink", "weights", k, size_of_entries(whole), times=passes)
-            tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(whole)), times=passes)
+            for layers in federation.statistics_passes(maker[0]) if narrow and num_rounds else ():
+                tally.add("downlink", "weights", k, size_of_entries(whole))
+                tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(whole, layers)))
             _add_prototypes(tally, config, k, whole, counts[k], times=int(collected[k]))
     for k in range(clients):
         tally.add("uplink", "counts", k, size_of_entries({"counts": ((facts.num_classes,), np.int64)}))
