@@ -58,23 +58,30 @@ def run(
     ``strict_health``: a finding of severity error ends the run right after its stage; it changes no number and no key.
     ``RequestError`` for what the user can mend (before Ray starts), ``RunError`` for a failure met while computing.
     """
-    from .data.datasets import load_dataset
-    from .methods.federation import check_models
-    from .runtime.cluster import check_room
     from .runtime.hosts import Hosts
-    from .runtime.store import Store
 
     check_name(name, "runs")
-    check_room(config, address)
-    store = Store(storage, fresh=fresh)
-    store.check_writable()
-    dataset = load_dataset(config.data)
-    check_models(config, dataset.facts)
+    dataset, store = prepare(config, storage, address, fresh)
     config = settle_precision(config)
     place = f"runs/{name or default_name(config)}"
     return execute(
         config, dataset, store, place, Hosts(address), command=command, progress=progress, strict_health=strict_health
     )
+
+
+def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store]:
+    """The data and the storage; ``RequestError`` where machine, storage, data or networks cannot do what is asked."""
+    from .data.datasets import load_dataset
+    from .methods.federation import check_models
+    from .runtime.cluster import check_room
+    from .runtime.store import Store
+
+    check_room(config, address)
+    store = Store(storage, fresh=fresh)
+    store.check_writable()
+    dataset = load_dataset(config.data)
+    check_models(config, dataset.facts)
+    return dataset, store
 
 
 def execute(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,19 +53,16 @@ def _sweep(
     seeds: str | None,
     scheduler: str,
     max_concurrent: str | None,
-    host: str | None,
     **words: Any,
 ) -> None:
     """Run many experiments that share what they have in common; the same command again resumes them."""
     from .asking import sweep_request
 
-    def ask(words: dict[str, Any]) -> Request:
-        return sweep_request(
-            space, words | {"host": host}, search=search, samples=samples, seeds=seeds, scheduler=scheduler,
-            max_concurrent=max_concurrent,
-        )  # fmt: skip
-
-    _go(ask, **words)
+    place = _place(words)
+    request = sweep_request(
+        space, words, search=search, samples=samples, seeds=seeds, scheduler=scheduler, max_concurrent=max_concurrent
+    )
+    _go(request, **place)
 
 
 @click.command("compare")
@@ -79,21 +75,24 @@ def _sweep(
 @_AT_ONCE
 @_DRY_RUN
 @_PLACE
-def _compare(methods: str, seeds: str, max_concurrent: str | None, host: str | None, **words: Any) -> None:
+def _compare(methods: str, seeds: str, max_concurrent: str | None, **words: Any) -> None:
     """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
     from .asking import compare_plan, sweep_request
 
-    plan = compare_plan(methods)
+    place, plan = _place(words), compare_plan(methods)
+    request = sweep_request("compare", words | {"seed": None}, plan=plan, seeds=seeds, max_concurrent=max_concurrent)
+    _go(request, **place)
 
-    def ask(words: dict[str, Any]) -> Request:
-        words |= {"host": host, "seed": None}
-        return sweep_request("compare", words, plan=plan, seeds=seeds, max_concurrent=max_concurrent)
 
-    _go(ask, **words)
+def _place(words: dict[str, Any]) -> dict[str, Any]:
+    """Taken out of ``words``: where a sweep goes and what is done with it; the rest says what is tried."""
+    names = "storage", "name", "address", "strict_health", "fresh", "as_json", "dry_run"
+    place = {name: words.pop(name) for name in names}
+    return place | {"address": address_of(place["address"])}
 
 
 def _go(
-    ask: Callable[[dict[str, Any]], Request],
+    request: Request,
     storage: str,
     name: str | None,
     address: str | None,
@@ -101,12 +100,9 @@ def _go(
     fresh: bool,
     as_json: bool,
     dry_run: bool,
-    **words: Any,
 ) -> None:
     from . import sweep_launch
 
-    address = address_of(address)
-    request = ask(words)
     if dry_run and as_json:
         raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
     if dry_run:

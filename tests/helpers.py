@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from mosaic_ray.algorithm.local_training import Shard
 from mosaic_ray.config import ExperimentConfig, override
+from mosaic_ray.methods.client_work import WORK
 from mosaic_ray.records import DataFacts, Dataset, ImageSet
 
 FACTS = DataFacts("stripes", 3, 1, 8, (0.4,), (0.35,))
@@ -91,3 +93,18 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
     for name in left:
         assert left[name].dtype == right[name].dtype, name
         assert np.array_equal(left[name], right[name], equal_nan=True), name
+
+
+@contextlib.contextmanager
+def interrupted(in_round: int) -> Iterator[None]:
+    """What runs within ends as by Ctrl-C, at the first client's training in this round."""
+    train = WORK["train"]
+
+    def broken(bench, shard, client_id, common, own):
+        if common["round"] == in_round:
+            raise KeyboardInterrupt
+        return train(bench, shard, client_id, common, own)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(WORK, "train", broken)
+        yield

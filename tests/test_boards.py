@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, stripes_dataset
+from helpers import TINY, interrupted, stripes_dataset
 
 from mosaic_ray import launch
 from mosaic_ray.config import check, override
-from mosaic_ray.methods.client_work import WORK
 from mosaic_ray.report.boards import (
     _DARK,
     CELL,
@@ -113,22 +112,11 @@ def test_every_chart_of_the_layout_finds_its_curves(tmp_path, stripes_as_data):
                 assert any(re.search(tag, name) for name in found), title
 
 
-def test_the_losses_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, stripes_as_data, monkeypatch):
+def test_the_losses_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path, stripes_as_data):
     knobs = {"method": "fedavg", "warmup.checkpoint_rounds": 1, "federation.cohort_size": 2}
     whole = shown(go(tmp_path / "a", knobs)["paths"]["run"])
-    train, met = WORK["train"], []
-
-    def once_broken(bench, shard, client_id, common, own):
-        if common["round"] == 2 and not met:
-            met.append(client_id)
-            raise KeyboardInterrupt
-        return train(bench, shard, client_id, common, own)
-
-    with monkeypatch.context() as patch:
-        patch.setitem(WORK, "train", once_broken)
-        with pytest.raises(KeyboardInterrupt):
-            go(tmp_path / "b", knobs)
-    assert met
+    with interrupted(in_round=2):
+        go(tmp_path / "b", knobs)
     assert shown(go(tmp_path / "b", knobs)["paths"]["run"])["histograms"] == whole["histograms"]
     assert all(histogram.num == 2 for _, histogram in whole["histograms"]["client/loss"])
 

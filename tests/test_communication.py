@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import FACTS, TINY, small_ray, stripes_dataset
+from helpers import FACTS, TINY, interrupted, small_ray, stripes_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -24,7 +24,6 @@ from mosaic_ray.algorithm.communication import (
 )
 from mosaic_ray.algorithm.prototypes import centroids
 from mosaic_ray.config import check, override, resolve
-from mosaic_ray.methods.client_work import WORK
 from mosaic_ray.methods.federation import Federation
 from mosaic_ray.records import DataFacts
 from mosaic_ray.stages.traffic import baselines, predicted
@@ -199,21 +198,11 @@ def test_a_network_that_cannot_be_cut_has_no_fedrolex_beside_it(tmp_path, monkey
     assert set(baselines(config, FACTS)) == {"fedavg"}
 
 
-def test_a_killed_and_resumed_run_has_sent_what_an_undisturbed_one_has(tmp_path, monkeypatch):
+def test_a_killed_and_resumed_run_has_sent_what_an_undisturbed_one_has(tmp_path):
     knobs = {"method": "fedavg", "warmup.checkpoint_rounds": 1, "federation.drop_rate": 0.3}
     whole = go(tmp_path / "a", knobs)
-    train, met = WORK["train"], []
-
-    def once_broken(bench, shard, client_id, common, own):
-        if common["round"] == 2 and not met:
-            met.append(client_id)
-            raise KeyboardInterrupt
-        return train(bench, shard, client_id, common, own)
-
-    monkeypatch.setitem(WORK, "train", once_broken)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(in_round=2):
         go(tmp_path / "b", knobs)
-    assert met
     assert go(tmp_path / "b", knobs)["communication"] == whole["communication"]
 
 

@@ -98,16 +98,15 @@ def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features:
     dt_c / dx_ej|, with x_e the expert's logits and t_c the teacher's for c: what, to first order, c's logit would
     change if expert e had no opinion. 0 for a class without prototypes, and where the meta model has no say (g = 0).
     """
-    sums, counts = np.zeros((0, 0)), torch.bincount(labels, minlength=teacher.meta.out.out_features)
+    parts, counts = [], torch.bincount(labels, minlength=teacher.meta.out.out_features)
     for rows in torch.arange(len(labels)).split(teacher.meta.max_rows):
         given = expert_logits(features[rows]).detach().requires_grad_()
         asked = teacher(given, features[rows]).gather(1, labels[rows, None]).sum()
         (slopes,) = torch.autograd.grad(asked, given)
         opinion = given.detach() - given.detach().mean(2, keepdim=True)
         effect = (opinion * slopes).sum(2).abs()  # [B, E]
-        part = torch.zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T).numpy()
-        sums = part if not sums.size else sums + part
-    return (sums / counts.clamp(min=1).numpy()).astype(np.float32)
+        parts.append(torch.zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T))
+    return (torch.stack(parts).sum(0) / counts.clamp(min=1)).numpy()
 
 
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:

@@ -103,11 +103,11 @@ class SweepView:
 
     def say(self, text: str) -> None:
         """A line for the person who looks on."""
-        (self._live or self._plain).say(text, False)
+        (self._live or self._plain).say(text, "")
 
     def warn(self, text: str) -> None:
         """A line that asks for attention."""
-        (self._live or self._plain).say(text, True)
+        (self._live or self._plain).say(text, "warning")
 
     def seconds_left(self) -> float | None:
         """By the mean duration of the trials that ended; None while that tells nothing.

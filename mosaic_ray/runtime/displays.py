@@ -29,7 +29,7 @@ class Display(Protocol):
     def resume(self, stage: Stage) -> None: ...
     def end(self, stage: Stage) -> None: ...
     def cached(self, name: str) -> None: ...
-    def say(self, text: str, warning: bool) -> None: ...
+    def say(self, text: str, mark: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -47,8 +47,8 @@ class Quiet:
     def cached(self, name: str) -> None:
         pass
 
-    def say(self, text: str, warning: bool) -> None:
-        self.stream.write(("warning: " if warning else "") + text + "\n")
+    def say(self, text: str, mark: str) -> None:
+        self.stream.write((f"{mark}: " if mark else "") + text + "\n")
         self.stream.flush()
 
     def close(self) -> None:
@@ -142,10 +142,11 @@ class Live:
         self.progress.add_task(name, total=1, completed=1, row=name)
         self.progress.start()
 
-    def say(self, text: str, warning: bool) -> None:
+    def say(self, text: str, mark: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text(f"warning: {text}", style="yellow") if warning else Text(text), soft_wrap=True)
+        style = {"warning": "yellow", "error": "red"}.get(mark, "")
+        self.console.print(Text(f"{mark}: {text}" if mark else text, style=style), soft_wrap=True)
 
     def close(self) -> None:
         self.progress.stop()

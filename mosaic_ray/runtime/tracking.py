@@ -212,11 +212,11 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """A line for the person who looks on."""
-        self._display.say(text, False)
+        self._display.say(text, "")
 
-    def warn(self, text: str) -> None:
-        """A line that asks for attention."""
-        self._display.say(text, True)
+    def warn(self, text: str, severity: str = "warning") -> None:
+        """A line that asks for attention, marked by its ``severity``: warning or error."""
+        self._display.say(text, severity)
 
     def _again(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]:
         return [self._emit(stage, tag, step, math.nan if value is None else value) for tag, step, value in recorded]

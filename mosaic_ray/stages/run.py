@@ -191,7 +191,7 @@ class Run:
                 self._told.add(finding)
                 whose = f" client {finding.client}" if finding.client >= 0 else ""
                 advice = f"; {finding.advice}" if finding.advice else ""
-                self.tracker.warn(f"{finding.code}{whose}: {finding.message}{advice}")
+                self.tracker.warn(f"{finding.code}{whose}: {finding.message}{advice}", finding.severity)
 
     @property
     def alarmed(self) -> bool:

@@ -19,7 +19,7 @@ from ..config import ExperimentConfig, override
 from ..errors import RequestError
 from ..records import Dataset, Weights
 from ..seeding import derive, numpy_stream, stream
-from .setting import Desk, Row, Study, measured
+from .setting import Desk, Row, Study, measured, uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,14 +72,10 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
 
 def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
     """Classifier, generator, judge; then both classifiers' figures."""
-    from ..stages.partition import partition_stage
     from ..stages.rounds import warmup_stage
-    from ..stages.uploads import generators_stage
 
     with desk.run(config) as run:
-        shards = partition_stage(run)
-        warmup = warmup_stage(run, shards)
-        generators = generators_stage(run, shards, warmup)
+        shards, warmup, generators = uploads(run)
     other = override(config, {"seed": derive(config.seed, "quality", "judge") % 2**30})
     with desk.run(other) as apart:  # the same images, another start and order
         apart.train_rows = run.train_rows

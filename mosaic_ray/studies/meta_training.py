@@ -22,7 +22,7 @@ from ..config import check as check_config
 from ..errors import RequestError
 from ..records import Dataset, Prototypes
 from ..seeding import numpy_stream
-from .setting import Desk, Row, Study, measured
+from .setting import Desk, Row, Study, measured, uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,16 +56,11 @@ def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
     """What clients upload, a teacher for each arm, and what each teacher reaches."""
     from ..methods.client_work import Bench
     from ..stages.evaluation import judged
-    from ..stages.partition import partition_stage, refuse_small
-    from ..stages.rounds import warmup_stage
     from ..stages.teaching import teacher_stage
-    from ..stages.uploads import generators_stage, prototypes_stage
+    from ..stages.uploads import prototypes_stage
 
     with desk.run(config) as run:
-        shards = partition_stage(run)
-        refuse_small(shards)
-        warmup = warmup_stage(run, shards)
-        generators = generators_stage(run, shards, warmup)
+        shards, warmup, generators = uploads(run)
         prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
         reached, keys, looks = {}, [], {}
         for arm in ARMS:

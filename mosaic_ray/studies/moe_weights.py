@@ -17,7 +17,7 @@ import numpy as np
 from ..config import ExperimentConfig
 from ..records import Weights
 from ..seeding import numpy_stream, stream
-from .setting import Desk, Row, Study, measured
+from .setting import Desk, Row, Study, measured, uploads
 
 if TYPE_CHECKING:
     import torch
@@ -74,15 +74,9 @@ def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
 def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
     """Clients' models and generators as in any run, and what their images tell of the weights."""
     from ..algorithm.experts import expert_weights
-    from ..stages.partition import partition_stage, refuse_small
-    from ..stages.rounds import warmup_stage
-    from ..stages.uploads import generators_stage
 
     with desk.run(config) as run:
-        shards = partition_stage(run)
-        refuse_small(shards)
-        warmup = warmup_stage(run, shards)
-        generators = generators_stage(run, shards, warmup)
+        shards, warmup, generators = uploads(run)
 
         def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
             owned = np.flatnonzero(shards.counts.sum(0))  # a class that nobody holds has no weights

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from ..runtime.hosts import Hosts
     from ..runtime.store import StageResult, StageWriter, Store
     from ..runtime.tracking import Stage, Tracker
+    from ..stages.partition import Shards
+    from ..stages.rounds import Warmup
     from ..stages.run import Run
+    from ..stages.uploads import Generators
 
 #: A line of results: names and plain values. Those of ``Study.by`` say of what, with the seed; lists are per class.
 Row = dict[str, Any]
@@ -80,6 +83,18 @@ class Study:
     check: Callable[[ExperimentConfig, Dataset, Mapping[str, Any]], None] = lambda config, dataset, options: None
 
 
+def uploads(run: Run) -> tuple[Shards, Warmup, Generators]:
+    """What clients have after the stages that studies begin with: images, models, generators."""
+    from ..stages.partition import partition_stage, refuse_small
+    from ..stages.rounds import warmup_stage
+    from ..stages.uploads import generators_stage
+
+    shards = partition_stage(run)
+    refuse_small(shards)
+    warmup = warmup_stage(run, shards)
+    return shards, warmup, generators_stage(run, shards, warmup)
+
+
 def measured(
     run: Run,
     study: str,
@@ -120,20 +135,12 @@ def conduct(
 
     ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
     """
-    from ..data.datasets import load_dataset
-    from ..launch import check_name, settle_precision
-    from ..methods.federation import check_models
-    from ..runtime.cluster import check_room
+    from ..launch import check_name, prepare, settle_precision
     from ..runtime.hosts import Hosts
-    from ..runtime.store import Store
     from ..runtime.tracking import Tracker
 
     check_name(name, "experiments")
-    check_room(config, address)
-    store = Store(storage, fresh=fresh)
-    store.check_writable()
-    dataset = load_dataset(config.data)
-    check_models(config, dataset.facts)
+    dataset, store = prepare(config, storage, address, fresh)
     study.check(config, dataset, options)
     config = settle_precision(config)
     place = f"experiments/{name or default_name(study, config, seeds, options)}"
