@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from storing import bucket
 from terminals import Terminal
 
@@ -16,6 +17,10 @@ from mosaic_ray.runtime import cluster
 from mosaic_ray.runtime.store import Store
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# An example's time says how busy the machine is.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from mosaic_ray.seeding import stream
 B, C = 6, 5
 LOG_C = math.log(C)
 batches = arrays(np.float32, (B, C), elements=st.floats(-30, 30, width=32)).map(torch.from_numpy)
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -70,7 +70,7 @@ def failing(monkeypatch) -> Callable[..., list[int]]:
 # --- drop-out --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 30), st.floats(0.0, 0.99), st.integers(0, 30), st.integers(0, 50), st.data())
 def test_who_drops_out_is_drawn_among_those_asked_and_never_too_many(clients, rate, least, round_num, data):
     asked = sorted(data.draw(st.sets(st.integers(0, clients - 1), min_size=1)))

@@ -69,7 +69,7 @@ def test_o7_expert_is_the_weighted_sum():
 
 
 @given(st.lists(weight, min_size=1, max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_o8_equal_clients_average_to_themselves(weights):
     assert bits(average((client(3), w) for w in weights)) == bits(client(3))
 
@@ -83,7 +83,7 @@ def test_o8_proportional_counts_make_every_expert_fedavg():
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_o8_class_weighted_experts_sum_to_fedavg(seed):
     counts = label_counts(5, 4, seed)
     experts = [average((client(k), counts[k, c]) for k in range(5)) for c in range(4)]

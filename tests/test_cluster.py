@@ -38,7 +38,7 @@ def test_as_many_hosts_as_cpus_gpus_memory_and_clients_allow(expected, request_)
     assert hosts(**request_) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 200), st.integers(1, 64), st.floats(0.05, 1.0), st.integers(0, 8), st.floats(0.05, 1.0))
 def test_what_is_planned_always_fits(clients, cpus, share, gpus, gpu_share):
     gpu_share = gpu_share if gpus else 0.0

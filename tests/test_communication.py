@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from helpers import FACTS, TINY, interrupted, small_ray, stripes_dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -43,7 +43,6 @@ ARRAYS = st.dictionaries(
 # --- the measure -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(ARRAYS)
 def test_a_message_is_as_long_as_its_safetensors_file(arrays):
     size = size_of(arrays)

@@ -117,7 +117,7 @@ def asked_of(counts: list[int]) -> nn.Module:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9).filter(any), st.integers(0, 90), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_labels_follow_the_clients_counts_within_one(counts, number, seed):
     _, labels = draw(asked_of(counts), number, stream(seed, "labels"), CPU)
     found = torch.bincount(labels, minlength=len(counts)).numpy()

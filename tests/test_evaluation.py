@@ -48,7 +48,7 @@ def test_logits_do_not_depend_on_the_chunk_and_keep_their_order():
     np.testing.assert_allclose(logits_on(network, data.take(np.array([7])), FACTS, CPU), whole[7:8], atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 60), st.integers(2, 6), st.integers(0, 1000))
 def test_every_figure_is_what_counting_by_hand_gives(count, classes, seed):
     logits, labels = drawn(count, classes, seed)

@@ -32,7 +32,7 @@ def clients(count: int, seed: int = 0) -> list[tuple[int, dict[str, np.ndarray]]
 counts_matrices = st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3), min_size=2, max_size=5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(counts_matrices)
 def test_o7_an_expert_is_the_weighted_sum(rows):
     counts = np.array(rows)
@@ -54,7 +54,7 @@ def test_o7_a_lone_owner_is_its_class_expert_bit_for_bit():
     assert_same(experts[index[1]], models[1][1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(counts_matrices.filter(lambda rows: all(sum(col) for col in zip(*rows, strict=True)) and all(map(sum, rows))))
 def test_o8_experts_weighted_by_class_sizes_are_fedavg(rows):
     counts = np.array(rows)

@@ -120,7 +120,7 @@ def test_epochs_count_passes_and_steps_count_steps():
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=12), st.integers(0, 500))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_allocation_sums_to_the_total_and_is_within_one_of_exact(weights, total):
     shares = np.array(weights) / sum(weights)
     counts = allocate(shares, total)

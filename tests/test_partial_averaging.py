@@ -99,7 +99,7 @@ def averaged(previous: Weights, parts: list[tuple]) -> Weights:
 
 
 @given(parts_of_clients)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_each_coordinate_is_the_weighted_mean_over_the_clients_that_hold_it(parts):
     previous = whole(99)
     result = averaged(previous, parts)
@@ -109,7 +109,7 @@ def test_each_coordinate_is_the_weighted_mean_over_the_clients_that_hold_it(part
 
 
 @given(parts_of_clients, st.randoms())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_adding_shows_in_the_last_bit_at_most(parts, random):
     mixed = random.sample(parts, len(parts))
     one, other = averaged(whole(99), parts), averaged(whole(99), mixed)
@@ -118,7 +118,7 @@ def test_the_order_of_adding_shows_in_the_last_bit_at_most(parts, random):
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.floats(1e-3, 1e3)), min_size=1, max_size=6), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whole_clients_average_as_ever_bit_for_bit(parts, spelled_out):
     everything = tuple(np.arange(size) for size in CHANNELS.sizes) if spelled_out else None
     running, partial = RunningAverage(), PartialAverage(whole(99), CHANNELS)
@@ -208,7 +208,7 @@ def test_parts_of_another_shape_and_impossible_weights_are_refused():
         st.tuples(st.lists(st.integers(0, 30), min_size=3, max_size=3), st.none() | subsets), min_size=1, max_size=4
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_expert_is_averaged_over_the_clients_that_hold_class_and_coordinate(clients):
     counts = np.array([row for row, _ in clients])
     theta_g, fallback = whole(99), whole(98)
@@ -250,7 +250,7 @@ def test_experts_of_heads_alone():
 
 
 @given(st.lists(st.lists(st.integers(0, 30), min_size=3, max_size=3), min_size=1, max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_experts_of_whole_clients_are_as_ever_bit_for_bit(rows):
     counts = np.array(rows)
     plain = form_experts([(k, whole(k)) for k in range(len(rows))], counts, whole(98))

@@ -75,7 +75,7 @@ def test_o2_a_rejected_draw_is_drawn_again_from_where_the_stream_stands():
         partition(labels, PartitionConfig(num_clients=12, omega=0.02, max_tries=draws - 1, policy="reject"), 7, 10)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     class_sizes=st.lists(st.integers(0, 120), min_size=1, max_size=12),
     num_clients=st.integers(1, 15),
@@ -190,7 +190,7 @@ def test_skew_by_hand():
     assert skew(np.array([[1, 3], [2, 2], [0, 0]])) == pytest.approx(one / 2)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), fraction=st.floats(0, 0.5), seed=st.integers(0, 99))
 def test_validation_takes_its_floor_by_class_and_loses_nothing(sizes, fraction, seed):
     labels = np.random.default_rng(seed).integers(0, 3, sum(sizes))

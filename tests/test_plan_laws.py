@@ -54,7 +54,7 @@ def planned(nodes: Sequence[Node], one: ExperimentConfig, ask: Mapping) -> Resou
         return None
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(clusters(5), configs, asks)
 def test_everything_that_may_be_held_at_once_fits_at_once(nodes, one, ask):
     made = planned(nodes, one, ask)
@@ -77,7 +77,7 @@ def test_everything_that_may_be_held_at_once_fits_at_once(nodes, one, ask):
         assert made.trials[made.trials_on] == made.concurrent
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(clusters(2, small_machines), configs, asks.map(lambda ask: ask | {"num_trials": min(3, ask["num_trials"])}))
 def test_the_plan_is_the_best_that_trying_everything_finds_and_only_what_cannot_fit_is_refused(nodes, one, ask):
     pool, per_round = one.runtime.host == "ray", one.federation.cohort_size or one.partition.num_clients
@@ -92,7 +92,7 @@ def test_the_plan_is_the_best_that_trying_everything_finds_and_only_what_cannot_
     assert (made.concurrent, sum(made.hosts)) == (concurrent, hosts) if made else not concurrent
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(clusters(3), configs, asks, machines, st.integers(0, 2), st.booleans())
 def test_a_larger_cluster_never_runs_fewer_trials_nor_as_many_on_fewer_hosts(nodes, one, ask, extra, which, join):
     if join:
@@ -191,7 +191,7 @@ def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: 
     return True
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(clusters(3), configs, asks, st.integers(0, 2**32))
 def test_no_order_of_events_ends_in_a_deadlock(nodes, one, ask, seed):
     made = planned(nodes, one, ask)

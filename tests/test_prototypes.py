@@ -34,7 +34,7 @@ def cloud(per_class: int = 12, dim: int = 5, classes: int = 3, seed: int = 0) ->
     return Prototypes(vectors.astype(np.float32), labels, sizes.astype(np.float32), np.zeros(len(labels), np.int64))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 99))
 def test_o28_weighted_mean_of_the_centres_is_the_class_mean(count, k, seed):
     features = np.random.default_rng(seed).normal(size=(count, 4)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_p2_the_authors_cap_sends_the_first_centres_alone():
 
 
 @given(st.floats(0, 0.9), st.integers(0, 20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_split_keeps_every_class_and_loses_nothing(fraction, seed):
     prototypes = cloud(per_class=5)
     kept, held = split_held_out(prototypes, fraction, seed)

@@ -104,7 +104,7 @@ def test_d4_what_underflows_goes_to_one_client_and_any_may_be_it():
 # --- balanced --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     class_sizes=st.lists(st.integers(0, 300), min_size=1, max_size=12),
     num_clients=st.integers(1, 30),
@@ -144,7 +144,7 @@ def test_balanced_clients_choose_in_random_order():
 # --- pathological ----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     class_sizes=st.lists(st.integers(40, 200) | st.just(0), min_size=2, max_size=12).filter(any),
     num_clients=st.integers(1, 8),

@@ -111,7 +111,7 @@ def in_turn() -> list[Trial]:
     return played(optuna(seeds=(3, 1)), concave)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(order=st.randoms(use_true_random=False), slots=st.integers(1, 30), found=st.integers(0, 24))
 def test_points_do_not_depend_on_who_ends_when_or_on_how_many_are_under_way(in_turn, order, slots, found):
     assert played(optuna(seeds=(3, 1)), concave, order=order, slots=slots, found=found) == in_turn

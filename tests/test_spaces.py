@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from door import refused_by
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tune_spaces
@@ -144,7 +144,6 @@ AXES = st.dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(AXES, st.booleans())
 def test_a_grid_is_the_product_with_the_last_knob_fastest(axes, ranged):
     made = {k: Range(0.5, 10.0, grid=tuple(v)) if ranged else Choice(tuple(v)) for k, v in axes.items()}
@@ -177,7 +176,6 @@ def ranges(draw):
     return "generator.lambda_e", Range(low, high, log=draw(st.booleans()))
 
 
-@settings(deadline=None)
 @given(ranges(), st.integers(0, 2**31), st.integers(0, 12))
 def test_draws_stay_inside_bounds_and_more_samples_begin_with_the_fewer(ranged, seed, fewer):
     knob, domain = ranged
@@ -192,7 +190,6 @@ def test_draws_stay_inside_bounds_and_more_samples_begin_with_the_fewer(ranged, 
         assert check_value(knob, json.loads(json.dumps(value))) == value
 
 
-@settings(deadline=None)
 @given(st.permutations(["generator.lambda_e", "generator.steps", "partition.omega"]), st.integers(0, 99))
 def test_the_order_of_knobs_moves_no_draw_and_neither_does_one_more(order, seed):
     domains = {

@@ -94,7 +94,7 @@ def test_facts_of_a_fresh_and_of_a_cached_result_are_alike(store: Store) -> None
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.text(), st.integers())
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_facts_come_back_exactly(store: Store, number: float, word: str, whole: int) -> None:
     store.put(KEY, {"v": [number, word, whole]})
     got = store.get(KEY)
@@ -108,7 +108,7 @@ ANY_ARRAY = hnp.arrays(
 
 
 @given(st.dictionaries(st.text(min_size=1, max_size=6), ANY_ARRAY, max_size=4), st.sampled_from("CTRS"))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_arrays_come_back_exactly(store: Store, plain: dict[str, np.ndarray], view: str) -> None:
     """0-d, empty, transposed, reversed and strided ones, NaN bits included, in the order given."""
     bend: Any = {

@@ -126,7 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.floats(0, 1, exclude_max=True))
 def test_half_written_results_are_refused_in_one_line(whole: Path, share: float) -> None:
     path = whole.with_name("half.parquet")

@@ -105,7 +105,7 @@ def test_dropout_draws_anew_for_each_space_client_and_round_and_the_same_again()
 
 
 @given(st.integers(1, 2000), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_dust_of_floating_point_adds_no_channel(size, data):
     kept = data.draw(st.integers(1, size))
     assert num_kept(kept / size, size) == kept
