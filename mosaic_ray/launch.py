@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .config import ExperimentConfig, as_dict, override, read_toml, to_toml
 from .errors import RequestError, RunError
 from .records import STAGES, Dataset, Finding, Weights
+from .rooms import DataConfig
 from .runtime.files import write_whole
 
 if TYPE_CHECKING:
@@ -71,17 +72,30 @@ def run(
 
 def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store]:
     """The data and the storage; ``RequestError`` where machine, storage, data or networks cannot do what is asked."""
-    from .data.datasets import load_dataset
-    from .methods.federation import check_models
     from .runtime.cluster import check_room
     from .runtime.store import Store
 
     check_room(config, address)
     store = Store(storage, fresh=fresh)
     store.check_writable()
-    dataset = load_dataset(config.data)
-    check_models(config, dataset.facts)
-    return dataset, store
+    return load_data([config])[config.data], store
+
+
+def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
+    """The data sets that experiments read, each once.
+
+    ``RequestError`` where a network cannot take its images: before any is read, if their size is known by then.
+    """
+    from .data.datasets import known_facts, load_dataset
+    from .methods.federation import check_models
+
+    for config in configs:
+        if (facts := known_facts(config.data)) is not None:
+            check_models(config, facts)
+    datasets = {data: load_dataset(data) for data in dict.fromkeys(config.data for config in configs)}
+    for config in configs:
+        check_models(config, datasets[config.data].facts)
+    return datasets
 
 
 def execute(

@@ -319,8 +319,7 @@ def run(
     ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on. With ``strict_health``
     a finding of severity error is such a failure.
     """
-    from .launch import check_name, settle_precision
-    from .methods.federation import check_models
+    from .launch import check_name, load_data, settle_precision
     from .report.sweep_view import SweepView
     from .report.sweeps import read_results
     from .runtime.store import Store
@@ -333,9 +332,7 @@ def run(
     settled = settle_precision(request.config)
     ledger = Ledger(store, name or plan_name(sweep.facts))
     with _alone(store, ledger.name):
-        datasets = _load(sweep.configs)
-        for config in sweep.configs:
-            check_models(config, datasets[config.data].facts)
+        datasets = load_data(sweep.configs)
         ledger.begin(sweep.facts, fresh, settled.runtime.precision)
         sweep = prepare(request, override(settled, {"runtime.precision": ledger.precision}))
         if store.local_root and (old := store.local_root / ledger.place / "results.parquet").exists():
@@ -368,13 +365,6 @@ def _run(feed: Feed, datasets: dict[Any, Any], storage: str, address: str) -> No
         feed, ledger, job, datasets, resources_of(sweep, there, storage), there, say=feed.view.say, warn=feed.view.warn,
         halving=halving,
     )  # fmt: skip
-
-
-def _load(configs: Sequence[ExperimentConfig]) -> dict[Any, Any]:
-    """Each data set that the trials read, once."""
-    from .data.datasets import load_dataset
-
-    return {data: load_dataset(data) for data in dict.fromkeys(config.data for config in configs)}
 
 
 def _alone(store: Store, name: str) -> Any:
