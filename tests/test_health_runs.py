@@ -44,7 +44,7 @@ def go(tmp_path: Path, knobs: dict, **options) -> dict:
 def test_a_strict_run_stops_after_the_stage_and_goes_on_without_the_flag(tmp_path, capsys, stripes_as_data):
     with pytest.raises(RunError, match=r"^stage teacher: meta\.diverged: .*not finite, threshold 2\.197\); .*meta\.lr"):
         go(tmp_path, BROKEN, strict_health=True)
-    assert "warning: meta.diverged: " in capsys.readouterr().err
+    assert "error: meta.diverged: " in capsys.readouterr().err
     failed = json.loads((tmp_path / "runs" / "x" / "summary.json").read_text())
     assert (failed["status"], failed["stage"]) == ("failed", "teacher")
     assert "meta.diverged" in [row["code"] for row in failed["health"]] and "distill" not in failed["stages"]
@@ -91,8 +91,8 @@ class Told:
     def __init__(self):
         self.warnings, self.texts = [], {}
 
-    def warn(self, text):
-        self.warnings.append(text)
+    def warn(self, text, severity):
+        self.warnings.append(f"{severity}: {text}")
 
     def text(self, tag, markdown):
         self.texts[tag] = markdown
@@ -110,7 +110,7 @@ def test_what_was_said_when_it_happened_is_not_said_again():
     run, other = noted(), Finding("generator.low_coverage", "warning", "generators", "few", 1, 0.3, 0.5, "more steps")
     run.warn_of([other])
     run.note("generators", "k", False, 1.0, facts_of(other, Finding("a.b", "info", "generators", "m")))
-    assert run.tracker.warnings == ["generator.low_coverage client 1: few; more steps"]
+    assert run.tracker.warnings == ["warning: generator.low_coverage client 1: few; more steps"]
     assert set(run.tracker.texts) == {"health/generator.low_coverage", "health/a.b"}
     assert "client 1: few. *more steps*" in run.tracker.texts["health/generator.low_coverage"]
     run.note("generators", "k", True, 0.0, facts_of(ERROR))

@@ -41,8 +41,12 @@ def channels_last(module: ModuleT) -> ModuleT:
     """In place: the arrays of convolutions stored pixel by pixel, the layout that they are fastest in.
 
     Values and the state dict's shapes stay as they are; sums are taken in another order. Not for networks of users:
-    ``view`` on what such a convolution gives fails where it would go through otherwise.
+    ``view`` on what such a convolution gives fails where it would go through otherwise. A network with a strided 1x1
+    convolution (the ResNets' shortcuts) is left as it is: on a CPU, with fewer than 16 channels, oneDNN writes its
+    gradient past the end of a buffer in this layout (uxlfoundation/oneDNN issue 6035).
     """
+    if any(isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) != part.stride for part in module.modules()):
+        return module
     return module.to(memory_format=torch.channels_last)
 
 
