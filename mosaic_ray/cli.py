@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,8 @@ class Door(click.Group):
     ) -> Any:
         """Parse, run, exit."""
         words = list(sys.argv[1:] if args is None else args)
+        with contextlib.suppress(ValueError):  # not the main thread: no signal arrives there
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers' word is Ctrl-C's to us
         try:
             extra |= {"standalone_mode": False, "obj": words}
             status = super().main(words, prog_name or "mosaic", **extra) or 0

@@ -76,9 +76,11 @@ def test_a_killed_generator_stage_computes_the_missing_clients_alone(tmp_path):
     assert 1 <= summary["stages"]["generators"]["cached_clients"] < 3
 
 
-def test_interrupted_by_the_user_it_names_the_command_that_resumes(tmp_path):
+@pytest.mark.parametrize("host", ["serial", "ray"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(tmp_path, host, how):
     with subprocess.Popen(
-        command(tmp_path, "serial"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command(tmp_path, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # a shell's background jobs ignore interrupts, and what they start inherits that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
@@ -86,6 +88,7 @@ def test_interrupted_by_the_user_it_names_the_command_that_resumes(tmp_path):
         for line in process.stderr:
             told.append(line)
             if line.startswith("warmup: round 1"):
-                process.send_signal(signal.SIGINT)
-    assert process.returncode == 130
+                process.send_signal(how)
+    assert process.returncode == 130, told
     assert "to resume:" in told[-1] and "warmup.num_rounds=6" in told[-1]
+    assert not [line for line in told if "SIGTERM" in line or "Traceback" in line]

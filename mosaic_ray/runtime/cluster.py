@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +108,7 @@ def connect(address: str = "local") -> Resources:
         if address != "local":
             check_cluster(address)
         options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             if address == "local":
                 ray.init(address="local", num_cpus=int(local_resources().cpus), **options)
@@ -114,6 +117,8 @@ def connect(address: str = "local") -> Resources:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, on_term)  # Ray's own prints a stack and aborts
     return all_resources()
 
 
