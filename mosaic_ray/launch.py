@@ -89,12 +89,14 @@ def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
     from .data.datasets import known_facts, load_dataset
     from .methods.federation import check_models
 
+    known = {config.data: known_facts(config.data) for config in configs}
     for config in configs:
-        if (facts := known_facts(config.data)) is not None:
+        if (facts := known[config.data]) is not None:
             check_models(config, facts)
-    datasets = {data: load_dataset(data) for data in dict.fromkeys(config.data for config in configs)}
+    datasets = {data: load_dataset(data) for data in known}
     for config in configs:
-        check_models(config, datasets[config.data].facts)
+        if known[config.data] is None:
+            check_models(config, datasets[config.data].facts)
     return datasets
 
 

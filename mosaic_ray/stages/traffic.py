@@ -55,6 +55,12 @@ def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | N
     makers = list(zip(federation.classifiers, federation.widths, strict=True))
     shares = {maker: size_of_entries(federation.entries(*maker)) for maker in set(makers)}
     wholes = {name: federation.entries(name) for name in federation.groups}
+    shares |= {(name, 1.0): size_of_entries(whole) for name, whole in wholes.items()}
+    messages = {
+        name: [size_of_entries(statistics_entries(whole, layers)) for layers in federation.statistics_passes(name)]
+        for name, whole in wholes.items()
+        if narrow
+    }
     counts = np.full((clients, facts.num_classes), config.prototypes.k) if counts is None else counts
 
     for address, num_rounds in ((ADDRESS, config.warmup.num_rounds), (CLOSING, config.finetune.num_rounds)):
@@ -70,9 +76,9 @@ def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | N
             whole = wholes[maker[0]]
             tally.add("downlink", "weights", k, shares[maker], times=int(asked[k]))
             tally.add("uplink", "weights", k, shares[maker], times=int(answered[k]))
-            for layers in federation.statistics_passes(maker[0]) if narrow and num_rounds else ():
-                tally.add("downlink", "weights", k, size_of_entries(whole))
-                tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(whole, layers)))
+            for message in messages.get(maker[0], ()) if num_rounds else ():
+                tally.add("downlink", "weights", k, shares[maker[0], 1.0])
+                tally.add("uplink", "statistics", k, message)
             _add_prototypes(tally, config, k, whole, counts[k], times=int(collected[k]))
     for k in range(clients):
         tally.add("uplink", "counts", k, size_of_entries({"counts": ((facts.num_classes,), np.int64)}))
