@@ -287,7 +287,7 @@ def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monk
     monkeypatch.setattr(Crew, "retire", note)
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", hungry(tmp_path / "marker"))
     failures = 1 if memory else 2  # a lack of memory is no client's failure
-    there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=3, federation__max_client_failures=failures)
+    there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=2, federation__max_client_failures=failures)
     assert len(crews) == memory and len(asked) == 1 and not failed(there)
     assert_same(student(there), student(go(tmp_path / "serial")))
 

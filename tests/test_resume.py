@@ -13,8 +13,9 @@ import pytest
 
 REQUEST = [
     "run", "--clients", "3", "--set", "warmup.num_rounds=6", "--set", "warmup.checkpoint_rounds=2",
-    "--set", "generator.steps=15", "--set", "generator.ngf=4", "--set", "generator.ndf=4", "--set", "distill.steps=100",
-    "--set", "meta.updates=50", "--set", "model.width=4", "--set", "finetune.num_rounds=4",
+    "--set", "generator.steps=15", "--set", "generator.ngf=4", "--set", "generator.ndf=4", "--set", "distill.steps=50",
+    "--set", "meta.updates=20", "--set", "meta.feedforward=64", "--set", "model.width=4",
+    "--set", "finetune.num_rounds=4",
 ]  # fmt: skip
 
 
@@ -76,8 +77,15 @@ def test_a_killed_generator_stage_computes_the_missing_clients_alone(tmp_path):
     assert 1 <= summary["stages"]["generators"]["cached_clients"] < 3
 
 
-@pytest.mark.parametrize("host", ["serial", "ray"])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how, host",
+    [
+        (signal.SIGINT, "serial"),
+        (signal.SIGTERM, "serial"),
+        pytest.param(signal.SIGINT, "ray", marks=pytest.mark.slow),
+        (signal.SIGTERM, "ray"),  # which Ray has a handler for
+    ],
+)
 def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(tmp_path, host, how):
     with subprocess.Popen(
         command(tmp_path, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,

@@ -85,17 +85,15 @@ def test_trials_share_what_they_can_and_each_is_a_plain_run(tmp_path, ray_up):
     assert (Path(again.place) / "results.parquet").read_bytes() == before
 
 
-def test_a_finished_sweep_starts_nothing(tmp_path, ray_up, monkeypatch):
-    sweep(tmp_path, knobs={"runtime.host": "serial"})
-    monkeypatch.setattr("mosaic_ray.sweep.run_trials", lambda *_, **__: pytest.fail("a trial was started"))
-    assert len(sweep(tmp_path, knobs={"runtime.host": "serial"}).results) == 4
-
-
-def test_seeds_repeat_every_point(tmp_path, ray_up):
+def test_seeds_repeat_every_point_and_a_finished_sweep_starts_nothing(tmp_path, ray_up, monkeypatch):
     plan = SweepPlan("one", knobs={"generator.lambda_d": Choice((2.0, 5.0))})
     outcome = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3))
     assert [(r.point, r.seed) for r in outcome.results] == [(0, 0), (0, 3), (1, 0), (1, 3)]
     assert computed(outcome, "warmup") == 2
+
+    monkeypatch.setattr("mosaic_ray.sweep.run_trials", lambda *_, **__: pytest.fail("a trial was started"))
+    again = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3))
+    assert comparable(again) == comparable(outcome) and len(again.results) == 4
 
 
 def test_a_failing_trial_is_recorded_and_the_rest_go_on(tmp_path, ray_up):
@@ -186,7 +184,8 @@ from mosaic_ray.spaces import Choice, SweepPlan
 def plan():
     return SweepPlan("tiny", knobs={"generator.lambda_d": Choice((2.0, 5.0, 10.0))}, base={
         "partition.num_clients": 3, "warmup.num_rounds": 4, "generator.steps": 15, "generator.ngf": 4,
-        "generator.ndf": 4, "distill.steps": 50, "meta.updates": 50, "model.width": 4, "finetune.num_rounds": 2,
+        "generator.ndf": 4, "distill.steps": 20, "meta.updates": 10, "meta.feedforward": 64, "model.width": 4,
+        "finetune.num_rounds": 2,
     })
 """
 

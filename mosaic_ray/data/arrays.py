@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,24 @@ CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 def digits(config: DataConfig) -> Raw:
     """1,797 images of 8x8, 1,437 to train on and 360 to test, by class; the split is the same under every seed."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = ((bunch.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]  # intensities are 0..16
-    whole = ImageSet(images, bunch.target.astype(np.int64))
+    rows = _digits_rows()
+    intensities, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]  # intensities are 0..16
+    whole = ImageSet(((intensities * 255 + 8) // 16).astype(np.uint8), labels)
     test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
     return known("digits", whole.take(~test), whole.take(test), DIGIT_NAMES)
+
+
+def _digits_rows() -> np.ndarray:
+    """int64 (1797, 65): intensities and label of each image, from scikit-learn's file, without importing it."""
+    package = find_spec("sklearn")
+    if package and package.origin:
+        path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
+        if path.exists():
+            return np.loadtxt(path, delimiter=",", dtype=np.int64)
+    from sklearn.datasets import load_digits  # a release that keeps it elsewhere
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target]).astype(np.int64)
 
 
 def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: Path) -> None:
