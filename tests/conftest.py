@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import TINY, stripes_dataset
 from hypothesis import settings
 from storing import bucket
 from terminals import Terminal
 
 import mosaic_ray.runtime.leases as leases_module
 import mosaic_ray.runtime.store as store_module
+from mosaic_ray import launch
 from mosaic_ray.runtime import cluster
 from mosaic_ray.runtime.store import Store
 
@@ -23,6 +27,11 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs on Ray come first, the longest of all tests: what is left for the end is short, and is shared out."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """The folder of real data sets; tests that need it skip where it is absent."""
@@ -30,6 +39,21 @@ def data_root() -> Path:
     if not (root / "FashionMNIST").is_dir():
         pytest.skip(f"no real data under {root} (set MOSAIC_DATA)")
     return root
+
+
+@pytest.fixture(scope="session")
+def undisturbed_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The summary of a whole run of ``TINY`` on stripes, in this process; its files are only read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mosaic_ray.data.datasets.load_dataset", lambda config: stripes_dataset())
+        return launch.run(TINY, storage=str(tmp_path_factory.mktemp("tiny")), progress=False)
+
+
+@pytest.fixture
+def tiny_in_storage(undisturbed_tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """``undisturbed_tiny``, and its results in a store of one's own at ``tmp_path``."""
+    shutil.copytree(Path(undisturbed_tiny["paths"]["run"]).parents[1], tmp_path, dirs_exist_ok=True)
+    return undisturbed_tiny
 
 
 @pytest.fixture

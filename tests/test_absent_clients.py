@@ -117,12 +117,11 @@ def test_without_leave_the_first_client_that_fails_ends_the_run(tmp_path, failin
 
 
 @pytest.mark.parametrize("work", ["train", "prototypes", "generate"])
-def test_a_failure_that_passes_shows_in_no_number(tmp_path, failing, work):
-    undisturbed = go(tmp_path / "a")
+def test_a_failure_that_passes_shows_in_no_number(tmp_path, undisturbed_tiny, failing, work):
     met = failing(work, 1, times=2)
-    disturbed = go(tmp_path / "b")
+    disturbed = go(tmp_path)
     assert len(met) == 2 and not failed(disturbed)
-    assert_same(student(disturbed), student(undisturbed))
+    assert_same(student(disturbed), student(undisturbed_tiny))
 
 
 def test_with_leave_the_rounds_go_on_without_it_as_if_it_had_not_been_asked(tmp_path, failing, monkeypatch):
@@ -267,7 +266,7 @@ def hungry(marker: Path) -> type:
 @on_ray
 @pytest.mark.ray
 @pytest.mark.parametrize("memory", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monkeypatch, memory):
+def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monkeypatch, undisturbed_tiny, memory):
     """The kill by Ray's own monitor is in test_faults.py, for it needs gigabytes."""
     crews: list[Crew] = []
     asked: list[str] = []
@@ -289,7 +288,7 @@ def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monk
     failures = 1 if memory else 2  # a lack of memory is no client's failure
     there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=2, federation__max_client_failures=failures)
     assert len(crews) == memory and len(asked) == 1 and not failed(there)
-    assert_same(student(there), student(go(tmp_path / "serial")))
+    assert_same(student(there), student(undisturbed_tiny))
 
 
 @on_ray

@@ -110,31 +110,28 @@ def test_a_run_reads_no_result_from_the_store_twice(tmp_path, monkeypatch):
         ("warmup.checkpoint_rounds", 1, set()),
     ],
 )  # fmt: skip
-def test_a_changed_knob_computes_anew_what_follows_and_nothing_before(tmp_path, knob, value, anew):
-    go(tmp_path)
+def test_a_changed_knob_computes_anew_what_follows_and_nothing_before(tmp_path, tiny_in_storage, knob, value, anew):
     assert computed(go(tmp_path, {knob: value})) == anew
 
 
-def test_o15_clients_at_or_above_tau_share_their_generators_between_lambda_i(tmp_path):
-    sizes = [sum(row) for row in go(tmp_path)["label_counts"]]
+def test_o15_clients_at_or_above_tau_share_their_generators_between_lambda_i(tmp_path, tiny_in_storage):
+    sizes = [sum(row) for row in tiny_in_storage["label_counts"]]
     tau = sorted(sizes)[1]
     go(tmp_path, {"generator.tau": tau})
     other = go(tmp_path, {"generator.tau": tau, "generator.lambda_i": 3.0})
     assert other["stages"]["generators"]["cached_clients"] == sum(size >= tau for size in sizes)
 
 
-def test_fresh_computes_everything_again_and_ends_the_same(tmp_path):
-    first = go(tmp_path)
+def test_fresh_computes_everything_again_and_ends_the_same(tmp_path, tiny_in_storage):
     again = go(tmp_path, fresh=True)
     assert computed(again) == set(again["stages"])
-    assert again["accuracy"] == first["accuracy"]
+    assert again["accuracy"] == tiny_in_storage["accuracy"]
 
 
 @pytest.mark.parametrize("stage", ["warmup", "teacher", "distill", "evaluate"])
 @pytest.mark.parametrize("harm", ["truncate", "flip"])
-def test_a_damaged_result_is_said_and_computed_again(tmp_path, capsys, stage, harm):
-    first = go(tmp_path)
-    folder = tmp_path / "objects" / first["stages"][stage]["key"]
+def test_a_damaged_result_is_said_and_computed_again(tmp_path, tiny_in_storage, capsys, stage, harm):
+    folder = tmp_path / "objects" / tiny_in_storage["stages"][stage]["key"]
     path = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
     if harm == "truncate":
@@ -144,7 +141,7 @@ def test_a_damaged_result_is_said_and_computed_again(tmp_path, capsys, stage, ha
     path.write_bytes(data)
     second = go(tmp_path)
     assert computed(second) == {stage}
-    assert second["accuracy"] == first["accuracy"]
+    assert second["accuracy"] == tiny_in_storage["accuracy"]
     assert "damaged" in capsys.readouterr().err
 
 
@@ -184,11 +181,11 @@ def test_o31_the_seed_changes_everything_and_repeats_it(tmp_path):
     assert {s["key"] for s in other["stages"].values()}.isdisjoint(s["key"] for s in first["stages"].values())
 
 
-def test_validation_images_are_taken_from_clients_and_reported(tmp_path):
+def test_validation_images_are_taken_from_clients_and_reported(tmp_path, undisturbed_tiny):
     summary = go(tmp_path, {"partition.validation_fraction": 0.2})
     assert set(summary["validation_accuracy"]) == set(ROLES)
     assert sum(map(sum, summary["label_counts"])) < 240
-    assert go(tmp_path)["validation_accuracy"] is None
+    assert undisturbed_tiny["validation_accuracy"] is None
 
 
 def test_a_name_in_use_by_another_configuration_is_kept_aside(tmp_path):
@@ -198,14 +195,12 @@ def test_a_name_in_use_by_another_configuration_is_kept_aside(tmp_path):
     assert (tmp_path / "runs" / "x.1" / "summary.json").read_text() == kept
 
 
-def test_partial_participation_draws_reproducible_cohorts(tmp_path):
+def test_partial_participation_draws_reproducible_cohorts(tmp_path, undisturbed_tiny):
     knobs = {"federation.cohort_size": 2}
     first, again = go(tmp_path / "a", knobs), go(tmp_path / "b", knobs)
     assert_same(student(first), student(again))
-    assert (
-        first["communication_bytes"]["uplink"]["weights"]
-        < go(tmp_path / "a")["communication_bytes"]["uplink"]["weights"]
-    )
+    partial, whole = (summary["communication_bytes"]["uplink"]["weights"] for summary in (first, undisturbed_tiny))
+    assert partial < whole
 
 
 def test_a_class_that_nobody_holds_is_an_error_only_where_asked(tmp_path, monkeypatch):
@@ -306,14 +301,15 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("hosts", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_serial_and_ray_end_with_the_same_bits_whatever_the_number_of_actors(tmp_path, ray_up, monkeypatch, hosts):
+def test_serial_and_ray_end_with_the_same_bits_whatever_the_number_of_actors(
+    tmp_path, ray_up, monkeypatch, undisturbed_tiny, hosts
+):
     """On the way: clients, who need no images decoded, never spend their memory on torchvision."""
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", _watched())
-    serial = go(tmp_path / "serial")
-    on_ray = go(tmp_path / "ray", {"runtime.host": "ray", "runtime.max_hosts": hosts})
+    on_ray = go(tmp_path, {"runtime.host": "ray", "runtime.max_hosts": hosts})
     assert computed(on_ray) == set(on_ray["stages"])
-    assert on_ray["accuracy"] == serial["accuracy"]
-    assert_same(student(on_ray), student(serial))
+    assert on_ray["accuracy"] == undisturbed_tiny["accuracy"]
+    assert_same(student(on_ray), student(undisturbed_tiny))
 
 
 def _watched() -> type:
@@ -335,13 +331,13 @@ def _watched() -> type:
 @pytest.mark.parametrize(
     "work", ["train", *(pytest.param(work, marks=pytest.mark.slow) for work in ("generate", "prototypes"))]
 )
-def test_an_actor_killed_in_mid_work_costs_that_work_alone(tmp_path, ray_up, work, monkeypatch):
+def test_an_actor_killed_in_mid_work_costs_that_work_alone(tmp_path, ray_up, work, monkeypatch, undisturbed_tiny):
     """SIGKILL from within, at the moment when client 1's work begins; the run ends with the same bits."""
     marker = tmp_path / "died"
     monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", _dying(work, marker))
     on_ray = go(tmp_path / "ray", {"runtime.host": "ray", "runtime.max_hosts": 2})
     assert marker.exists()
-    assert_same(student(on_ray), student(go(tmp_path / "serial")))
+    assert_same(student(on_ray), student(undisturbed_tiny))
 
 
 def _dying(work: str, marker: Path) -> type:

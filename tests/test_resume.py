@@ -82,8 +82,8 @@ def test_a_killed_generator_stage_computes_the_missing_clients_alone(tmp_path):
     [
         (signal.SIGINT, "serial"),
         (signal.SIGTERM, "serial"),
-        pytest.param(signal.SIGINT, "ray", marks=pytest.mark.slow),
-        (signal.SIGTERM, "ray"),  # which Ray has a handler for
+        pytest.param(signal.SIGINT, "ray", marks=[pytest.mark.ray, pytest.mark.slow]),
+        pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.ray),  # which Ray has a handler for
     ],
 )
 def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(tmp_path, host, how):

@@ -149,7 +149,8 @@ def test_a_trial_that_always_dies_is_recorded(tmp_path, ray_up, monkeypatch):
             os.kill(result["pid"], signal.SIGKILL)
 
     monkeypatch.setattr(tuning._Follow, "on_trial_result", kill)
-    outcome = sweep(tmp_path, SweepPlan("two", knobs={"generator.lambda_d": Choice((2.0, 5.0))}))
+    plan = SweepPlan("two", knobs={"generator.lambda_d": Choice((2.0, 5.0))})
+    outcome = sweep(tmp_path, plan, {"runtime.host": "serial"})
     assert [r.summary["status"] for r in outcome.results] == ["failed", "done"]
     assert "process died 3 times" in outcome.results[0].summary["error"]
 
