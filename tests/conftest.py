@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY, stripes_dataset
+from helpers import TINY, small_ray, stripes_dataset
 from hypothesis import settings
 from storing import bucket
 from terminals import Terminal
@@ -27,9 +29,36 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
+_SHARED_RAY = contextlib.ExitStack()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole runs on Ray come first, the longest of all tests: what is left for the end is short, and is shared out."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    items.sort(key=lambda item: ("ray_up" not in _fixtures(item), item.get_closest_marker("ray") is None))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that does not ask for the shared Ray finds none."""
+    if "ray_up" not in _fixtures(item):
+        _SHARED_RAY.close()
+
+
+def _fixtures(item: pytest.Item) -> Sequence[str]:
+    return getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(scope="session")
+def _no_ray_left() -> Iterator[None]:
+    yield
+    _SHARED_RAY.close()
+
+
+@pytest.fixture
+def ray_up(_no_ray_left: None) -> Any:
+    """Ray with 4 CPUs to give away, shared by the tests that ask for it as long as they follow one another."""
+    import ray
+
+    return ray if ray.is_initialized() else _SHARED_RAY.enter_context(small_ray(num_cpus=4))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FACTS, TINY, assert_same, small_ray, stripes_dataset
+from helpers import FACTS, TINY, assert_same, stripes_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -215,12 +215,6 @@ def test_more_than_are_asked_cannot_be_needed():
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 on_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-
-
-@pytest.fixture(scope="module")
-def ray_up():
-    with small_ray(num_cpus=3) as ray:
-        yield ray
 
 
 def deadly() -> type:

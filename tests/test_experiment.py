@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, small_ray, stripes_dataset
+from helpers import FACTS, TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray import launch
@@ -286,12 +286,6 @@ def test_every_switch_of_the_algorithm_is_a_knob_with_its_presets_value():
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ray_up():
-    with small_ray(num_cpus=4) as ray:
-        yield ray
 
 
 pytestmark = pytest.mark.filterwarnings(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, small_ray, stripes_dataset
+from helpers import FACTS, TINY, assert_same, shard_of, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray import launch
@@ -127,9 +127,8 @@ def test_experts_of_narrow_clients_speak_in_full(tmp_path):
         pytest.param(MIXED, id="architectures", marks=pytest.mark.slow),
     ],
 )
-def test_ray_agrees_bit_for_bit(tmp_path, knobs):
+def test_ray_agrees_bit_for_bit(tmp_path, ray_up, knobs):
     serial = go(tmp_path / "serial", knobs)
-    with small_ray(2):
-        there = go(tmp_path / "ray", knobs | {"runtime.host": "ray"}, address="auto")
+    there = go(tmp_path / "ray", knobs | {"runtime.host": "ray", "runtime.max_hosts": 2})
     assert_same(student(there), student(serial))
     assert there["accuracy"] == serial["accuracy"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 import pytest
-from helpers import TINY, assert_same, small_ray, stripes_dataset
+from helpers import TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray import launch, sweep_launch
@@ -25,18 +25,13 @@ PLAN = SweepPlan(
     "two omegas, two weights",
     knobs={"partition.omega": Choice((0.3, 3.0)), "generator.lambda_d": Choice((2.0, 5.0))},
 )
+ASKED = ("search", "samples", "seeds", "scheduler", "max_concurrent")
 SHARED = ("partition", "warmup", "prototypes", "teacher", "control")
 
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def ray_up():
-    with small_ray(num_cpus=2) as ray:
-        yield ray
 
 
 @pytest.fixture(autouse=True)
@@ -46,8 +41,9 @@ def stripes_as_data(monkeypatch):
 
 
 def sweep(folder: Path, plan: SweepPlan = PLAN, knobs: dict | None = None, **options) -> sweep_launch.Outcome:
-    base = {"runtime.host": "ray", "partition.validation_fraction": 0.2} | (knobs or {})
-    asked = {name: options.pop(name) for name in ("search", "samples", "seeds", "scheduler") if name in options}
+    """Two client hosts and two trials at once, unless said otherwise."""
+    base = {"runtime.host": "ray", "runtime.max_hosts": 2, "partition.validation_fraction": 0.2} | (knobs or {})
+    asked = {"max_concurrent": 2} | {name: options.pop(name) for name in ASKED if name in options}
     request = sweep_launch.Request(override(TINY, base), "tiny", plan, **asked)
     return sweep_launch.run(request, storage=str(folder), progress=False, **options)
 
@@ -87,34 +83,29 @@ def test_trials_share_what_they_can_and_each_is_a_plain_run(tmp_path, ray_up):
 
 def test_seeds_repeat_every_point_and_a_finished_sweep_starts_nothing(tmp_path, ray_up, monkeypatch):
     plan = SweepPlan("one", knobs={"generator.lambda_d": Choice((2.0, 5.0))})
-    outcome = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3))
+    outcome = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3), max_concurrent=1)
     assert [(r.point, r.seed) for r in outcome.results] == [(0, 0), (0, 3), (1, 0), (1, 3)]
     assert computed(outcome, "warmup") == 2
 
     monkeypatch.setattr("mosaic_ray.sweep.run_trials", lambda *_, **__: pytest.fail("a trial was started"))
-    again = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3))
+    again = sweep(tmp_path, plan, {"runtime.host": "serial"}, seeds=(0, 3), max_concurrent=1)
     assert comparable(again) == comparable(outcome) and len(again.results) == 4
 
 
-def test_a_failing_trial_is_recorded_and_the_rest_go_on(tmp_path, ray_up):
+def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_path, ray_up):
+    """Of the problem's (no such partition), and of a client's work on the pool (weights become infinite)."""
     impossible = {"partition.policy": "reject", "partition.max_tries": 1, "partition.min_size": 80}
-    plan = SweepPlan("one that cannot be", points=({}, impossible, {"generator.lambda_d": 2.0}))
-    for _ in range(2):  # again: the failed one is tried again, and fails again
-        outcome = sweep(tmp_path, plan, {"runtime.host": "serial"})
-        assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "done"]
-        with pytest.raises(RunError, match=r"1 of 3 trials failed: p001s0 \(.*partition"):
+    plan = SweepPlan("two that cannot be", points=({}, impossible, {"warmup.lr": 1e30}, {"generator.lambda_d": 2.0}))
+    for _ in range(2):  # again: the failed ones are tried again, and fail again
+        outcome = sweep(tmp_path, plan)
+        assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "failed", "done"]
+        with pytest.raises(RunError, match=r"2 of 4 trials failed: p001s0 \(.*partition.*; p002s0 \(.*diverged"):
             outcome.raise_failures()
     row = read_results(Path(outcome.place) / "results.parquet").to_pylist()[1]
     assert row["status"] == "failed" and "partition" in row["error"] and row["accuracy_final"] is None
-
-
-def test_a_failure_in_a_client_keeps_its_address(tmp_path, ray_up):
-    """A learning rate that makes weights infinite is met in a client's work, on the pool: whichever says so first."""
-    outcome = sweep(tmp_path, SweepPlan("one", points=({"warmup.lr": 1e30},)))
-    failed = outcome.results[0].summary
-    assert failed["status"] == "failed" and "training diverged" in failed["error"]
+    failed = outcome.results[2].summary
     assert (failed["stage"], failed["round"]) == ("warmup", 0) and failed["client"] in range(3)
-    assert f"client {failed['client']}: " in failed["error"]
+    assert f"client {failed['client']}: " in failed["error"] and "training diverged" in failed["error"]
     assert failed["stages"].keys() == {"partition"}
 
 
