@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY, small_ray, stripes_dataset
 from hypothesis import settings
 from storing import bucket
 from terminals import Terminal
@@ -22,7 +21,7 @@ from mosaic_ray import launch
 from mosaic_ray.runtime import cluster
 from mosaic_ray.runtime.store import Store
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # heard as torch is imported: so ``helpers`` must not be imported above
 
 # An example's time says how busy the machine is.
 settings.register_profile("any machine", deadline=None)
@@ -57,6 +56,7 @@ def _no_ray_left() -> Iterator[None]:
 def ray_up(_no_ray_left: None) -> Any:
     """Ray with 4 CPUs to give away, shared by the tests that ask for it as long as they follow one another."""
     import ray
+    from helpers import small_ray
 
     return ray if ray.is_initialized() else _SHARED_RAY.enter_context(small_ray(num_cpus=4))
 
@@ -73,6 +73,8 @@ def data_root() -> Path:
 @pytest.fixture(scope="session")
 def undisturbed_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The summary of a whole run of ``TINY`` on stripes, in this process; its files are only read."""
+    from helpers import TINY, stripes_dataset
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mosaic_ray.data.datasets.load_dataset", lambda config: stripes_dataset())
         return launch.run(TINY, storage=str(tmp_path_factory.mktemp("tiny")), progress=False)

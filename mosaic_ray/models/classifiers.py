@@ -84,7 +84,7 @@ def norm_depths(
 
     Read off the graph of a forward pass (a way that a network detaches is not seen); in the order of the pass.
     """
-    with seeded(0, "norm depths"), torch.device("cpu"), torch.enable_grad():
+    with seeded(0, "norm depths"), torch.enable_grad():
         network = build_classifier(model, num_classes, channels, image_size, name).eval()
         images = torch.zeros(2, channels, image_size, image_size, requires_grad=True)
         depths: dict[str, int] = {}

@@ -117,7 +117,7 @@ def connect(address: str = "local") -> Resources:
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
-        with contextlib.suppress(ValueError):  # not the main thread
+        with contextlib.suppress(ValueError, TypeError):  # not the main thread; a handler that is not Python's
             signal.signal(signal.SIGTERM, on_term)  # Ray's own prints a stack and aborts
     return all_resources()
 
