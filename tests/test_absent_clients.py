@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,13 +245,17 @@ def test_a_client_that_kills_its_host_is_left_out_on_ray_as_a_failing_one_is_her
     assert_same(student(there), student(here))
 
 
-def hungry(marker: Path) -> type:
-    """A host that is killed the first time; what for, Ray tells beside it."""
+def hungry(folder: Path) -> type:
+    """Hosts of which the first two that train a generator are killed, together; what for, Ray tells beside it."""
 
     class Hungry(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
-            if asked == "generate" and not marker.exists():
-                marker.touch()
+            if asked == "generate" and len(os.listdir(folder)) < 2:
+                (folder / str(client_id)).touch()
+                for _ in range(6000):  # a minute at most
+                    if len(os.listdir(folder)) == 2:
+                        break
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().work(config, facts, asked, client_id, *rest)
 
@@ -261,14 +266,14 @@ def hungry(marker: Path) -> type:
 @pytest.mark.ray
 @pytest.mark.parametrize("memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monkeypatch, undisturbed_tiny, memory):
-    """The kill by Ray's own monitor is in test_faults.py, for it needs gigabytes."""
-    crews: list[Crew] = []
+    """Both hosts are killed at once. The kill by Ray's own monitor is in test_faults.py, for it needs gigabytes."""
+    retired: list[bool] = []
     asked: list[str] = []
     retire = Crew.retire
 
     def note(crew: Crew, actor: Any) -> bool:
-        crews.append(crew)
-        return retire(crew, actor)
+        retired.append(retire(crew, actor))
+        return retired[-1]
 
     def told(worker_id: str) -> bool:
         asked.append(worker_id)
@@ -278,10 +283,11 @@ def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monk
     real = fold.killed_for_memory
     monkeypatch.setattr(fold, "killed_for_memory", told)
     monkeypatch.setattr(Crew, "retire", note)
-    monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", hungry(tmp_path / "marker"))
+    (tmp_path / "killed").mkdir()
+    monkeypatch.setattr("mosaic_ray.runtime.cohort.ClientActor", hungry(tmp_path / "killed"))
     failures = 1 if memory else 2  # a lack of memory is no client's failure
     there = go(tmp_path / "ray", runtime__host="ray", runtime__max_hosts=2, federation__max_client_failures=failures)
-    assert len(crews) == memory and len(asked) == 1 and not failed(there)
+    assert retired == ([True, False] if memory else []) and len(set(asked)) == 2 and not failed(there)
     assert_same(student(there), student(undisturbed_tiny))
 
 

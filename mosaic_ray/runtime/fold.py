@@ -132,6 +132,7 @@ class Fold:
         self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client or -1 for a ping, value, actor)
         self._arrived: dict[int, Any] = {}  # references, not values: early results wait in the object store
         self._failures: dict[int, int] = {}
+        self._beside: dict[int, int] = {}  # client -> the actors there were when its work began
         self._losses = 0  # of actors that held no work
         self._alone_since = time.monotonic()
         self._idle = [actor for actor in crew.actors if crew.is_up(actor)]
@@ -164,6 +165,7 @@ class Fold:
         while self._queue and self._idle:
             _, client_id = heapq.heappop(self._queue)
             actor = self._idle.pop(0)
+            self._beside[client_id] = len(self._crew.actors)
             done, value = actor.work.options(num_returns=2).remote(
                 *self._call, client_id, self._shards[client_id], self._common, self._own(client_id)
             )
@@ -226,9 +228,12 @@ class Fold:
     def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
         """The actor died, perhaps with a client's work: wait for it through a ping."""
         worker_id = self._crew.mark_down(actor)
-        if worker_id and killed_for_memory(worker_id) and self._retired(client_id, actor):
+        starved = bool(worker_id) and killed_for_memory(worker_id)
+        if starved and self._retired(client_id, actor):
             return
-        if client_id >= 0:
+        if starved and self._beside.get(client_id, 1) > 1:  # the last of several that were killed at once
+            self._again(client_id)
+        elif client_id >= 0:
             self._failed(client_id, RunError(f"its actor died: {first_line(error)}", client=client_id))
         else:
             self._losses += 1
