@@ -101,7 +101,7 @@ def test_a_run_reads_no_result_from_the_store_twice(tmp_path, monkeypatch):
     "knob, value, anew",
     [
         ("generator.lambda_e", 0.5, {"generators", "distill", "finetune", "evaluate"}),
-        ("meta.updates", 10, {"teacher", "distill", "finetune", "evaluate"}),
+        ("meta.updates", 12, {"teacher", "distill", "finetune", "evaluate"}),
         ("distill.lr", 5e-4, {"distill", "finetune", "evaluate"}),
         ("finetune.lr", 5e-4, {"finetune", "control", "evaluate"}),
         ("prototypes.k", 3, {"prototypes", "teacher", "distill", "finetune", "evaluate"}),

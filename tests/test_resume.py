@@ -14,8 +14,8 @@ import pytest
 REQUEST = [
     "run", "--clients", "3", "--set", "warmup.num_rounds=6", "--set", "warmup.checkpoint_rounds=2",
     "--set", "generator.steps=15", "--set", "generator.ngf=4", "--set", "generator.ndf=4", "--set", "distill.steps=50",
-    "--set", "meta.updates=20", "--set", "meta.feedforward=64", "--set", "model.width=4",
-    "--set", "finetune.num_rounds=4",
+    "--set", "meta.updates=20", "--set", "meta.feedforward=64", "--set", "meta.token_dim=10",
+    "--set", "meta.batch_size=16", "--set", "model.width=4", "--set", "finetune.num_rounds=4",
 ]  # fmt: skip
 
 
@@ -29,8 +29,8 @@ def finish(storage: Path, host: str) -> tuple[dict, str]:
     return json.loads(done.stdout), done.stderr
 
 
-def kill_when(storage: Path, host: str, sign: str) -> None:
-    """Start, wait for a line that begins with ``sign``, and send SIGKILL."""
+def kill_when(storage: Path, host: str, sign: str) -> str:
+    """Start, wait for a line that begins with ``sign``, and send SIGKILL; what was told until then."""
     with subprocess.Popen(
         command(storage, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -44,6 +44,7 @@ def kill_when(storage: Path, host: str, sign: str) -> None:
         else:
             pytest.fail(f"{sign!r} was never seen in:\n{''.join(lines)}")
     assert process.returncode == -signal.SIGKILL
+    return "".join(lines)
 
 
 def outcome(summary: dict) -> tuple:
@@ -51,7 +52,7 @@ def outcome(summary: dict) -> tuple:
     return summary["accuracy"], summary["per_class_accuracy"], summary["communication_bytes"], student
 
 
-@pytest.mark.slow  # the next two kill by default
+@pytest.mark.slow  # the next one kills by default
 @pytest.mark.parametrize("host", ["serial", pytest.param("ray", marks=pytest.mark.ray)])
 def test_killed_in_every_stage_and_resumed(tmp_path, host):
     undisturbed, _ = finish(tmp_path / "a", host)
@@ -64,16 +65,13 @@ def test_killed_in_every_stage_and_resumed(tmp_path, host):
     assert "warmup: cached\n" in told and "warmup: begins" not in told
 
 
-def test_a_killed_warmup_goes_on_from_its_checkpoint(tmp_path):
+def test_killed_it_goes_on_at_the_warmups_checkpoint_and_with_the_missing_generators_alone(tmp_path):
     kill_when(tmp_path, "serial", "warmup: round 5")
-    _, told = finish(tmp_path, "serial")
+    told = kill_when(tmp_path, "serial", "generators: client 1")
     assert "warmup: resumed at round 4/6" in told
     assert "warmup: round 1/" not in told
-
-
-def test_a_killed_generator_stage_computes_the_missing_clients_alone(tmp_path):
-    kill_when(tmp_path, "serial", "generators: client 1")
-    summary, _ = finish(tmp_path, "serial")
+    summary, told = finish(tmp_path, "serial")
+    assert "warmup: cached\n" in told
     assert 1 <= summary["stages"]["generators"]["cached_clients"] < 3
 
 
