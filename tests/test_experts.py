@@ -113,7 +113,8 @@ def test_a_token_stays_small_where_classes_are_many_and_is_the_authors_up_to_ten
 
 def test_the_meta_model_in_parts_is_the_meta_model(monkeypatch):
     """However few rows it may hold at once, it learns and answers the same, to rounding."""
-    config = override(TINY, {"meta.dropout": 0.0, "meta.updates": 30, "meta.select": False})
+    knobs = {"meta.token_dim": 30, "meta.batch_size": 128, "meta.dropout": 0.0, "meta.updates": 30}
+    config = override(TINY, knobs | {"meta.select": False})
     whole = make(config)[1].meta
     monkeypatch.setattr("mosaic_ray.algorithm.meta_training.MAX_NUMBERS", 5 * 3 * 30)
     assert MetaModel(3, 3, config.meta).max_rows == 5

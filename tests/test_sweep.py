@@ -104,14 +104,14 @@ def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_p
 
     impossible = {"partition.policy": "reject", "partition.max_tries": 1, "partition.min_size": 80}
     points = ({}, impossible, {"warmup.lr": 1e30}, {"generator.lambda_d": 2.0})
-    plan = SweepPlan("two that cannot be", points=points)
+    plan, one = SweepPlan("two that cannot be", points=points), {"runtime.max_hosts": 1}
     with monkeypatch.context() as patch:
         patch.setattr(tuning._Follow, "on_trial_result", kill)
-        outcome = sweep(tmp_path, plan)
+        outcome = sweep(tmp_path, plan, one, max_concurrent=1)
     assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "failed", "failed"]
     assert "process died 3 times" in outcome.results[3].summary["error"]
 
-    outcome = sweep(tmp_path, plan)  # again: the failed ones are tried again, and two fail again
+    outcome = sweep(tmp_path, plan, one, max_concurrent=1)  # again: the failed ones are tried again, and two fail again
     assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "failed", "done"]
     with pytest.raises(RunError, match=r"2 of 4 trials failed: p001s0 \(.*partition.*; p002s0 \(.*diverged"):
         outcome.raise_failures()
