@@ -31,7 +31,7 @@ TINY = override(
         "generator.ngf": 4,
         "generator.ndf": 4,
         "generator.latent_dim": 8,
-        "generator.steps": 12,
+        "generator.steps": 6,
         "generator.batch_size": 16,
         "generator.tau": 100,
         "prototypes.k": 4,
