@@ -299,12 +299,13 @@ def _failure(
 
 
 def settle_precision(config: ExperimentConfig) -> ExperimentConfig:
-    """``auto`` becomes bf16 or fp32 here, once, and is recorded."""
+    """``auto`` becomes bf16 where the device that clients train on has it natively, else fp32; it is recorded."""
     if config.runtime.precision != "auto":
         return config
-    from .runtime.precision import probe
+    from .runtime.precision import has_native_bf16
 
-    return override(config, {"runtime.precision": probe(cuda=bool(config.runtime.gpus_per_client))})
+    native = has_native_bf16(cuda=bool(config.runtime.gpus_per_client))
+    return override(config, {"runtime.precision": "bf16" if native else "fp32"})
 
 
 def _keep_other(folder: Path, config: ExperimentConfig) -> None:

@@ -81,8 +81,8 @@ class Ledger:
     def begin(self, facts: Mapping[str, Any], fresh: bool, precision: str) -> None:
         """Write plan.json, or find the same plan there. ``fresh`` moves what is there aside and begins anew.
 
-        ``precision``: what was measured to be faster just now; what the sweep began with counts, for trials of another
-        precision would have to run again.
+        ``precision``: this machine's; what the sweep began with counts, for trials of another precision would have to
+        run again.
         ``RequestError`` for another plan under this name, and for files that are not whole.
         """
         facts = json.loads(json.dumps(facts))

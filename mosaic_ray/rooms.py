@@ -199,7 +199,7 @@ class RuntimeConfig:
         1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1
     )
     precision: str = knob(
-        "auto", "bf16 where the processor has it natively and it is faster", choices=("auto", "fp32", "bf16")
+        "auto", "auto: bf16 where the processor has it natively, else fp32", choices=("auto", "fp32", "bf16")
     )
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)

@@ -281,9 +281,9 @@ def test_a_fresh_session_lasts_until_the_next_fresh_one(store):
 
 
 def test_the_precision_that_a_sweep_began_with_counts(store):
-    for fresh, measured, counts in ((False, "bf16", "bf16"), (False, "fp32", "bf16"), (True, "fp32", "fp32")):
+    for fresh, settled, counts in ((False, "bf16", "bf16"), (False, "fp32", "bf16"), (True, "fp32", "fp32")):
         ledger = Ledger(store, "n")
-        ledger.begin(FACTS, fresh, measured)
+        ledger.begin(FACTS, fresh, settled)
         assert ledger.precision == counts
 
 

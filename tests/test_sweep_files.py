@@ -166,10 +166,10 @@ def test_a_name_with_another_plan_is_refused_and_kept(trials, words, told):
 
 
 def test_a_sweep_goes_on_with_the_precision_that_it_began_with(trials, monkeypatch):
-    monkeypatch.setattr(precision, "probe", lambda **_: "bf16")
+    monkeypatch.setattr(precision, "has_native_bf16", lambda cuda: True)
     trials.interrupts = ("p003s0",)
     sweep(*SMOKE)
-    monkeypatch.setattr(precision, "probe", lambda **_: "fp32")
+    monkeypatch.setattr(precision, "has_native_bf16", lambda cuda: False)
     trials.interrupts = ()
     assert sweep(*SMOKE).exit_code == 0
     assert trials == NAMES

@@ -15,6 +15,7 @@ from pathlib import Path
 from ..data.places import FOLDERS
 from ..errors import RequestError
 from ..rooms import DataConfig
+from .precision import has_native_bf16
 
 GIB = 2**30
 LEAST_MEMORY = 2 * GIB  # one driver (0.7 GiB) and two client actors (0.3 to 0.6 GiB each)
@@ -120,16 +121,17 @@ def _torch() -> Iterator[Check]:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         yield Check("gpu", "ok", ", ".join(f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus))
-        native, place = torch.cuda.is_bf16_supported(including_emulation=False), "the GPU"
+        places = {"the GPU": True, "the CPU": False}
     else:
         if Path("/proc/driver/nvidia/version").exists():
             mend = "its driver may be too old for it, or CUDA_VISIBLE_DEVICES hides it"
             yield Check("gpu", "warning", f"there is one that torch {torch.__version__} cannot use", mend)
         else:
             yield Check("gpu", "ok", "none; everything runs on the CPU")
-        flags = torch.cpu.get_capabilities()
-        native, place = any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16")), "the CPU"
-    yield Check("bf16", "ok", f"native on {place}" if native else f"not native on {place}; fp32 is used")
+        places = {"the CPU": False}
+    for place, cuda in places.items():
+        native = has_native_bf16(cuda)
+        yield Check("bf16", "ok", f"native on {place}" if native else f"not native on {place}; fp32 is used")
 
 
 def _storage(storage: str) -> Iterator[Check]:
