@@ -24,16 +24,16 @@ import torch
 from cifar100_scale import write_cifar100
 from torch import nn
 
-from mosaic_ray.algorithm.generation import classifier_view, draw, load_generator, train_generator
-from mosaic_ray.algorithm.local_training import LocalPlan, Shard, train_locally
-from mosaic_ray.config import override
-from mosaic_ray.data.datasets import load_dataset
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import DataConfig, ExperimentConfig
+from mosaic_ray.core.seeding import numpy_stream, seeded, stream
+from mosaic_ray.core.types import DataFacts, Dataset, ImageSet
+from mosaic_ray.data.load import load_dataset
 from mosaic_ray.data.transforms import normalise
+from mosaic_ray.distillation.generator_training import classifier_view, draw, load_generator, train_generator
+from mosaic_ray.federated.local_training import LocalTrainingConfig, Shard, train_locally
 from mosaic_ray.models.classifiers import build_classifier
-from mosaic_ray.models.tensors import to_weights
-from mosaic_ray.records import DataFacts, Dataset, ImageSet
-from mosaic_ray.rooms import DataConfig, ExperimentConfig
-from mosaic_ray.seeding import numpy_stream, seeded, stream
+from mosaic_ray.models.state_dict import to_weights
 
 CPU = torch.device("cpu")
 HEAD = (
@@ -87,7 +87,7 @@ def trained(config: ExperimentConfig, facts: DataFacts, data: ImageSet, steps: i
     """A classifier after ``steps`` of SGD on ``data``."""
     with seeded(config.seed, "init", "classifier"):
         model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size)
-    plan, address = LocalPlan(steps, 64, 0.05, 1e-4, 0.9), (config.seed, what, 0, 0)
+    plan, address = LocalTrainingConfig(steps, 64, 0.05, 1e-4, 0.9), (config.seed, what, 0, 0)
     train_locally(model, shard_of(data), plan, facts, address, "fp32")
     return model
 

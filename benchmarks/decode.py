@@ -27,12 +27,12 @@ import click
 import numpy as np
 from PIL import Image
 
-from mosaic_ray.data.datasets import load_dataset
-from mosaic_ray.rooms import DataConfig
+from mosaic_ray.config.schema import DataConfig
+from mosaic_ray.data.load import load_dataset
 
 CLASSES = 200
 OPEN = (
-    "import sys, time; from mosaic_ray.data.datasets import load_dataset; from mosaic_ray.rooms import DataConfig; "
+    "import sys, time; from mosaic_ray.data.load import load_dataset; from mosaic_ray.config.schema import DataConfig; "
     "start = time.perf_counter(); load_dataset(DataConfig(name='tiny_imagenet', root=sys.argv[1])); "
     "print(time.perf_counter() - start)"
 )

@@ -14,8 +14,8 @@ import time
 import click
 import numpy as np
 
+from mosaic_ray.config.schema import PartitionConfig
 from mosaic_ray.data.partition import SAMPLERS, label_counts, partition, skew
-from mosaic_ray.rooms import PartitionConfig
 
 #: Clients, omega, and the seconds that ``reference`` and ``dirichlet`` should stay below.
 CASES = ((10, 0.1, None), (100, 0.01, 1.0), (1000, 0.1, 5.0))

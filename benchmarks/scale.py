@@ -30,8 +30,8 @@ def measure(clients: int, rounds: int) -> dict[str, float]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from mosaic_ray import launch
-    from mosaic_ray.config import override, resolve
+    from mosaic_ray.config.resolve import override, resolve
+    from mosaic_ray.runs import runner
 
     knobs = {
         "method": "fedavg", "partition.num_clients": clients, "partition.sampler": "iid", "partition.min_size": 1,
@@ -41,7 +41,7 @@ def measure(clients: int, rounds: int) -> dict[str, float]:
     config = override(resolve("demo"), knobs)
     peak, ended = 0, threading.Event()
 
-    def watch() -> None:
+    def log_validation() -> None:
         nonlocal peak
         while not ended.wait(0.05):
             peak = max(peak, psutil.Process().memory_full_info().uss)
@@ -53,10 +53,10 @@ def measure(clients: int, rounds: int) -> dict[str, float]:
             for _ in range(2):
                 cluster.add_node(num_cpus=1, object_store_memory=200 * MIB, include_dashboard=False)
             ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-            thread = threading.Thread(target=watch)
+            thread = threading.Thread(target=log_validation)
             thread.start()
             began = time.perf_counter()
-            summary = launch.run(config, storage=f"{folder}/s", address=cluster.address, progress=False)
+            summary = runner.run(config, storage=f"{folder}/s", address=cluster.address, progress=False)
             spent = time.perf_counter() - began
             ended.set()
             thread.join()

@@ -75,7 +75,7 @@ def concurrent(repeats: int, preset: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         space = Path(folder) / "two.py"
         space.write_text(
-            "from mosaic_ray.spaces import Choice, SweepPlan\n\n\ndef plan():\n"
+            "from mosaic_ray.sweeps.space import Choice, SweepPlan\n\n\ndef plan():\n"
             "    return SweepPlan('two omegas', knobs={'partition.omega': Choice((0.1, 1.0))})\n"
         )
         for _, width in itertools.product(range(repeats), times):

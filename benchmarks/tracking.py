@@ -19,17 +19,18 @@ import click
 
 RUN = """
 import json, sys, time
-from mosaic_ray import launch
-from mosaic_ray.config import check, override, resolve
-from mosaic_ray.runtime import tracking
+from mosaic_ray.runs import runner
+from mosaic_ray.config.resolve import override, resolve
+from mosaic_ray.config.validate import check
+from mosaic_ray.tracking import tracker
 
 order, words = sys.argv[1], sys.argv[2:]
 config = check(override(resolve("demo"), {"runtime.host": "serial"} | dict(w.split("=", 1) for w in words), text=True))
-tracker = tracking.Tracker
+original = tracker.Tracker
 for tracked in order:
     began, used = time.perf_counter(), time.process_time()
-    tracking.Tracker = tracker if tracked == "+" else lambda run_dir, **how: tracker(None, **how)
-    launch.run(config, storage=STORAGE, progress=False, name="run")
+    tracker.Tracker = original if tracked == "+" else lambda run_dir, **how: original(None, **how)
+    runner.run(config, storage=STORAGE, progress=False, name="run")
     print(json.dumps({"cpu": time.process_time() - used, "wall": time.perf_counter() - began}))
 """
 

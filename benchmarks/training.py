@@ -19,15 +19,15 @@ import click
 import torch
 from torch import nn
 
-from mosaic_ray.algorithm.batch_norm import moments, passes
-from mosaic_ray.algorithm.local_training import Shard
+from mosaic_ray.config.registry import CLASSIFIERS
+from mosaic_ray.config.schema import GeneratorConfig, ModelConfig
+from mosaic_ray.core.types import DataFacts
+from mosaic_ray.execution.malloc import keep_freed
+from mosaic_ray.federated.local_training import Shard
+from mosaic_ray.federated.static_batch_norm import moments, passes
 from mosaic_ray.models.classifiers import build_classifier, norm_depths
-from mosaic_ray.models.discriminators import build_discriminator
-from mosaic_ray.models.generators import build_generator
-from mosaic_ray.presets import CLASSIFIERS
-from mosaic_ray.records import DataFacts
-from mosaic_ray.rooms import GeneratorConfig, ModelConfig
-from mosaic_ray.runtime.memory import keep_freed
+from mosaic_ray.models.discriminator import build_discriminator
+from mosaic_ray.models.generator import build_generator
 
 FACTS = DataFacts("noise", 10, 3, 32, (0.5,) * 3, (0.25,) * 3)
 SHAPE = (FACTS.channels, FACTS.image_size, FACTS.image_size)

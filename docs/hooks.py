@@ -12,9 +12,9 @@ import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from mosaic_ray.cli import mosaic
-from mosaic_ray.config import KNOBS, ROOMS
-from mosaic_ray.knobs import Knob
+from mosaic_ray.cli.commands import mosaic
+from mosaic_ray.config.fields import Knob
+from mosaic_ray.config.resolve import KNOBS, SECTIONS
 
 PACKAGE = Path(importlib.util.find_spec("mosaic_ray").origin).parent
 
@@ -23,23 +23,21 @@ CODE = "reference/code"
 
 #: What is documented, by the room that it stands in: modules, or all modules of a package.
 MODULES: dict[str, tuple[str, ...]] = {
-    "From a notebook": ("mosaic_ray", "report.loading"),
-    "A run": ("experiment", "launch"),
-    "Foundations": ("rooms", "knobs", "config", "presets", "records", "spaces", "seeding", "errors"),
-    "Mathematics": ("algorithm.*",),
-    "Methods": ("methods.client_work", "methods.federation", "methods.distillers.*"),
+    "From a notebook": ("mosaic_ray", "report.load"),
+    "A run": ("runs.experiment", "runs.runner"),
+    "Configuration": ("config.schema", "config.fields", "config.resolve", "config.presets", "config.registry"),
+    "Foundations": ("core.types", "core.seeding", "core.errors", "spaces"),
+    "Federated rounds": ("federated.*", "federated.strategies.*"),
+    "Distillation": ("distillation.*",),
+    "Methods": ("methods.*", "methods.mosaic.*"),
     "Models": (
-        "models.classifiers",
-        "models.generators",
-        "models.discriminators",
-        "models.user_networks",
-        "models.widths",
+        "models.classifiers", "models.generator", "models.discriminator", "models.user_models", "models.submodel",
     ),
-    "Data": ("data.datasets", "data.facts", "data.partition", "data.transforms"),
-    "Storage": ("stages.keys", "runtime.store"),
-}
+    "Data": ("data.load", "data.specs", "data.partition", "data.transforms"),
+    "Storage": ("pipeline.keys", "storage.store"),
+}  # fmt: skip
 
-#: What a room of knobs is about.
+#: The subject of each section of knobs.
 ABOUT = {
     "data": "Which images, in which size, and where they lie.",
     "partition": "How the images are dealt to the clients.",
@@ -92,9 +90,9 @@ def knobs_page() -> str:
         "## For the whole run {#run}",
         _table(knob for name, knob in KNOBS.items() if "." not in name),
     ]
-    for room in (room for room in ROOMS if any(name.startswith(f"{room}.") for name in KNOBS)):
-        rows = [knob for name, knob in KNOBS.items() if name.startswith(f"{room}.")]
-        parts += [f"## {room}", ABOUT.get(room, ""), _table(rows)]
+    for section in (section for section in SECTIONS if any(name.startswith(f"{section}.") for name in KNOBS)):
+        rows = [knob for name, knob in KNOBS.items() if name.startswith(f"{section}.")]
+        parts += [f"## {section}", ABOUT.get(section, ""), _table(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -12,8 +12,8 @@ from mosaic_ray import load_run
 
 PATH = sys.argv[1] if len(sys.argv) == 2 else "./mosaic_runs/example"
 if not Path(PATH).exists():
-    from mosaic_ray import launch
-    from mosaic_ray.config import resolve
+    from mosaic_ray.config.resolve import resolve
+    from mosaic_ray.runs import runner
 
     small = {
         "warmup.num_rounds": "6",
@@ -23,7 +23,7 @@ if not Path(PATH).exists():
         "runtime.host": "serial",
         "distill.workers": "0",
     }
-    launch.run(resolve("demo", sets=small), storage=PATH)
+    runner.run(resolve("demo", sets=small), storage=PATH)
 
 run = load_run(PATH)
 print(run.name, run.status, run.config["data"]["name"], run.summary.get("accuracy"))
@@ -38,12 +38,12 @@ print(run.curve("warmup/accuracy"))
 print(run.label_counts)
 
 # %% Arrays come from the store when they are asked for; Absent says why one is not there
-from mosaic_ray.report.loading import Absent  # noqa: E402 (a notebook imports where it needs)
+from mosaic_ray.report.load import NotAvailable  # noqa: E402 (a notebook imports where it needs)
 
 print(run.confusion("final"))
 try:
     print({client: images.shape for client, images in run.samples().items()})
-except Absent as absent:
+except NotAvailable as absent:
     print(f"no samples: {absent}")
 
 # %% The report's figures, as matplotlib's
@@ -52,7 +52,7 @@ folder.mkdir(exist_ok=True)
 for name in ("stages", "rounds", "per_class", "confusion_final", "partition", "samples", "time"):
     try:
         figure = run.plot(name)
-    except Absent as absent:
+    except NotAvailable as absent:
         print(f"{name}: {absent}")
         continue
     figure.savefig(folder / f"{name}.png", dpi=150)

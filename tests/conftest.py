@@ -15,11 +15,12 @@ from hypothesis import settings
 from storing import bucket
 from terminals import Terminal
 
-import mosaic_ray.runtime.leases as leases_module
-import mosaic_ray.runtime.store as store_module
-from mosaic_ray import launch
-from mosaic_ray.runtime import cluster
-from mosaic_ray.runtime.store import Store
+import mosaic_ray.storage.locks as leases_module
+import mosaic_ray.storage.store as store_module
+from mosaic_ray.execution import ray_session
+from mosaic_ray.runs import runner
+from mosaic_ray.storage.store import Store
+from mosaic_ray.sweeps import runner as sweep_runner
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # heard as torch is imported: so ``helpers`` must not be imported above
 
@@ -76,8 +77,8 @@ def undisturbed_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     from helpers import TINY, stripes_dataset
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mosaic_ray.data.datasets.load_dataset", lambda config: stripes_dataset())
-        return launch.run(TINY, storage=str(tmp_path_factory.mktemp("tiny")), progress=False)
+        patch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+        return runner.run(TINY, storage=str(tmp_path_factory.mktemp("tiny")), progress=False)
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def bucket_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def two_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine of 2 CPUs and 8 GiB on which Ray cannot be imported; an empty working directory."""
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setattr(cluster, "local_resources", lambda: cluster.Resources(2, 0, 8 * 2**30))
+    monkeypatch.setattr(ray_session, "local_resources", lambda: ray_session.Resources(2, 0, 8 * 2**30))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("MOSAIC_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -145,3 +146,37 @@ def tty(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     return Terminal()
+
+
+class Trials(list):
+    failing: tuple[str, ...] = ()
+    interrupts: tuple[str, ...] = ()
+
+
+@pytest.fixture
+def trials(monkeypatch) -> list[str]:
+    """Stands in for Ray: trials end as they are handed out, and their names are kept.
+
+    A trial named in ``failing`` fails; at one named in ``interrupts`` somebody presses Ctrl-C.
+    """
+    ran = Trials()
+
+    def run(feed, datasets, storage, address):
+        while True:
+            try:
+                trial = feed.next()
+            except StopIteration:
+                return
+            if trial.name in ran.interrupts:
+                raise KeyboardInterrupt
+            feed.began(trial)
+            ran.append(trial.name)
+            if trial.name in ran.failing:
+                feed.ledger.record(trial, status="failed", stage="warmup", round=3, client=1, error="loss is\nnan")
+            else:
+                selection = {"metric": "validation accuracy", "value": 0.5}
+                feed.ledger.record(trial, status="done", selection=selection, session=feed.ledger.session)
+            feed.ended(trial)
+
+    monkeypatch.setattr(sweep_runner, "_run", run)
+    return ran

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from mosaic_ray.config.schema import PartitionConfig
 from mosaic_ray.data.partition import label_counts, partition
-from mosaic_ray.rooms import PartitionConfig
 
 
 def labels_of(class_sizes: list[int], order_seed: int | None = None) -> np.ndarray:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mosaic_ray import cli as door
-from mosaic_ray.errors import RequestError
+from mosaic_ray.cli import commands as door
+from mosaic_ray.core.errors import RequestError
 
 REPO = Path(__file__).resolve().parents[1]
 

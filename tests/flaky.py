@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from mosaic_ray.runtime.files import write_whole
+from mosaic_ray.storage.filesystem import write_whole
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class Flaky(fs.FileSystemHandler):
         folder.mkdir(parents=True, exist_ok=True)
         self._behind = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """From now on nothing fails."""
         self.share, self.down = 0.0, False
         self.fails = self.goes_down = lambda call, path: False

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic_ray.algorithm.local_training import Shard
-from mosaic_ray.config import ExperimentConfig, override
-from mosaic_ray.methods.client_work import WORK
-from mosaic_ray.records import DataFacts, Dataset, ImageSet
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.core.types import DataFacts, Dataset, ImageSet
+from mosaic_ray.execution.tasks import WORK
+from mosaic_ray.federated.local_training import Shard
 
 FACTS = DataFacts("stripes", 3, 1, 8, (0.4,), (0.35,))
 
@@ -71,7 +72,7 @@ def small_ray(num_cpus: int) -> Iterator[Any]:
     """A Ray of a test module's own, with so many CPUs to give away."""
     import ray
 
-    from mosaic_ray.runtime.cluster import RAY_ENVIRONMENT
+    from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT
 
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
     ray.init(
@@ -102,10 +103,10 @@ def interrupted(in_round: int) -> Iterator[None]:
     """What runs within ends as by Ctrl-C, at the first client's training in this round."""
     train = WORK["train"]
 
-    def broken(bench, shard, client_id, common, own):
+    def broken(context, shard, client_id, common, own):
         if common["round"] == in_round:
             raise KeyboardInterrupt
-        return train(bench, shard, client_id, common, own)
+        return train(context, shard, client_id, common, own)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setitem(WORK, "train", broken)

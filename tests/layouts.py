@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from mosaic_ray.data.datasets import load_dataset
-from mosaic_ray.errors import RequestError
-from mosaic_ray.rooms import DataConfig
+from mosaic_ray.config.schema import DataConfig
+from mosaic_ray.core.errors import RequestError
+from mosaic_ray.data.load import load_dataset
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

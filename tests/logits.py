@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from mosaic_ray.seeding import stream
+from mosaic_ray.core.seeding import stream
 
 B, C = 6, 5
 LOG_C = math.log(C)

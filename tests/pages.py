@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from test_readme import mosaic_words
 
-from mosaic_ray import cli as door
+from mosaic_ray.cli import commands as door
 
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"

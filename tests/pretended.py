@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
-from mosaic_ray.config import ExperimentConfig, override
-from mosaic_ray.runtime.resources import DRIVER_BYTES, HOST_BYTES, Node, ResourcePlan
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.execution.resource_plan import DRIVER_BYTES, HOST_BYTES, Node, ResourcePlan
 
 GIB = 2**30
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from trials import grid
 
-from mosaic_ray.config import ExperimentConfig, as_dict, override, to_toml
-from mosaic_ray.records import ROLES, STAGES
-from mosaic_ray.report.sweeps import TrialResult, results_files, results_table
-from mosaic_ray.runtime.store import Store
-from mosaic_ray.stages.keys import generator_keys, generators_key
+from mosaic_ray.config.resolve import as_dict, override, to_toml
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.core.types import ROLES, STAGES
+from mosaic_ray.methods.mosaic.graph import generator_keys, generators_key
+from mosaic_ray.storage.store import Store
+from mosaic_ray.sweeps.results import TrialResult, results_files, results_table
 
 COUNTS = np.array([[40, 0, 3], [0, 20, 20], [5, 30, 0]])
 ACCURACY = {"initial": 0.5, "teacher": 0.875, "distilled": 0.75, "final": 0.8125, "control": 0.5625}

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from pyarrow import fs
 
-import mosaic_ray.runtime.store as store_module
-from mosaic_ray.runtime.leases import Lease
-from mosaic_ray.runtime.store import Store
+import mosaic_ray.storage.store as store_module
+from mosaic_ray.storage.locks import Lease
+from mosaic_ray.storage.store import Store
 
 FACTS = {"rounds": [1, 2], "accuracy": 0.1 + 0.2, "name": "zażółć", "none": None, "yes": True}
 
@@ -72,8 +72,8 @@ import hashlib, json, os, sys, time
 from pathlib import Path
 import numpy as np
 from pyarrow import fs
-import mosaic_ray.runtime.leases as leases_module
-import mosaic_ray.runtime.store as store_module
+import mosaic_ray.storage.locks as leases_module
+import mosaic_ray.storage.store as store_module
 folder = Path(sys.argv[1])
 if folder.name == "other":
     store_module.open_uri = lambda uri: (fs.SubTreeFileSystem(uri, fs.LocalFileSystem()), "prefix")

@@ -17,21 +17,20 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
-import test_sweep_files
 from door import ask
 from helpers import FACTS
 
-from mosaic_ray.cli import mosaic
-from mosaic_ray.config import KNOBS, ExperimentConfig, as_dict, override, resolve
-from mosaic_ray.presets import ALGORITHMS, CLASSIFIERS, DATASETS, METHODS, OPTIMISERS, SCALES, preset_knobs
-from mosaic_ray.spaces import list_spaces
-from mosaic_ray.stages.keys import stage_keys
+from mosaic_ray.cli.commands import mosaic
+from mosaic_ray.config.presets import ALGORITHMS, SCALES, preset_knobs
+from mosaic_ray.config.registry import CLASSIFIERS, DATASETS, METHODS, STRATEGIES
+from mosaic_ray.config.resolve import KNOBS, as_dict, override, resolve
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.runs.plan import stage_keys
+from mosaic_ray.sweeps.space import list_spaces
 
 CONTRACT = Path(__file__).parent / "golden" / "contract.json"
 KEYS = CONTRACT.with_name("keys.json")
 WRITE = "MOSAIC_WRITE_CONTRACT"
-
-trials = test_sweep_files.trials  # the fixture: trials of a sweep end as soon as they begin
 
 
 def as_before(section: str, found: dict[str, Any], path: Path = CONTRACT) -> None:
@@ -182,7 +181,7 @@ def test_names_stay():
         "names",
         {
             "data sets": list(DATASETS), "methods": {name: method[0] for name, method in METHODS.items()},
-            "optimisers": list(OPTIMISERS), "classifiers": list(CLASSIFIERS), "scales": list(SCALES),
+            "optimisers": list(STRATEGIES), "classifiers": list(CLASSIFIERS), "scales": list(SCALES),
             "algorithms": list(ALGORITHMS), "spaces": sorted(list_spaces()),
         },
     )  # fmt: skip

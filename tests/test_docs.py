@@ -17,15 +17,14 @@ import pytest
 from door import ask
 from pages import DOCS, PAGES, REPO, blocks, commands, headings, links, make_targets, parsed, titled
 
-from mosaic_ray.asking import compare_plan
-from mosaic_ray.cli import mosaic
-from mosaic_ray.config import KNOBS, ROOMS, dotted, override, resolve
-from mosaic_ray.knobs import typed
-from mosaic_ray.options import REQUEST
-from mosaic_ray.presets import preset_knobs
-from mosaic_ray.rooms import ExperimentConfig
-from mosaic_ray.spaces import check_space, grid_points, load_space, random_points
-from mosaic_ray.words import config_of
+from mosaic_ray.cli.commands import mosaic
+from mosaic_ray.cli.options import REQUEST
+from mosaic_ray.cli.request import compare_plan, parse_config
+from mosaic_ray.config.fields import typed
+from mosaic_ray.config.presets import preset_knobs
+from mosaic_ray.config.resolve import KNOBS, SECTIONS, dotted, override, resolve
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.sweeps.space import check_space, grid_points, load_space, random_points
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 
@@ -63,7 +62,7 @@ def test_commands_parse_and_ask_for_what_exists(page):
         request = {key: value for key, value in asked.items() if key in REQUEST}
         if request.get("config"):
             request["config"] = None  # the reader's own file
-        config_of(**request, base=compare_plan(asked["methods"]).base if "methods" in asked else None)
+        parse_config(**request, base=compare_plan(asked["methods"]).base if "methods" in asked else None)
         if asked.get("space") and ":" not in asked["space"] and not asked["space"].endswith(".py"):
             load_space(asked["space"])
 
@@ -86,8 +85,8 @@ def test_a_command_that_does_not_exist_is_found(tmp_path):
 @by_page
 def test_knobs_exist(page):
     text = page.read_text(encoding="utf-8")
-    codes = (REPO / "mosaic_ray" / "algorithm" / "health.py").read_text(encoding="utf-8")
-    for name, value in re.findall(rf"`(?:--set )?((?:{'|'.join(ROOMS)})\.[a-z]\w*)(?: ?= ?([^`]+))?`", text):
+    codes = (REPO / "mosaic_ray" / "core" / "health.py").read_text(encoding="utf-8")
+    for name, value in re.findall(rf"`(?:--set )?((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?: ?= ?([^`]+))?`", text):
         if name.endswith((".py", ".md")) or f'"{name}"' in codes or _in_code(*name.split(".")):
             continue
         assert name in KNOBS, f"{page.name}: no knob {name}"
@@ -179,8 +178,8 @@ def test_data_sets_that_pages_write_are_read(title, dataset, tmp_path, monkeypat
 
 
 def test_the_network_of_the_page_is_taken(tmp_path, monkeypatch):
-    from mosaic_ray.methods.federation import check_models
-    from mosaic_ray.records import DataFacts
+    from mosaic_ray.core.types import DataFacts
+    from mosaic_ray.runs.checks import check_models
 
     monkeypatch.chdir(tmp_path)
     written("howto/own-model.md", "nets.py", tmp_path)
@@ -293,8 +292,15 @@ def test_the_reference_has_every_knob_command_and_module(site):
         for option in (opt for param in command.params for opt in param.opts if opt.startswith("--")):
             assert words == "mosaic" or option in page
         assert words == "mosaic" or f'id="{words.replace(" ", "-")}"' in page, words
-    for module in ("algorithm.losses", "methods.federation", "data.partition", "spaces", "runtime.store", "experiment"):
+    for module in (
+        "distillation.losses",
+        "federated.client",
+        "data.partition",
+        "spaces",
+        "storage.store",
+        "runs.experiment",
+    ):
         code = (site / "reference" / "code" / f"mosaic_ray.{module}.html").read_text(encoding="utf-8")
         assert "doc-function" in code or "doc-class" in code, module
-    losses = {path.stem for path in (REPO / "mosaic_ray" / "algorithm").glob("[!_]*.py")}
-    assert losses == {path.stem.split(".")[-1] for path in (site / "reference" / "code").glob("*.algorithm.*.html")}
+    losses = {path.stem for path in (REPO / "mosaic_ray" / "distillation").glob("[!_]*.py")}
+    assert losses == {path.stem.split(".")[-1] for path in (site / "reference" / "code").glob("*.distillation.*.html")}

@@ -1,4 +1,4 @@
-"""The laws of the house: who may import whom (read from the source), and what stays unloaded (seen in a process)."""
+"""The import rules: layers and circles (import-linter reads pyproject.toml), and what stays unloaded."""
 
 from __future__ import annotations
 
@@ -12,121 +12,91 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO / "mosaic_ray"
-
-#: From the top down; a room may import itself and what stands below it.
-ROOMS = (
-    "__main__", "cli", "report_cli", "store_cli", "study_cli", "sweep_cli", "options", "asking", "words",
-    "sweep_launch", "sweep", "search", "ledger", "studies", "launch", "experiment", "report", "stages", "runtime",
-    "methods", "algorithm", "models", "data",
-)  # fmt: skip
-#: The package's own ``__init__`` is "".
-FOUNDATIONS = {
-    "", "config", "presets", "records", "seeding", "errors", "knobs", "rooms", "roster", "spaces", "user_code",
-}  # fmt: skip
-RAY_ROOMS = {
-    "runtime.cluster", "runtime.cluster_file", "runtime.cohort", "runtime.distiller", "runtime.fold",
-    "runtime.joining", "sweep",
-}  # fmt: skip
-
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+IDS = [str(path.relative_to(PACKAGE)) for path in SOURCES]
 
-
-def module_of(path: Path) -> str:
-    """``runtime/cohort.py`` as ``runtime.cohort``; the package itself as the empty name."""
-    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+#: The packages that may import ray.
+RAY_PACKAGES = {"execution", "sweeps"}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of all that ``path`` imports, anywhere in it; ``from a import b`` gives ``a.b``."""
-    package = ["mosaic_ray", *path.relative_to(PACKAGE).parts[:-1]]
+    """Yield the absolute names that ``path`` imports from other projects, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            head = ".".join([*base, *([node.module] if node.module else [])])
-            yield from (f"{head}.{alias.name}" for alias in node.names)
-
-
-def rank(module: str) -> int:
-    """Height of a module's room, 0 at the top; foundations are the lowest."""
-    room = module.split(".")[0]
-    return len(ROOMS) if room in FOUNDATIONS else ROOMS.index(room)
-
-
-def own(name: str) -> str | None:
-    """The room's name in ``mosaic_ray.room...``; None for others' modules."""
-    head, _, rest = name.partition(".")
-    if head != "mosaic_ray":
-        return None
-    room = rest.split(".")[0]
-    return room if room in ROOMS or room in FOUNDATIONS else ""  # a name of the package's own __init__
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def loaded_by(statement: str, watched: set[str]) -> set[str]:
-    """Which of ``watched`` a fresh interpreter has loaded after ``statement``."""
+    """Return which of ``watched`` a fresh interpreter has loaded after ``statement``."""
     code = f"{statement}\nimport sys\nprint(*sorted({watched!r} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO)
     return set(result.stdout.split())
 
 
-def test_every_module_has_a_room():
-    assert SOURCES
+def lint_imports(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on the contracts of ``folder``'s pyproject.toml."""
+    code = "import sys; sys.path.insert(0, '.'); from importlinter.cli import lint_imports; sys.exit(lint_imports())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+
+
+def test_law_1_layers_and_no_circles():
+    result = lint_imports(REPO)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_law_1_can_fail(tmp_path):
+    (tmp_path / "pyproject.toml").write_text((REPO / "pyproject.toml").read_text())
+    for folder in [path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__"]:
+        (tmp_path / folder.relative_to(REPO)).mkdir(parents=True)
     for path in SOURCES:
-        room = module_of(path).split(".")[0]
-        assert room in FOUNDATIONS or room in ROOMS, f"{path.name}: give it a place in ROOMS"
+        (tmp_path / path.relative_to(REPO)).write_text(path.read_text())
+    core = tmp_path / "mosaic_ray" / "core" / "errors.py"
+    core.write_text(core.read_text() + "\nfrom ..config import fields as fields\n")
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1
+    assert "mosaic_ray.core.errors -> mosaic_ray.config.fields" in result.stdout
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_law_1_imports_point_down(path):
-    here = module_of(path)
-    for name in imports(path):
-        assert not name.startswith("tune_spaces"), f"{here} imports {name}: spaces are reached by name only"
-        room = own(name)
-        if room is not None:
-            assert rank(room) >= rank(here), f"{here} imports {name}, which stands above it"
+def test_the_root_holds_no_modules():
+    assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "spaces.py"}
 
 
-def test_law_1_can_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
-    (tmp_path / "data").mkdir()
-    source = tmp_path / "data" / "x.py"
-    source.write_text(
-        "def f():\n    from ..runtime.cohort import fold\n    from .. import config\n    import ray.util\n"
-    )
-    found = list(imports(source))
-    assert found == ["mosaic_ray.runtime.cohort.fold", "mosaic_ray.config", "ray.util"]
-    assert [own(name) for name in found] == ["runtime", "config", None]
-    assert rank("runtime") < rank(module_of(source)) < rank("config")
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_law_2_ray_stays_in_its_rooms(path):
-    if module_of(path) not in RAY_ROOMS:
+@pytest.mark.parametrize("path", SOURCES, ids=IDS)
+def test_law_2_ray_stays_in_its_packages(path):
+    if path.relative_to(PACKAGE).parts[0] not in RAY_PACKAGES:
         assert not [name for name in imports(path) if name.split(".")[0] == "ray"]
 
 
-def test_law_3_the_door_is_light():
+@pytest.mark.parametrize("path", SOURCES, ids=IDS)
+def test_law_2_rays_private_modules_are_imported_in_one_file(path):
+    private = ("ray._private", "ray._raylet", "ray.core")
+    if path.name != "ray_internals.py":
+        assert not [name for name in imports(path) if name.startswith(private)]
+
+
+def test_law_3_the_command_is_light():
     heavy = {"ray", "torch", "torchvision", "pandas", "tensorboard", "pyarrow", "sklearn", "numpy", "rich"}
     assert loaded_by("import mosaic_ray.cli", heavy) == set()
 
 
 def test_law_3_can_fail():
-    assert loaded_by("import mosaic_ray.records", {"numpy", "torch"}) == {"numpy"}
+    assert loaded_by("import mosaic_ray.core.types", {"numpy", "torch"}) == {"numpy"}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES, ids=IDS)
 def test_law_4_torchvision_reads_data_and_nothing_else(path):
-    if module_of(path) != "data.datasets":
+    if path.relative_to(PACKAGE).parts[0] != "data":
         assert not [name for name in imports(path) if name.split(".")[0] == "torchvision"]
 
 
 def test_law_4_client_actors_load_no_torchvision():
     names = {"torchvision", "torch"}
-    assert loaded_by("import mosaic_ray.runtime.cohort, mosaic_ray.methods.client_work", names) <= {"torch"}
+    assert loaded_by("import mosaic_ray.execution.backend, mosaic_ray.federated.client", names) <= {"torch"}
 
 
-def test_foundations_load_neither_torch_nor_ray():
-    modules = ", ".join(f"mosaic_ray.{name}" for name in sorted(FOUNDATIONS - {""}))
-    assert loaded_by(f"import {modules}", {"torch", "ray", "rich", "pyarrow"}) == set()
+def test_configuration_loads_neither_torch_nor_ray():
+    modules = [f"mosaic_ray.config.{path.stem}" for path in (PACKAGE / "config").glob("[!_]*.py")]
+    modules += ["mosaic_ray.core.errors", "mosaic_ray.core.seeding", "mosaic_ray.core.types", "mosaic_ray.spaces"]
+    assert loaded_by(f"import {', '.join(modules)}", {"torch", "ray", "rich", "pyarrow"}) == set()

@@ -84,8 +84,8 @@ def test_the_sdist_holds_what_a_checkout_needs(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {
-        "cli.py", "cluster.yaml", "clusters/gcp.yaml", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "tests/test_packaging.py",
-        "mosaic_ray/cli.py", "tune_spaces/__init__.py",
+        "cli.py", "cluster.yaml", "clusters/gcp.yaml", "Makefile", "README.md", "constraints.txt", "pyproject.toml",
+        "tests/test_packaging.py", "mosaic_ray/cli/commands.py", "tune_spaces/__init__.py",
     } <= names  # fmt: skip
     assert not [name for name in names if name.startswith((".venv", "mosaic_runs")) or name.endswith(".pyc")]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from mosaic_ray import cli as door
-from mosaic_ray import options
-from mosaic_ray import words as typed_words
+from mosaic_ray.cli import commands as door
+from mosaic_ray.cli import options
+from mosaic_ray.cli import request as typed_words
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -50,7 +50,7 @@ def test_readme_commands_parse():
             continue
         request = {key: value for key, value in context.params.items() if key in {*options.REQUEST}}
         if context.info_name in {"run", "partition"} and not request.get("config"):
-            typed_words.config_of(**request)
+            typed_words.parse_config(**request)
 
 
 def test_readme_make_targets_exist():

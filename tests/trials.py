@@ -9,11 +9,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mosaic_ray.config import ExperimentConfig, as_dict, override
-from mosaic_ray.records import STAGES
-from mosaic_ray.report.sweeps import (
-    TrialResult,
-)
+from mosaic_ray.config.resolve import as_dict, override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.core.types import STAGES
+from mosaic_ray.sweeps.results import TrialResult
 
 LAMBDA_E, OMEGA = "generator.lambda_e", "partition.omega"
 

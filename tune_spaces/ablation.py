@@ -15,8 +15,8 @@ A flip has no effect where the base does not reach it: ``prototypes.cap`` 10 wit
 
 from __future__ import annotations
 
-from mosaic_ray.config import KNOBS
-from mosaic_ray.presets import REFERENCE
+from mosaic_ray.config.presets import REFERENCE
+from mosaic_ray.config.resolve import KNOBS
 from mosaic_ray.spaces import SweepPlan
 
 BUDGETS = ("meta.updates", "meta.patience", "distill.lr", "generator.tau", "partition.max_tries")

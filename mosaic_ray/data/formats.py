@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
+from ..core.errors import RequestError
 
 
 def brief(error: BaseException) -> str:

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..errors import RequestError
-from ..rooms import PartitionConfig
-from ..seeding import numpy_stream
+from ..config.schema import PartitionConfig
+from ..core.errors import RequestError
+from ..core.seeding import numpy_stream
 
 #: The authors seed the partition with the experiment's seed plus this.
 REFERENCE_SEED_OFFSET = 5363
@@ -90,10 +90,10 @@ def _repair(owner: np.ndarray, counts: np.ndarray, class_sizes: np.ndarray, min_
     for client in np.flatnonzero(sizes < min_size):
         while sizes[client] < min_size:
             held = counts[client] > 0
-            takes = held if held.sum() >= most_classes else np.ones_like(held)
+            common_options = held if held.sum() >= most_classes else np.ones_like(held)
             givers = sizes > min_size
-            if not takes.all():
-                givers &= (counts[:, takes] > 0).any(axis=1)
+            if not common_options.all():
+                givers &= (counts[:, common_options] > 0).any(axis=1)
             if not givers.any():
                 raise RequestError(
                     f"partition.classes_per_client = {most_classes}: client {client} holds {sizes[client]} samples, "
@@ -101,7 +101,7 @@ def _repair(owner: np.ndarray, counts: np.ndarray, class_sizes: np.ndarray, min_
                     "raise classes_per_client, or lower min_size or num_clients"
                 )
             donor = np.where(givers, sizes, 0).argmax()
-            c = np.where(takes, counts[donor], 0).argmax()
+            c = np.where(common_options, counts[donor], 0).argmax()
             amount = min(min_size - sizes[client], sizes[donor] - min_size, counts[donor, c])
             stretch = owner[ends[c] - class_sizes[c] : ends[c]]
             stretch[np.flatnonzero(stretch == donor)[-amount:]] = client

@@ -14,15 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import RequestError
-from ..presets import METHODS
-from ..records import DataFacts
-from ..rooms import ExperimentConfig, ModelConfig
-from ..seeding import seeded
+from ..config.schema import ModelConfig
+from ..core.errors import RequestError
+from ..core.seeding import seeded
 from .mobilenet import mobilenet
-from .resnets import BasicBlock, Bottleneck, resnet
-from .tensors import channels_last
-from .user_networks import user_network
+from .resnet import BasicBlock, Bottleneck, resnet
+from .state_dict import channels_last
+from .user_models import user_network
 
 MIN_IMAGE_SIZE = 8
 
@@ -62,18 +60,6 @@ def build_classifier(
         raise RequestError(f"data.image_size = {image_size}: classifiers take {MIN_IMAGE_SIZE} pixels or more")
     trunk, feature_dim = CLASSIFIERS[name](model.width, channels)
     return channels_last(Classifier(trunk, nn.Linear(feature_dim, num_classes)))
-
-
-def check_networks(config: ExperimentConfig, facts: DataFacts) -> None:
-    """``RequestError`` unless every network that ``config`` names can be built and takes images of ``facts``."""
-    room = config.generator
-    inverts = METHODS[config.method][0] == "mosaic" and room.lambda_i > 0 and room.tau > 0
-    for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
-        if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name) and inverts:
-            raise RequestError(
-                f"model.classifier = {name}: it has no batch norm, whose statistics the generators' inversion loss "
-                "reads; give it one, or set generator.lambda_i=0"
-            )
 
 
 @functools.cache
@@ -134,7 +120,7 @@ def _cnn(width: int, channels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
-#: name -> (width, channels) -> (trunk, feature_dim); ``presets.CLASSIFIERS`` says what each is
+#: name -> (width, channels) -> (trunk, feature_dim); ``config.registry.CLASSIFIERS`` says what each is
 CLASSIFIERS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "cnn": _cnn,
     "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from ..runs.plan import StageWork
 
 MIB = 2**20
 
@@ -158,3 +160,12 @@ def partition_table(counts: np.ndarray) -> RenderableType:
         f"of {held.min()} to {held.max()} of {num_classes} classes"
     )
     return Group(table, "", Text(facts))
+
+
+def work_table(rows: Sequence[StageWork]) -> RenderableType:
+    """Per stage: the results that trials ask for, the distinct ones that are computed, and what they take."""
+    table = _table("stage", "asked for", "computed", "work")
+    for row in rows:
+        amounts = ", ".join(f"{amount:,} {unit}" for unit, amount in row.work.items())
+        table.add_row(Text(row.stage), f"{row.asked:,}", f"{row.unique:,}", amounts)
+    return table

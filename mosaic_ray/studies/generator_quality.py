@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import ExperimentConfig, override
-from ..errors import RequestError
-from ..records import Dataset, Weights
-from ..seeding import derive, numpy_stream, stream
-from .setting import Desk, Row, Study, measured, uploads
+from ..config.resolve import override
+from ..config.schema import ExperimentConfig
+from ..core.errors import RequestError
+from ..core.seeding import derive, numpy_stream, stream
+from ..core.types import Dataset, Weights
+from .harness import Row, Study, StudyContext, measured, uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..runtime.store import StageResult
-    from ..stages.run import Run
+    from ..pipeline.context import Run
+    from ..storage.store import StageResult
 
 #: Below --config and --set: one client, and a classifier worth asking.
 BASE: dict[str, Any] = {
@@ -57,8 +58,8 @@ def num_images(config: ExperimentConfig, dataset: Dataset, asked: int | None) ->
 
 def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]) -> None:
     """``RequestError`` unless one client holds everything and enough images are held out."""
-    from ..algorithm.quality import inception_weights
-    from ..models.generators import check_image_size
+    from ..distillation.image_quality import inception_weights
+    from ..models.generator import check_image_size
 
     if config.partition.num_clients != 1:
         raise RequestError(
@@ -70,20 +71,20 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
         inception_weights()
 
 
-def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
+def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Classifier, generator, judge; then both classifiers' figures."""
-    from ..stages.rounds import warmup_stage
+    from ..pipeline.rounds import warmup_stage
 
-    with desk.run(config) as run:
+    with study_context.run(config) as run:
         shards, warmup, generators = uploads(run)
     other = override(config, {"seed": derive(config.seed, "quality", "judge") % 2**30})
-    with desk.run(other) as apart:  # the same images, another start and order
+    with study_context.run(other) as apart:  # the same images, another start and order
         apart.train_rows = run.train_rows
         judge = warmup_stage(apart, shards)
-    count = num_images(config, desk.dataset, desk.options["images"])
+    count = num_images(config, study_context.dataset, study_context.options["images"])
     held = numpy_stream(config.seed, "quality", "real").permutation(shards.validation[0])
-    halves = [desk.dataset.train.images[rows] for rows in (held[:count], held[count : 2 * count])]
-    inception = bool(desk.options["inception"])
+    halves = [study_context.dataset.train.images[rows] for rows in (held[:count], held[count : 2 * count])]
+    inception = bool(study_context.options["inception"])
 
     def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
         images = drawn(run, generators.weights()[0], count)
@@ -101,9 +102,9 @@ def drawn(run: Run, weights: Weights, count: int) -> np.ndarray:
     """``count`` images uint8 [count, C, H, W] of a generator."""
     import torch
 
-    from ..algorithm.generation import draw, load_generator, to_pixels
+    from ..distillation.generator_training import draw, load_generator, to_pixels
 
-    config, device = run.config, run.bench.device
+    config, device = run.config, run.context.device
     generator = load_generator(config.generator, run.dataset.facts, weights).to(device)
     inputs = draw(generator, count, stream(config.seed, "quality", "images"), device)
     with torch.no_grad():
@@ -114,13 +115,20 @@ def drawn(run: Run, weights: Weights, count: int) -> np.ndarray:
 
 def _judge(run: Run, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
     """One classifier's figures of ``images`` beside two sets of real ones."""
-    from ..algorithm.evaluation import accuracy
-    from ..algorithm.quality import Network, class_shares, coverage, frechet_distance, inception_score, predicted
-    from ..stages.evaluation import table_of
+    from ..distillation.image_quality import (
+        Network,
+        class_shares,
+        coverage,
+        frechet_distance,
+        inception_score,
+        predicted,
+    )
+    from ..federated.evaluation import accuracy
+    from ..pipeline.evaluate import table_of
 
-    facts, device, seed = run.dataset.facts, str(run.bench.device), run.config.seed
-    features = Network(run.bench.classifier(weights), facts)
-    logits = Network(run.bench.classifier(weights), facts, logits=True)
+    facts, device, seed = run.dataset.facts, str(run.context.device), run.config.seed
+    features = Network(run.context.classifier(weights), facts)
+    logits = Network(run.context.classifier(weights), facts, logits=True)
     distance, floor = (frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
     score, spread = inception_score(logits, images, seed, device)
     shares = class_shares(predicted(logits, images, device), facts.num_classes)
@@ -135,9 +143,9 @@ def _judge(run: Run, name: str, weights: Weights, images: np.ndarray, halves: Se
 
 
 def _inception(run: Run, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
-    from ..algorithm.quality import frechet_distance, inception_weights
+    from ..distillation.image_quality import frechet_distance, inception_weights
 
-    weights, device = inception_weights(), str(run.bench.device)
+    weights, device = inception_weights(), str(run.context.device)
     distance, floor = (frechet_distance(weights, halves[0], other, device) for other in (images, halves[1]))
     ratio = distance / floor if floor else None
     return {"classifier": "inception", "num_images": len(images), "fid": distance, "floor": floor, "ratio": ratio}
@@ -145,7 +153,7 @@ def _inception(run: Run, images: np.ndarray, halves: Sequence[np.ndarray]) -> Ro
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
     """The first seed's images, the share of each class, and every seed's distance over its floor."""
-    from ..data.pixels import image_grid
+    from ..data.image_ops import image_grid
 
     grid, shares, ratios = figure.subplots(1, 3, width_ratios=(1.1, 1.4, 0.8))
     picture = image_grid(arrays["images"], 10).transpose(1, 2, 0)

@@ -17,21 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import ExperimentConfig, override
-from ..config import check as check_config
-from ..errors import RequestError
-from ..records import Dataset, Prototypes
-from ..seeding import numpy_stream
-from .setting import Desk, Row, Study, measured, uploads
+from ..config.resolve import override
+from ..config.schema import ExperimentConfig
+from ..config.validate import check as check_config
+from ..core.errors import RequestError
+from ..core.seeding import numpy_stream
+from ..core.types import Dataset, Prototypes
+from .harness import Row, Study, StudyContext, measured, uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..runtime.store import StageResult
-    from ..stages.partition import Shards
-    from ..stages.rounds import Warmup
-    from ..stages.run import Run
-    from ..stages.uploads import Generators
+    from ..methods.mosaic.client_uploads import Generators
+    from ..pipeline.context import Run
+    from ..pipeline.partition import Shards
+    from ..pipeline.rounds import Warmup
+    from ..storage.store import StageResult
 
 ARMS = ("prototypes", "synthetic", "synthetic_vote")
 #: Below --config and --set: nothing in an arm may be chosen or begun by prototypes.
@@ -52,22 +53,22 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
         check_config(override(config, {"meta.data": arm}))
 
 
-def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
+def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
     """What clients upload, a teacher for each arm, and what each teacher reaches."""
-    from ..methods.client_work import Bench
-    from ..stages.evaluation import judged
-    from ..stages.teaching import teacher_stage
-    from ..stages.uploads import prototypes_stage
+    from ..federated.client import ClientContext
+    from ..methods.mosaic.client_uploads import prototypes_stage
+    from ..methods.mosaic.server import teacher_stage
+    from ..pipeline.evaluate import evaluated
 
-    with desk.run(config) as run:
+    with study_context.run(config) as run:
         shards, warmup, generators = uploads(run)
         prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
         reached, keys, looks = {}, [], {}
         for arm in ARMS:
             own = override(config, {"meta.data": arm})
-            at = replace(run, config=own, bench=Bench(own, run.dataset.facts, run.bench.device))
+            at = replace(run, config=own, context=ClientContext(own, run.dataset.facts, run.context.device))
             key, teacher = teacher_stage(at, shards, warmup, prototypes_key, prototypes, generators)
-            reached[arm] = judged(at, shards, key, teacher, "test", run.dataset.test).facts
+            reached[arm] = evaluated(at, shards, key, teacher, "test", run.dataset.test).facts
             keys.append(key)
             looks[arm] = at, teacher
 
@@ -93,19 +94,19 @@ def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
 
 def _kept(run: Run, prototypes: Prototypes) -> Prototypes:
     """The prototypes that the meta model learns from."""
-    from ..algorithm.prototypes import split_held_out
+    from ..distillation.prototypes import split_held_out
 
     return split_held_out(prototypes, run.config.prototypes.held_out, run.config.seed)[0]
 
 
 def _synthetic(run: Run, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
     """The vectors and labels that an arm's meta model learnt from in the place of ``kept``, drawn again."""
-    from ..methods.distillers.mosaic import experts_vote, synthetic_set
+    from ..distillation.teacher_training import experts_vote, synthetic_set
 
     makers = zip(generators.clients, generators.results, strict=True)
     sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
-    vote = experts_vote(run.bench, teacher.experts, teacher.index)
-    return synthetic_set(run.bench, warmup.weights, sources, vote, kept)
+    vote = experts_vote(run.context, teacher.experts, teacher.index)
+    return synthetic_set(run.context, warmup.weights, sources, vote, kept)
 
 
 def _bias(run: Run, kept: Prototypes, made: Prototypes) -> dict[str, float]:
@@ -120,14 +121,14 @@ def _bias(run: Run, kept: Prototypes, made: Prototypes) -> dict[str, float]:
 
 
 def _auc(run: Run, kept: Prototypes, vectors: np.ndarray) -> float:
-    from ..algorithm.quality import domain_auc
+    from ..distillation.image_quality import domain_auc
 
     return domain_auc(kept.vectors, vectors, run.config.seed)
 
 
 def _real_features(run: Run, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
     """Features of as many of each client's real images as it has prototypes, by the model that made those."""
-    from ..algorithm.prototypes import extract_features
+    from ..distillation.prototypes import extract_features
 
     by_client = run.config.prototypes.model == "client" and run.config.prototypes.rounds == "last"
     parts = []
@@ -135,8 +136,8 @@ def _real_features(run: Run, shards: Shards, warmup: Warmup, kept: Prototypes) -
         draws = numpy_stream(run.config.seed, "meta-training", "real", int(client_id))
         rows = draws.permutation(shards.train[client_id])[:count]
         data = run.dataset.train.take(rows)
-        model = run.bench.classifier(warmup.client(int(client_id)) if by_client else warmup.weights)
-        shard = run.bench.shard(data.images, data.labels)
+        model = run.context.classifier(warmup.client(int(client_id)) if by_client else warmup.weights)
+        shard = run.context.shard(data.images, data.labels)
         parts.append(extract_features(model, shard, run.dataset.facts, run.config.runtime.precision))
     return np.concatenate(parts)
 

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import ExperimentConfig
-from ..records import Weights
-from ..seeding import numpy_stream, stream
-from .setting import Desk, Row, Study, measured, uploads
+from ..config.schema import ExperimentConfig
+from ..core.seeding import numpy_stream, stream
+from ..core.types import Weights
+from .harness import Row, Study, StudyContext, measured, uploads
 
 if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..runtime.store import StageResult
-    from ..stages.run import Run
+    from ..pipeline.context import Run
+    from ..storage.store import StageResult
 
 BASE: dict[str, Any] = {}
 VERSION = 1
@@ -71,11 +71,11 @@ def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
     }  # fmt: skip
 
 
-def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
+def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Clients' models and generators as in any run, and what their images tell of the weights."""
-    from ..algorithm.experts import expert_weights
+    from ..distillation.experts import expert_weights
 
-    with desk.run(config) as run:
+    with study_context.run(config) as run:
         shards, warmup, generators = uploads(run)
 
         def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
@@ -102,9 +102,9 @@ def measure(desk: Desk, config: ExperimentConfig) -> StageResult:
 
 def synthetic_images(run: Run, client_id: int, generator: Weights) -> Iterator[torch.Tensor]:
     """2,000 of a generator's images, as classifiers see them."""
-    from ..algorithm.generation import classifier_view, draw, load_generator
+    from ..distillation.generator_training import classifier_view, draw, load_generator
 
-    config, facts, device = run.config, run.dataset.facts, run.bench.device
+    config, facts, device = run.config, run.dataset.facts, run.context.device
     maker = load_generator(config.generator, facts, generator).to(device)
     inputs = draw(maker, NUM_IMAGES, stream(config.seed, "moe-weights", client_id), device)
     for part in zip(*(tensor.split(_CHUNK) for tensor in inputs), strict=True):
@@ -120,16 +120,16 @@ def random_images(run: Run, client_id: int) -> Iterator[torch.Tensor]:
     facts, draws = run.dataset.facts, numpy_stream(run.config.seed, "moe-weights/noise", client_id)
     for _ in range(NUM_IMAGES // _CHUNK):
         pixels = draws.integers(0, 256, (_CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
-        yield normalise(torch.tensor(pixels, device=run.bench.device), facts.mean, facts.std)
+        yield normalise(torch.tensor(pixels, device=run.context.device), facts.mean, facts.std)
 
 
 def seen_shares(run: Run, client_id: int, weights: Weights, views: Iterable[torch.Tensor]) -> np.ndarray:
     """P_k float64 [C]: share of each class that client k's model sees in classifier inputs ``views``."""
     import torch
 
-    from ..algorithm.quality import class_shares
+    from ..distillation.image_quality import class_shares
 
-    model = run.bench.client_classifier(client_id, weights).eval()
+    model = run.context.client_classifier(client_id, weights).eval()
     with torch.no_grad():
         labels = torch.cat([model(view).argmax(1) for view in views])
     return class_shares(labels.cpu().numpy(), run.dataset.facts.num_classes)

@@ -1,0 +1,58 @@
+"""The ``mosaic data`` commands: list data sets, download one, import your own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .group import CommandGroup
+from .options import common_options, listing
+from .request import parse_config
+
+
+@click.group(cls=CommandGroup, invoke_without_command=True)
+@click.pass_context
+def data(ctx: click.Context) -> None:
+    """List data sets, fetch one, or take in your own."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@data.command("list")
+@common_options("sets", "config")
+def list_data(**request: Any) -> None:
+    """Say what each data set is, and what of it is on the disk."""
+    config = parse_config(**request).data
+    from ..data.catalog import overview
+    from ..data.paths import data_root
+
+    listing(f"Data sets, looked for under {data_root(config)}", overview(config))
+    click.echo("mosaic data fetch NAME; or your own: mosaic data import --from FOLDER|PARQUET NAME")
+
+
+@data.command("fetch")
+@click.argument("name")
+@common_options("sets", "config")
+def fetch_data(name: str, **request: Any) -> None:
+    """Download the data set NAME, or go on where a download broke off."""
+    config = parse_config(**request).data
+    from ..data.catalog import fetch_dataset
+
+    click.echo(fetch_dataset(name, config))
+
+
+@data.command("import")
+@click.option("--from", "source", required=True, metavar="FOLDER|PARQUET", help="Where images or parquet files lie.")
+@click.argument("name")
+@common_options("skip_bad", "sets", "config")
+def import_data(source: str, name: str, **request: Any) -> None:
+    """Decode your own images, once, into a data set called NAME.
+
+    FOLDER holds train/CLASS/IMAGE and test/CLASS/IMAGE; PARQUET is a folder of train*.parquet and test*.parquet. Images
+    of several sizes need --set data.image_size=64 or another.
+    """
+    config = parse_config(**request).data
+    from ..data.catalog import import_dataset
+
+    click.echo(import_dataset(source, name, config))

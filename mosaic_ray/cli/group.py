@@ -1,0 +1,69 @@
+"""A click group that ends every failure in one line with the right exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ..core.errors import RequestError, RunError, neighbours
+
+
+class CommandGroup(click.Group):
+    """A group that ends every failure in one line on standard error.
+
+    Exit status: 2 a wrong request, 1 a failed run, 130 interrupted.
+    """
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the neighbours of an unknown name."""
+        if not args[0].startswith("-") and args[0] not in self.commands:
+            raise RequestError(f'unknown command "{args[0]}"; {neighbours(args[0], self.commands)}')
+        return super().resolve_command(ctx, args)
+
+    def main(  # type: ignore[override]  # click's overloads tell apart a mode that is fixed here
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
+        """Parse, run, exit."""
+        words = list(sys.argv[1:] if args is None else args)
+        with contextlib.suppress(ValueError):  # not the main thread: no signal arrives there
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers' word is Ctrl-C's to us
+        try:
+            extra |= {"standalone_mode": False, "obj": words}
+            status = super().main(words, prog_name or "mosaic", **extra) or 0
+        except click.ClickException as error:
+            status = _complain(error.format_message(), 2)
+        except RequestError as error:
+            status = _complain(str(error), 2)
+        except RunError as error:
+            status = _complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 1)
+        except (click.Abort, KeyboardInterrupt):
+            resumes = words[:1] in (["run"], ["sweep"], ["compare"], ["experiment"])
+            resume = f"; to resume: {shlex.join(resume_command(words))}" if resumes else ""
+            click.echo(f"mosaic: interrupted{resume}", err=True)
+            status = 130
+        sys.exit(status)
+
+
+def _complain(message: str, status: int) -> int:
+    click.echo(f"mosaic: error: {' '.join(message.split())}", err=True)
+    return status
+
+
+def resume_command(words: Sequence[str]) -> list[str]:
+    """The command line that continues ``words``, as this user reaches the command."""
+    script = sys.argv[0]
+    if os.path.basename(script) != "mosaic":  # `python -m mosaic_ray`, `python cli.py`: as it was typed
+        program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    else:
+        program = ["mosaic" if shutil.which("mosaic") == os.path.abspath(script) else script]
+    return [*program, *(w for w in words if w != "--fresh")]

@@ -1,0 +1,68 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ..config.presets import ALGORITHMS
+from ..config.resolve import KNOBS
+
+#: What is asked for.
+REQUEST: dict[str, Callable[..., Any]] = {
+    "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
+    "algorithm": click.option("--algorithm", metavar="|".join(ALGORITHMS), help="Algorithm preset."),
+    "dataset": click.option("--dataset", metavar="D", help="Data set by name (`mosaic data list`), or folder:PATH."),
+    "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out, and count, images that do not decode."),
+    "clients": click.option("--clients", metavar="N", help="Number of clients."),
+    "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
+    "sampler": click.option(
+        "--sampler",
+        metavar="NAME",
+        help=f"How labels are dealt: {', '.join(KNOBS['partition.sampler'].metadata['choices'])}.",
+    ),
+    "method": click.option("--method", metavar="M", help="See `mosaic methods`."),
+    "seed": click.option("--seed", metavar="S", help="One seed for everything."),
+    "host": click.option("--host", metavar="ray|serial", help="Where clients run."),
+    "sets": click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob; see `mosaic show demo`."),
+    "config": click.option("--config", metavar="FILE.toml", help="Knobs from a file."),
+}
+
+#: Where it happens, and how it is told.
+_PLACE: dict[str, Callable[..., Any]] = {
+    "storage": click.option(
+        "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go."
+    ),
+    "name": click.option("--name", metavar="NAME", help="Folder of the results; named after the request by default."),
+    "address": click.option(
+        "--address", metavar="auto|local|HOST:PORT", help="The Ray cluster.  [default: local; auto if RAY_ADDRESS]"
+    ),
+    "strict_health": click.option(
+        "--strict-health", is_flag=True, help="Stop a run where a health finding is an error; changes no result."
+    ),
+    "fresh": click.option("--fresh", is_flag=True, help="Compute every stage again."),
+    "as_json": click.option(
+        "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
+    ),
+}
+
+
+def common_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The request options ``names``, in that order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            command = (REQUEST | _PLACE)[name](command)
+        return command
+
+    return decorate
+
+
+def listing(title: str, rows: dict[str, str]) -> None:
+    """Names and what they mean, laid out as click lays out help."""
+    formatter = click.HelpFormatter(width=80)
+    with formatter.section(title):
+        formatter.write_dl(list(rows.items()))
+    click.echo(formatter.getvalue())

@@ -1,0 +1,143 @@
+"""A knob: a configuration field with its meaning, its type and its range, and how words become its value."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.errors import RequestError
+
+#: Numbers, or the name of a rule that gives them.
+Widths = tuple[float, ...] | str
+
+_WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text",
+    tuple[str, ...]: 'a list of names such as ["cnn", "resnet18"]',
+    Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
+}  # fmt: skip
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+) -> Any:
+    """A field with its meaning and its range: ``low <= value <= high``, or ``above < value``."""
+    return field(
+        default=default,
+        metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices},
+    )
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A knob's dotted name, type, default, meaning and range."""
+
+    name: str
+    type: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def _wants(spec: Knob) -> str:
+    meta = spec.metadata
+    if meta["choices"]:
+        return "one of " + ", ".join(meta["choices"])
+    word = _WORDS[spec.type]
+    bounds = []
+    if meta["above"] is not None:
+        bounds.append(f"above {meta['above']:g}")
+    if meta["low"] is not None:
+        bounds.append(f"at least {meta['low']:g}")
+    if meta["high"] is not None:
+        bounds.append(f"at most {meta['high']:g}")
+    return " ".join([word, " and ".join(bounds)]).strip()
+
+
+def _coerce(spec: Knob, value: Any, text: bool) -> Any:
+    """``value`` as the knob's type, or ``ValueError``. ``text``: it came from a command line."""
+    if text and isinstance(value, str):
+        value = _parsed(spec.type, value.strip())
+    if spec.type is bool:
+        if not isinstance(value, bool):
+            raise ValueError
+        return value
+    if spec.type is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError
+        return value
+    if spec.type is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError
+        return float(value)
+    if spec.type is str or (spec.type == Widths and isinstance(value, str)):
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values and spec.type == Widths:
+        raise ValueError
+    each = Knob(spec.name, float if spec.type == Widths else str, None, spec.metadata)
+    return tuple(_coerce(each, v, False) for v in values)
+
+
+def _parsed(kind: Any, word: str) -> Any:
+    """A word of a command line as the value that it stands for: TOML, less the quotes where names are meant."""
+    if kind is str or (kind == Widths and word[:1].isalpha()):
+        return word
+    if kind == tuple[str, ...] and '"' not in word and "'" not in word:
+        return [name.strip() for name in word.strip("[]").split(",") if name.strip()]
+    return tomllib.loads(f"v = {_numeral(word)}")["v"]
+
+
+def _numeral(text: str) -> str:
+    """TOML is strict about numbers (`.5`, `1.`, `1e-4` are all meant); let Python's own reader normalise them."""
+    try:
+        return text if text.lstrip("+-").isdigit() else repr(float(text))
+    except ValueError:
+        return text
+
+
+def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
+    """``value`` as the knob's type and within its range; ``RequestError`` otherwise. ``text``: it may be a word."""
+    shown, meta = value if isinstance(value, str) else repr(value), spec.metadata
+    try:
+        found = _coerce(spec, value, text)
+        if meta["choices"] and found not in meta["choices"]:
+            raise ValueError
+        for number in (n for n in (found if isinstance(found, tuple) else (found,)) if not isinstance(n, str)):
+            if meta["above"] is not None and not number > meta["above"]:
+                raise ValueError
+            if meta["low"] is not None and number < meta["low"]:
+                raise ValueError
+            if meta["high"] is not None and number > meta["high"]:
+                raise ValueError
+    except (ValueError, OverflowError, tomllib.TOMLDecodeError):
+        raise RequestError(f"{spec.name} = {shown}: it takes {_wants(spec)}") from None
+    return found
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The last part of each dotted name, where no other has the same."""
+    last = {name: name.rpartition(".")[2] for name in names}
+    count = Counter(last.values())
+    return {name: leaf if count[leaf] == 1 else name for name, leaf in last.items()}
+
+
+def shown(value: Any) -> str:
+    """A knob's value for a person; not all its digits."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

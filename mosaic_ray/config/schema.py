@@ -1,0 +1,223 @@
+"""The rooms of a configuration: every knob with its default, meaning and range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .fields import knob
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = knob("digits", "data set; or folder:PATH, parquet:PATH, imported:NAME")
+    root: str = knob("", "where data sets lie; empty: $MOSAIC_DATA, else ~/.cache/mosaic_ray")
+    image_size: int = knob(0, "pixels a side; 0: the data set's own", low=0, high=512)
+    channels: int = knob(0, "1 or 3; 0: the data set's own", low=0, high=3)
+    download: bool = knob(False, "fetch missing files")
+    skip_bad: bool = knob(False, "leave out, and count, images that do not decode")
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    num_clients: int = knob(10, "clients", low=1, high=1_000_000)
+    omega: float = knob(0.1, "Dirichlet concentration; small is skewed", above=0.0, high=1e6)
+    sampler: str = knob(
+        "reference",
+        "how labels are dealt: the authors' Dirichlet split, one over clients, one over classes, evenly, a few classes "
+        "each, or evenly in classes and skewed in numbers",
+        choices=("reference", "dirichlet", "balanced", "iid", "pathological", "quantity"),
+    )
+    classes_per_client: int = knob(2, "classes of each client, with sampler = pathological", low=1)
+    min_size: int = knob(10, "fewest samples a client may hold", low=1)
+    policy: str = knob("repair", "too small a client: draw again, or move samples to it", choices=("reject", "repair"))
+    max_tries: int = knob(200, "draws before reject gives up or repair repairs", low=1)
+    validation_fraction: float = knob(0.0, "share of each client's samples held out for validation", low=0.0, high=0.5)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    classifier: str = knob("cnn", "network of clients and student; see `mosaic methods`, or module:function")
+    classifiers: tuple[str, ...] = knob((), "networks of the clients, dealt in turn; none: all have model.classifier")
+    width: int = knob(16, "channels of the classifier's first block (resnet18: 64 is the standard)", low=1, high=512)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    optimiser: str = knob("fedavg", "federated optimiser of the warm-up and the closing rounds")
+    widths: tuple[float, ...] | str = knob(
+        (1.0,), "client widths, dealt in turn; or a rule such as rho:3 (docs/HETEROGENEITY.md)", above=0.0, high=1.0
+    )
+    scaler: bool = knob(True, "narrow clients divide activations by their width while they train (HeteroFL)")
+    masked: bool = knob(False, "a client's loss and head rows leave out classes that it does not hold (HeteroFL)")
+    bn_passes: int = knob(
+        0, "passes that estimate batch-norm statistics where a client is narrow; 0: as many as make all exact", low=0
+    )
+    cohort_size: int = knob(0, "clients asked per round; 0: all", low=0)
+    drop_rate: float = knob(
+        0.0, "share of the clients asked that do not answer a round, drawn anew each round", low=0.0, high=0.999
+    )
+    min_cohort: int = knob(
+        0, "clients that must answer a round; those that fail are left out as long as so many do. 0: all asked", low=0
+    )
+    max_client_failures: int = knob(3, "failures of a client in one round or stage before it is given up", low=1)
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    num_rounds: int = knob(30, "federated rounds", low=0)
+    local_steps: int = knob(10, "optimiser steps per client and round", low=1)
+    batch_size: int = knob(64, "images per step", low=1)
+    lr: float = knob(0.01, "SGD learning rate", above=0.0)
+    weight_decay: float = knob(1e-4, "SGD weight decay", low=0.0)
+    momentum: float = knob(0.0, "SGD momentum, fresh each round", low=0.0, high=0.999)
+    shuffle: bool = knob(True, "draw batches at random; off: fixed order (D8)")
+    checkpoint_rounds: int = knob(5, "rounds between checkpoints", low=1)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    stage: str = knob(
+        "after_warmup",
+        "which weights the generators are trained beside (G9): the converged ones, or those of the start",
+        choices=("before", "after_warmup"),
+    )
+    classifier_source: str = knob(
+        "client", "the classifier in the loss (G9): client's own model, or a fresh one", choices=("client", "fresh")
+    )
+    classifier_mode: str = knob("eval", "mode of that classifier (G6)", choices=("eval", "train"))
+    classifier_epochs: int = knob(50, "local epochs of a fresh classifier", low=0)
+    discriminator: str = knob("dcgan", "adversary (G11)", choices=("dcgan", "shared_trunk"))
+    gan_range: str = knob(
+        "pm1_then_renorm", "range of the real images in the game (D11)", choices=("model_norm", "pm1_then_renorm")
+    )
+    lambda_e: float = knob(1.0, "weight of the entropy loss; of the label's cross-entropy where conditional", low=0.0)
+    lambda_d: float = knob(5.0, "weight of the diversity loss; none where conditional", low=0.0)
+    lambda_i: float = knob(10.0, "weight of the inversion loss", low=0.0)
+    inversion_scale: float = knob(1e-3, "scale of the inversion sum before lambda_i", low=0.0)
+    tau: int = knob(300, "clients with fewer samples than this use the inversion loss", low=0)
+    div_support: str = knob("owned", "classes that diversity spreads over (G8)", choices=("all", "owned"))
+    drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
+    gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
+    conditional: bool = knob(False, "class-conditional: draw labels that the client owns, and tell both players")
+    latent_dim: int = knob(100, "size of z", low=1)
+    ngf: int = knob(64, "generator channels", low=1)
+    ndf: int = knob(64, "discriminator channels", low=1)
+    steps: int = knob(800, "steps per client; unused when epochs > 0", low=1)
+    epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
+    batch_size: int = knob(64, "images per step", low=1)
+    lr: float = knob(2e-4, "Adam learning rate of both players", above=0.0)
+    beta1: float = knob(0.5, "Adam beta1", low=0.0, high=0.9999)
+    beta2: float = knob(0.999, "Adam beta2", low=0.0, high=0.99999)
+
+
+@dataclass(frozen=True)
+class PrototypesConfig:
+    k: int = knob(10, "centroids per class and client", low=1)
+    model: str = knob("global", "whose features (P1)", choices=("global", "client"))
+    rounds: str = knob("last", "upload once, or after every warm-up round and keep all (P3)", choices=("last", "all"))
+    samples: int = knob(0, "samples used; 0: all the client's", low=0)
+    augment: bool = knob(False, "on augmented images (P1)")
+    weighting: str = knob("size", "weight of a centroid in meta training (P4)", choices=("size", "uniform"))
+    cap: int = knob(0, "centroids per class that are sent; 0: all (P2: the authors' code sends 10)", low=0)
+    held_out: float = knob(0.25, "share kept from training to judge teacher and student", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    expert_fallback: str = knob(
+        "global", "a class that nobody owns: the global model, or an error (F2)", choices=("global", "error")
+    )
+    input: str = knob("head", "what the experts show the meta model (M6)", choices=("head", "full"))
+    data: str = knob(
+        "prototypes",
+        "what it learns from: prototypes, or synthetic images labelled by their client's model or by the experts' vote",
+        choices=("prototypes", "synthetic", "synthetic_vote"),
+    )
+    pool: str = knob("mean", "pooling over experts (M5)", choices=("mean", "sum"))
+    expert_embedding: bool = knob(True, "tell the meta model which expert speaks (M3)")
+    init: str = knob(
+        "prototype_head", "start at random, or at a head re-fitted on prototypes", choices=("random", "prototype_head")
+    )
+    token_dim: int = knob(
+        0, "size of an expert's token; 0: ten per class, at most 200; -1: ten per class and as many heads", low=-1
+    )
+    feedforward: int = knob(2048, "hidden size of the transformer's feed-forward part", low=1)
+    dropout: float = knob(0.2, "dropout", low=0.0, high=0.95)
+    updates: int = knob(500, "optimiser updates", low=0)
+    batch_size: int = knob(128, "prototypes per update", low=1)
+    lr: float = knob(1e-3, "Adam learning rate", above=0.0)
+    ema: float = knob(0.99, "decay of the averaged copy that teaches", low=0.0, high=0.99999)
+    ema_bias_correction: bool = knob(True, "take the random start out of the average (M2)")
+    select: bool = knob(True, "keep the state that is best on held-out prototypes; off: the last one")
+    patience: int = knob(200, "updates without a better state before training stops, with select; 0: never", low=0)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    steps: int = knob(300, "distillation steps", low=0)
+    lr: float = knob(1e-3, "Adam learning rate of the head", above=0.0)
+    backbone_lr: float = knob(0.0, "Adam learning rate below the head; 0 freezes it", low=0.0)
+    samples_per_generator: int = knob(32, "synthetic images per generator and step, on average", low=1)
+    gen_sampling: str = knob(
+        "quality",
+        "share of each generator in a batch (K4)",
+        choices=("uniform", "proportional", "quality"),
+    )
+    temperature: float = knob(1.0, "T", above=0.0)
+    soft_weight: float = knob(0.8, "alpha: weight of KL, with 1 - alpha on the hard label", low=0.0, high=1.0)
+    js_weight: float = knob(1.0, "beta: weight of the Jensen-Shannon term", low=0.0)
+    jsd: str = knob("true", "which divergence that term is (K1)", choices=("true", "bhattacharyya"))
+    student_bn: str = knob("frozen", "batch-norm statistics during distillation (K2)", choices=("frozen", "train"))
+    anchor_weight: float = knob(1.0, "weight of the head's cross-entropy on prototypes", low=0.0)
+    confidence: float = knob(0.0, "synthetic images below this teacher confidence are left out", low=0.0, high=1.0)
+    class_balance: bool = knob(True, "weight synthetic images so that the teacher's classes count alike")
+    guard: bool = knob(True, "never hand back a student worse on held-out prototypes than the one that went in")
+    check_steps: int = knob(25, "steps between looks at held-out prototypes", low=1)
+    workers: int = knob(0, "Ray Train workers; 0: in process", low=0, high=64)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    num_rounds: int = knob(3, "closing federated rounds", low=0)
+    lr: float = knob(1e-4, "SGD learning rate", above=0.0)
+    local_steps: int = knob(10, "optimiser steps per client and round", low=1)
+    freeze_head: bool = knob(False, "keep the student's head fixed meanwhile")
+    bn: str = knob(
+        "frozen",
+        "batch-norm statistics in the closing rounds: those that prototypes and head were made with, or running ones",
+        choices=("frozen", "running"),
+    )
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    host: str = knob("ray", "where clients run", choices=("ray", "serial"))
+    cpus_per_client: float = knob(1.0, "CPUs of a client actor; threads follow", above=0.0)
+    gpus_per_client: float = knob(0.0, "GPU share of a client actor", low=0.0)
+    max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
+    driver_threads: int = knob(
+        1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1
+    )
+    precision: str = knob(
+        "auto", "auto: bf16 where the processor has it natively, else fp32", choices=("auto", "fp32", "bf16")
+    )
+    eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
+    eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    method: str = knob("mosaic", "see `mosaic methods`")
+    algorithm: str = knob("fixed", "algorithm preset", choices=("fixed", "paper", "reference"))
+    seed: int = knob(0, "one seed for everything", low=0, high=2**31 - 6000)
+    data: DataConfig = field(default_factory=DataConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

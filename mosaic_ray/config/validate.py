@@ -1,0 +1,98 @@
+"""Checks across knobs: ``RequestError`` where two of them contradict each other."""
+
+from __future__ import annotations
+
+import re
+
+from ..core.errors import RequestError, neighbours
+from .fields import shown
+from .schema import ExperimentConfig
+
+
+def check(config: ExperimentConfig) -> ExperimentConfig:
+    """What no single knob can tell: ``RequestError`` where knobs contradict each other."""
+    from .client_layout import any_partial_width
+    from .registry import CLASSIFIERS, DATASETS, METHODS, STRATEGIES
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise RequestError(message)
+
+    name = config.data.name
+    need(
+        name in DATASETS or re.fullmatch(r"(parquet|folder|imported):.+", name),
+        f"data.name = {name}: unknown data set; {neighbours(name, [*DATASETS, 'parquet:PATH', 'folder:PATH'])}",
+    )
+    need(config.data.channels != 2, "data.channels = 2: it may be 1 or 3, or 0 for the data set's own")
+    need(
+        config.data.image_size in (0, 8, 16, 28, 32, 64),
+        f"data.image_size = {config.data.image_size}: it may be 8, 16, 28, 32 or 64, or 0 for the data set's own",
+    )
+    need(config.method in METHODS, f"method = {config.method}: unknown method; {neighbours(config.method, METHODS)}")
+    optimiser = config.federation.optimiser
+    need(optimiser in STRATEGIES, f"federation.optimiser = {optimiser}: unknown; {neighbours(optimiser, STRATEGIES)}")
+    partial_width = any_partial_width(config)
+    need(
+        STRATEGIES[optimiser].partial_widths or not partial_width,
+        f"federation.widths = {shown(config.federation.widths)}: {optimiser} trains whole models, so every width must "
+        f"be 1.0; these take narrow clients: {', '.join(n for n, facts in STRATEGIES.items() if facts.partial_widths)}",
+    )
+    cohort, clients = config.federation.cohort_size, config.partition.num_clients
+    student, mixed = config.model.classifier, config.model.classifiers
+    for classifier in (student, *mixed):
+        need(
+            classifier in CLASSIFIERS or re.fullmatch(r"[\w.]+:\w+", classifier),
+            f"model.classifier = {classifier}: unknown; {neighbours(classifier, [*CLASSIFIERS, 'module:function'])}",
+        )
+    need(
+        not mixed or clients % len(mixed) == 0,
+        f"model.classifiers = {shown(mixed)}: {len(mixed)} networks for {clients} clients; name one for each, or a "
+        "number of them that divides the clients'",
+    )
+    need(
+        not mixed or student in mixed,
+        f"model.classifier = {student}: the student begins at the average of the clients that hold its network, so it "
+        f"must be one of model.classifiers = {shown(mixed)}",
+    )
+    whole = not partial_width and len(set(mixed)) < 2
+    need(
+        whole or config.prototypes.model == "global",
+        "prototypes.model = client: clients of several widths or networks have no feature space in common; take global",
+    )
+    need(
+        whole or config.prototypes.rounds == "last",
+        "prototypes.rounds = all: with clients of several widths or networks they are uploaded once; take last",
+    )
+    need(
+        whole or config.meta.data == "prototypes",
+        f"meta.data = {config.meta.data}: with clients of several widths or networks it takes prototypes",
+    )
+    need(
+        not config.generator.conditional or not config.generator.drop_class0_bug,
+        "generator.conditional = true: the class that generator.drop_class0_bug leaves out could not be drawn",
+    )
+    need(
+        cohort <= clients,
+        f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)",
+    )
+    least, asked = config.federation.min_cohort, cohort or clients
+    need(
+        least <= asked,
+        f"federation.min_cohort = {least}: only {asked} clients are asked in a round "
+        f"({'federation.cohort_size' if cohort else 'partition.num_clients'})",
+    )
+    need(
+        config.meta.init == "random" or config.meta.input == "head",
+        f"meta.init = {config.meta.init}: a re-fitted head needs meta.input = head (or take meta.init = random)",
+    )
+    cpus = config.runtime.cpus_per_client
+    need(
+        cpus < 1 or float(cpus).is_integer(),
+        f"runtime.cpus_per_client = {cpus:g}: Ray takes a fraction below 1 or a whole number",
+    )
+    gpus = config.runtime.gpus_per_client
+    need(
+        gpus <= 1 or float(gpus).is_integer(),
+        f"runtime.gpus_per_client = {gpus:g}: Ray takes a fraction up to 1 or a whole number",
+    )
+    return config

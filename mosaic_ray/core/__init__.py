@@ -1,0 +1,1 @@
+"""Small types, errors, seeds and health rules that every package uses."""

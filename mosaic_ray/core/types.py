@@ -1,0 +1,137 @@
+"""Small values that travel along the corridor. Numpy only: nothing here may import torch or ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+#: A network's state dict as numpy arrays: parameters and buffers under torch's own names.
+Weights = dict[str, np.ndarray]
+
+#: Stages in the order in which they run.
+STAGES = (
+    "partition", "warmup", "generators", "prototypes", "teacher", "distill", "finetune", "control", "evaluate",
+)  # fmt: skip
+
+#: Whose accuracies a run reports, in the order in which they come about.
+ROLES = ("initial", "teacher", "distilled", "final", "control")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images uint8 [N, C, H, W] and labels int64 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == np.uint8 and self.images.ndim == 4, (self.images.dtype, self.images.shape)
+        assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> ImageSet:
+        """The rows at ``indices``, copied."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What clients need to know of a data set beside its images; plain and picklable.
+
+    ``mean`` and ``std`` are per channel in units of [0, 1] intensity; ``augmentations`` names entries of
+    ``data.transforms.AUGMENTATIONS`` for classifier training.
+    """
+
+    name: str
+    num_classes: int
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A whole data set in memory. ``identity`` goes into cache keys: it changes when the images do."""
+
+    facts: DataFacts
+    train: ImageSet
+    test: ImageSet
+    class_names: tuple[str, ...]
+    identity: str
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client returns from local training."""
+
+    client_id: int
+    weights: Weights
+    num_samples: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prototypes:
+    """Centroids in feature space.
+
+    vectors float32 [P, d]; labels int64 [P]; sizes float32 [P], the samples behind each centroid; clients int64 [P].
+    """
+
+    vectors: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    clients: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: np.ndarray) -> Prototypes:
+        """The prototypes at ``rows``."""
+        return Prototypes(self.vectors[rows], self.labels[rows], self.sizes[rows], self.clients[rows])
+
+    def arrays(self) -> Weights:
+        """As arrays to store."""
+        return {"vectors": self.vectors, "labels": self.labels, "sizes": self.sizes, "clients": self.clients}
+
+    @staticmethod
+    def concatenate(parts: list[Prototypes]) -> Prototypes:
+        """All ``parts`` in order."""
+        names = ("vectors", "labels", "sizes", "clients")
+        return Prototypes(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A health finding: ``severity`` is info, warning or error; ``client`` is -1 where no client is meant.
+
+    ``threshold``: what ``value`` was held against; ``advice``: what to try (``core.health`` has the rules).
+    """
+
+    code: str
+    severity: str
+    stage: str
+    message: str
+    client: int = -1
+    value: float | None = None
+    threshold: float | None = None
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in summary.json."""
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "stage": self.stage,
+            "client": None if self.client < 0 else self.client,
+            "value": self.value,
+            "threshold": self.threshold,
+            "message": self.message,
+            "advice": self.advice,
+        }

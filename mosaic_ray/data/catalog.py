@@ -1,0 +1,94 @@
+"""What ``mosaic data`` answers: which data sets there are, what of them is on the disk, and how one's own come in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from ..config.registry import DATASETS
+from ..config.schema import DataConfig
+from ..core.errors import RequestError, neighbours
+from .download import fetch
+from .image_cache import FACTS, read_facts
+from .image_cache_build import import_as
+from .paths import DECODED, IMPORTED, data_root, imported_names, may_be_imported
+from .specs import FOLDERS, RESOURCES
+
+
+def overview(config: DataConfig) -> dict[str, str]:
+    """Every data set, also the imported ones and what was decoded from elsewhere: what it is, and what is there of it.
+
+    Nothing is opened but the facts of decoded copies.
+    """
+    root = data_root(config)
+    copies = _copies(root)
+    rows = {}
+    for name, what in DATASETS.items():
+        gives = [root / given for resource in RESOURCES[name] for given in resource.gives]
+        there = [path for path in gives if path.exists()]
+        if there:
+            folder = root / FOLDERS[name]
+            state = size_on_disk([folder] if folder.is_dir() else there) + f" in {FOLDERS[name]}" * folder.is_dir()
+            state += "" if len(there) == len(gives) else ", incomplete"
+        else:
+            state = "not there" if gives else "at hand"
+        rows[name] = "; ".join([what, state, *copies.pop(name, [])])
+    for name in imported_names(root):
+        rows[name] = f"imported; {_copy(root / IMPORTED / name)}"
+    return rows | {name: "; ".join(found) for name, found in copies.items()}
+
+
+def _copies(root: Path) -> dict[str, list[str]]:
+    """Decoded copies by data set."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((root / DECODED).glob(f"*/{FACTS}")):
+        if facts := read_facts(path.parent):
+            found.setdefault(facts["name"], []).append(_copy(path.parent))
+    return found
+
+
+def _copy(folder: Path) -> str:
+    facts = read_facts(folder)
+    if facts is None:
+        return f"damaged: {folder}"
+    (train, channels, height, width), (test, *_) = (facts["parts"][f"{p}_images"]["shape"] for p in ("train", "test"))
+    images = f"{train:,} + {test:,} images of {height}x{width}, {'colour' if channels == 3 else 'grey'}"
+    return f"decoded: {images}, {len(facts['class_names'])} classes, {size_on_disk([folder])}"
+
+
+def size_on_disk(places: list[Path]) -> str:
+    """The bytes of files, and of all that is in folders, for a person."""
+    total = 0
+    for place in places:
+        inside = (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
+        total += sum(os.stat(path).st_size for path in (place, *inside) if os.path.isfile(path))
+    return f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+
+
+def fetch_dataset(name: str, config: DataConfig) -> str:
+    """Fetches the data set ``name``; what to say then."""
+    root = data_root(config)
+    if name not in RESOURCES:
+        raise RequestError(f"{name}: no data set to fetch; {neighbours(name, RESOURCES)}")
+    if not RESOURCES[name]:
+        return f"{name} is bundled; there is nothing to fetch"
+    came = fetch(name, root)
+    return f"{name}: {', '.join(came)} in {root}" if came else f"{name} is in {root} already"
+
+
+def import_dataset(source: str, name: str, config: DataConfig) -> str:
+    """Decodes ``source``, a folder of images or of parquet files, into the data set ``name``; what to say then."""
+    if name in DATASETS:
+        raise RequestError(f"{name}: a data set of its own has that name; take another")
+    if not may_be_imported(name):
+        raise RequestError(f"{name}: a name has letters, digits, dots, - and _, at most 100 of them")
+    base = Path(source).expanduser().resolve()
+    kind = "parquet" if any(base.glob("train*.parquet")) else "folder" if (base / "train").is_dir() else None
+    if kind is None:
+        raise RequestError(
+            f"--from {source}: it takes a folder that holds train/<class>/* and test/<class>/*, or train*.parquet and "
+            "test*.parquet"
+        )
+    folder = import_as(name, replace(config, name=f"{kind}:{base}"))
+    return f"{name}: {_copy(folder)} in {folder}; --dataset {name} finds it"

@@ -1,0 +1,177 @@
+"""Files of public data sets: where they are to be had, brought here, checked and unpacked.
+
+A transfer that breaks off goes on where it stopped, in the same call or in a later one. Addresses and checksums are
+torchvision's; Tiny-ImageNet's, which torchvision has not, are those of its authors and of many readers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import http.client
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from ..config.schema import DataConfig
+from ..core.errors import RequestError
+from .formats import brief
+from .paths import alone, data_root
+from .progress import bar
+from .specs import RESOURCES, Resource
+
+_PIECE = 1 << 20
+_TIMEOUT_SECONDS = 30
+
+
+class _Unreachable(Exception):
+    """No address gave the file; why, address by address."""
+
+
+def needed(config: DataConfig) -> list[Path]:
+    """The files of the data set ``config.name``, fetched where ``data.download`` says so; all of them are there."""
+    name, root = config.name, data_root(config)
+    if config.download:
+        fetch(name, root)
+    paths = [root / given for resource in RESOURCES[name] for given in resource.gives]
+    for path in paths:
+        if not path.exists():
+            raise RequestError(
+                f"data.name = {name}: no {path}; fetch it by `mosaic data fetch {name}` or --set data.download=true, "
+                "or say where the data lie by --set data.root=FOLDER or MOSAIC_DATA"
+            )
+    return paths
+
+
+def fetch(name: str, root: Path) -> list[str]:
+    """Brings what is missing of the data set ``name`` to ``root``; the places of what came.
+
+    ``RequestError`` where that fails; it says which file to take from where, and where to put it.
+    """
+
+    def missing() -> list[Resource]:
+        return [r for r in RESOURCES[name] if not all((root / given).exists() for given in r.gives)]
+
+    if not missing():
+        return []
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with alone(root):
+            wanted = missing()
+            for number, resource in enumerate(wanted):
+                try:
+                    _bring(resource, root)
+                except _Unreachable as error:
+                    by_hand = (f"{r.urls[0]} (MD5 {r.md5}) at {root / r.path}" for r in wanted[number:])
+                    advice = f"to bring it here by hand, put {', and '.join(by_hand)}; then ask again"
+                    raise RequestError(f"data set {name}: {error}; {advice}") from error
+    except OSError as error:
+        raise RequestError(f"data set {name}: {error.filename or root}: {error.strerror or error}") from error
+    return [given for resource in wanted for given in resource.gives]
+
+
+def _bring(resource: Resource, root: Path) -> None:
+    target = root / resource.path
+    put_by_hand = target.exists()
+    if not put_by_hand:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(resource, target)
+    elif (found := _md5(target)) != resource.md5:
+        raise RequestError(f"{target} has the MD5 {found}, where {resource.md5} is meant; remove it and ask again")
+    if resource.gives != (resource.path,):
+        try:
+            _unpack(target, root / resource.gives[0], root)
+        except (tarfile.TarError, zipfile.BadZipFile, shutil.ReadError, EOFError) as error:
+            raise RequestError(f"{target} cannot be unpacked ({brief(error)})") from error
+        if not put_by_hand:
+            target.unlink()
+
+
+def _download(resource: Resource, target: Path) -> None:
+    part = target.with_name(f"{target.name}.part")
+    reasons = []
+    for url in resource.urls:
+        for resumed in dict.fromkeys([part.exists(), False]):  # what is continued and wrong is begun once more
+            try:
+                _transfer(url, part)
+            except (OSError, http.client.HTTPException) as error:
+                said = getattr(getattr(error, "reason", None), "strerror", None)  # URLError wraps the network's error
+                reasons.append(f"{url}: {said or brief(error)}")
+                break
+            if (found := _md5(part)) == resource.md5:
+                os.replace(part, target)
+                return
+            part.unlink()
+            if not resumed:
+                reasons.append(f"{url} gives a file of the MD5 {found}")
+    raise _Unreachable("; ".join(reasons))
+
+
+def _transfer(url: str, part: Path) -> None:
+    """``url`` into ``part``, after what ``part`` holds already; again for as long as that gains something."""
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            return _once(url, part, have)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
+                return None  # all of it is there, or too much: the checksum tells
+            raise
+        except (OSError, http.client.HTTPException):
+            if not part.exists() or part.stat().st_size <= have:
+                raise
+
+
+def _once(url: str, part: Path, have: int) -> None:
+    headers = {"User-Agent": "mosaic-ray"} | ({"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS) as answer:
+        if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+            have = 0  # a server that knows no ranges sends the whole
+        total = have + int(answer.headers.get("Content-Length") or 0)
+        with open(part, "ab" if have else "wb") as sink, bar(part.stem, total, done=have, size=True) as advance:
+            while piece := answer.read(_PIECE):
+                sink.write(piece)
+                advance(len(piece))
+                have += len(piece)
+    if have < total:
+        raise ConnectionError(f"it broke off after {have} of {total} bytes")
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file, bar(f"checking {path.stem}", path.stat().st_size, size=True) as advance:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            advance(len(piece))
+    return digest.hexdigest()
+
+
+def _unpack(archive: Path, first: Path, root: Path) -> None:
+    """``archive`` to where ``first``, one of the files in it, belongs: a .gz is that file, others hold a folder."""
+    with bar(f"unpacking {archive.name}", 0), contextlib.ExitStack() as stack:
+        if archive.name == f"{first.name}.gz":
+            beside = first.with_name(f"{first.name}.part")
+            with gzip.open(archive) as source, open(beside, "wb") as sink:
+                shutil.copyfileobj(source, sink)
+            os.replace(beside, first)
+            return
+        beside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root)))
+        shutil.unpack_archive(archive, beside, **({} if archive.suffix == ".zip" else {"filter": "data"}))
+        folder = root / first.relative_to(root).parts[0]
+        if folder.exists():  # parts of it are missing; whose they are is not known here
+            folder.rename(_unused(folder))
+        (beside / folder.name).rename(folder)
+
+
+def _unused(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.incomplete-{number}")).exists():
+        number += 1
+    return aside

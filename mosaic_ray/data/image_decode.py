@@ -1,0 +1,237 @@
+"""Encoded images to one array on the disk, over all cores. A module that decoding processes load: numpy and Pillow.
+
+The work is cut into tasks, plain values that travel as JSON. Each process writes what it decodes straight into the file
+of the array, so no image passes through a pipe; it also takes the checksums, while the block is in its cache. The
+processes are plain children that end with their input, so that none outlives a parent that was killed, and none loads
+the program that the parent runs (as ``multiprocessing`` would), which may have no ``if __name__ == "__main__"``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..core.errors import RequestError
+from .formats import brief
+from .image_ops import tally
+
+#: Images that are written and checked together, at most: 256 of 64x64 in colour.
+BLOCK_BYTES = 3 << 20
+
+#: Below so many images, other processes would take longer to start than to help.
+_FEW = 512
+
+#: Named formats only: some of Pillow's others start programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+_GREY = ("1", "L", "LA")
+
+#: ``{"files": [...]}``, or ``{"parquet": path, "group": row group, "column": name, "start": first row of it, "rows":
+#: how many, "row": the first one's number in the file}``; ``run`` adds what else ``work`` reads.
+Task = dict[str, Any]
+
+
+def count(task: Task) -> int:
+    """How many images there are in ``task``."""
+    return len(task["files"]) if "files" in task else task["rows"]
+
+
+def place(task: Task, index: int) -> str:
+    """What a person calls the image ``index`` of ``task``."""
+    return task["files"][index] if "files" in task else f"{task['parquet']}: image {task['row'] + index}"
+
+
+def encoded(task: Task) -> Iterator[str | io.BytesIO]:
+    """The images of ``task``, as Pillow opens them."""
+    if "files" in task:
+        yield from task["files"]
+        return
+    column = row_group(task["parquet"], task["group"], task["column"])
+    for content in column.slice(task["start"], task["rows"]):
+        yield io.BytesIO(content.as_py() or b"")
+
+
+@functools.lru_cache(maxsize=1)  # the tasks of one row group follow each other
+def row_group(path: str, group: int, column: str) -> Any:
+    """The encoded images of a row group, pyarrow's binary; kept until the next one or ``row_group.cache_clear``."""
+    import pyarrow as pa
+    from pyarrow import compute, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return compute.struct_field(file.read_row_group(group, columns=[column]).column(0), "bytes")
+    except (pa.ArrowException, OSError) as error:
+        raise not_parquet(path, error) from error
+
+
+def not_parquet(path: str | Path, error: Exception) -> RequestError:
+    """What to say of a file that pyarrow does not read."""
+    return RequestError(f"{path} cannot be read as parquet ({brief(error)})")
+
+
+def block_rows(shape: Sequence[int]) -> int:
+    """How many images [C, H, W] make a block."""
+    return max(1, BLOCK_BYTES // math.prod(shape))
+
+
+class WrongSize(Exception):
+    """An image of another size than the array's; its height and width."""
+
+
+def form(source: str | io.BytesIO) -> tuple[int, int, bool]:
+    """Height, width and whether there are colours, as the image's head says."""
+    with _opened(source) as image:
+        return image.height, image.width, image.mode not in _GREY
+
+
+def _opened(source: str | io.BytesIO) -> Image.Image:
+    return Image.open(source, formats=_FORMATS)
+
+
+def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[bytes, bool]:
+    """``source`` decoded to ``shape`` [C, H, W], as bytes [H, W, C]; and whether there are colours in it.
+
+    ``square``: the largest square in its middle is resized to that size (bilinear, antialiased); otherwise it must be
+    of that size. Grey is replicated, colours become luma (ITU-R 601). Raises nearly anything where it is damaged.
+    """
+    channels, height, width = shape
+    with _opened(source) as image:
+        coloured = image.mode not in _GREY
+        if image.size != (width, height):
+            if not square:
+                raise WrongSize(image.height, image.width)
+            # from the coarsest of a JPEG's own scales that is at least twice the size, as Pillow makes thumbnails
+            image.draft(None, (2 * width, 2 * height))
+        mode = "RGB" if channels == 3 else "L"
+        drawn = image if image.mode == mode else image.convert(mode)
+        if drawn.size != (width, height):
+            side = min(drawn.size)
+            left, top = (drawn.width - side) / 2, (drawn.height - side) / 2
+            box = (left, top, left + side, top + side)
+            drawn = drawn.resize((width, height), Image.Resampling.BILINEAR, box)
+        return drawn.tobytes(), coloured  # half the time of np.asarray
+
+
+def work(task: Task) -> dict[str, Any]:
+    """Decodes the images of ``task`` into their rows of its array, and says what the parent must know of them.
+
+    ``blocks``, of ``block_rows`` images: how many are good (those lie first), their CRC-32 and, where it was asked
+    for, their ``tally``; ``bad``: which do not decode, and why; ``wrong_size``: the first of another size.
+    """
+    channels, height, width = shape = task["shape"]
+    size, rows = math.prod(shape), min(block_rows(shape), count(task))
+    found: dict[str, Any] = {"blocks": [], "bad": [], "coloured": False, "wrong_size": None}
+    images = np.empty((rows, height, width, channels), np.uint8)
+    buffer, good = images.reshape(-1).data, 0
+    with open(task["target"], "r+b") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about metadata: nothing that a user could mend
+        for index, source in enumerate(encoded(task)):
+            try:
+                content, coloured = draw(source, shape, task["square"])
+                buffer[good * size : (good + 1) * size] = content
+                found["coloured"] |= coloured
+                good += 1
+            except WrongSize as error:
+                found["wrong_size"] = [index, *error.args]
+                return found
+            except Exception as error:  # Pillow's decoders raise nearly anything on damaged input
+                found["bad"].append([index, brief(error).removesuffix(f" {source!r}")])
+            if (index + 1) % rows == 0 or index + 1 == count(task):
+                block = np.ascontiguousarray(images[:good].transpose(0, 3, 1, 2))
+                file.seek(task["offset"] + (task["first"] + index // rows * rows) * size)
+                file.write(block)
+                found["blocks"].append([good, zlib.crc32(block), tally(block) if task["tally"] and good else []])
+                good = 0
+    return found
+
+
+def run(tasks: list[Task]) -> Iterator[dict[str, Any]]:
+    """``work`` of each task, in order; over all cores where there is enough to do."""
+    total = sum(map(count, tasks))
+    workers = min(_cores(), len(tasks))
+    if total < _FEW or workers < 2:
+        yield from map(work, tasks)
+        return
+    with contextlib.ExitStack() as stack:
+        free: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
+        for _ in range(workers):
+            process = _process()
+            stack.callback(_end, process)
+            free.put(process)
+        threads = stack.enter_context(ThreadPoolExecutor(workers))
+        stack.callback(threads.shutdown, cancel_futures=True)
+        yield from threads.map(functools.partial(_asked, free), tasks)
+
+
+def _asked(free: queue.SimpleQueue[subprocess.Popen[str]], task: Task) -> dict[str, Any]:
+    """``work`` of ``task``, done by one of the processes that are ``free``."""
+    process = free.get()
+    try:
+        assert process.stdin and process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps(task) + "\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            images = f"{place(task, 0)} to {place(task, count(task) - 1)}"
+            raise RequestError(f"{images}: the process that decodes them ended with status {process.wait()}")
+    finally:
+        free.put(process)
+    answer = json.loads(line)
+    if "refused" in answer:
+        raise RequestError(answer["refused"])
+    if "error" in answer:
+        raise OSError(*answer["error"])
+    return answer
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    assert process.stdin and process.stdout
+    with contextlib.suppress(BrokenPipeError):  # it has ended already
+        process.stdin.close()
+    process.stdout.close()
+    process.wait()
+
+
+def _process() -> subprocess.Popen[str]:
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        start_new_session=True,  # an interrupt is the parent's to answer
+    )
+
+
+def serve() -> None:
+    """A decoding process: a task a line comes in, an answer a line goes out."""
+    for line in sys.stdin:
+        try:
+            answer = work(json.loads(line))
+        except RequestError as error:
+            answer = {"refused": str(error)}
+        except OSError as error:  # the array cannot be written
+            answer = {"error": [error.errno, error.strerror, error.filename]}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

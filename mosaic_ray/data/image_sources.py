@@ -1,0 +1,254 @@
+"""Data sets of encoded images: where their files lie, in which order they are read, and which class each shows."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..config.schema import DataConfig
+from ..core.errors import RequestError
+from .download import needed
+from .formats import image_columns
+from .image_decode import Task, not_parquet
+from .paths import data_root
+
+#: Images that a decoding process takes at a time.
+_TASK = 512
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images not decoded yet, and their labels int64 [N]."""
+
+    tasks: list[Task]
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All images of a data set."""
+
+    train: Part
+    test: Part
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A data set of encoded images, before they are listed.
+
+    ``places``: the files and folders whose times tell that something came, went or changed. ``size``: the side that
+    its images are brought to where none is asked for; 0: they have one in common.
+    """
+
+    where: Path
+    places: Sequence[Path]
+    listing: Callable[[], Listing]
+    size: int = 0
+
+
+def _of_files(paths: list[Path], labels: Sequence[int]) -> Part:
+    starts = range(0, len(paths), _TASK)
+    return Part([{"files": [*map(str, paths[at : at + _TASK])]} for at in starts], np.array(labels, np.int64))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The images in ``folder`` itself, by name."""
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be read ({error.strerror})") from error
+    found = sorted(n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith("."))
+    if not found:
+        raise RequestError(f"{folder} holds no images; it takes files of {', '.join(_SUFFIXES)}")
+    return [folder / name for name in found]
+
+
+def _of_folders(folders: Sequence[Path]) -> Part:
+    """The images of each folder, which are of one class each, in this order."""
+    found = [_images_in(folder) for folder in folders]
+    return _of_files([path for paths in found for path in paths], [c for c, paths in enumerate(found) for _ in paths])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path} cannot be read ({error})") from error
+
+
+def _label(classes: dict[str, int], name: str, path: Path) -> int:
+    if name not in classes:
+        raise RequestError(f'{path} names the class "{name}", which the training images have not')
+    return classes[name]
+
+
+def check_classes(name: str, train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
+    """``RequestError`` where nothing could be learnt of these labels, or where the test set asks for other classes."""
+    for part, labels in (("train", train), ("test", test)):
+        if not len(labels):
+            raise RequestError(f"data.name = {name}: {part} holds no images")
+    there = np.unique(train)
+    if len(there) < 2:
+        raise RequestError(f"data.name = {name}: train holds one class, {class_names[there[0]]}; it takes two or more")
+    strange = sorted({*test.tolist()} - {*there.tolist()})
+    if strange:
+        words = ", ".join(class_names[c] if c < len(class_names) else str(c) for c in strange[:10])
+        raise RequestError(f"data.name = {name}: test holds classes that train has not: {words}")
+
+
+def tiny_imagenet(config: DataConfig) -> Pictures:
+    """``wnids.txt``, ``words.txt``, ``train/<wnid>/images``, ``val/val_annotations.txt`` and ``val/images``.
+
+    Classes are in the order of their wnids. The test set is ``val``: the labels of ``test`` were never published.
+    """
+    wnids_path, annotations = needed(config)
+    base = wnids_path.parent
+    wnids = sorted({line.strip() for line in _lines(wnids_path)} - {""})
+    folders = [base / "train" / wnid / "images" for wnid in wnids]
+
+    def listing() -> Listing:
+        classes = {wnid: c for c, wnid in enumerate(wnids)}
+        rows = [line.split("\t") for line in _lines(annotations) if line.strip()]
+        if any(len(row) < 2 for row in rows):
+            raise RequestError(f"{annotations}: a line has no class; it takes FILE, a tab, WNID; fetch it again")
+        labels = [_label(classes, row[1].strip(), annotations) for row in rows]
+        test = _of_files([base / "val" / "images" / row[0] for row in rows], labels)
+        words_path = base / "words.txt"
+        words = dict(line.split("\t", 1) for line in _lines(words_path) if "\t" in line) if words_path.exists() else {}
+        names = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
+        return Listing(_of_folders(folders), test, names)
+
+    return Pictures(base, (wnids_path, base / "words.txt", annotations, base / "val" / "images", *folders), listing, 64)
+
+
+def food101(config: DataConfig) -> Pictures:
+    """``images/<class>/*.jpg``, and lists ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
+    meta, images = needed(config)
+    lists = [next((p for p in (meta / f"{s}.json", meta / f"{s}.txt") if p.exists()), None) for s in ("train", "test")]
+    if None in lists:
+        raise RequestError(f"data.name = {config.name}: no lists train and test (.json or .txt) in {meta}")
+
+    def names_in(path: Path) -> list[str]:
+        """Entries such as ``apple_pie/1005649``."""
+        lines = _lines(path)
+        try:
+            found = lines if path.suffix == ".txt" else [*itertools.chain(*json.loads("".join(lines)).values())]
+            if all(name.partition("/")[2] for name in found):
+                return found
+        except (ValueError, AttributeError, TypeError):  # no JSON, or some of another form
+            pass
+        raise RequestError(f"{path} is no list of CLASS/IMAGE; fetch it again")
+
+    def listing() -> Listing:
+        train, test = ([(name.partition("/")[0], name) for name in names_in(path)] for path in lists)
+        classes = {word: c for c, word in enumerate(sorted({word for word, _ in train}))}
+        parts = []
+        for path, rows in zip(lists, (train, test), strict=True):
+            labels = [_label(classes, word, path) for word, _ in rows]
+            parts.append(_of_files([images / f"{name}.jpg" for _, name in rows], labels))
+        return Listing(*parts, tuple(classes))
+
+    folders = sorted(path for path in images.iterdir() if path.is_dir())
+    return Pictures(meta.parent, (*lists, *folders), listing, 64)
+
+
+def _given(config: DataConfig) -> Path:
+    """The folder that ``folder:PATH`` or ``parquet:PATH`` means: as it stands, else below the data root."""
+    given = Path(config.name.partition(":")[2]).expanduser()
+    folder = next((path for path in (given, data_root(config) / given) if path.is_dir()), None)
+    if folder is None:
+        raise RequestError(f"data.name = {config.name}: no folder {given}, nor {data_root(config) / given}")
+    return folder.resolve()
+
+
+def folder(config: DataConfig) -> Pictures:
+    """``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
+    base = _given(config)
+
+    def classes_of(split: str) -> dict[str, Path]:
+        if not (base / split).is_dir():
+            raise RequestError(f"data.name = {config.name}: no folder {base / split}; it takes {split}/<class>/*")
+        folders = (path for path in (base / split).iterdir() if path.is_dir() and not path.name.startswith("."))
+        return {path.name: path for path in sorted(folders)}
+
+    train, test = classes_of("train"), classes_of("test")
+    for split, classes in (("train", train), ("test", test)):
+        if not classes:
+            raise RequestError(f"data.name = {config.name}: no images in {base / split}; it takes <class>/* there")
+
+    def listing() -> Listing:
+        check_classes(config.name, np.arange(len(train)), np.zeros(1, np.int64), (*train,))
+        if strange := [name for name in test if name not in train]:
+            raise RequestError(
+                f"data.name = {config.name}: test holds classes that train has not: {', '.join(strange[:10])}"
+            )
+        asked = _of_folders([*test.values()])
+        labels = np.searchsorted([*train], [*test])[asked.labels]  # numbered as in train, where there may be more
+        return Listing(_of_folders([*train.values()]), Part(asked.tasks, labels), (*train,))
+
+    return Pictures(base, (*train.values(), *test.values()), listing)
+
+
+def parquet(config: DataConfig) -> Pictures:
+    """``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
+    base = _given(config)
+    files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
+    for split, paths in files.items():
+        if not paths:
+            raise RequestError(f"data.name = {config.name}: no {split}*.parquet in {base}")
+
+    def listing() -> Listing:
+        (train, names), (test, _) = (_of_parquet(paths) for paths in files.values())
+        num_classes = int(train.labels.max()) + 1
+        return Listing(train, test, names if len(names) >= num_classes else tuple(map(str, range(num_classes))))
+
+    return Pictures(base, [path for paths in files.values() for path in paths], listing)
+
+
+def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    tasks: list[Task] = []
+    labels: list[np.ndarray] = [np.zeros(0, np.int64)]
+    names: tuple[str, ...] = ()
+    for path in paths:
+        try:
+            with ParquetFile(path) as file:
+                image, label, names = image_columns(file.schema_arrow, path)
+                column, row = file.read(columns=[label]).column(0), 0
+                for group in range(file.num_row_groups):
+                    size = file.metadata.row_group(group).num_rows
+                    of_group = {"parquet": str(path), "group": group, "column": image}
+                    tasks += [
+                        of_group | {"start": start, "rows": min(_TASK, size - start), "row": row + start}
+                        for start in range(0, size, _TASK)
+                    ]
+                    row += size
+        except (pa.ArrowException, OSError) as error:
+            raise not_parquet(path, error) from error
+        if column.null_count:
+            raise RequestError(f'{path}: column "{label}" has empty places')
+        labels.append(column.to_numpy().astype(np.int64))
+    flat = np.concatenate(labels)
+    if not len(flat):
+        raise RequestError(f"{paths[0]} holds no images")
+    if flat.min() < 0:
+        raise RequestError(f"{paths[0]}: a label is {flat.min()}; labels must be 0 or above")
+    return Part(tasks, flat), names
+
+
+PICTURES: dict[str, Callable[[DataConfig], Pictures]] = {
+    "tiny_imagenet": tiny_imagenet,
+    "food101": food101,
+    "folder": folder,
+    "parquet": parquet,
+}

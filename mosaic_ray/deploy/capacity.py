@@ -1,0 +1,215 @@
+"""Whether a request fits the cluster that a file describes: its machines, its storage, its plan."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from ..config.schema import ExperimentConfig
+from ..core.errors import RequestError
+from ..execution.ray_session import Resources, num_hosts
+from ..execution.resource_plan import Node, ResourcePlan, plan
+from .cluster_spec import Cluster, NodeType, mapping
+from .doctor import GIB, Check
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A request on a cluster's machines: what runs at once, in words, and how many machines of each type hold it."""
+
+    lines: tuple[str, ...]
+    used: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ClusterRequest:
+    """A request to hold against a cluster: its configs, and how it fits nodes (the first is the head) and a storage."""
+
+    configs: Sequence[ExperimentConfig]
+    fit_on: Callable[[Sequence[Node], str], Fit]
+
+
+def fit_of_sweep(made: ResourcePlan) -> Fit:
+    """Of the sweep's own plan."""
+    counts = [sum(held) for held in zip(made.hosts, made.trials, made.kept, strict=True)]
+    return Fit(tuple(made.lines()), _used(made.nodes, counts))
+
+
+def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
+    """Of a run on its own, whose client hosts have gone when Train's workers come; ``RequestError`` where none fits."""
+    if config.runtime.host == "serial":
+        return Fit(("clients run inside the run's own process, on the head (runtime.host = serial)",), {})
+    clients, workers = config.partition.num_clients, config.distill.workers
+    room = [_hosts_on(node.cpus, node.gpus, node.memory, config) for node in nodes]
+    if not any(room):
+        plan(nodes, [config], num_trials=1)  # refuses, and says what would fit
+    hosts = min(clients, config.runtime.max_hosts or clients, sum(room))
+    gpus = bool(config.runtime.gpus_per_client)
+    places = [int(min(node.cpus, node.gpus) if gpus else node.cpus) for node in nodes]
+    if workers > sum(places):
+        kind = "GPUs" if gpus else "CPUs"
+        raise RequestError(f"distill.workers = {workers}: all machines together have {sum(places)} {kind} for them")
+    held = [max(pair) for pair in zip(_dealt(hosts, room), _dealt(workers, places), strict=True)]
+    lines = [
+        f"client hosts: {hosts}, up to {math.ceil(clients / hosts)} of the run's {clients} clients on each, in turn"
+    ]
+    if workers:
+        lines.append(f"Train workers: {workers}, when the client hosts have gone")
+    return Fit(tuple(lines), _used(nodes, held))
+
+
+def _dealt(count: int, room: Sequence[int]) -> list[int]:
+    """``count`` things on machines in their order, each full before the next."""
+    taken = [min(count, total) for total in accumulate(room)]
+    return [after - before for before, after in pairwise([0, *taken])]
+
+
+def _used(nodes: Sequence[Node], counts: Sequence[int]) -> Mapping[str, int]:
+    """How many of each type's machines hold something, those to come alone."""
+    return Counter(
+        node.name.rpartition(" ")[0] for node, count in zip(nodes, counts, strict=True) if node.to_come and count
+    )
+
+
+def _hosts_on(cpus: float, gpus: float, memory: float, config: ExperimentConfig) -> int:
+    """Client hosts that one machine holds."""
+    try:
+        return num_hosts(config, Resources(cpus, gpus, memory))
+    except RequestError:
+        return 0
+
+
+def machines(cluster: Cluster) -> Iterator[Check]:
+    """What the provider would start."""
+    if cluster.head.spot:
+        fix = "let it be on demand: it is the cheap one"
+        yield Check("machines", "warning", "the head may be taken away, and the cluster ends with it", fix)
+    for kind in cluster.workers:
+        if kind.least and cluster.document.kind != "local":
+            found = f"{kind.least} of {kind.name} run, and cost, whether there is work or not"
+            yield Check("machines", "warning", found, "let the least be 0: the autoscaler starts what is asked for")
+        if not kind.gpus:
+            continue
+        if cluster.document.kind == "aws" and not kind.content.get("ImageId"):
+            found = f"{kind.name}: no ImageId, and Ray's default has an NVIDIA driver from before torch's"
+            yield Check("machines", "problem", found, "an image with driver 580 or newer; see cluster.yaml")
+        if kind.image.startswith("rayproject/ray:") and "-gpu" not in kind.image and not _hands_gpus_on(cluster, kind):
+            found = f"{kind.name}: its container is not given the GPUs"
+            yield Check("machines", "problem", found, 'docker: {worker_run_options: ["--gpus all"]}')
+
+
+def _hands_gpus_on(cluster: Cluster, kind: NodeType) -> bool:
+    if cluster.document.kind == "kuberay":
+        return True
+    own = mapping(mapping(cluster.content["available_node_types"][kind.name]).get("docker"))
+    options = [
+        *(mapping(cluster.content.get("docker")).get(name) or [] for name in ("run_options", "worker_run_options"))
+    ]
+    return "--gpus" in " ".join(word for words in [*options, own.get("worker_run_options") or []] for word in words)
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------
+
+
+def named_storage(commands: Sequence[str]) -> str | None:
+    """The place of the results that a command of the file names."""
+    text = " ".join(commands)
+    typed = re.search(r"--storage[= ]([^\s'\"$]+)", text)
+    exported = re.search(r"MOSAIC_STORAGE=([^\s'\"]+)", text)
+    return next((match[1] for match in (typed, exported) if match), None)
+
+
+def storage_checks(cluster: Cluster, commands: Sequence[str], storage: str | None) -> Iterator[Check]:
+    """Whether every machine reaches the place of the results. ``storage``: as it was said, if it was."""
+    named = named_storage(commands)
+    place = storage or named
+    if place is None:
+        yield Check("storage", "ok", "none is named; `--storage URI` says where results go")
+        return
+    if storage and named and storage.rstrip("/") != named.rstrip("/"):
+        found = f"results go to {storage}, while the file names {named}"
+        yield Check("storage", "warning", found, "let both be one: TensorBoard there reads what the file names")
+    scheme, _, rest = place.rpartition("://")
+    if scheme in ("", "file"):
+        yield _local_storage(cluster, " ".join(commands), rest)
+        return
+    asks = {("s3", "aws"): "IamInstanceProfile", ("gs", "gcp"): "serviceAccounts"}.get((scheme, cluster.document.kind))
+    if cluster.document.kind == "kuberay":
+        asks = "serviceAccountName"
+    # Ray gives the head an account of its own where it has none
+    kinds = cluster.types if cluster.document.kind == "kuberay" else cluster.workers
+    without = [kind.name for kind in kinds if asks and not kind.content.get(asks)]
+    for name in without:
+        severity = "warning" if cluster.document.kind == "kuberay" else "problem"
+        yield Check("storage", severity, f"{name}: no {asks}, so nothing there may use {place}", f"name one by {asks}")
+    if not without:
+        yield Check("storage", "ok", f"{place}; rights on it are not tried from here")
+
+
+def _local_storage(cluster: Cluster, text: str, path: str) -> Check:
+    if not cluster.most:
+        return Check("storage", "ok", f"{path}, on the one machine")
+    for mount in _shared_mounts(cluster, text):
+        if path == mount or path.startswith(f"{mount.rstrip('/')}/"):
+            return Check("storage", "ok", f"{path} lies on {mount}, which all machines mount")
+    fix = "name s3://... or gs://..., or mount a shared folder there and name its path"
+    return Check("storage", "problem", f"{path} is a folder of one machine, and goes with it", fix)
+
+
+def _shared_mounts(cluster: Cluster, text: str) -> list[str]:
+    """Folders that a command mounts from the network, or that every pod mounts from a claim or from NFS."""
+    if cluster.document.kind != "kuberay":
+        return re.findall(r"\bmount\s+(?:-\S+\s+\S+\s+)*\S+:\S*\s+(/[^\s;&]+)", text)
+    places = []
+    for kind in cluster.types:
+        shared = {
+            volume["name"]
+            for volume in kind.content.get("volumes") or []
+            if "persistentVolumeClaim" in volume or "nfs" in volume
+        }
+        mounts = kind.content["containers"][0].get("volumeMounts") or []
+        places.append({mount["mountPath"] for mount in mounts if mount["name"] in shared})
+    return sorted(set.intersection(*places))
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterator[Check]:
+    """What a machine of each type holds, what would run at once, and which machines that asks for."""
+    unknown = sorted({kind.name for kind in cluster.types if kind.cpus is None})
+    if unknown:
+        found = f"the file does not say what {', '.join(unknown)} has, so nothing is compared"
+        fix = "declare its resources, or ask on the head: mosaic sweep --dry-run --address auto"
+        yield Check("plan", "warning" if cluster.document.kind != "local" else "ok", found, fix)
+        return
+    for kind in cluster.types:
+        yield Check(f"node {kind.name}", "ok", f"{_has(kind)}: {_room(kind, asked.configs)}")
+    nodes = cluster.nodes(gpus=any(config.runtime.gpus_per_client for config in asked.configs))
+    try:
+        fit = asked.fit_on(nodes, storage)
+    except RequestError as error:
+        yield Check("plan", "problem", str(error), "change the request, or the file's machines")
+        return
+    for line in fit.lines:
+        yield Check("plan", "ok", line)
+    wanted = ", ".join(f"{fit.used.get(kind.name, 0)} of {kind.name} (at most {kind.most})" for kind in cluster.workers)
+    yield Check("workers", "ok", f"the autoscaler will be asked for {wanted or 'none: the file has none'}")
+
+
+def _has(kind: NodeType) -> str:
+    parts = [f"{kind.cpus:g} CPUs", *([f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}"] if kind.gpus else [])]
+    return ", ".join([*parts, f"{kind.memory / GIB:.1f} GiB"])
+
+
+def _room(kind: NodeType, configs: Sequence[ExperimentConfig]) -> str:
+    """Client hosts of the request's largest that one machine holds, in words."""
+    on_ray = [config for config in configs if config.runtime.host == "ray"]
+    if not on_ray:
+        return "clients run inside the run's own process"
+    fewest = min(_hosts_on(kind.cpus or 0.0, kind.gpus, kind.memory, config) for config in on_ray)
+    return f"room for {fewest} client host{'s' * (fewest != 1)}" if fewest else "no client host fits"

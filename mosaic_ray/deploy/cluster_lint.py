@@ -1,0 +1,263 @@
+"""What would not work on the cluster that a file describes, seen before anything is started or paid."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .capacity import ClusterRequest, machines, named_storage, plan_checks, storage_checks
+from .cluster_spec import Cluster, cluster_spec, load, mapping, understand
+from .doctor import Check
+
+#: What a shipped file leaves to its user.
+FILL_IN = "FILL_IN"
+
+TOKEN = "~/.ray/auth_token"  # where Ray looks for it
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WORLD = ("0.0.0.0/0", "::/0")
+
+_SECRET_NAME = re.compile(r"(secret|password|passwd|access_?key|auth_?token|api_?key)$", re.IGNORECASE)
+_SECRETS = (
+    ("an AWS access key", re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b")),
+    ("a private key", re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY")),
+    ("an access token", re.compile(r"\b(gh[pousr]|github_pat|hf|glpat)[_-][A-Za-z0-9_]{20,}")),
+    ("a secret", re.compile(rf"{_SECRET_NAME.pattern[:-1]}=['\"]?[^\s'\"$~/][^\s'\"]{{7,}}", re.IGNORECASE)),
+)
+
+
+def examine_cluster(path: str, asked: ClusterRequest, storage: str | None = None) -> Iterator[Check]:
+    """Every check of the file at ``path``; ``RequestError`` where it is no cluster's file.
+
+    ``storage``: where results would go, if that is said. Local files are looked up from the working directory, as
+    `ray up` does.
+    """
+    document = load(path)
+    cluster, faults = understand(document)
+    for fault in faults:
+        yield Check("schema", "problem", fault.found, fault.fix)
+    if cluster is None:
+        yield Check("cluster", "problem", f"{path} cannot be understood further", "mend its schema first")
+        return
+    if not faults:
+        taker = "KubeRay" if document.kind == "kuberay" else f"Ray {importlib.metadata.version('ray')}"
+        yield Check("schema", "ok", f"{path} is as {taker} takes it")
+    for where, text in _scalars(document.content):
+        for word in re.findall(rf"\S*{FILL_IN}\S*", text):
+            yield Check("fill in", "problem", f"{where} has {word}", f"put your own in place of {FILL_IN}")
+    yield from _versions(cluster)
+    yield from _files(cluster)
+    yield from _token(cluster)
+    yield from _doors(cluster)
+    yield from _secrets(cluster)
+    yield from machines(cluster)
+    commands = _commands(cluster)
+    yield from storage_checks(cluster, commands, storage)
+    yield from plan_checks(cluster, asked, storage or named_storage(commands) or "./mosaic_runs")
+
+
+def _scalars(content: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in the file, with its place."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _scalars(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            yield from _scalars(value, f"{where}.{number}")
+    elif isinstance(content, str):
+        yield where, content
+
+
+def _commands(cluster: Cluster) -> list[str]:
+    """All shell commands of the file."""
+    names = ("initialization_commands", "head_setup_commands", "worker_setup_commands")
+    own = [
+        kind.get("worker_setup_commands") or []
+        for kind in mapping(cluster.content.get("available_node_types")).values()
+    ]
+    listed = [*(cluster.content.get(name) or [] for name in names), *own, *(kind.starts for kind in cluster.types)]
+    job = mapping(cluster.content.get("spec")).get("entrypoint")
+    return [*(command for commands in listed for command in commands), *([job] if job else [])]
+
+
+# --- what runs there -------------------------------------------------------------------------------------------------
+
+
+def _versions(cluster: Cluster) -> Iterator[Check]:
+    """Ray and Python of every node against this project's own."""
+    ray, python = importlib.metadata.version("ray"), sys.version_info[:2]
+    here = f"Ray {ray} and Python {python[0]}.{python[1]} are here"
+    said: list[tuple[str, str]] = []  # where, Ray's version
+    for image in dict.fromkeys(kind.image for kind in cluster.types if kind.image):
+        name, _, tag = image.rpartition(":")
+        version, minor = re.search(r"(\d+\.\d+\.\d+)", tag if name else ""), re.search(r"py3(\d+)", tag)
+        if version:
+            said.append((f"image {image}", version[1]))
+        else:
+            stock = "rayproject/ray" in image
+            fix = f"name one, such as rayproject/ray:{ray}-py3{python[1]}"
+            yield Check(
+                "versions", "problem" if stock else "warning", f"image {image} does not say which Ray it has", fix
+            )
+        if minor and int(minor[1]) < 11:
+            yield Check(
+                "versions", "problem", f"image {image} has Python 3.{minor[1]}", "mosaic-ray needs 3.11 or newer"
+            )
+        elif minor and int(minor[1]) != python[1]:
+            fix = "submit by `ray job submit` or `ray exec`: a driver here cannot talk to it"
+            yield Check("versions", "warning", f"image {image} has Python 3.{minor[1]}; {here}", fix)
+    commands = " ".join(_commands(cluster))
+    said += [("a setup command", pin) for pin in re.findall(r"\bray(?:\[[^\]]*\])?==([0-9][0-9.]*)", commands)]
+    if cluster.document.kind == "kuberay":
+        declared = cluster_spec(cluster.content).get("rayVersion")
+        if declared is None:
+            yield Check("versions", "problem", "rayVersion is missing", f'rayVersion: "{ray}"')
+        else:
+            said.append(("rayVersion", str(declared)))
+    for file in re.findall(r"-c\s+(\S+)", commands):
+        local = _local(cluster, file)
+        pin = (
+            re.search(r"^ray==(\S+)", local.read_text(encoding="utf-8"), re.MULTILINE)
+            if local and local.is_file()
+            else None
+        )
+        said += [(f"{local}", pin[1])] if pin else []
+    wrong = dict.fromkeys((where, version) for where, version in said if version != ray)
+    for where, version in wrong:
+        yield Check("versions", "problem", f"{where}: Ray {version}; {here}", f"let both be {ray}")
+    if not said and not any(kind.image for kind in cluster.types) and "-c " not in commands:
+        yield Check("versions", "problem", "nothing says which Ray is installed", f"pip install 'ray[default]=={ray}'")
+    if said and not wrong:
+        yield Check("versions", "ok", f"Ray {ray} on every node, as here")
+
+
+def _local(cluster: Cluster, remote: str) -> Path | None:
+    """The file here that becomes ``remote`` there; None where no mount brings it."""
+    for there, here in mapping(cluster.content.get("file_mounts")).items():
+        if remote == there or remote.startswith(there.rstrip("/") + "/"):
+            return Path(here).expanduser() / remote[len(there) :].lstrip("/")
+    return None
+
+
+def _files(cluster: Cluster) -> Iterator[Check]:
+    """What is brought there exists here, and the project is among it."""
+    if cluster.document.kind == "kuberay":
+        pip = "pip" in str(mapping(cluster.content.get("spec")).get("runtimeEnvYAML", ""))
+        for kind in cluster.types:
+            if kind.image.startswith("rayproject/") and not pip:
+                fix = "build an image with the wheel; see docs/CLUSTER.md"
+                yield Check("project", "problem", f"{kind.name}: image {kind.image} has no mosaic-ray", fix)
+        return
+    for there, here in mapping(cluster.content.get("file_mounts")).items():
+        if not Path(here).expanduser().exists():
+            fix = {TOKEN: "ray get-auth-token --generate", "~/mosaic": "make wheel"}.get(
+                there, "make it, or leave it out"
+            )
+            yield Check("files", "problem", f"{here}, which becomes {there}, is not here", fix)
+    wheels = [word for command in _commands(cluster) for word in re.findall(r"\S+\.whl\b", command)]
+    if not wheels and not re.search(r"\bmosaic[-_]ray\b", " ".join(_commands(cluster))):
+        yield Check(
+            "project", "problem", "no setup command installs mosaic-ray", "pip install ~/mosaic/mosaic_ray-*.whl"
+        )
+    for word in dict.fromkeys(wheels):
+        pattern = _local(cluster, word)
+        if pattern is None or not pattern.parent.is_dir():
+            continue
+        found = sorted(path.name for path in pattern.parent.glob(pattern.name))
+        if len(found) != 1:
+            yield Check("project", "problem", f"{pattern}: there are {len(found)} such files, not one", "make wheel")
+        elif f"-{__version__}-" not in found[0]:
+            yield Check("project", "problem", f"{found[0]} is another version; {__version__} is here", "make wheel")
+        else:
+            yield Check("project", "ok", f"{found[0]} is installed on every node")
+
+
+# --- who may come in -------------------------------------------------------------------------------------------------
+
+
+def _token(cluster: Cluster) -> Iterator[Check]:
+    """The token is brought to every node, and asked of everyone."""
+    if cluster.document.kind == "kuberay":
+        mode = mapping(cluster_spec(cluster.content).get("authOptions")).get("mode")
+        if mode != "token":
+            yield Check("token", "problem", "the cluster asks nobody for a token", "authOptions: {mode: token}")
+        else:
+            yield Check("token", "ok", "KubeRay makes one, and every container asks for it")
+        return
+    bare = [kind.name for kind in cluster.types for command in kind.starts if _starts_without_token(command)]
+    for name in dict.fromkeys(bare):
+        fix = "RAY_AUTH_MODE=token ray start ..."
+        yield Check("token", "problem", f"{name}: `ray start` is not in token mode, so anybody may run code there", fix)
+    mounts = mapping(cluster.content.get("file_mounts"))
+    paths = re.findall(r"RAY_AUTH_TOKEN_PATH=(\S+)", " ".join(_commands(cluster)))
+    token = next((Path(here).expanduser() for there, here in mounts.items() if there in (TOKEN, *paths)), None)
+    if token is None:
+        fix = f'file_mounts: {{"{TOKEN}": {TOKEN}}}'
+        yield Check("token", "problem", "no file mount brings the token to the nodes", fix)
+    elif token.is_file() and token.stat().st_mode & 0o077:
+        yield Check("token", "warning", f"{token} may be read by others on this machine", f"chmod 600 {token}")
+    elif token.is_file() and not bare:
+        yield Check("token", "ok", "brought to every node, and asked of everyone")
+
+
+def _starts_without_token(command: str) -> bool:
+    before, starts, _ = command.partition("ray start")
+    return bool(starts) and "RAY_AUTH_MODE=token" not in before
+
+
+def _doors(cluster: Cluster) -> Iterator[Check]:
+    """Nothing but SSH listens to the world."""
+    found = []
+    for command in _commands(cluster):
+        tunnel = "--dashboard-host=127.0.0.1, and `ray attach -p 8265`"
+        hosts = re.findall(r"--dashboard-host[= ](\S+)", command)
+        found += [(f"the dashboard listens on {host}", tunnel) for host in hosts if host not in LOOPBACK]
+        if re.search(r"\btensorboard\s+--", command):
+            host = re.search(r"--host[= ](\S+)", command)
+            if "--bind_all" in command or (host and host[1] not in LOOPBACK):
+                found.append(("TensorBoard listens on every interface", "--host 127.0.0.1, and `ray attach -p 6006`"))
+    group = mapping(mapping(cluster.content.get("provider")).get("security_group"))
+    for rule in group.get("IpPermissions") or []:
+        ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
+        open_to = {r.get("CidrIp") or r.get("CidrIpv6") for r in ranges} & set(WORLD)
+        ports = (rule.get("FromPort"), rule.get("ToPort"))
+        if open_to and ports != (22, 22):
+            found.append(
+                (f"the security group opens ports {ports[0]} to {ports[1]} to the world", "name your own addresses")
+            )
+    if cluster.document.kind == "kuberay":
+        head = mapping(cluster_spec(cluster.content).get("headGroupSpec"))
+        service = mapping(mapping(head.get("headService")).get("spec")).get("type") or head.get("serviceType")
+        if service in ("LoadBalancer", "NodePort"):
+            found.append((f"the head's service is a {service}", "leave it a ClusterIP, and `kubectl port-forward`"))
+        if head.get("enableIngress"):
+            found.append(("enableIngress opens the dashboard", "leave it out, and `kubectl port-forward`"))
+    for what, fix in found:
+        yield Check("doors", "problem", what, fix)
+    if not found:
+        yield Check("doors", "ok", "dashboard and TensorBoard are reached through a tunnel alone")
+
+
+def _secrets(cluster: Cluster) -> Iterator[Check]:
+    """None stands in the file; a finding says where, not what."""
+    found = []
+    for where, text in _scalars(cluster.document.content):
+        name = where.rpartition(".")[2]
+        what = next((what for what, pattern in _SECRETS if pattern.search(text)), None)
+        if what is None and len(text) >= 8 and _SECRET_NAME.search(name) and text[0] not in "$~/":
+            what = "a secret"
+        if what:
+            found.append((where, what))
+    for kind in cluster.types:
+        entries = [entry for pod in kind.content.get("containers") or [] for entry in pod.get("env") or []]
+        names = [entry["name"] for entry in entries if entry.get("value")]
+        found += [(f"{kind.name}: env {name}", "a secret") for name in names if _SECRET_NAME.search(name)]
+    for where, what in dict.fromkeys(found):
+        fix = "take it out: by file_mounts, a role of the machine or a Kubernetes secret it stays out of the file"
+        yield Check("secrets", "problem", f"{where} holds {what}", fix)
+    if not found:
+        yield Check("secrets", "ok", "none stands in the file")

@@ -1,0 +1,199 @@
+"""What this machine has, what would not work on it, and what to do about that."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.schema import DataConfig
+from ..core.errors import RequestError
+from ..data.specs import FOLDERS
+from ..execution.precision import has_native_bf16
+
+GIB = 2**30
+LEAST_MEMORY = 2 * GIB  # one driver (0.7 GiB) and two client actors (0.3 to 0.6 GiB each)
+LEAST_DISK = 1 * GIB
+LEAST_SHARED_MEMORY = GIB // 2  # containers give 64 MiB unless told otherwise
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: ``severity`` is ok, warning or problem; ``fix`` says what to do, empty where nothing."""
+
+    what: str
+    severity: str
+    found: str
+    fix: str = ""
+
+
+def examine(data: DataConfig, storage: str, address: str | None = None) -> Iterator[Check]:
+    """Every check, cheap ones first. Ray is started (or joined) only where ``address`` is given."""
+    yield _python()
+    yield from _packages()
+    yield _cpu()
+    yield _memory()
+    yield from _shared_memory()
+    yield from _torch()
+    yield from _storage(storage)
+    yield _data(data)
+    if address is not None:
+        yield _ray(address)
+
+
+def _python() -> Check:
+    good = sys.version_info >= (3, 11)
+    fix = "" if good else "mosaic-ray needs Python 3.11 or newer"
+    return Check("python", "ok" if good else "problem", f"{platform.python_version()} at {sys.executable}", fix)
+
+
+def _packages() -> Iterator[Check]:
+    """Each dependency against the lower bound that this distribution declares."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = importlib.metadata.requires("mosaic-ray") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(
+            "packages", "warning", "mosaic-ray is not installed, so there is nothing to compare", "pip install -e ."
+        )
+        return
+    good = []
+    for text in declared:
+        need = Requirement(text)
+        if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+            continue
+        install = f"pip install '{need}'"
+        try:
+            version = importlib.metadata.version(need.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(need.name, "problem", "not installed", install)
+            continue
+        if need.specifier.contains(version, prereleases=True):
+            good.append(f"{need.name} {version}")
+        else:
+            yield Check(need.name, "problem", f"{version}, where {need.specifier} is needed", install)
+    yield Check("packages", "ok", ", ".join(good) or "none")
+
+
+def _cpu() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Check("cpu", "ok", f"{cores} cores" if cores > 1 else "1 core")
+
+
+def _memory() -> Check:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
+    if memory.available < LEAST_MEMORY:
+        return Check("memory", "warning", found, "close something, or keep to --host serial and the demo preset")
+    return Check("memory", "ok", found)
+
+
+def _shared_memory() -> Iterator[Check]:
+    """Linux only: Ray's object store lies there, and falls back to the disk where it does not fit."""
+    shared = Path("/dev/shm")
+    if sys.platform == "linux" and shared.is_dir():
+        free = shutil.disk_usage(shared).free
+        found = f"{free / GIB:.2f} GiB free in {shared}"
+        if free < LEAST_SHARED_MEMORY:
+            fix = "Ray will be slow; in a container give it more, such as --shm-size=2g"
+            yield Check("shared memory", "warning", found, fix)
+        else:
+            yield Check("shared memory", "ok", found)
+
+
+def _torch() -> Iterator[Check]:
+    """The GPUs that torch can use, and native bf16."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing or damaged
+        reason = " ".join(str(error).split())
+        yield Check("torch", "problem", f"cannot be imported ({reason})", "pip install --force-reinstall torch")
+        return
+    if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        yield Check("gpu", "ok", ", ".join(f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus))
+        places = {"the GPU": True, "the CPU": False}
+    else:
+        if Path("/proc/driver/nvidia/version").exists():
+            fix = "its driver may be too old for it, or CUDA_VISIBLE_DEVICES hides it"
+            yield Check("gpu", "warning", f"there is one that torch {torch.__version__} cannot use", fix)
+        else:
+            yield Check("gpu", "ok", "none; everything runs on the CPU")
+        places = {"the CPU": False}
+    for place, cuda in places.items():
+        native = has_native_bf16(cuda)
+        yield Check("bf16", "ok", f"native on {place}" if native else f"not native on {place}; fp32 is used")
+
+
+def _storage(storage: str) -> Iterator[Check]:
+    """Whether results can be written, and the room for them."""
+    if "://" in storage:
+        yield _remote_storage(storage)
+        return
+    wanted = Path(storage).expanduser().absolute()
+    place = next(p for p in (wanted, *wanted.parents) if p.exists())
+    if not place.is_dir():
+        yield Check("storage", "problem", f"{wanted}: {place} is a file", "name another folder by --storage")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield Check("storage", "problem", f"{wanted}: {place} is not writable", "name another folder by --storage")
+    else:
+        yield Check("storage", "ok", f"{wanted} is writable")
+        usage = shutil.disk_usage(place)
+        found = f"{usage.free / GIB:.1f} GiB free for {wanted}"
+        short = usage.free < LEAST_DISK
+        yield Check(
+            "disk", "warning" if short else "ok", found, "make room, or name another by --storage" if short else ""
+        )
+
+
+def _remote_storage(uri: str) -> Check:
+    """Writes a small object and takes it away."""
+    from pyarrow import fs
+
+    try:
+        filesystem, root = fs.FileSystem.from_uri(uri)
+        probe = f"{root}/.mosaic-doctor-{uuid.uuid4().hex[:8]}"
+        filesystem.create_dir(root, recursive=True)
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"writable?")
+        filesystem.delete_file(probe)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        return Check("storage", "problem", f"{uri}: {reason}", "check the address, the credentials and the rights")
+    return Check("storage", "ok", f"{uri} is writable")
+
+
+def _data(data: DataConfig) -> Check:
+    from ..data.paths import data_root
+
+    root = data_root(data)
+    if (data.root or os.environ.get("MOSAIC_DATA")) and not root.is_dir():
+        return Check("data", "warning", f"{root} is not a folder", "mend MOSAIC_DATA or --set data.root")
+    there = {name: folder for name, folder in FOLDERS.items() if (root / folder).exists()}
+    absent = [name for name in FOLDERS if name not in there]
+    found = f"digits (bundled){''.join(f', {name} ({folder})' for name, folder in there.items())} under {root}"
+    if absent:
+        return Check("data", "ok", f"{found}; not there: {', '.join(absent)}", "`mosaic data fetch NAME` fetches one")
+    return Check("data", "ok", found)
+
+
+def _ray(address: str) -> Check:
+    from ..execution import ray_session
+
+    try:
+        have = ray_session.connect(address)
+    except (RequestError, ImportError) as error:
+        return Check("ray", "problem", str(error), "run without it: --host serial")
+    try:
+        return Check("ray", "ok", f"{address}: {have.cpus:g} CPUs, {have.gpus:g} GPUs, {have.memory / GIB:.1f} GiB")
+    finally:
+        ray_session.disconnect()

@@ -1,0 +1,1 @@
+"""Data-free distillation: generators, prototypes, experts, teacher, student."""

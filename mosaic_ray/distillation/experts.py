@@ -1,0 +1,118 @@
+"""Class experts: for each class, the clients' models averaged by who holds that class (ALGORITHM stage A)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ..core.health import ONE_OWNER
+from ..core.types import Weights
+from ..federated.aggregation import PartialAverage, RunningAverage
+from ..models.submodel import ChannelIndices, Channels
+
+#: Relative distance below which two experts are one (ALGORITHM 4.2).
+SAME = 1e-3
+
+
+def expert_weights(counts: np.ndarray) -> np.ndarray:
+    """float64 [K, C]: n_{k,c} / sum_k n_{k,c}; the column of a class that nobody holds is zero."""
+    totals = counts.sum(0)
+    return counts / np.where(totals == 0, 1, totals)
+
+
+def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """(representatives, index): classes whose experts differ, and for each class which of those is its own.
+
+    Two classes have the same expert when their columns of weights are equal (one client owns both, say): the
+    teacher evaluates it once.
+    """
+    representatives: list[int] = []
+    index = np.zeros(counts.shape[1], np.int64)
+    seen: dict[bytes, int] = {}
+    for label, column in enumerate(expert_weights(counts).T):
+        name = np.ascontiguousarray(column).tobytes()
+        if name not in seen:
+            seen[name] = len(representatives)
+            representatives.append(label)
+        index[label] = seen[name]
+    return representatives, index
+
+
+def effective_owners(counts: np.ndarray) -> np.ndarray:
+    """float64 [C]: exp of the entropy of a class's weights, 1 where one client has it alone; 0 where nobody has it."""
+    weights = expert_weights(counts)
+    entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(0)
+    return np.where(counts.sum(0) > 0, np.exp(entropy), 0.0)
+
+
+def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray) -> float:
+    """Share of the pairs of classes whose experts are one model: the same, or nearer than ``SAME`` in their parameters.
+
+    The distance is relative to the experts' mean norm. Classes that nobody holds are not counted, nor two that the same
+    client all but owns: their experts can be nothing else. 0 where no pair is left.
+    """
+    squares, norms = _distances(experts)
+    near = np.sqrt(squares) < SAME * norms.mean()
+    np.fill_diagonal(near, True)
+    owner, alone = counts.argmax(0), effective_owners(counts) < ONE_OWNER
+    held = np.flatnonzero(counts.sum(0) > 0)
+    pairs = [
+        near[index[a], index[b]]
+        for i, a in enumerate(held)
+        for b in held[i + 1 :]
+        if not (alone[a] and alone[b] and owner[a] == owner[b])
+    ]
+    return float(np.mean(pairs)) if pairs else 0.0
+
+
+def _distances(experts: Sequence[Weights], chunk: int = 2**18) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances [E, E] of parameters, and their norms [E]; a part of the parameters in memory at a time."""
+    squares, norms = np.zeros((len(experts),) * 2), np.zeros(len(experts))
+    for name, value in experts[0].items():
+        if value.dtype.kind != "f" or "running_" in name:
+            continue
+        for start in range(0, value.size, chunk):
+            rows = np.stack([e[name].reshape(-1)[start : start + chunk] for e in experts]).astype(np.float64)
+            norms += np.square(rows).sum(1)
+            rows -= rows.mean(0)  # what they share would swallow what they differ in
+            products = rows @ rows.T
+            squares += np.diag(products)[:, None] + np.diag(products) - 2 * products
+    return np.maximum(squares, 0), np.sqrt(norms)
+
+
+def form_experts(
+    client_weights: Iterable[tuple[int, Weights] | tuple[int, Weights, ChannelIndices | None]],
+    counts: np.ndarray,
+    fallback: Weights | None,
+    *,
+    whole: Weights | None = None,
+    channels: Channels | None = None,
+) -> tuple[list[Weights], np.ndarray]:
+    """Distinct experts theta_{E_c} = sum_k n_{k,c} theta_k / sum_k n_{k,c}, and the class -> expert index [C].
+
+    ``client_weights`` yields (client, weights) once, in client order, so one client's model is in memory at a time.
+    A class that nobody holds gets ``fallback`` (F2), or ``ValueError`` where that is None.
+
+    With narrow clients it yields (client, part, its channels), with None for a whole client's channels; ``channels``
+    and ``whole``, the global model theta_g, are then given. Each coordinate is averaged over the clients that hold both
+    it and the class, and where there is none it is theta_g's (ALGORITHM 1.6).
+    """
+    representatives, index = distinct_experts(counts)
+    averages: list[RunningAverage | PartialAverage] = [
+        RunningAverage() if channels is None or whole is None else PartialAverage(whole, channels)
+        for _ in representatives
+    ]
+    for client_id, weights, *sets in client_weights:
+        for average, label in zip(averages, representatives, strict=True):
+            if counts[client_id, label]:
+                average.add(weights, int(counts[client_id, label]), *sets)
+    experts = []
+    for average, label in zip(averages, representatives, strict=True):
+        if counts[:, label].sum():
+            experts.append(average.result())
+        elif fallback is None:
+            raise ValueError(f"no client holds class {label}, and meta.expert_fallback = error")
+        else:
+            experts.append({name: value.copy() for name, value in fallback.items()})
+    return experts, index

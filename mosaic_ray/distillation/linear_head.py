@@ -1,0 +1,56 @@
+"""A linear head re-fitted on prototypes: the ablation ``prototype_head``, and where the teacher may start."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core.types import Prototypes
+from .prototypes import prototype_weights
+
+FIT_STEPS, FIT_LR, PATIENCE = 1000, 1e-2, 200
+
+
+def scores(logits: Tensor, prototypes: Prototypes) -> tuple[float, float]:
+    """(accuracy, cross-entropy) of logits [P, C] on prototypes, weighted by cluster size."""
+    labels = torch.as_tensor(prototypes.labels)
+    sizes = torch.as_tensor(prototypes.sizes).double()
+    sizes = sizes / sizes.sum()
+    logits = logits.detach().double().cpu()
+    right = (logits.argmax(1) == labels).double()
+    return float(sizes @ right), float(sizes @ nn.functional.cross_entropy(logits, labels, reduction="none"))
+
+
+def fit_head(
+    kept: Prototypes, held_out: Prototypes, start: tuple[np.ndarray, np.ndarray], weighting: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """(V [C, d], b [C], metrics): weighted logistic regression on ``kept``, begun at ``start``.
+
+    Full-batch Adam, stopped by the cross-entropy of ``held_out`` (the start included, so never worse on it).
+    Deterministic: no draw is made.
+    """
+    vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
+    weights = torch.tensor(prototype_weights(kept, weighting))
+    evaluated = held_out if len(held_out) else kept
+    unseen = torch.tensor(evaluated.vectors)
+    head = [torch.tensor(part, requires_grad=True) for part in start]
+    optimiser = torch.optim.Adam(head, lr=FIT_LR)
+    best, best_step, best_loss = [p.detach().clone() for p in head], 0, float("inf")
+    for step in range(FIT_STEPS + 1):
+        if step % 5 == 0:
+            loss = scores(unseen @ head[0].T + head[1], evaluated)[1]
+            if loss < best_loss:
+                best, best_step, best_loss = [p.detach().clone() for p in head], step, loss
+            elif step - best_step >= PATIENCE:
+                break
+        optimiser.zero_grad()
+        losses = nn.functional.cross_entropy(vectors @ head[0].T + head[1], labels, reduction="none")
+        (weights * losses).mean().backward()
+        optimiser.step()
+    accuracy = scores(unseen @ best[0].T + best[1], evaluated)[0]
+    return (
+        best[0].numpy(),
+        best[1].numpy(),
+        {"steps": best_step, "held_out_loss": best_loss, "held_out_accuracy": accuracy},
+    )

@@ -1,0 +1,196 @@
+"""The meta model: a small transformer that reads every expert's logits and speaks for all (ALGORITHM stage M)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import MetaConfig
+from ..core.seeding import seeded, stream
+from ..core.types import Prototypes
+from .linear_head import scores
+from .prototypes import prototype_weights
+
+#: Numbers that one tensor of the meta model may hold: 16 MiB of float32, and there are tens of them. With ten classes
+#: that is two hundred rows; with a hundred and the authors' heads, each row takes a million numbers in attention alone.
+MAX_NUMBERS = 2**22
+
+#: Updates by which the end of training is told from a bad batch.
+RECENT = 25
+
+
+def token_size(token_dim: int, num_classes: int) -> tuple[int, int]:
+    """(size of a token, attention heads) that ``meta.token_dim`` stands for."""
+    if token_dim < 0:
+        return 10 * num_classes, num_classes
+    dim, most = token_dim or 10 * min(num_classes, 20), min(num_classes, 10)
+    return dim, max(heads for heads in range(1, most + 1) if dim % heads == 0)
+
+
+class MetaModel(nn.Module):
+    """Logits [B, E, C] of E experts to logits [B, C].
+
+    Each expert's logit row becomes a token (shared linear C -> d), tokens pass an encoder-decoder transformer used
+    with source = target, are pooled over experts, and a linear map gives logits. The authors have d = 10 C with C
+    heads (948,206 parameters at C = 10; attention alone is 4 MB a row at C = 100): token_dim = -1. Ours stays at ten
+    heads and d = 200 where classes are many, and is the same up to ten. Without ``expert_embedding`` the output does
+    not depend on the order of the experts (M3).
+    """
+
+    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig) -> None:
+        super().__init__()
+        dim, heads = token_size(config.token_dim, num_classes)
+        self.expand = nn.Linear(num_classes, dim)
+        layer = nn.TransformerEncoderLayer(dim, heads, config.feedforward, config.dropout, batch_first=True)
+        # torch's own encoder, said in full to decline nested tensors: there is no padding here
+        encoder = nn.TransformerEncoder(layer, 1, nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.transformer = nn.Transformer(
+            dim, heads, 1, 1, config.feedforward, config.dropout, batch_first=True, custom_encoder=encoder
+        )
+        self.out = nn.Linear(dim, num_classes)
+        self.identity = nn.Parameter(0.02 * torch.randn(num_experts, dim)) if config.expert_embedding else None
+        self.pool = config.pool
+        self.max_rows = max(1, MAX_NUMBERS // (num_experts * max(dim, config.feedforward, heads * num_experts)))
+
+    def forward(self, expert_logits: Tensor) -> Tensor:
+        tokens = self.expand(expert_logits)
+        if self.identity is not None:
+            tokens = tokens + self.identity
+        tokens = self.transformer(tokens, tokens)
+        return self.out(tokens.mean(1) if self.pool == "mean" else tokens.sum(1))
+
+
+class Teacher(nn.Module):
+    """Meta model, and where asked a head on features that it corrects: logits = H phi + h + g * meta(experts).
+
+    ``skip`` starts at the re-fitted head and g at 0, so training begins at that head's answer and can only be kept
+    where held-out prototypes say that it improved.
+    """
+
+    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig, feature_dim: int) -> None:
+        super().__init__()
+        self.meta = MetaModel(num_experts, num_classes, config)
+        warm = config.init == "prototype_head"
+        self.skip = nn.Linear(feature_dim, num_classes) if warm else None
+        self.gain = nn.Parameter(torch.zeros(())) if warm else None
+
+    def forward(self, expert_logits: Tensor, features: Tensor | None = None) -> Tensor:
+        logits = self.meta(expert_logits)
+        if self.skip is None:
+            return logits
+        return self.skip(features) + self.gain * logits
+
+
+@torch.no_grad()
+def answers(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Logits [B, C] for features [B, d], a few rows at a time."""
+    return torch.cat([teacher(expert_logits(part), part) for part in features.split(teacher.meta.max_rows)])
+
+
+def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor) -> np.ndarray:
+    """float32 [E, C]: how much the teacher listens to expert e on class c, in units of its logits.
+
+    The mean over the prototypes of class c (``features`` [P, d], ``labels`` [P]) of |sum_j (x_ej - mean_j x_ej)
+    dt_c / dx_ej|, with x_e the expert's logits and t_c the teacher's for c: what, to first order, c's logit would
+    change if expert e had no opinion. 0 for a class without prototypes, and where the meta model has no say (g = 0).
+    """
+    parts, counts = [], torch.bincount(labels, minlength=teacher.meta.out.out_features)
+    for rows in torch.arange(len(labels)).split(teacher.meta.max_rows):
+        given = expert_logits(features[rows]).detach().requires_grad_()
+        asked = teacher(given, features[rows]).gather(1, labels[rows, None]).sum()
+        (slopes,) = torch.autograd.grad(asked, given)
+        opinion = given.detach() - given.detach().mean(2, keepdim=True)
+        effect = (opinion * slopes).sum(2).abs()  # [B, E]
+        parts.append(torch.zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T))
+    return (torch.stack(parts).sum(0) / counts.clamp(min=1)).numpy()
+
+
+def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    """average <- decay * average + (1 - decay) * parameters, in place."""
+    for name, parameter in model.named_parameters():
+        average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+
+
+def ema_weights(average: dict[str, Tensor], start: dict[str, Tensor], decay: float, updates: int, correct: bool):
+    """The averaged parameters; corrected, the start's share decay^n is taken out (M2): it holds 22 % at n = 150, .99.
+
+    (A_n - decay^n theta_0) / (1 - decay^n), the average of what was visited alone.
+    """
+    if not correct or updates == 0:
+        return average
+    share = decay**updates
+    return {name: (value - share * start[name]) / (1 - share) for name, value in average.items()}
+
+
+def train_meta(
+    teacher: Teacher,
+    expert_logits: Callable[[Tensor], Tensor],
+    kept: Prototypes,
+    held_out: Prototypes,
+    config: MetaConfig,
+    weighting: str,
+    seed: int,
+    progress: Callable[[int, dict[str, float]], None],
+) -> tuple[Teacher, dict[str, float]]:
+    """Train on ``kept`` prototypes; the teacher is the EMA copy (the best on ``held_out``, where ``select``).
+
+    Returns it with figures: its own on the prototypes that judge, and of training's end, diverged or not,
+    ``train_loss`` (the median of the last ``RECENT`` updates) and ``raw_held_out_accuracy`` (without averaging).
+    ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C] through their heads. ``teacher`` should be
+    built under a seeded stream; batches and dropout draw from streams of their own.
+    """
+    vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
+    weights = torch.tensor(prototype_weights(kept, weighting))
+    evaluated = held_out if len(held_out) else kept
+    judged_features = torch.tensor(evaluated.vectors)
+    averaged = copy.deepcopy(teacher).eval()
+    start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
+    average = {name: value.clone() for name, value in start.items()}
+    optimiser = torch.optim.Adam(teacher.parameters(), lr=config.lr)
+    order = stream(seed, "meta", "batches")
+    best: tuple[float, float] | None = None
+    best_state, best_update = copy.deepcopy(averaged.state_dict()), 0
+
+    def look(update: int, loss: dict[str, float]) -> None:
+        nonlocal best, best_state, best_update
+        decay, correct = config.ema, config.ema_bias_correction
+        averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
+        accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), evaluated)
+        progress(update, {"held_out_accuracy": accuracy, "held_out_loss": judged_loss} | loss)
+        if not config.select or best is None or (accuracy, -judged_loss) > best:
+            best = (accuracy, -judged_loss)
+            best_state, best_update = copy.deepcopy(averaged.state_dict()), update
+
+    look(0, {})
+    recent: list[float] = []
+    teacher.train()
+    batch = min(config.batch_size, len(kept))
+    with seeded(seed, "meta", "dropout"):
+        for update in range(1, config.updates + 1):
+            rows = torch.randperm(len(kept), generator=order)[:batch]
+            optimiser.zero_grad(set_to_none=True)
+            loss = 0.0
+            for part in rows.split(teacher.meta.max_rows):
+                logits = teacher(expert_logits(vectors[part]), vectors[part])
+                errors = weights[part] * nn.functional.cross_entropy(logits, labels[part], reduction="none")
+                share = errors.mean() * (len(part) / len(rows))
+                share.backward()
+                loss += float(share.detach())
+            optimiser.step()
+            recent = [*recent[1 - RECENT :], loss]
+            ema_update(average, teacher, config.ema)
+            if update % 25 == 0 or update == config.updates:
+                look(update, {"loss": loss})
+                if config.select and config.patience and update - best_update >= config.patience:
+                    break
+    averaged.load_state_dict(best_state)
+    accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), evaluated)
+    figures = {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}
+    if recent:
+        figures["train_loss"] = float(np.median(recent))
+        figures["raw_held_out_accuracy"] = scores(answers(teacher.eval(), expert_logits, judged_features), evaluated)[0]
+    return averaged, figures

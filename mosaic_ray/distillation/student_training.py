@@ -1,0 +1,238 @@
+"""Distillation: the student learns from the teacher on synthetic batches (ALGORITHM stage KD)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import ExperimentConfig
+from ..core.health import PLATEAU_LEAST, PLATEAU_WINDOW
+from ..core.seeding import stream
+from ..core.types import DataFacts, Prototypes, Weights
+from ..models.classifiers import build_classifier
+from ..models.state_dict import load_weights, to_weights, use_precision
+from .generator_training import allocate, classifier_view, load_generator, sample, sampling_shares
+from .linear_head import scores
+from .losses import distillation_loss
+from .prototypes import prototype_weights, split_held_out
+from .teacher import MixedTeacher, TeacherState, build_teacher, shift
+
+
+@dataclass(frozen=True)
+class DistillTask:
+    """Everything that distillation reads; plain arrays, so that it travels to Ray Train workers as it is."""
+
+    config: ExperimentConfig
+    facts: DataFacts
+    student: Weights
+    teacher: TeacherState | MixedTeacher
+    generators: tuple[Weights, ...]
+    counts: np.ndarray  # int64 [K], images of each generator in a step
+    kept: Prototypes
+    held_out: Prototypes
+
+
+@dataclass(frozen=True)
+class DistContext:
+    """The other workers: this one's rank, how many there are, and a sum over all of them (in place)."""
+
+    rank: int = 0
+    size: int = 1
+    sum_: Callable[[Tensor], None] = lambda tensor: None
+
+
+class Batcher:
+    """Synthetic batches: ``counts[k]`` images of every generator k, from a stream per step and generator.
+
+    With n workers, worker r draws the generators k = r mod n, so the union is the batch of a single process.
+    """
+
+    def __init__(self, task: DistillTask, dist: DistContext, device: torch.device) -> None:
+        self.task, self.device = task, device
+        mine = [k for k in range(len(task.generators)) if k % dist.size == dist.rank and task.counts[k] > 0]
+        self.generators = {
+            k: load_generator(task.config.generator, task.facts, task.generators[k]).to(device) for k in mine
+        }
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> Tensor:
+        """Classifier inputs float32 [B, C, H, W] of ``step``, generators in client order; no graph is kept (K3)."""
+        task, config = self.task, self.task.config
+        images = [torch.empty(0, task.facts.channels, task.facts.image_size, task.facts.image_size, device=self.device)]
+        for k, generator in self.generators.items():
+            draws = stream(config.seed, "distill/z", step, k)
+            with use_precision(config.runtime.precision, self.device):
+                fake = sample(generator, int(task.counts[k]), draws, self.device)
+            images.append(classifier_view(fake, config.generator.gan_range, task.facts))
+        return torch.cat(images)
+
+
+def sample_weights(teacher_logits: Tensor, confidence: float, class_balance: bool, dist: DistContext) -> Tensor:
+    """[B] >= 0: 0 below the teacher confidence asked for; balanced, each class the teacher sees counts alike.
+
+    Class counts are taken over all workers.
+    """
+    probabilities = teacher_logits.softmax(1)
+    top, labels = probabilities.max(1)
+    weights = (top >= confidence).float()
+    if class_balance:
+        totals = torch.zeros(teacher_logits.shape[1], device=weights.device).index_add_(0, labels, weights)
+        dist.sum_(totals)
+        weights = weights / totals.clamp(min=1)[labels]
+    return weights
+
+
+def distil(
+    task: DistillTask,
+    device: torch.device,
+    dist: DistContext,
+    report: Callable[[int, dict[str, float]], None],
+) -> tuple[Weights, dict[str, float]]:
+    """Teach the student; returns its weights and figures, equal on all workers.
+
+    Per step: loss = sum_i w_i (alpha T^2 KL + (1 - alpha) CE + beta JS)_i / sum_i w_i over the synthetic batch, plus
+    ``anchor_weight`` times the head's cross-entropy on prototypes. With ``guard`` the state that is best on held-out
+    prototypes is handed back, the one that went in included. While the backbone moves, prototypes (taken before) only
+    judge the head.
+
+    Of the figures, ``improvement`` is 1 less the mean loss (without the anchor) of the last steps over that of as many
+    before them, and ``late_agreement`` how often student and teacher named the same class in those.
+    """
+    config, distill = task.config, task.config.distill
+    student = build_classifier(config.model, task.facts.num_classes, task.facts.channels, task.facts.image_size)
+    load_weights(student, task.student).to(device).train(distill.student_bn == "train")
+    teacher = build_teacher(config, task.facts, task.teacher).to(device)
+    batch_of = Batcher(task, dist, device)
+    head = list(student.head.parameters())
+    backbone = [p for name, p in student.named_parameters() if not name.startswith("head.")]
+    moving = distill.backbone_lr > 0
+    for parameter in backbone:
+        parameter.requires_grad_(moving)
+    # a frozen student that shares the teacher's backbone needs one pass for both
+    shared = not moving and distill.student_bn == "frozen" and teacher.reads_student_features(task.student)
+    groups = [{"params": head, "lr": distill.lr}]
+    if moving:
+        groups.append({"params": backbone, "lr": distill.backbone_lr})
+    optimiser = torch.optim.Adam(groups)
+    anchors, labels = torch.tensor(task.kept.vectors, device=device), torch.tensor(task.kept.labels, device=device)
+    weights_of_anchors = torch.tensor(prototype_weights(task.kept, config.prototypes.weighting), device=device)
+    evaluated = task.held_out if len(task.held_out) else task.kept
+    judged_vectors = torch.tensor(evaluated.vectors, device=device)
+
+    def standing() -> tuple[float, float]:
+        with torch.no_grad():
+            accuracy, loss = scores(student.head(judged_vectors), evaluated)
+        return accuracy, -loss
+
+    best, best_step = standing(), 0
+    entered, best_state = best, copy.deepcopy(student.state_dict())
+    seen = torch.zeros(task.facts.num_classes, device=device)
+    window, late = min(PLATEAU_WINDOW, distill.steps // 2), torch.zeros(4, device=device)
+    for step in range(1, distill.steps + 1):
+        images = batch_of(step)
+        with torch.no_grad(), use_precision(config.runtime.precision, device):
+            features = student.features(images).float() if shared else None
+            target = teacher(images, features).float()
+        weights = sample_weights(target, distill.confidence, distill.class_balance, dist)
+        normaliser = weights.sum()
+        dist.sum_(normaliser)
+        with use_precision(config.runtime.precision, device):
+            logits = (student.head(features) if shared else student(images)).float()
+        loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
+        if step > distill.steps - 2 * window:
+            last = int(step > distill.steps - window)
+            late[last] += loss.detach()
+            if last:
+                late[2] += (logits.argmax(1) == target.argmax(1)).sum()
+                late[3] += len(logits)
+        if distill.anchor_weight and len(anchors):
+            anchor = nn.functional.cross_entropy(student.head(anchors), labels, reduction="none")
+            anchor = (weights_of_anchors * anchor).mean()
+            loss = loss + distill.anchor_weight * anchor / dist.size
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        if dist.size > 1:
+            for parameter in head + (backbone if moving else []):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.sum_(parameter.grad)
+        optimiser.step()
+        seen += torch.bincount(target.argmax(1), minlength=len(seen))
+        if step % distill.check_steps == 0 or step == distill.steps:
+            now = standing()
+            if now > best:
+                best, best_step, best_state = now, step, copy.deepcopy(student.state_dict())
+            agreement = (logits.argmax(1) == target.argmax(1)).float().mean() if len(logits) else torch.ones(())
+            report(
+                step,
+                {"loss": float(loss.detach()), "agreement": float(agreement), "held_out_accuracy": now[0]}
+                | {name: float(part) for name, part in parts.items()},
+            )
+    dist.sum_(seen)
+    dist.sum_(late)
+    if distill.guard:
+        student.load_state_dict(best_state)
+    figures = {
+        "held_out_before": entered[0],
+        "held_out_after": standing()[0],
+        "step": float(best_step if distill.guard else distill.steps),
+        "class_coverage": float((seen / seen.sum().clamp(min=1) >= 0.1 / len(seen)).float().mean()),
+    }
+    if window >= PLATEAU_LEAST:
+        before, after, agreed, count = late.tolist()
+        figures["improvement"] = 1 - after / before if before > 0 else 0.0
+        figures["late_agreement"] = agreed / max(count, 1.0)
+    return to_weights(student.eval()), figures
+
+
+@torch.no_grad()
+def inspect_student(task: DistillTask, student: Weights, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
+    """(figures, int64 [C] classes that the teacher names) of one synthetic batch that nobody learnt from (4.3).
+
+    ``teacher_entropy``: mean entropy of the teacher's answers over log C, ``teacher_confidence`` their mean largest
+    probability; ``class_entropy``: entropy of the classes that it names over log C; ``agreement``: how often the
+    student names the same; ``shift`` as in ``teacher.shift``.
+    """
+    config, num_classes = task.config, task.facts.num_classes
+    images = Batcher(task, DistContext(), device)(0)  # distillation begins with 1
+    teacher = build_teacher(config, task.facts, task.teacher).to(device)
+    network = build_classifier(config.model, num_classes, task.facts.channels, task.facts.image_size)
+    load_weights(network, student).to(device).eval()
+    with use_precision(config.runtime.precision, device):
+        target, logits = teacher(images).float(), network(images).float()
+        moved = shift(teacher, images)
+    named, answers = target.argmax(1), target.softmax(1)
+    counts, scale = torch.bincount(named, minlength=num_classes), math.log(max(2, num_classes))
+    shares = counts / counts.sum()
+    figures = {
+        "num_classes": float(num_classes),
+        "teacher_entropy": float(-torch.xlogy(answers, answers).sum(1).mean()) / scale,
+        "teacher_confidence": float(answers.max(1).values.mean()),
+        "class_entropy": float(-torch.xlogy(shares, shares).sum()) / scale,
+        "agreement": float((logits.argmax(1) == named).float().mean()),
+        "shift": moved,
+    }
+    return figures, counts.cpu().numpy()
+
+
+def make_task(
+    config: ExperimentConfig,
+    facts: DataFacts,
+    global_weights: Weights,
+    teacher: TeacherState | MixedTeacher,
+    generators: tuple[Weights, ...],
+    generator_figures: list[dict[str, float]],
+    client_sizes: np.ndarray,
+    prototypes: Prototypes,
+) -> DistillTask:
+    """What distillation reads: the student that goes in is the global model (stage KD)."""
+    shares = sampling_shares(config.distill.gen_sampling, client_sizes, generator_figures)
+    counts = allocate(shares, config.distill.samples_per_generator * len(generators))
+    kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
+    return DistillTask(config, facts, global_weights, teacher, generators, counts, kept, held_out)

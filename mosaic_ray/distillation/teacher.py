@@ -1,0 +1,159 @@
+"""The mixture-of-experts teacher: class experts and the meta model, as one network from images to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import ExperimentConfig
+from ..core.types import DataFacts, Weights
+from ..models.classifiers import build_classifier
+from ..models.state_dict import freeze, head_of, load_weights
+from .meta_model import Teacher, answers
+
+
+@dataclass(frozen=True)
+class TeacherState:
+    """A teacher as arrays. ``experts`` are the distinct ones: whole models for ``meta.input = full``, else heads.
+
+    ``index`` int64 [C] maps each class to its expert; ``backbone`` is the model whose features the heads read, of the
+    architecture ``classifier`` (empty: the student's).
+    """
+
+    backbone: Weights
+    experts: tuple[Weights, ...]
+    index: np.ndarray
+    meta: Weights
+    classifier: str = ""
+
+
+@dataclass(frozen=True)
+class MixedTeacher:
+    """A teacher for each architecture among the clients, speaking together.
+
+    A meta model reads features of one network only, so each architecture has its own, trained on the prototypes of its
+    own clients. They are joined at the logits: t_c = sum_g s_{g,c} log softmax(t_g)_c with ``shares`` [G, C], the part
+    of class c's samples that architecture g's clients hold, as FedFTG and DFRD weigh clients (ALGORITHM 3.9, 3.10). An
+    architecture that never saw a class has no say in it, and with one architecture the teacher is that architecture's.
+    ``student``: which of ``groups`` has the student's architecture.
+    """
+
+    groups: tuple[TeacherState, ...]
+    shares: np.ndarray
+    student: int
+
+
+def group_shares(counts: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
+    """float64 [G, C] of columns that sum to 1: n_{g,c} / n_c, or n_g / n for a class that nobody holds."""
+    held = np.stack([counts[list(clients)].sum(0) for clients in groups]).astype(np.float64)
+    held[:, held.sum(0) == 0] = held.sum(1, keepdims=True)
+    return held / held.sum(0)
+
+
+def heads_only(weights: Weights) -> Weights:
+    """The head's entries alone."""
+    return {name: value for name, value in weights.items() if name.startswith("head.")}
+
+
+def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """features [B, d] -> the class experts' logits V_c phi + b_c, [B, C experts, C classes]."""
+    heads = [head_of(e) for e in experts]
+    matrices = torch.tensor(np.stack([v for v, _ in heads]))
+    biases = torch.tensor(np.stack([b for _, b in heads]))
+    order = torch.tensor(index)
+
+    def logits(features: Tensor) -> Tensor:
+        rows = torch.einsum("bd,ecd->bec", features, matrices.to(features.device)) + biases.to(features.device)
+        return rows[:, order.to(features.device)]
+
+    return logits
+
+
+class TeacherNet(nn.Module):
+    """Images (classifier inputs) to the teacher's logits; frozen."""
+
+    def __init__(self, config: ExperimentConfig, facts: DataFacts, state: TeacherState) -> None:
+        super().__init__()
+
+        def network(weights: Weights) -> nn.Module:
+            name = state.classifier or None
+            model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name)
+            return load_weights(model, weights)
+
+        self.backbone = network(state.backbone)
+        self.full = config.meta.input == "full"
+        self.experts = nn.ModuleList([network(e) for e in state.experts] if self.full else [])
+        self.head_logits = head_logits(state.experts, state.index)
+        self.register_buffer("index", torch.tensor(state.index))
+        self.meta = load_weights(
+            Teacher(len(state.index), facts.num_classes, config.meta, self.backbone.feature_dim), state.meta
+        )
+        self._backbone = state.backbone
+        freeze(self)
+
+    def reads_student_features(self, student: Weights) -> bool:
+        """Whether the student's features are the very input that this teacher reads."""
+        return not self.full and all(
+            np.array_equal(student[name], value)
+            for name, value in self._backbone.items()
+            if not name.startswith("head.")
+        )
+
+    def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """[B, C]; ``features`` of the backbone may be handed in where they are known."""
+        if self.full:
+            rows = torch.stack([expert(images) for expert in self.experts], 1)[:, self.index]
+            return self.meta(rows.float())
+        return self.by_heads(images, features)
+
+    def by_heads(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """[B, C] of the experts' heads on the backbone's features, the input that prototypes are."""
+        features = self.backbone.features(images) if features is None else features
+        features = features.float()
+        return answers(self.meta, self.head_logits, features)
+
+
+class MixedTeacherNet(nn.Module):
+    """Images to the joint logits of a ``MixedTeacher``; frozen."""
+
+    def __init__(self, config: ExperimentConfig, facts: DataFacts, state: MixedTeacher) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(TeacherNet(config, facts, group) for group in state.groups)
+        self.student = state.student
+        self.register_buffer("shares", torch.tensor(state.shares, dtype=torch.float32))
+
+    def reads_student_features(self, student: Weights) -> bool:
+        """Whether one of the groups reads the student's features."""
+        return self.groups[self.student].reads_student_features(student)
+
+    def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
+        """[B, C]; ``features`` of the student's backbone may be handed in where they are known."""
+        logits = images.new_zeros(len(images), self.shares.shape[1], dtype=torch.float32)
+        for number, (group, shares) in enumerate(zip(self.groups, self.shares, strict=True)):
+            own = group(images, features if number == self.student else None)
+            logits = logits + shares * own.float().log_softmax(1)
+        return logits
+
+
+@torch.no_grad()
+def shift(teacher: TeacherNet | MixedTeacherNet, images: Tensor) -> float:
+    """Share of ``images`` on which a teacher names another class than on the input that its meta model learnt from.
+
+    A meta model learns from the experts' heads on features (prototypes); with ``meta.input = full`` it is then shown
+    whole experts (M6). Images of any kind will do, for no label is asked for; of several architectures the largest.
+    """
+    parts = teacher.groups if isinstance(teacher, MixedTeacherNet) else [teacher]
+    if not any(part.full for part in parts):
+        return 0.0
+    return max(float((part(images).argmax(1) != part.by_heads(images).argmax(1)).float().mean()) for part in parts)
+
+
+def build_teacher(
+    config: ExperimentConfig, facts: DataFacts, state: TeacherState | MixedTeacher
+) -> TeacherNet | MixedTeacherNet:
+    """The frozen teacher network of ``state``."""
+    return (MixedTeacherNet if isinstance(state, MixedTeacher) else TeacherNet)(config, facts, state)

@@ -1,0 +1,1 @@
+"""Client tasks in this process or on Ray."""

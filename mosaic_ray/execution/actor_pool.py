@@ -1,0 +1,303 @@
+"""One ask of a cohort on Ray: who works, who waits, what arrives, and what is done about whatever dies on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.errors import RunError
+
+#: Seconds between two looks at whether the cluster has grown, while clients wait for a host.
+LOOK_SECONDS = 2.0
+
+#: Deaths of an actor that holds no work in a row, before the run gives up.
+MAX_LOSSES = 5
+
+#: How long nobody at all may be up: other jobs hold the room, or the cluster's autoscaler is starting machines.
+PATIENCE_SECONDS, PATIENCE_FOR_MACHINES = 120.0, 1800.0
+
+#: How long Ray may take to tell what a worker died of.
+VERDICT_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """In the place of an answer: the client's work failed ``failures`` times, the last time with ``error``."""
+
+    error: RunError
+    failures: int
+
+
+class ActorPool:
+    """The client actors that a cohort works with: those that are up, and those that are still to come.
+
+    ``more(have)`` answers further actors where the cluster has grown.
+    ``shared`` ones serve others too and are not ended here.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        *,
+        shared: bool = False,
+        more: Callable[[int], list[Any]] | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.actors, self.shared, self.say = list(actors), shared, say
+        self.patience_seconds = patience_seconds
+        self._up: dict[int, str] = {}  # actor -> its worker's id
+        self._more, self._looked = more, time.monotonic()
+
+    def is_up(self, actor: Any) -> bool:
+        return id(actor) in self._up
+
+    def mark_up(self, actor: Any, worker_id: str) -> None:
+        """``actor`` answered a ping, from this process."""
+        self._up[id(actor)] = worker_id
+
+    def mark_down(self, actor: Any) -> str:
+        """``actor`` died, or left; returns the id of its process, "" where that is unknown."""
+        return self._up.pop(id(actor), "")
+
+    @property
+    def any_up(self) -> bool:
+        return bool(self._up)
+
+    def poll_scale_up(self) -> list[Any]:
+        """Actors for machines that have joined since the last look; they are part of the crew from here on."""
+        if self._more is None or time.monotonic() - self._looked < LOOK_SECONDS:
+            return []
+        self._looked = time.monotonic()
+        new = self._more(len(self.actors))
+        if new:
+            self.say(f"the cluster has grown: {len(new)} more client actors")
+        self.actors += new
+        return new
+
+    def remove(self, actor: Any) -> bool:
+        """Go on with one actor less; False where ``actor`` is the last one."""
+        if len(self.actors) == 1:
+            return False
+        self.actors = [other for other in self.actors if other is not actor]
+        self.mark_down(actor)
+        self._more = None  # where memory ran out, there is no room for more
+        if not self.shared:
+            end([actor])
+        return True
+
+    def close(self) -> None:
+        """End the actors, unless they are others' too."""
+        if not self.shared:
+            end(self.actors)
+        self.actors = []
+
+
+def end(actors: Sequence[Any]) -> None:
+    """Kill ``actors`` for good."""
+    import ray
+
+    for actor in actors:
+        with contextlib.suppress(Exception):  # it may be dead already, which is what we want
+            ray.kill(actor)
+
+
+class Fold:
+    """One ask: a queue of clients, the idle actors, and what is running."""
+
+    def __init__(
+        self,
+        crew: ActorPool,
+        shards: Mapping[int, Any],
+        call: tuple[Any, ...],
+        clients: Sequence[int],
+        common: Mapping[str, Any],
+        own: Callable[[int], Mapping[str, Any]],
+        cost: Callable[[int], float] | None,
+        max_failures: int,
+    ) -> None:
+        """``call``: (config, facts, work); ``shards`` holds references; a client is given up at ``max_failures``."""
+        import ray
+
+        self._crew, self._call, self._own, self._clients, self._shards = crew, call, own, clients, shards
+        self._cost = cost or (lambda client_id: 0.0)
+        self._max_failures = max_failures
+        self._common = ray.put(common)
+        self._queue = [(-self._cost(c), c) for c in clients]
+        heapq.heapify(self._queue)
+        self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client or -1 for a ping, value, actor)
+        self._arrived: dict[int, Any] = {}  # references, not values: early results wait in the object store
+        self._failures: dict[int, int] = {}
+        self._beside: dict[int, int] = {}  # client -> the actors there were when its work began
+        self._losses = 0  # of actors that held no work
+        self._alone_since = time.monotonic()
+        self._idle = [actor for actor in crew.actors if crew.is_up(actor)]
+        for actor in crew.actors:
+            if not crew.is_up(actor):
+                self._ping(actor)
+
+    def results(self, ordered: bool) -> Iterator[tuple[int, Any]]:
+        """(client, its result or ``ClientFailure``) of every client; ``RunError`` where no actor can work."""
+        turn = iter(self._clients)
+        due = next(turn, None)
+        try:
+            while due is not None:
+                self._dispatch()
+                self._settle()
+                while due is not None and self._arrived:
+                    client_id = due if ordered else next(iter(self._arrived))
+                    if client_id not in self._arrived:
+                        break
+                    found, value = self._fetch(client_id, self._arrived.pop(client_id))
+                    if not found:
+                        break
+                    yield client_id, value
+                    del value
+                    due = next(turn, None)
+        finally:
+            self._cancel()
+
+    def _dispatch(self) -> None:
+        while self._queue and self._idle:
+            _, client_id = heapq.heappop(self._queue)
+            actor = self._idle.pop(0)
+            self._beside[client_id] = len(self._crew.actors)
+            done, value = actor.work.options(num_returns=2).remote(
+                *self._call, client_id, self._shards[client_id], self._common, self._own(client_id)
+            )
+            self._running[done] = (client_id, value, actor)
+
+    def _settle(self) -> None:
+        """Wait for something to end, or for a moment while clients wait for a host."""
+        import ray
+
+        if not self._running:
+            return
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=LOOK_SECONDS if self._queue else None)
+        for done in ready:
+            self._end(done, *self._running.pop(done))
+        if self._queue:
+            for actor in self._crew.poll_scale_up():
+                self._ping(actor)
+        if self._crew.any_up:
+            self._alone_since = time.monotonic()
+        elif time.monotonic() - self._alone_since > self._crew.patience_seconds:
+            raise RunError(
+                f"no client actor could start within {self._crew.patience_seconds:g} s: other jobs hold the cluster's "
+                "CPUs, GPUs or memory, or its machines are gone (`ray status` shows who)"
+            )
+
+    def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:
+        """What became of one call (``client_id`` -1: of a ping)."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        try:
+            answer = ray.get(done)
+        except RayActorError as error:
+            self._lost(client_id, actor, error)
+        except RayTaskError as error:
+            if client_id < 0:
+                raise RunError(f"a client actor cannot start: {first_line(error.cause or error)}") from error
+            self._idle.append(actor)
+            cause = error.cause if isinstance(error.cause, RunError) else None
+            self._failed(client_id, cause or RunError(first_line(error.cause or error), client=client_id))
+        else:
+            self._idle.append(actor)
+            if client_id >= 0:
+                self._arrived[client_id] = value
+            else:
+                self._crew.mark_up(actor, answer)
+                self._losses = 0
+
+    def _failed(self, client_id: int, error: RunError) -> None:
+        """The client is asked again, unless that was its last chance."""
+        failures = self._failures[client_id] = self._failures.get(client_id, 0) + 1
+        if failures < self._max_failures:
+            self._again(client_id)
+        else:
+            self._arrived[client_id] = ClientFailure(error, failures)
+
+    def _again(self, client_id: int) -> None:
+        heapq.heappush(self._queue, (-self._cost(client_id), client_id))
+
+    def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
+        """The actor died, perhaps with a client's work: wait for it through a ping."""
+        worker_id = self._crew.mark_down(actor)
+        starved = bool(worker_id) and killed_for_memory(worker_id)
+        if starved and self._removed(client_id, actor):
+            return
+        if starved and self._beside.get(client_id, 1) > 1:  # the last of several that were killed at once
+            self._again(client_id)
+        elif client_id >= 0:
+            self._failed(client_id, RunError(f"its actor died: {first_line(error)}", client=client_id))
+        else:
+            self._losses += 1
+            if self._losses > MAX_LOSSES:
+                raise RunError(f"a client actor cannot start: {first_line(error)}") from error
+        self._ping(actor)
+
+    def _removed(self, client_id: int, actor: Any) -> bool:
+        """The actor was killed because its node ran out of memory: no fault of the client while fewer can share it."""
+        if not self._crew.remove(actor):
+            return False
+        left = len(self._crew.actors)
+        self._crew.say(f"out of memory: a client actor was killed; going on with {left} at once")
+        if client_id >= 0:
+            self._again(client_id)
+        return True
+
+    def _ping(self, actor: Any) -> None:
+        # asked again and again: Ray holds it until the actor is up, or dead for good
+        self._running[actor.ping.options(max_task_retries=-1).remote()] = (-1, None, actor)
+
+    def _fetch(self, client_id: int, reference: Any) -> tuple[bool, Any]:
+        """(True, value), or (False, None) where the value went down with its node and must be computed again."""
+        import ray
+        from ray.exceptions import ObjectLostError
+
+        if isinstance(reference, ClientFailure):
+            return True, reference
+        try:
+            return True, ray.get(reference)
+        except ObjectLostError:
+            self._again(client_id)
+            return False, None
+
+    def _cancel(self) -> None:
+        import ray
+
+        for done in self._running:
+            with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
+                ray.cancel(done, force=False)
+        self._running.clear()
+
+
+def killed_for_memory(worker_id: str) -> bool:
+    """Whether Ray's memory monitor killed the worker.
+
+    Of an actor that is started again the error does not say so (Ray 2.60), and Ray's State API needs the dashboard, so
+    this asks the table behind it. Ray says "no" here where the worker's node died with it.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated.common_pb2 import WorkerExitType
+    from ray.core.generated.gcs_pb2 import WorkerTableData
+
+    table, deadline = state._connect_and_get_accessor(), time.monotonic() + VERDICT_SECONDS
+    while time.monotonic() < deadline:
+        found = table.get_worker_info(ray.WorkerID.from_hex(worker_id))
+        if found and not (row := WorkerTableData.FromString(found)).is_alive:
+            return row.exit_type == WorkerExitType.NODE_OUT_OF_MEMORY
+        time.sleep(0.05)
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"

@@ -1,0 +1,74 @@
+"""Where a run's clients and its distillation go: this process, Ray actors of its own, or a sweep's shared pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.schema import ExperimentConfig
+from ..core.errors import RequestError
+from ..core.types import DataFacts, ImageSet
+from ..distillation.student_training import DistillTask
+from .actor_pool import PATIENCE_FOR_MACHINES, PATIENCE_SECONDS, ActorPool
+from .backend import ClientBackend, RayBackend, SerialBackend, start_hosts
+from .ray_session import all_resources, connect, in_all, machines_to_come, num_hosts
+from .ray_train import Outcome, distil_on_ray, distil_serial
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Nothing starts before it is asked for.
+
+    ``address``: the Ray cluster of a run on its own. ``pool``: client actors that a sweep's trials share; Ray is
+    joined already, and distillation without Train workers happens in this process, since Ray Train's in-process mode
+    cannot start inside a Tune trial (the loop is the same one, bit for bit).
+    """
+
+    address: str = "local"
+    pool: tuple[Any, ...] = ()
+    in_trial: bool = False
+
+    def cohort(
+        self,
+        config: ExperimentConfig,
+        facts: DataFacts,
+        shards: Callable[[int], ImageSet],
+        say: Callable[[str], None],
+    ) -> ClientBackend:
+        """The clients of ``config``; ``shards`` answers a client's training images."""
+        if config.runtime.host == "serial":
+            return SerialBackend(config, facts, shards)
+        if self.pool:
+            return RayBackend(config, facts, shards, lambda: ActorPool(self.pool, shared=True, say=say))
+        needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpus_per_client}
+
+        def more(have: int) -> list[Any]:
+            """For machines that joined unforeseen; actors for those to come wait already, which makes them come."""
+            try:
+                wanted = num_hosts(config, in_all(all_resources(), machines_to_come()))
+            except RequestError:  # machines went away, and none is left that fits; what there was is waited for
+                return []
+            return start_hosts(needs, {"": max(0, wanted - have)})
+
+        def own() -> ActorPool:
+            there = connect(self.address)
+            to_come = machines_to_come() if self.address != "local" else []
+            count = num_hosts(config, in_all(there, to_come))
+            later = f", some on machines that the cluster is yet to start ({len(to_come)} at most)" if to_come else ""
+            say(f"Ray is up: {config.partition.num_clients} clients on {count} actors{later}")
+            return ActorPool(
+                start_hosts(needs, {"": count}), more=None if self.address == "local" else more, say=say,
+                patience_seconds=PATIENCE_FOR_MACHINES if to_come else PATIENCE_SECONDS,
+            )  # fmt: skip
+
+        return RayBackend(config, facts, shards, own)
+
+    def distil(self, task: DistillTask, report: Callable[[int, Mapping[str, float]], None], storage: str) -> Outcome:
+        """The distilled student; ``storage`` is Ray Train's own folder, a local one's workers beside it."""
+        knobs = task.config
+        if knobs.runtime.host == "serial" or (self.in_trial and not knobs.distill.workers):
+            return distil_serial(task, report)
+        if not self.in_trial:
+            connect(self.address)
+        return distil_on_ray(task, report, storage, here=self.in_trial or "://" not in storage)

@@ -1,0 +1,197 @@
+"""Start or join Ray, and the resource plan: a pure function of what there is and what is asked."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.schema import ExperimentConfig
+from ..core.errors import RequestError
+from .ray_preflight import check_cluster
+from .resource_plan import HOST_BYTES, Node
+
+#: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
+RAY_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "1",
+}
+
+
+#: Where `ray up` leaves the cluster's file on its head.
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"
+
+#: Bytes a CPU of a machine whose memory nobody says.
+MEMORY_A_CPU = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster has: CPUs, GPUs, bytes of memory."""
+
+    cpus: float
+    gpus: float
+    memory: float
+
+
+def local_resources() -> Resources:
+    """This machine's CPUs, GPUs and available memory, without Ray."""
+    import psutil
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Resources(cpus, _local_gpus(), psutil.virtual_memory().available)
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
+    """Client actors at once: one per client while CPUs, GPUs, memory and ``runtime.max_hosts`` allow; at least one.
+
+    ``RequestError`` where not even one fits.
+    """
+    knobs = config.runtime
+    if knobs.cpus_per_client > resources.cpus:
+        raise RequestError(
+            f"runtime.cpus_per_client = {knobs.cpus_per_client:g}: there are {resources.cpus:g} CPUs, so no client fits"
+        )
+    if knobs.gpus_per_client > resources.gpus:
+        raise RequestError(
+            f"runtime.gpus_per_client = {knobs.gpus_per_client:g}: there are {resources.gpus:g} GPUs "
+            "(0 runs clients on CPUs)"
+        )
+    bounds = [
+        config.partition.num_clients,
+        int(resources.cpus / knobs.cpus_per_client + 1e-9),
+        max(1, int(resources.memory * 0.7 / HOST_BYTES)),
+    ]
+    if knobs.gpus_per_client:
+        per_gpu = int(1 / knobs.gpus_per_client + 1e-9) if knobs.gpus_per_client <= 1 else 0
+        bounds.append(per_gpu * int(resources.gpus) or int(resources.gpus // knobs.gpus_per_client))
+    if knobs.max_hosts:
+        bounds.append(knobs.max_hosts)
+    return max(1, min(bounds))
+
+
+def check_room(config: ExperimentConfig, address: str) -> None:
+    """``RequestError`` where no client fits: on this machine for want of a GPU, which is said before Ray starts, or on
+    the cluster at ``address``, which is joined here, and what it may still start."""
+    if config.runtime.host == "ray" and address != "local":
+        num_hosts(config, in_all(connect(address), machines_to_come()))
+    elif config.runtime.gpus_per_client:
+        num_hosts(config, local_resources())
+
+
+def connect(address: str = "local") -> Resources:
+    """Start Ray here (``local``) or join a cluster (``auto``, ``HOST:PORT``); answers what it has.
+
+    Safe to call again: a Ray that this process has joined already is used as it is.
+    """
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if not ray.is_initialized():
+        if address != "local":
+            check_cluster(address)
+        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        on_term = signal.getsignal(signal.SIGTERM)
+        try:
+            if address == "local":
+                ray.init(address="local", num_cpus=int(local_resources().cpus), **options)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+        with contextlib.suppress(ValueError, TypeError):  # not the main thread; a handler that is not Python's
+            signal.signal(signal.SIGTERM, on_term)  # Ray's own prints a stack and aborts
+    return all_resources()
+
+
+def all_resources() -> Resources:
+    """What the cluster has now, all nodes together, whoever holds it."""
+    import ray
+
+    total = ray.cluster_resources()
+    return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
+
+
+def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
+    """What there is, and what machines ``to_come`` would add."""
+    return Resources(
+        there.cpus + sum(node.cpus for node in to_come),
+        there.gpus + sum(node.gpus for node in to_come),
+        there.memory + sum(node.memory for node in to_come),
+    )
+
+
+def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
+    """The workers that the cluster's autoscaler may start beside those that are up; none where it cannot be known.
+
+    It is read from the file that ``ray up`` leaves on the cluster's head, so for drivers that run there. A type whose
+    ``resources`` the provider fills in counts once they stand in that file; a type without memory counts 4 GiB a CPU.
+    """
+    import ray
+    import yaml
+
+    try:
+        cluster = yaml.safe_load(Path(bootstrap).expanduser().read_text(encoding="utf-8"))
+        types, head = dict(cluster["available_node_types"]), cluster["head_node_type"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return []
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    left = int(cluster.get("max_workers", 2)) + 1 - len(up)
+    found: list[Node] = []
+    for name, kind in types.items():
+        has = kind.get("resources") or {}
+        cpus, gpus = float(has.get("CPU", 0)), float(has.get("GPU", 0))
+        alike = sum((n.get("CPU", 0.0), n.get("GPU", 0.0)) == (cpus, gpus) for n in up)
+        most = int(kind.get("max_workers", 0)) - max(0, alike - (name == head))
+        for number in range(max(0, min(most, left - len(found)))):
+            memory = float(has.get("memory") or cpus * MEMORY_A_CPU)
+            found.append(Node(f"{name} {number + 1}, to come", cpus, gpus, memory, to_come=True))
+    return found
+
+
+def nodes(expect: bool = False) -> list[Node]:
+    """The nodes of the cluster that this process has joined, this one first; named by Ray's ids.
+
+    ``expect``: at the end those that the cluster may still start too.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    found = []
+    for facts in ray.nodes():
+        if facts["Alive"]:
+            has = facts["Resources"]
+            found.append(Node(facts["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0)))
+    return sorted(found, key=lambda node: (node.name != own, node.name)) + (machines_to_come() if expect else [])
+
+
+def own_node() -> dict[str, float]:
+    """A sliver of a resource that this node alone has: who asks for it runs here."""
+    import ray
+
+    return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
+
+
+def disconnect() -> None:
+    """Leave Ray; a Ray that ``connect`` started here ends with it."""
+    import ray
+
+    ray.shutdown()

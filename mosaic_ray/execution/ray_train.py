@@ -1,0 +1,216 @@
+"""Where distillation runs: one Ray Train ``fit()`` (0, 1 or more workers), or this process without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import RunError
+from ..core.types import Weights
+from ..distillation.student_training import DistContext, DistillTask, distil
+from .malloc import keep_freed
+from .ray_session import own_node
+
+Report = Callable[[int, Mapping[str, float]], None]
+Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
+
+#: Seconds between two looks at what Train's workers have reported.
+LOOK_SECONDS = 1.0
+
+#: A worker group that lost a worker starts again this often; the loop is deterministic, so it ends the same.
+MAX_FAILURES = 3
+
+
+def _device(task: DistillTask) -> Any:
+    import torch
+
+    wanted = task.config.runtime.gpus_per_client and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
+
+
+def _loop(task: DistillTask, dist: DistContext, report: Report) -> Outcome:
+    """The training loop of one worker; the curve is gathered and handed back."""
+    import torch
+
+    keep_freed()
+    torch.set_num_threads(task.config.runtime.driver_threads)
+    curve: list[tuple[int, dict[str, float]]] = []
+
+    def look(step: int, metrics: dict[str, float]) -> None:
+        curve.append((step, metrics))
+        report(step, metrics)
+
+    weights, figures = distil(task, _device(task), dist, look)
+    return weights, figures, curve
+
+
+def distil_serial(task: DistillTask, report: Report) -> Outcome:
+    """In this process, without Ray; torch's thread count is put back."""
+    import torch
+
+    threads = torch.get_num_threads()
+    try:
+        return _loop(task, DistContext(), report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class ReportQueue:
+    """An actor that holds what Train's first worker reports until the driver, which waits in ``fit``, looks."""
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[int, dict[str, float]]] = []
+
+    def post(self, step: int, metrics: dict[str, float]) -> None:
+        self._reports.append((step, metrics))
+
+    def take(self) -> list[tuple[int, dict[str, float]]]:
+        """All since the last look."""
+        taken, self._reports = self._reports, []
+        return taken
+
+
+class ReportForwarder:
+    """``report`` once for every step, in order: live from the letterbox, and at the end whatever did not come."""
+
+    def __init__(self, report: Report, box: Any) -> None:
+        self._report, self._box, self._last, self._over = report, box, 0, threading.Event()
+        self._failure: Exception | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Reports while the block runs; an error of ``report`` itself is raised at its end."""
+        thread = threading.Thread(target=self._look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+        if self._failure:
+            raise self._failure
+
+    def rest(self, curve: list[tuple[int, dict[str, float]]]) -> None:
+        """Report what of ``curve`` has not been; a loop that began again repeats itself."""
+        for step, metrics in curve:
+            if step > self._last:
+                self._report(step, metrics)
+                self._last = step
+
+    def _look(self) -> None:
+        import ray
+
+        while not self._over.wait(LOOK_SECONDS):
+            try:
+                reports = ray.get(self._box.take.remote())
+            except ray.exceptions.RayError:  # its node died: the curve comes at the end
+                return
+            try:
+                self.rest(reports)
+            except Exception as error:
+                self._failure = error
+                return
+
+
+def _worker(settings: dict[str, Any]) -> Outcome:
+    """Runs on each Ray Train worker (or in process, with no workers)."""
+    import ray
+    import torch
+    from ray import train
+    from safetensors.numpy import save_file
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(settings["threads"]))
+    context = train.get_context()
+    task = settings.get("task") or ray.get(settings["ref"][0])
+    size = context.get_world_size()
+    dist = DistContext()
+    if size > 1:
+        dist = DistContext(context.get_world_rank(), size, torch.distributed.all_reduce)
+    report = settings.get("report") or (lambda step, metrics: None)
+    if settings.get("box") and dist.rank == 0:
+        [box] = settings["box"]
+        report = box.post.remote  # nobody waits for an answer
+    outcome = _loop(task, dist, report)
+    if settings["checkpoint"]:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if dist.rank == 0:
+                save_file(outcome[0], Path(folder) / "student.safetensors")
+                checkpoint = train.Checkpoint.from_directory(folder)
+            train.report(outcome[1], checkpoint=checkpoint)
+    return outcome
+
+
+def _fit(trainer: Any) -> Any:
+    """``trainer.fit()``; again where a process dies that Train does not replace: its controller, or a worker that is
+    just starting. A wait for room that ends in vain is not repeated."""
+    from ray.exceptions import RayActorError
+
+    for attempt in range(MAX_FAILURES + 1):
+        try:
+            return trainer.fit()
+        except Exception as error:
+            cause = getattr(error, "controller_failure", error)
+            died = isinstance(cause, RayActorError) or type(cause).__name__ == "WorkerGroupStartupFailedError"
+            if not died or attempt == MAX_FAILURES:
+                raise
+    raise AssertionError("the last attempt raises")
+
+
+def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool = False) -> Outcome:
+    """One ``TorchTrainer.fit()``: ``distill.workers`` workers, or in process with 0; ``here``: all on this node.
+
+    Results do not depend on the number of workers beyond rounding: each draws its share of the generators' images and
+    gradients are summed. A worker that dies costs the steps since the start of the loop.
+    """
+    import ray
+    import torch
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    workers, knobs = task.config.distill.workers, task.config.runtime
+    gpu = bool(knobs.gpus_per_client)
+    settings: dict[str, Any] = {"threads": knobs.driver_threads, "checkpoint": workers > 0}
+    if workers == 0:
+        settings |= {"task": task, "report": report}
+    else:
+        settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
+        settings["box"] = [ray.remote(num_cpus=0)(ReportQueue).remote()]
+        log_validation = ReportForwarder(report, *settings["box"])
+    threads = torch.get_num_threads()
+    each = {"CPU": 1.0, "GPU": float(gpu)} | (own_node() if here else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=settings,
+        torch_config=TorchConfig(backend="nccl" if gpu and torch.cuda.is_available() else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=gpu and workers > 0, resources_per_worker=each if workers else None
+        ),
+        run_config=RunConfig(
+            name="distill",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        with log_validation.live() if workers else contextlib.nullcontext():
+            result = _fit(trainer)
+    except RunError:
+        raise
+    except Exception as error:  # Train wraps whatever a worker raised; the address is what the user needs
+        failures = getattr(error, "worker_failures", None)
+        cause = next(iter(failures.values())) if failures else error
+        line = next((ln for ln in reversed(str(cause).splitlines()) if ln.strip()), type(cause).__name__)
+        raise RunError(f"distillation: {line.strip()}", stage="distill") from error
+    finally:
+        torch.set_num_threads(threads)
+    outcome = result.return_value
+    if workers > 0:
+        log_validation.rest(outcome[2])
+    return outcome

@@ -1,0 +1,150 @@
+"""Weighted averages of weights: FedAvg over clients, and class experts, are both this.
+
+Where clients hold parts of a network (``models.submodel``) each coordinate is averaged over those that held it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from ..core.types import Weights
+from ..models.submodel import ChannelIndices, Channels
+
+
+class RunningAverage:
+    """sum_k w_k theta_k / sum_k w_k over all entries, folded in one at a time in float64, so memory stays flat.
+
+    The sum depends on the order of adding (floating point), so add in client-id order. Averages of equal float32
+    weights are bit-equal to them. Entries of weight zero are checked and otherwise ignored.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._added = 0
+        self._like: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        self._sums: Weights = {}
+
+    def add(self, weights: Weights, weight: float) -> None:
+        """Fold in ``weights`` with ``weight`` >= 0 (a sample count, say)."""
+        weight = _checked(weight)
+        if not self._like:
+            self._like = {name: (np.shape(array), array.dtype) for name, array in weights.items()}
+        _check_names(weights, self._like)
+        for name, (shape, _) in self._like.items():
+            if np.shape(weights[name]) != shape:
+                raise ValueError(f"cannot average: {name} is {np.shape(weights[name])}, before it was {shape}")
+        if weight == 0:
+            return
+        for name, array in weights.items():
+            term = np.asarray(np.multiply(array, weight, dtype=np.float64))
+            if name in self._sums:
+                self._sums[name] += term
+            else:
+                self._sums[name] = term  # not 0 + term, which would turn -0.0 into 0.0
+        self.total += weight
+        self._added += 1
+
+    def result(self) -> Weights:
+        """The average so far, as fresh arrays of each entry's own dtype; counters (integers) are rounded down."""
+        if self.total == 0:
+            raise ValueError("cannot average: the weights sum to zero")
+        return {
+            name: _as_type(self._sums[name] / self.total, dtype, self._added) for name, (_, dtype) in self._like.items()
+        }
+
+
+class PartialAverage:
+    """Per coordinate sum_k w_k theta_k / sum_k w_k over the clients that held it; where none did, it is ``previous``.
+
+    Otherwise like ``RunningAverage``, whose result it has to the last bit where everybody held everything.
+    """
+
+    def __init__(self, previous: Weights, channels: Channels) -> None:
+        self._previous, self._channels = previous, channels
+        self._sums: Weights = {name: np.full(np.shape(array), -0.0) for name, array in previous.items()}
+        # sum_k w_k: a number while all held an entry whole, then an array with 1 for the dimensions that nobody parts
+        self._held: dict[str, float | np.ndarray] = dict.fromkeys(previous, 0.0)
+        self._added = 0
+
+    def add(
+        self, weights: Weights, weight: float, sets: ChannelIndices | None = None, classes: np.ndarray | None = None
+    ) -> None:
+        """Fold in ``weights`` with ``weight`` >= 0: the part at ``sets``, or a whole network where those are None.
+
+        ``classes`` bool [C]: of the head only these rows, the classes that the client holds (HeteroFL).
+        """
+        weight = _checked(weight)
+        _check_names(weights, self._previous)
+        places = {
+            name: self._channels.place(name, np.shape(previous), sets) for name, previous in self._previous.items()
+        }
+        for name, place in places.items():
+            shape = _shape_at(self._previous[name], place)
+            if np.shape(weights[name]) != shape:
+                raise ValueError(f"cannot average: {name} is {np.shape(weights[name])}, its part is {shape}")
+        if weight == 0:
+            return
+        for name, place in places.items():
+            array = weights[name]
+            if classes is not None and name in self._channels.heads:
+                place, array = self._channels.place(name, self._sums[name].shape, sets, classes), array[classes]
+            term = np.multiply(array, weight, dtype=np.float64)
+            if place is None:
+                self._sums[name] += term
+                self._held[name] += weight
+            else:
+                self._sums[name][place] += term
+                self._held_array(name)[place] += weight
+        self._added += 1
+
+    def _held_array(self, name: str) -> np.ndarray:
+        held = self._held[name]
+        if not isinstance(held, np.ndarray):
+            shape, reach = self._sums[name].shape, self._channels.reach(name)
+            held = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], held)
+        return held
+
+    def result(self) -> Weights:
+        """The average so far, as fresh arrays of each entry's own dtype; counters (integers) are rounded down."""
+        averages = {}
+        for name, previous in self._previous.items():
+            covered = np.asarray(self._held[name]) > 0
+            mean = self._sums[name] / np.where(covered, self._held[name], 1)
+            averages[name] = np.where(covered, _as_type(mean, previous.dtype, self._added), previous)
+        return averages
+
+
+def _checked(weight: float) -> float:
+    weight = float(weight)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"cannot average with weight {weight}: it must be finite and not negative")
+    return weight
+
+
+def _check_names(weights: Weights, expected: Mapping[str, object]) -> None:
+    if expected.keys() != weights.keys():
+        raise ValueError(f"cannot average: names differ in {sorted(expected.keys() ^ weights.keys())[:3]}")
+
+
+def _shape_at(array: np.ndarray, place: tuple[np.ndarray, ...] | None) -> tuple[int, ...]:
+    parted = () if place is None else tuple(index.size for index in place)
+    return parted + np.shape(array)[len(parted) :]
+
+
+def _as_type(mean: np.ndarray, dtype: np.dtype, added: int) -> np.ndarray:
+    if dtype.kind != "f":
+        # Fractional weights can leave the mean of equal counters a rounding error short of the counter.
+        slack = (added + 1) * np.finfo(np.float64).eps
+        mean = np.floor(mean + slack * np.abs(mean))
+    return np.asarray(mean, dtype=dtype)
+
+
+def average(pairs: Iterable[tuple[Weights, float]]) -> Weights:
+    """The average of ``(weights, weight)`` pairs, added in their order."""
+    running = RunningAverage()
+    for weights, weight in pairs:
+        running.add(weights, weight)
+    return running.result()

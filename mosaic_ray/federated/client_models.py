@@ -1,0 +1,164 @@
+"""Who trains what: each client's network, its width and its channels, and how a round's updates become new models.
+
+Weights are averaged among clients of one architecture; a narrow client trains some channels of its architecture's
+global model, and each coordinate is averaged over the clients that held it (ALGORITHM 3.5 to 3.7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config.client_layout import any_partial_width, client_classifiers, client_widths, groups
+from ..config.schema import ExperimentConfig, ModelConfig
+from ..core.seeding import derive, seeded
+from ..core.types import DataFacts, Update, Weights
+from ..models.classifiers import CLASSIFIERS, build_classifier, norm_depths
+from ..models.submodel import ChannelIndices, Channels, channels_of, check_width, extract, num_kept
+from .aggregation import PartialAverage, RunningAverage
+from .communication import Entries, entries_of
+from .static_batch_norm import passes
+from .strategies.submodel import channel_indices
+
+#: The global model of each architecture.
+Models = dict[str, Weights]
+
+
+@lru_cache(maxsize=32)
+def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Channels:
+    return channels_of(build_classifier(model, num_classes, channels, image_size, name))
+
+
+@lru_cache(maxsize=32)
+def _entries(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Entries:
+    with seeded(0, "entries"), torch.device("meta" if name in CLASSIFIERS else "cpu"):
+        return entries_of(build_classifier(model, num_classes, channels, image_size, name).state_dict())
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The clients of an experiment, as far as their models are concerned."""
+
+    config: ExperimentConfig
+    facts: DataFacts
+
+    @cached_property
+    def classifiers(self) -> tuple[str, ...]:
+        """Each client's architecture."""
+        return client_classifiers(self.config)
+
+    @cached_property
+    def widths(self) -> tuple[float, ...]:
+        """Each client's width."""
+        return client_widths(self.config)
+
+    @cached_property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Clients by architecture."""
+        return groups(self.config)
+
+    @property
+    def student(self) -> str:
+        """The architecture whose global model becomes the student."""
+        return self.config.model.classifier
+
+    @cached_property
+    def partial_width(self) -> bool:
+        """Whether some client trains a part of its network only; batch-norm statistics are then static (3.6)."""
+        return any_partial_width(self.config)
+
+    def channels(self, name: str) -> Channels:
+        """Which dimensions of an architecture's weights are which channels."""
+        facts = self.facts
+        return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+
+    def entries(self, name: str, width: float = 1.0) -> Entries:
+        """What the weights of an architecture hold (names, shapes, types) where a client has this ``width``."""
+        facts = self.facts
+        whole = _entries(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        if width == 1:
+            return whole
+        channels = self.channels(name)
+        return {
+            entry: (
+                tuple(
+                    size if held is None else num_kept(width, channels.sizes[held[0]]) * held[1]
+                    for size, held in zip(shape, channels.entries[entry], strict=True)
+                ),
+                kind,
+            )
+            for entry, (shape, kind) in whole.items()
+        }
+
+    def statistics_passes(self, name: str) -> list[list[str]]:
+        """The batch norms that each pass over the clients' images reads of an architecture (static BN, 3.6)."""
+        facts = self.facts
+        depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        return passes(depths, self.config.federation.bn_passes)
+
+    def check(self) -> None:
+        """``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""
+        for client_id, width in enumerate(self.widths):
+            if width < 1:
+                check_width(self.channels(self.classifiers[client_id]), width)
+
+    def sets(self, client_id: int, phase: str, round_num: int) -> ChannelIndices | None:
+        """The channels that a client holds in a round; None for a whole one."""
+        width = self.widths[client_id]
+        if width == 1:
+            return None
+        return channel_indices(
+            self.channels(self.classifiers[client_id]), width, self.config.federation.optimiser, round_num=round_num,
+            seed=derive(self.config.seed, "widths", phase), client_id=client_id,
+        )  # fmt: skip
+
+    def share(self, client_id: int, models: Models, sets: ChannelIndices | None) -> Weights:
+        """What a client gets of its architecture's global model."""
+        name = self.classifiers[client_id]
+        return models[name] if sets is None else extract(models[name], self.channels(name), sets)
+
+    def fold(self, models: Models, phase: str, round_num: int, counts: np.ndarray) -> Fold:
+        """The fold of one round that begins at ``models``; ``counts`` [K, C] as in ``federation.masked``."""
+        return Fold(self, models, phase, round_num, counts)
+
+
+class Fold:
+    """Updates in, in client order; global models out. One running sum an architecture, so memory stays flat."""
+
+    def __init__(self, federation: Federation, models: Models, phase: str, round_num: int, counts: np.ndarray) -> None:
+        self._federation, self._models, self._counts = federation, models, counts
+        self._round = (phase, round_num)
+        self._masked = federation.config.federation.masked
+        self._averages: dict[str, Any] = {}
+
+    def add(self, update: Update) -> None:
+        """Fold in one client's weights with its number of samples."""
+        federation, client_id = self._federation, update.client_id
+        name = federation.classifiers[client_id]
+        if not (federation.partial_width or self._masked):
+            self._averages.setdefault(name, RunningAverage()).add(update.weights, update.num_samples)
+            return
+        if name not in self._averages:
+            self._averages[name] = PartialAverage(self._models[name], federation.channels(name))
+        classes = self._counts[client_id] > 0 if self._masked else None
+        sets = federation.sets(client_id, *self._round)
+        self._averages[name].add(update.weights, update.num_samples, sets=sets, classes=classes)
+
+    def result(self) -> Models:
+        """The new models; an architecture that no client of the cohort holds keeps its old one."""
+        return {
+            name: self._averages[name].result() if name in self._averages else weights
+            for name, weights in self._models.items()
+        }
+
+
+def group_counts(counts: np.ndarray, clients: Sequence[int]) -> np.ndarray:
+    """``counts`` [K, C] with the rows of all but ``clients`` zero."""
+    kept = np.zeros_like(counts)
+    kept[list(clients)] = counts[list(clients)]
+    return kept

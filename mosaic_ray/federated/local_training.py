@@ -1,0 +1,117 @@
+"""Local training: what a client does with the global model between two averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.seeding import derive, stream
+from ..core.types import DataFacts
+from ..data.transforms import augment, normalise
+from ..models.state_dict import use_precision
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A client's data on its device: images uint8 [n, C, H, W], labels int64 [n]."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class LocalTrainingConfig:
+    """Local SGD: ``steps`` mini-batches with a fresh optimiser (McMahan et al. 2017)."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    shuffle: bool = True
+    freeze_head: bool = False
+    freeze_bn: bool = False
+
+
+def batches(
+    num_samples: int, batch_size: int, steps: int, *, offset: int = 0, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """``steps`` index batches that cycle through the samples; a batch never straddles two passes.
+
+    With ``generator`` every pass is a new permutation; without, the order is fixed and the first batch is number
+    ``offset`` of the endless cycle (so a loader that lives across rounds is a function of the round alone).
+    """
+    batch_size = min(batch_size, num_samples)
+    per_pass = -(-num_samples // batch_size)
+    order = torch.arange(num_samples)
+    for step in range(steps):
+        place = (step if generator is not None else step + offset) % per_pass
+        if place == 0 and generator is not None:
+            order = torch.randperm(num_samples, generator=generator)
+        yield order[place * batch_size : (place + 1) * batch_size]
+
+
+def train_locally(
+    model: nn.Module,
+    shard: Shard,
+    plan: LocalTrainingConfig,
+    facts: DataFacts,
+    address: tuple[int, str, int, int],
+    precision: str,
+    *,
+    masked: bool = False,
+) -> dict[str, float]:
+    """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client). Returns mean loss, accuracy.
+
+    ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
+
+    A last mini-batch of one image is skipped for networks whose batch norm would see a single value (it happens only
+    where the shard's size leaves a remainder of one).
+    """
+    seed, phase, round_num, client_id = address
+    device = shard.images.device
+    order = stream(seed, phase, round_num, client_id) if plan.shuffle else None
+    draws = stream(seed, phase + "/augment", round_num, client_id)
+    model.train()
+    if plan.freeze_bn:  # statistics stay as they came; the affine parameters still learn
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    if plan.freeze_head:
+        for parameter in model.head.parameters():
+            parameter.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    missing = torch.bincount(shard.labels, minlength=facts.num_classes) == 0 if masked else None
+    optimiser = torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+    # dropout, where a network has it, draws from the global stream
+    devices = [device] if device.type == "cuda" else []
+    total_loss, total_right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive(seed, phase + "/dropout", round_num, client_id))
+        for rows in batches(len(shard), plan.batch_size, plan.steps, offset=round_num * plan.steps, generator=order):
+            if len(rows) == 1 and len(shard) > 1:
+                continue
+            rows = rows.to(device)
+            labels = shard.labels[rows]
+            images = normalise(augment(shard.images[rows], facts.augmentations, draws), facts.mean, facts.std)
+            with use_precision(precision, device):
+                logits = model(images)
+            if missing is not None:
+                logits = logits.masked_fill(missing, 0.0)
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            total_loss += loss.detach() * len(rows)
+            total_right += (logits.detach().argmax(1) == labels).sum()
+            seen += len(rows)
+    model.eval()
+    return {"loss": float(total_loss) / max(seen, 1), "accuracy": float(total_right) / max(seen, 1)}

@@ -1,0 +1,1 @@
+"""Federated strategies: one file each."""

@@ -1,1 +1,0 @@
-"""Data-free distillers: what follows the warm-up, as values in, values out."""

@@ -1,0 +1,1 @@
+"""Stages: declared once, looked up in the store or computed."""

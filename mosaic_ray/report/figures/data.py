@@ -1,0 +1,171 @@
+"""Figures of what clients hold, and of the synthetic images that their generators make."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ...data.image_ops import image_grid
+from ...data.partition import skew
+from ..load import NotAvailable, RunReport
+from ..text import counted, listed, percent
+from .base import ReportFigure
+from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers, skew_in_words
+from .style import axes, cells, colour, drawn
+
+#: Clients whose images are shown, and images of each.
+MOST_CLIENTS, MOST_SAMPLES = 12, 32
+
+
+def _counts(run: RunReport) -> np.ndarray:
+    if run.label_counts is None:
+        raise NotAvailable("the run ended before its images were dealt, or keeps no label counts")
+    return run.label_counts
+
+
+def partition_frame(run: RunReport) -> pd.DataFrame:
+    """Training images by client and class; of large tables sizes and the numbers of classes."""
+    counts = _counts(run)
+    if counts.shape[1] <= MOST_COLUMNS:
+        frame = pd.DataFrame(counts)
+    else:
+        frame = pd.DataFrame({"classes": (counts > 0).sum(axis=1), "largest class": counts.argmax(axis=1)})
+    return frame.assign(images=counts.sum(axis=1)).rename_axis("client")
+
+
+@drawn
+def partition(run: RunReport) -> Figure:
+    """Who holds how many images of which class; colour is the share of the client's images."""
+    counts = _counts(run)
+    num_clients, num_classes = counts.shape
+    sizes = counts.sum(axis=1)
+    each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
+    width = 0.31 * num_classes if each else 4.2
+    height = 0.28 * num_clients if each else 4.0
+    figure = Figure((width + 1.45, height + 0.75), layout="constrained")
+    table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
+    cells(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None)
+    table.set(xlabel="class", ylabel="client")
+    table.set_xticks(_numbers(num_classes, MOST_COLUMNS))
+    table.set_yticks(_numbers(num_clients, MOST_ROWS))
+    bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
+    bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
+    bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
+    for client, count in enumerate(sizes if each else []):
+        bars.annotate(f"{count:,}", (count, client), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+    bars.tick_params(axis="y", length=0, labelleft=False)
+    bars.spines["left"].set_visible(False)
+    bars.spines["bottom"].set_visible(False)
+    bars.grid(False)
+    return figure
+
+
+def _partition_words(run: RunReport) -> str:
+    counts = _counts(run)
+    sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    uneven = skew_in_words(skew(counts), counts.shape[1])
+    return (
+        f"{counted(len(counts), 'client')} hold {sizes.min():,} to {sizes.max():,} training images of {held.min()} to "
+        f"{held.max()} of {counted(counts.shape[1], 'class', 'classes')}; {uneven}. "
+        "Colour is the share of the client's images."
+    )
+
+
+# --- generators ------------------------------------------------------------------------------------------------------
+
+
+def coverage_frame(run: RunReport) -> pd.DataFrame:
+    """By client: the share of its classes that its generator shows, and how many it has."""
+    frame = pd.DataFrame(
+        {
+            "coverage": run.curve("generator/coverage"), "classes": run.curve("generator/owned_classes"),
+            "confidence": run.curve("generator/confidence"),
+        }
+    )  # fmt: skip
+    frame = frame[~frame.index.duplicated(keep="last")].dropna(subset=["coverage"])
+    if frame.empty:
+        raise NotAvailable("this run trained no generators")
+    return frame.rename_axis("client")
+
+
+@drawn
+def coverage(run: RunReport) -> Figure:
+    """The share of each client's classes that its generator shows."""
+    frame, low = coverage_frame(run), _low(run)
+    if len(frame) > MOST_ROWS:
+        figure, over = axes()
+        over.hist(frame["coverage"], np.linspace(0, 1, 11), color=colour("s7"), rwidth=0.9)
+        over.set(xlabel="share of the client's classes shown", ylabel="clients")
+    else:
+        figure, over = axes(height=0.8 + 0.28 * len(frame))
+        places = np.arange(len(frame))
+        over.barh(places, frame["coverage"], 0.62, color=[colour("s2" if k in low else "s7") for k in frame.index])
+        for place, (share, owned) in enumerate(zip(frame["coverage"], frame["classes"], strict=True)):
+            told = f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
+            over.annotate(told, (share, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
+        over.set(xlim=(0, 1.18), ylim=(len(frame) - 0.5, -0.5), ylabel="client", xlabel="share of its classes shown")
+        over.set_yticks(places, frame.index)
+        over.grid(axis="y", visible=False)
+    over.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+    return figure
+
+
+def _low(run: RunReport) -> set[int]:
+    """Clients whose generator's coverage is a health finding."""
+    findings = run.summary.get("health") or []
+    return {f["client"] for f in findings if f["code"] == "generator.low_coverage" and f.get("client") is not None}
+
+
+def _coverage_words(run: RunReport) -> str:
+    frame, low = coverage_frame(run), sorted(_low(run))
+    least, most = percent(frame["coverage"].min()), percent(frame["coverage"].max())
+    told = f"so low that health speaks of it: client {listed(low)}" if low else "health finds none too low"
+    return f"The generators show {least} to {most} of their clients' classes; {told}."
+
+
+def samples_of(run: RunReport) -> dict[int, np.ndarray]:
+    """Client -> synthetic images uint8 [N, C, H, W], as many as are shown."""
+    return {k: images[:MOST_SAMPLES] for k, images in list(run.samples().items())[:MOST_CLIENTS]}
+
+
+def progress_of(run: RunReport) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Client -> (steps [T], synthetic images uint8 [T, M, C, H, W]), of as many clients as are shown."""
+    return dict(list(run.progress().items())[:MOST_CLIENTS])
+
+
+@drawn
+def samples(run: RunReport) -> Figure:
+    """Synthetic images of each client's generator."""
+    return _pictures({f"client {k}": image_grid(images, 8) for k, images in samples_of(run).items()})
+
+
+@drawn
+def progress(run: RunReport) -> Figure:
+    """The same latents while the generators train: a row for each moment, the last below."""
+    pictures = {}
+    for client_id, (steps, images) in progress_of(run).items():
+        rows = images.reshape(-1, *images.shape[2:])
+        pictures[f"client {client_id}, steps {listed(steps.tolist())}"] = image_grid(rows, images.shape[1])
+    return _pictures(pictures)
+
+
+def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
+    columns = min(3, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure = Figure((3.2 * columns, 2.2 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for place in places:
+        place.set_axis_off()
+    for place, (title, picture) in zip(figure.axes, pictures.items(), strict=False):
+        place.imshow(picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        place.set_title(title, size=9)
+    return figure
+
+
+EXHIBITS = [
+    ReportFigure("partition", "Who holds what", partition, partition_frame, _partition_words, wide=True),
+    ReportFigure("coverage", "Generators' coverage", coverage, coverage_frame, _coverage_words),
+]

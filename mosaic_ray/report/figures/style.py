@@ -1,0 +1,179 @@
+"""What all figures share: colours that a page may exchange, axes, and a figure as SVG for a page.
+
+Every colour is a role with a light and a dark value. Figures are drawn with the light ones; ``inline_svg`` replaces
+them by CSS custom properties, so that one drawing fits both themes. Series colours were chosen to stay apart under the
+three common kinds of colour blindness, and never carry a meaning alone: labels, markers or order do so too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+
+#: Steps of the scale of heat maps.
+STEPS = 9
+
+#: Inches of a chart that is as wide as a phone: at 72 units an inch, about one CSS pixel a unit there.
+WIDTH, HEIGHT = 4.7, 2.9
+
+T = TypeVar("T")
+
+
+def _ramp(low: str, high: str) -> list[str]:
+    between = LinearSegmentedColormap.from_list("ramp", [low, high])
+    return [to_hex(between(t)) for t in np.linspace(0, 1, STEPS)]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance in [0, 1] (WCAG 2.2)."""
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio in [1, 21] (WCAG 2.2)."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _palette() -> dict[str, tuple[str, str]]:
+    """Role -> (light, dark). The light values differ from one another, for they stand for their roles in drawings."""
+    colours = {
+        "paper": ("#fefefe", "#14171c"), "raised": ("#f2f4f8", "#1d2128"), "ink": ("#1b1f26", "#e8eaee"),
+        "muted": ("#565d69", "#a6adb9"), "rule": ("#d9dde3", "#353b46"),
+        "s1": ("#1d5fc4", "#7fb2ff"), "s2": ("#b45a09", "#f2a65a"), "s3": ("#0d7a68", "#4fd0b6"),
+        "s4": ("#a12f83", "#d873c4"), "s5": ("#6f6204", "#d8c455"), "s6": ("#6b7280", "#9aa3b0"),
+        "s7": ("#6a45c4", "#b9a3ff"), "s8": ("#b0261f", "#ff9188"),
+    }  # fmt: skip
+    ramps = zip(_ramp("#dfeaf8", "#0b2c66"), _ramp("#1c2c47", "#c4dcff"), strict=True)
+    for step, (light, dark) in enumerate(ramps):
+        on_light, on_dark = (
+            "black" if contrast(c, "#000000") > contrast(c, "#ffffff") else "white" for c in (light, dark)
+        )
+        colours[f"h{step}"] = (light, dark)
+        colours[f"t{step}"] = (
+            f"#00000{step + 1}" if on_light == "black" else f"#fffff{step}",  # matplotlib leaves pure black unsaid
+            "#000000" if on_dark == "black" else "#ffffff",
+        )  # fmt: skip
+    return colours
+
+
+PALETTE = _palette()
+_ROLE_OF = {light: role for role, (light, _) in PALETTE.items()}
+
+
+def colour(role: str) -> str:
+    """The light value of a role."""
+    return PALETTE[role][0]
+
+
+#: Whose accuracy -> (role of its colour, marker).
+ROLE_LOOKS = {
+    "initial": ("s6", "o"), "teacher": ("s3", "D"), "distilled": ("s4", "s"), "final": ("s1", "o"),
+    "control": ("s2", "^"),
+}  # fmt: skip
+SERIES = tuple(zip(("s1", "s2", "s3", "s4", "s7", "s5", "s8", "s6"), "o^Dsv<>P", strict=True))
+
+_LOOK = {
+    "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": colour("ink"),
+    "axes.edgecolor": colour("rule"), "axes.labelcolor": colour("muted"), "axes.titlesize": 10, "axes.grid": True,
+    "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": colour("paper"),
+    "figure.facecolor": colour("paper"), "figure.dpi": 110, "grid.color": colour("rule"), "grid.linewidth": 0.6,
+    "xtick.color": colour("rule"), "ytick.color": colour("rule"), "xtick.labelcolor": colour("muted"),
+    "ytick.labelcolor": colour("muted"), "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.frameon": False,
+    "legend.fontsize": 9, "legend.labelcolor": colour("ink"), "lines.linewidth": 1.8, "lines.markersize": 5,
+    "svg.fonttype": "none", "svg.hashsalt": "mosaic", "hatch.linewidth": 0.8, "axes.formatter.useoffset": False,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _look() -> Iterator[None]:
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_LOOK)
+        yield
+
+
+def drawn(draw: Callable[..., T]) -> Callable[..., T]:
+    """``draw`` in the look of the house, whatever matplotlib has been told elsewhere."""
+
+    @functools.wraps(draw)
+    def in_our_look(*args: Any, **how: Any) -> T:
+        with _look():
+            return draw(*args, **how)
+
+    return in_our_look
+
+
+def axes(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
+    """One pair of axes on a figure of so many inches."""
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def in_percent(axis: Any) -> None:
+    """Label ``axis`` in percent, with as many decimals as its ticks need."""
+    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+
+
+def log_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Ticks at the values that there are, so that no power of ten must be read."""
+    axis.set_major_locator(FixedLocator(sorted(set(values))))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(FixedLocator([]))
+
+
+def label_ends(over: Axes, ends: Sequence[tuple[float, float, str, str]], lines: float = 0.075) -> None:
+    """Write (x, y, text, role) to the right of line ends, moved apart to ``lines`` of the axes' height."""
+    low, high = over.get_ylim()
+    gap, floor = lines * (high - low), -np.inf
+    for x, y, text, role in sorted(ends, key=lambda end: end[1]):
+        floor = max(y, floor + gap)
+        over.annotate(
+            text, (x, floor), xytext=(6, 0), textcoords="offset points", va="center", size=9, color=colour(role),
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def step_of(share: np.ndarray, power: float) -> np.ndarray:
+    """The step [0, STEPS) of each share in [0, 1], on a root scale."""
+    return np.minimum((np.clip(share, 0, 1) ** power * STEPS).astype(int), STEPS - 1)
+
+
+def cells(
+    over: Axes, shares: np.ndarray, texts: np.ndarray | None, power: float = 0.5, size: float = 8, blank: bool = True
+) -> None:
+    """``shares`` [rows, columns] in [0, 1] as a heat map with ``texts`` in the cells; zeros stay ``blank``.
+
+    Without ``texts`` (too many cells to be drawn one by one) one picture of one colour, as opaque as the share is high,
+    which fits a light and a dark page alike.
+    """
+    rows, columns = shares.shape
+    over.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+    over.grid(False)
+    over.tick_params(length=0)
+    over.spines[:].set_visible(False)
+    if texts is None:
+        picture = np.empty((rows, columns, 4), np.uint8)
+        picture[..., :3] = (64, 128, 208)
+        picture[..., 3] = np.rint(255 * np.clip(shares, 0, 1) ** power)
+        over.imshow(picture, aspect="auto", interpolation="nearest" if rows <= 1000 else "auto")
+        return
+    for (row, column), step in np.ndenumerate(step_of(shares, power)):
+        if shares[row, column] > 0 or not blank:
+            over.add_patch(
+                mpl.patches.Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, color=colour(f"h{step}"), lw=0)
+            )
+            over.text(column, row, texts[row, column], ha="center", va="center", size=size, color=colour(f"t{step}"))

@@ -1,0 +1,154 @@
+"""The parts of a report page: cards, tables, pictures, galleries and text."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from ..figures.base import ReportFigure
+from ..load import NotAvailable
+from .svg import inline_svg
+
+#: A table below a figure is cut after so many rows.
+MOST_ROWS = 200
+
+#: A figure of more inches is not put beside another.
+BROAD = 5.5
+
+#: The file's name in the folder of a run or sweep.
+FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Card:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows`` hold words; ``best``: the first row is the best."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    best: bool = False
+
+    def wordy(self, column: int) -> bool:
+        """Whether a column holds words, not numbers."""
+        return any(re.search("[^\\W\\d_]{2}", str(row[column])) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class RenderedFigure:
+    """An exhibit, drawn; a ``broad`` one has a row of its own."""
+
+    name: str
+    title: str
+    svg: Markup
+    words: str
+    table: Table
+    wide: bool
+    broad: bool
+
+
+@dataclass(frozen=True)
+class Picture:
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    title: str
+    words: str
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Something to copy; ``folded``: shown when asked for."""
+
+    title: str
+    body: str
+    folded: bool = False
+
+
+@dataclass
+class Section:
+    title: str
+    lead: str = ""
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    exhibits: list[RenderedFigure] = field(default_factory=list)
+    galleries: list[Gallery] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
+    absent: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return self.title.lower().replace(" ", "-")
+
+    def show(self, exhibits: Iterable[ReportFigure], report: Any) -> Section:
+        """Draw ``exhibits``; those that ``report`` cannot fill are named with the reason."""
+        for exhibit in exhibits:
+            try:
+                words, table = exhibit.words(report), _table(exhibit.title, exhibit.table(report))
+                figure = exhibit.draw(report)
+                svg = Markup(inline_svg(figure, exhibit.name, exhibit.wide))
+            except NotAvailable as absent:
+                self.absent.append((exhibit.title, str(absent)))
+                continue
+            broad = figure.get_figwidth() > BROAD
+            self.exhibits.append(RenderedFigure(exhibit.name, exhibit.title, svg, words, table, exhibit.wide, broad))
+        return self
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the template shows. ``failure``: a headline and what went wrong."""
+
+    title: str
+    about: str
+    verdict: str
+    cards: Sequence[Card]
+    sections: Sequence[Section]
+    failure: tuple[str, str] | None = None
+
+
+def _table(title: str, frame: pd.DataFrame) -> Table:
+    """A frame's first rows; its index, where that has a name, is the first column."""
+    whole = frame.reset_index() if frame.index.name else frame
+    rows = [[_cell(value) for value in row] for row in whole.head(MOST_ROWS).itertuples(index=False)]
+    caption = f"the first {MOST_ROWS} of {len(whole)} rows" if len(whole) > MOST_ROWS else ""
+    return Table(title, [str(name).replace("_", " ") for name in whole.columns], rows, caption)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def link(target: Path, beside: Path) -> Markup | None:
+    """A link to ``target``, relative to ``beside``; None where there is no such file."""
+    if not target.is_file():
+        return None
+    where = Path(os.path.relpath(target, beside)).as_posix()
+    return Markup('<a href="{}">{}</a>').format(where, "report")

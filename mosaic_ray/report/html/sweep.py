@@ -1,0 +1,230 @@
+"""A sweep's page: what was best, how sure that is, what failed, and what trials shared."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import tomli_w
+
+from ...config.fields import short_names, shown
+from ...sweeps.results import Point
+from ...sweeps.space import list_spaces
+from ..figures.sweep import exhibits, sharing_frame
+from ..load import NotAvailable, SweepReport
+from ..sweep_table import mean_and_sd
+from ..text import counted, duration, listed, percent, points, size
+from .blocks import FILE, Card, Page, Section, Table, Text, link
+
+#: Configurations of one best table, and trials of the list, that the page shows.
+MOST_POINTS, MOST_TRIALS = 20, 500
+
+_ENDS = {"done": "done", "stopped": "stopped early", "failed": "failed"}
+
+
+def sweep_page(sweep: SweepReport, beside: Path) -> Page:
+    """The page of ``sweep``, as far as it got; links are relative to the folder ``beside``."""
+    best = sweep.best() if sweep.rows and len(sweep.done) else []
+    sections = [_best(sweep, best)]
+    if failed := [row for row in sweep.rows if row["status"] == "failed"]:
+        sections.append(_failures(failed))
+    sections += [Section(title).show(shown_there, sweep) for title, shown_there in exhibits(sweep).items()]
+    sections += [_trials(sweep, beside), _reproduce(sweep)]
+    return Page(sweep.name, _about(sweep), verdict(sweep, best), _cards(sweep, best), sections, _failure(failed))
+
+
+def _about(sweep: SweepReport) -> str:
+    plan, data = sweep.plan, (sweep.plan.get("base") or {}).get("data")
+    name = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
+    seeds = plan.get("seeds") or []
+    what = f"space {plan['space']}{name}, {plan.get('search') or 'no'} search over {listed(sweep.swept) or 'nothing'}"
+    return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.get('scheduler') or 'fifo'}"
+
+
+def _mean(point: Point, column: str) -> float | None:
+    values = [row[column] for row in point if row[column] is not None]
+    return fmean(values) if values else None
+
+
+def _label(row: dict[str, Any], knobs: list[str]) -> str:
+    short = short_names(knobs)
+    return ", ".join(f"{short[name]} = {shown(row[name])}" for name in knobs) or "the one configuration"
+
+
+def _chosen(best: list[tuple[str, list[str], list[Point]]]) -> list[tuple[str, list[str], Point]]:
+    """The sections in which something was chosen, and what."""
+    return [(title, knobs, section[0]) for title, knobs, section in best if "best by" in title]
+
+
+def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> str:
+    if not len(sweep.done):
+        return "No trial has ended well yet." if sweep.rows else "No trial has ended yet."
+    said = []
+    for title, knobs, point in _chosen(best)[:3]:
+        under = title.rpartition(", best by")[0]
+        gain = _mean(point, "gain")
+        over = f", {points(gain)} points over the control" if gain is not None else ""
+        said.append(
+            f"{f'At {under}, ' if under else ''}{_label(point[0], knobs)} was chosen, with "
+            f"{percent(_mean(point, 'accuracy_final'))} on test images{over}"
+        )
+    if not said:
+        reached = sweep.done["accuracy_final"].dropna()
+        between = f"{percent(reached.min())} to {percent(reached.max())}"
+        return f"{counted(len(reached), 'finished trial')} reach {between} on test images."
+    return "; ".join([said[0], *(words[0].lower() + words[1:] for words in said[1:])]) + "."
+
+
+def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
+    ends = Counter(row["status"] for row in sweep.rows)
+    told = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
+    seeds = f"{counted(len(sweep.plan.get('seeds') or [0]), 'seed')} each"
+    cards = [
+        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", told or "none has ended"),
+        Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
+    ]
+    if chosen := _chosen(best):
+        gains = [gain for *_, point in chosen if (gain := _mean(point, "gain")) is not None]
+        if gains:
+            spread = f"{points(min(gains))} to {points(max(gains))}" if len(gains) > 1 else points(gains[0])
+            cards.append(Card("gain of the chosen", spread, "points over the control"))
+        value = [v for *_, point in chosen if (v := _mean(point, "accuracy_final")) is not None]
+        if value:
+            cards.append(
+                Card(
+                    "final, chosen",
+                    percent(max(value)),
+                    "the highest of the chosen" if len(value) > 1 else "test accuracy",
+                )
+            )
+    try:
+        frame = sharing_frame(sweep)
+        cards.append(
+            Card(
+                "time spent",
+                duration(frame["seconds spent"].sum()),
+                f"{duration(frame['seconds spared'].sum())} spared by sharing",
+            )
+        )
+    except NotAvailable:
+        pass
+    moved = [sum(row[f"communication_{way}"] or 0 for row in sweep.rows) for way in ("uplink", "downlink")]
+    if any(moved):
+        cards.append(Card("bytes sent", size(sum(moved)), f"{size(moved[0])} up, {size(moved[1])} down, all trials"))
+    codes = Counter(code for row in sweep.rows for code in (row["health"] or "").split(",") if code)
+    if len(sweep.done):
+        most = ((code.replace(".", ".\u200b").replace("_", "_\u200b"), count) for code, count in codes.most_common(2))
+        worst = ", ".join(f"{code} in {counted(count, 'trial')}" for code, count in most)  # names may break there
+        cards.append(Card("health", counted(len(codes), "code"), f"most: {worst}" if worst else "no findings"))
+    return cards
+
+
+def _planned(sweep: SweepReport) -> str:
+    """`` of 12`` where more are planned than have ended."""
+    points, seeds = sweep.plan.get("points"), sweep.plan.get("seeds")
+    planned = len(points) * len(seeds) if points and seeds else 0
+    return f" of {planned:,}" if planned > len(sweep.rows) else ""
+
+
+def _failure(failed: list[dict[str, Any]]) -> tuple[str, str] | None:
+    if not failed:
+        return None
+    names = listed([row["trial"] for row in failed])
+    return (
+        f"{counted(len(failed), 'trial')} failed",
+        f"{names}; the same command tries {'it' if len(failed) == 1 else 'them'} again.",
+    )
+
+
+def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> Section:
+    section = Section("Best configurations")
+    if not best:
+        section.lead = "Nothing to compare yet."
+        return section
+    seeds = max(len(point) for *_, points_there in best for point in points_there)
+    spread = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
+    section.lead = (
+        f"Percent{spread}. Configurations are chosen by selection, which no test image enters; final, control and gain "
+        "(final − control) are on test images, for reporting."
+    )
+    for title, knobs, there in best:
+        short = short_names(knobs)
+        heads = ["configuration", *short.values(), "seeds", "selection", "final", "control", "gain"]
+        rows = [
+            [
+                point[0]["trial"].rpartition("s")[0], *(shown(point[0][name]) for name in knobs), str(len(point)),
+                *(mean_and_sd(point, column) for column in ("selection", "accuracy_final", "accuracy_control")),
+                mean_and_sd(point, "gain", "+"),
+            ]
+            for point in there[:MOST_POINTS]
+        ]  # fmt: skip
+        left = f"the first {MOST_POINTS} of {len(there)}" if len(there) > MOST_POINTS else ""
+        section.tables.append(Table(title, heads, rows, left, best="best by" in title))
+    return section
+
+
+def _failures(failed: list[dict[str, Any]]) -> Section:
+    rows = []
+    for row in failed:
+        places = [
+            f"{what} {row[f'error_{what}']}"
+            for what in ("stage", "round", "client")
+            if row[f"error_{what}"] is not None
+        ]
+        rows.append([row["trial"], ", ".join(places) or "–", row["error"] or "no reason was kept"])
+    return Section("Failed trials", tables=[Table("What went wrong", ["trial", "where", "error"], rows)])
+
+
+def _trials(sweep: SweepReport, beside: Path) -> Section:
+    names = [name for name in sweep.varying if name != "seed"]
+    pages = [link(sweep.folder / "trials" / Path(row["trial"]).name / FILE, beside) for row in sweep.rows[:MOST_TRIALS]]
+    heads = ["trial", *short_names(names).values(), "seed", "status", "final", "gain", "health"]
+    rows = [
+        [
+            row["trial"], *(shown(row[name]) for name in names), str(row["seed"]), row["status"] or "–",
+            percent(row["accuracy_final"]), points(row["gain"]), (row["health"] or "–").replace(",", ", "),
+            *([page or "–"] if any(pages) else []),
+        ]
+        for row, page in zip(sweep.rows, pages, strict=False)
+    ]  # fmt: skip
+    heads += ["page"] if any(pages) else []
+    left = f"the first {MOST_TRIALS} of {len(sweep.rows)}" if len(sweep.rows) > MOST_TRIALS else ""
+    section = Section("Trials", tables=[Table("All trials", heads, rows, left)] if rows else [])
+    section.lead = (
+        "A trial is a run: `mosaic report` on its folder below trials/ makes its own page, which is then linked here."
+    )
+    return section
+
+
+def _compared(plan: Mapping[str, Any]) -> list[str]:
+    """What `mosaic compare` was asked to compare; empty for any other sweep."""
+    names, tried = ("method", "federation.optimiser"), plan.get("points") or []
+    if plan["space"] != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
+        return []
+    return ["+".join(point[name] for name in names if name in point) for point in tried]
+
+
+def _reproduce(sweep: SweepReport) -> Section:
+    plan = sweep.plan
+    methods = _compared(plan)
+    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan["space"]]
+    words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]
+    for option in () if methods else ("search", "samples", "scheduler"):
+        if plan.get(option) is not None:
+            words += [f"--{option}", str(plan[option])]
+    if plan.get("seeds"):
+        words += ["--seeds", ",".join(map(str, plan["seeds"]))]
+    knobs = [f"{name}: {domain}" for name, domain in plan["knobs"].items()]
+    if methods:
+        knobs = [f"methods: {', '.join(methods)}"]
+    texts = [Text("Command", shlex.join(words)), Text("Plan", "\n".join(knobs) or "points listed by the space")]
+    if isinstance(plan.get("base"), dict):
+        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan["base"]), folded=True))
+    lead = "With what all trials share saved as base.toml, this asks for the same trials."
+    if not methods and plan["space"] not in list_spaces():
+        lead += " The space does not ship with the package: --space takes its path, or module:function."
+    return Section("Reproduce", lead, texts=texts)

@@ -1,0 +1,366 @@
+"""Runs and sweeps that lie on disk, for a notebook and for the report. Read only; nothing here runs what it reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..config.resolve import KNOBS, dotted, override, read_toml
+from ..config.schema import ExperimentConfig
+from ..core.errors import RequestError, RunError
+from ..core.types import Weights
+from ..methods.mosaic.graph import generator_keys, generators_key
+from ..storage.store import OBJECTS, Damage, StageResult, Store
+from ..sweeps.results import SCHEMA, read_results
+from ..sweeps.space import conditions
+from .schema import check_plan, check_summary
+from .sweep_table import best_sections
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
+_METRIC = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
+
+
+class NotAvailable(LookupError):
+    """Something that this run or sweep does not have; the message says why, in words for a reader."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run, or a sweep's trial, as far as it got.
+
+    ``summary`` is summary.json's content (empty before there is one), ``config`` the knobs by room, ``metrics`` a frame
+    [stage, tag, step, value], ``label_counts`` int64 [clients, classes] where known, ``command`` how it was called.
+    What the store holds of it is read when it is asked for; ``NotAvailable`` says why something is not there.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    metrics: pd.DataFrame
+    label_counts: np.ndarray | None
+    command: str | None
+    store: Store | None = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def status(self) -> str:
+        """done, failed, stopped (by a sweep's scheduler) or unfinished."""
+        return self.summary.get("status", "unfinished")
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.label_counts is None else self.label_counts.shape[1]
+
+    def accuracy(self, role: str) -> float | None:
+        """Test accuracy of a role's model in [0, 1]: initial, teacher, distilled, final or control."""
+        return (self.summary.get("accuracy") or {}).get(role)
+
+    @property
+    def gain(self) -> float | None:
+        """Final over control, in [-1, 1]."""
+        final, control = self.accuracy("final"), self.accuracy("control")
+        return None if final is None or control is None else final - control
+
+    def knob(self, name: str) -> Any:
+        """A knob's value by its dotted name; None where the configuration does not tell."""
+        return dotted(self.config).get(name)
+
+    def curve(self, tag: str) -> pd.Series:
+        """The values of one metric by step, those that are not numbers left out."""
+        rows = self.metrics[self.metrics["tag"] == tag]
+        return pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(), name=tag).dropna()
+
+    def result(self, stage: str) -> StageResult:
+        """What the store holds of a stage."""
+        key = (self.summary.get("stages") or {}).get(stage, {}).get("key")
+        if key is None:
+            raise NotAvailable(f"this run has no finished stage {stage}")
+        return self._stored(key)
+
+    def figures(self, stage: str) -> dict[str, Any]:
+        """The numbers that a stage keeps about itself."""
+        return self.result(stage).facts.get("figures") or {}
+
+    def arrays(self, stage: str, part: str) -> Weights:
+        """The arrays of one part of a stage's result."""
+        return _load(self.result(stage), part)
+
+    def confusion(self, role: str, split: str = "test") -> np.ndarray:
+        """int64 [classes, classes]: images by true class (rows) and predicted class."""
+        tables = self.arrays("evaluate", "confusion")
+        if f"{role}/{split}" not in tables:
+            raise NotAvailable(f"nothing was evaluated as {role} on {split} images")
+        table = tables[f"{role}/{split}"]
+        if table.ndim != 2 or table.shape[0] != table.shape[1]:
+            raise NotAvailable(f"the confusion table of {role} is not square")
+        return table
+
+    def diagnostic(self, stage: str, name: str, ndim: int) -> np.ndarray:
+        """One array of a stage's part "diagnostics"."""
+        arrays = self.arrays(stage, "diagnostics")
+        if name not in arrays or arrays[name].ndim != ndim:
+            raise NotAvailable(f"stage {stage} kept no {name.replace('_', ' ')}")
+        return arrays[name]
+
+    @cached_property
+    def generators(self) -> dict[int, StageResult]:
+        """Client -> its generator's stored result; without clients that were left out or whose result is gone."""
+        stages = self.summary.get("stages") or {}
+        if "generators" not in stages:
+            raise NotAvailable("this run trained no generators")
+        if self.label_counts is None or not {"partition", "warmup"} <= stages.keys():
+            raise NotAvailable("the clients' generators cannot be found without the partition")
+        try:
+            config = override(ExperimentConfig(), self.summary["config"])
+            keys = generator_keys(
+                config, self.label_counts.sum(axis=1), stages["partition"]["key"], stages["warmup"]["key"]
+            )
+        except (RequestError, KeyError) as error:
+            raise NotAvailable(f"the clients' generators cannot be found: {error}") from None
+        found, why = {}, ""
+        for client_id, key in enumerate(keys):
+            try:
+                found[client_id] = self._stored(key)
+            except NotAvailable as absent:
+                why = str(absent)
+        if found:
+            return found
+        if generators_key(keys) != stages["generators"]["key"]:
+            why = "the clients' generators were made by another version, which stored them under other keys"
+        raise NotAvailable(why)
+
+    def samples(self) -> dict[int, np.ndarray]:
+        """Client -> synthetic images uint8 [N, C, H, W] of its generator."""
+        return {k: _images(_load(made, "samples"), 4) for k, made in self.generators.items()}
+
+    def progress(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """Client -> (steps int64 [T], synthetic images uint8 [T, M, C, H, W] of the same latents at each)."""
+        found = {}
+        for client_id, made in self.generators.items():
+            arrays = _load(made, "progress")
+            images, steps = _images(arrays, 5), arrays.get("steps")
+            if steps is None or steps.shape != images.shape[:1]:
+                raise NotAvailable("the steps at which samples were kept are missing")
+            found[client_id] = steps, images
+        return found
+
+    def plot(self, name: str, **how: Any) -> Figure:
+        """Draw one of the report's figures by name; ``NotAvailable`` where this run lacks its data."""
+        from .figures.run import FIGURES
+
+        return _figure(FIGURES, name)(self, **how)
+
+    def _stored(self, key: str) -> StageResult:
+        # not ``Store.get``, which removes what is damaged
+        if self.store is None:
+            raise NotAvailable("there is no store beside this folder; stage results were not copied along")
+        if not _KEY.fullmatch(key):
+            raise NotAvailable(f'"{key}" names no stage result')
+        try:
+            manifest = self.store.manifest(OBJECTS, key)
+        except (Damage, RunError) as error:
+            raise NotAvailable(f"the stored result {key} cannot be read: {' '.join(map(str, error.args))}") from None
+        if manifest is None:
+            raise NotAvailable(f"the store no longer holds {key}; the same command makes it again")
+        return StageResult(self.store, f"{OBJECTS}/{key}", manifest)
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """A sweep as far as it got: ``results`` has a row a trial (``sweeps.results.SCHEMA``), ``plan`` is plan.json.
+
+    ``swept``: dotted names of the knobs that the plan varies; ``conditions``: those of them that set the problem,
+    within whose values configurations compete.
+    """
+
+    folder: Path
+    plan: dict[str, Any]
+    results: pd.DataFrame
+    rows: list[dict[str, Any]] = field(repr=False)
+    swept: tuple[str, ...]
+    conditions: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def varying(self) -> tuple[str, ...]:
+        """Those of ``swept`` that took more than one value."""
+        return tuple(name for name in self.swept if len({row[name] for row in self.rows}) > 1)
+
+    @cached_property
+    def done(self) -> pd.DataFrame:
+        """The rows of finished trials."""
+        return self.results[self.results["status"] == "done"]
+
+    def best(self) -> list[tuple[str, list[str], list[list[dict[str, Any]]]]]:
+        """(what it is under, knobs to show, configurations as their finished trials' rows, best first) by condition."""
+        return best_sections(self.rows, self.conditions, self.swept)
+
+    def trial(self, name: str) -> RunReport:
+        """One trial, as a run."""
+        folder = self.folder / "trials" / name
+        if name not in set(self.results["trial"]) or not folder.is_dir():
+            raise RequestError(f'{self.folder}: it has no files of a trial "{name}"')
+        return load_run(folder)
+
+    def plot(self, name: str, **how: Any) -> Figure:
+        """One of the report's figures by name, for a notebook."""
+        from .figures.sweep import FIGURES
+
+        return _figure(FIGURES, name)(self, **how)
+
+
+def _figure(figures: Mapping[str, Any], name: str) -> Any:
+    if name not in figures:
+        raise RequestError(f'plot("{name}"): it may be {", ".join(figures)}')
+    return figures[name]
+
+
+def _load(result: StageResult, part: str) -> Weights:
+    if part not in result.parts:
+        raise NotAvailable(f"its stage kept no {part}; an older version made it, or another method")
+    try:
+        return result.load(part)
+    except RunError as error:
+        raise NotAvailable(str(error)) from None
+
+
+def _images(arrays: Weights, ndim: int) -> np.ndarray:
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim != ndim or images.shape[-3] not in (1, 3):
+        raise NotAvailable("the stored samples are no images of one or three channels")
+    return images
+
+
+# --- from disk -------------------------------------------------------------------------------------------------------
+
+
+def find(path: str | Path) -> tuple[str, Path]:
+    """("run" or "sweep", its folder) that ``path`` means; ``RequestError`` otherwise.
+
+    A run's or a sweep's folder, a trial's, or a storage that holds exactly one run or sweep.
+    """
+    if "://" in str(path):
+        raise RequestError(f"{path}: a report is made from files on a disk; copy the run's folder here first")
+    folder = Path(path).expanduser().absolute()
+    if not folder.is_dir():
+        raise RequestError(f"{path}: there is no such folder; name a run's, a sweep's or a trial's")
+    if (folder / "plan.json").is_file():
+        return "sweep", folder
+    if any((folder / name).is_file() for name in ("summary.json", "config.toml", "metrics.jsonl")):
+        return "run", folder
+    held = [found for room in ("runs", "sweeps") for found in sorted((folder / room).glob("*")) if found.is_dir()]
+    if len(held) == 1:
+        return find(held[0])
+    if held:
+        names = [f"{found.parent.name}/{found.name}" for found in held]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise RequestError(f"{path}: it holds {len(names)} runs and sweeps; name one of {shown}")
+    raise RequestError(f"{path}: no run or sweep lies there (neither summary.json nor config.toml nor plan.json)")
+
+
+def load_run(path: str | Path) -> RunReport:
+    """The run in the folder ``path``; ``RequestError`` where there is none, or its files are not whole."""
+    kind, folder = find(path)
+    if kind != "run":
+        raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
+    summary = check_summary(_json(folder / "summary.json"), folder / "summary.json")
+    told = folder / "config.toml"
+    config = summary.get("config") or (read_toml(told) if told.is_file() else {})
+    return RunReport(
+        folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
+        read_text(folder / "command.txt"), _store_of(folder),
+    )  # fmt: skip
+
+
+def load_sweep(path: str | Path) -> SweepReport:
+    """The sweep in the folder ``path``; ``RequestError`` where there is none, or its files are not whole."""
+    kind, folder = find(path)
+    if kind != "sweep":
+        raise RequestError(f"{path}: that is a run; load_run reads it")
+    plan = check_plan(_json(folder / "plan.json"), folder / "plan.json")
+    results = folder / "results.parquet"
+    rows = read_results(results).to_pylist() if results.is_file() else []
+    rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
+    points = plan["points"] if plan.get("points") is not None else [plan["knobs"]]
+    swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
+    return SweepReport(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, conditions(swept))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's object; nothing where there is no file."""
+    text = read_text(path)
+    try:
+        found = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RequestError(f"{path}: it is not whole, or not of a run or sweep; the same command writes it again")
+    return found
+
+
+def read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"{path}: it cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}"
+        ) from None
+
+
+def _metrics(path: Path) -> pd.DataFrame:
+    """metrics.jsonl as a frame; its last line may be half written, by a run at work or one that was killed."""
+    lines = (read_text(path) or "").splitlines()
+    rows: list[Mapping[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            sound = isinstance(row, dict) and all(isinstance(row[name], kind) for name, kind in _METRIC.items())
+        except (ValueError, KeyError, RecursionError):
+            sound = False
+        if sound:
+            rows.append(row)
+        elif number < len(lines):
+            raise RequestError(f"{path}: line {number} is no metric; the same command writes the file again")
+    frame = pd.DataFrame(rows, columns=list(_METRIC))
+    return frame.astype({"step": "int64", "value": "float64"})
+
+
+def _label_counts(folder: Path, summary: Mapping[str, Any]) -> np.ndarray | None:
+    """Of summary.json, else of label_counts.json."""
+    rows = summary.get("label_counts") or _json(folder / "label_counts.json").get("label_counts")
+    if rows is None:
+        return None
+    try:
+        counts = np.array(rows, dtype=np.int64)
+    except (ValueError, TypeError, OverflowError):
+        counts = np.empty(0)
+    if counts.ndim != 2 or not counts.size or (counts < 0).any():
+        raise RequestError(f"{folder}: its label counts are no table of whole numbers, clients by classes")
+    return counts
+
+
+def _store_of(folder: Path) -> Store | None:
+    """The storage that a run's or a trial's folder lies in."""
+    for above in list(folder.parents)[:4]:
+        if (above / OBJECTS).is_dir():
+            return Store(above, create=False)
+    return None

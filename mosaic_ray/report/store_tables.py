@@ -1,0 +1,152 @@
+"""What `mosaic store` says: tables for a terminal, and the same as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from ..runs.provenance import UNNAMED
+from ..storage.gc import Entry, Garbage, Inventory, Plan, Verdict
+from ..storage.store import CHECKPOINTS, OBJECTS
+from .tables import _table
+
+#: Users of one result that are named; more are counted.
+MOST_USERS = 2
+
+
+def in_words(size: float) -> str:
+    """Bytes for a person, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+# --- ls --------------------------------------------------------------------------------------------------------------
+
+
+def listing(holdings: Inventory) -> list[RenderableType | str]:
+    """Every result: when it was stored, its size, who uses it. A run's per-client results share a row."""
+    users = holdings.used_by()
+    rows: dict[Any, list[Entry]] = {}
+    for entry in holdings.entries:
+        together = (entry.kind, entry.stage, *users.get(entry.key, ())) if entry.stage in UNNAMED else entry.folder
+        rows.setdefault(together, []).append(entry)
+    table = _table("result", "size", "when")
+    table.add_column("used by")
+    for entries in sorted(rows.values(), key=lambda found: max(entry.when for entry in found)):
+        first = entries[0]
+        name = first.key if len(entries) == 1 else f"{first.stage}-... ({len(entries)} of them)"
+        when = datetime.fromtimestamp(max(entry.when for entry in entries)).strftime("%Y-%m-%d %H:%M")
+        table.add_row(Text(name), in_words(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
+    return [table, "", _totals(holdings)] if rows else ["no results"]
+
+
+def _whose(entry: Entry, users: dict[str, list[str]]) -> str:
+    if not entry.whole:
+        return "unfinished"
+    if entry.kind == CHECKPOINTS:
+        return "checkpoint"
+    names = users.get(entry.key, [])
+    more = f" and {len(names) - MOST_USERS} more" if len(names) > MOST_USERS else ""
+    return ", ".join(names[:MOST_USERS]) + more or "nobody"
+
+
+def _totals(holdings: Inventory) -> str:
+    used, results, checkpoints = holdings.used_by(), holdings.of(OBJECTS), holdings.of(CHECKPOINTS)
+    idle = [entry for entry in results if entry.key not in used]
+    runs = sum(user.name.startswith("run ") for user in holdings.users)
+    said = [
+        f"{_sum(results, 'result')}, used by {_count(runs, 'run')} and {_count(len(holdings.users) - runs, 'trial')}"
+    ]
+    if idle:
+        said.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
+    if checkpoints:
+        said.append(_sum(checkpoints, "checkpoint"))
+    return "; ".join(said)
+
+
+def _sum(entries: Sequence[Entry], word: str) -> str:
+    return f"{_count(len(entries), word)}, {in_words(sum(entry.size for entry in entries))}"
+
+
+def listed(holdings: Inventory) -> dict[str, Any]:
+    """For ``--json``: every key by itself."""
+    users = holdings.used_by()
+    return {
+        "results": [_facts(entry) | {"used_by": users.get(entry.key, [])} for entry in holdings.of(OBJECTS)],
+        "checkpoints": [_facts(entry) for entry in holdings.of(CHECKPOINTS)],
+        "users": [{"name": user.name, "status": user.status, "traced": user.sure} for user in holdings.users],
+        "bytes": sum(entry.size for entry in holdings.entries),
+    }
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    return {
+        "key": entry.key, "stage": entry.stage, "bytes": entry.size, "whole": entry.whole,
+        "when": datetime.fromtimestamp(entry.when).astimezone().isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+# --- gc --------------------------------------------------------------------------------------------------------------
+
+
+def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
+    """What went, or would go, and what stays for now."""
+    word = "would free" if dry_run else "freed"
+    parts: list[RenderableType | str] = []
+    if plan.free:
+        table = _table(word, "size")
+        table.add_column("why")
+        for leftover in plan.free:
+            table.add_row(Text(f"{leftover.what} {leftover.name}"), in_words(leftover.size), Text(leftover.why))
+        parts += [table, ""]
+    parts.append(f"{word} {in_words(_bytes(plan.free))} in {_count(len(plan.free), 'place')}")
+    parts += [f"stays: {_sum(entries, 'result')}: {why}" for why, entries in _sorted(plan)]
+    return parts
+
+
+def _bytes(leftovers: Iterable[Garbage]) -> int:
+    return sum(leftover.size for leftover in leftovers)
+
+
+def _sorted(plan: Plan) -> list[tuple[str, list[Entry]]]:
+    return sorted(plan.stay.items(), key=lambda item: -sum(entry.size for entry in item[1]))
+
+
+def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
+    """For ``--json``."""
+    return {
+        "dry_run": dry_run,
+        "freed": [{"what": x.what, "name": x.name, "bytes": x.size, "why": x.why} for x in plan.free],
+        "bytes": _bytes(plan.free),
+        "stays": [
+            {"why": why, "names": [entry.folder for entry in entries], "bytes": sum(entry.size for entry in entries)}
+            for why, entries in _sorted(plan)
+        ],
+    }
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+
+def verdict(found: Verdict) -> list[RenderableType | str]:
+    """What is damaged, and how much was looked at."""
+    parts: list[RenderableType | str] = []
+    if found.damaged:
+        table = _table("damaged")
+        table.add_column("why")
+        for folder, why in found.damaged.items():
+            table.add_row(Text(folder), Text(why))
+        parts = [table, ""]
+    bad = f"{len(found.damaged):,} damaged; a run that needs one computes it again" if found.damaged else "all sound"
+    return [*parts, f"{found.results:,} results and checkpoints, {in_words(found.size)} hashed: {bad}"]

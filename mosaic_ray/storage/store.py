@@ -1,0 +1,392 @@
+"""Stage results under the hash of what they depend on, so that a killed run resumes and a sweep pays once.
+
+Layout under the storage path, local or any URI that ``pyarrow.fs`` opens::
+
+    objects/<key>/manifest.json                      facts, session, and each payload's name, size and SHA-256
+    objects/<key>/part-<12 hex of SHA-256>.safetensors
+    checkpoints/<key>/...                            the same format; a new save replaces the old one
+    leases/...                                       who computes what right now; see ``leases``
+
+A result exists once its manifest does. The manifest is written last and appears whole (locally a temporary file is
+renamed into place, elsewhere it is a single put), and payloads are named by content, so a kill at any moment leaves
+the old result or the new one, and writers of one key cannot spoil each other. What a killed writer leaves is not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ..core.errors import RequestError, RunError
+from ..core.types import Weights
+from .filesystem import OPENING_SECONDS, Files
+from .hashing import canonical, plain
+from .hashing import stage_key as stage_key  # where others look for it
+from .locks import Lease, Leases
+from .uri import CREDENTIALS, below, open_uri, reason, remedy, without_secrets
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+OBJECTS, CHECKPOINTS = "objects", "checkpoints"
+MIN_FREE_BYTES = 64 << 20
+
+#: Named groups of named arrays.
+Parts = Mapping[str, Mapping[str, np.ndarray]]
+
+
+class CorruptResult(RunError):
+    """A payload vanished or changed after ``Store.get`` verified it; asking ``get`` again gives None."""
+
+    def __init__(self, key: str, part: str, why: str) -> None:
+        super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}')
+        self.key, self.part, self.why = key, part, why
+
+    def at(self, stage: str) -> CorruptResult:
+        """See ``RunError``; stays what it is, so that the run can begin again."""
+        located = CorruptResult(self.key, self.part, self.why)
+        located.stage = self.stage or stage
+        return located
+
+
+class Damage(Exception):
+    """``(file name, why)``: a stored file is not what its manifest says."""
+
+
+def _name(key: str) -> str:
+    """``key``, if it can be the name of a file."""
+    if not key or key.startswith(".") or "/" in key:
+        raise ValueError(f"{key!r} cannot name a stage result")
+    return key
+
+
+def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
+    """``arrays`` as safetensors."""
+    # safetensors writes the buffer as it lies in memory, so a transposed view would silently come back shuffled
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    try:
+        return safetensors.numpy.save(whole)
+    except safetensors.SafetensorError as error:
+        shown = ", ".join(f"{name} {array.dtype}" for name, array in whole.items() if array.dtype.kind not in "biuf")
+        raise ValueError(f'part "{part}" ({shown}): {error}') from None
+
+
+class StageResult:
+    """A finished stage: ``facts`` (plain JSON) and named ``parts`` of arrays, read from the store when asked for."""
+
+    def __init__(self, store: Store, folder: str, manifest: Mapping[str, Any]) -> None:
+        self._store, self._folder, self._entries = store, folder, manifest["files"]
+        self.key: str = manifest["key"]
+        self.facts: dict[str, Any] = manifest["facts"]
+        self.parts: tuple[str, ...] = tuple(self._entries)
+
+    def load(self, part: str) -> Weights:
+        """The arrays of ``part``, in the order in which they were added: fresh, writable copies.
+
+        The bytes are hashed again here; ``CorruptResult`` where they vanished or changed since ``get``, ``RunError``
+        where the storage fails.
+        """
+        entry = self._entries[part]
+        try:
+            data = self._store._files.read(f"{self._folder}/{entry['name']}")
+        except OSError as error:
+            self._store._unless_damaged(error, self._folder, self.key)
+            raise CorruptResult(self.key, part, reason(error)) from None
+        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            raise CorruptResult(self.key, part, "its SHA-256 differs")
+        arrays = safetensors.numpy.load(data)
+        return {name: arrays[name] for name in entry["arrays"]}
+
+
+class StageWriter:
+    """A result in the making; nothing of it can be seen until ``commit``."""
+
+    def __init__(self, store: Store, room: str, key: str) -> None:
+        self._store, self._room, self._key = store, room, _name(key)
+        self._entries: dict[str, dict[str, Any]] = {}
+
+    def add(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write ``arrays`` (numbers of any shape) as one file now, so that nothing of them need stay in memory."""
+        data = _encode(part, arrays)
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"part-{digest[:12]}.safetensors"
+        self._put(name, data)
+        self._entries[part] = {"name": name, "size": len(data), "sha256": digest, "arrays": list(arrays)}
+
+    def commit(self, facts: Mapping[str, Any]) -> StageResult:
+        """Make the result visible, all at once. ``facts`` come back as JSON holds them (tuples as lists)."""
+        manifest = {
+            "key": self._key,
+            "version": FORMAT,
+            "session": self._store.session,
+            "facts": plain(facts, "facts"),
+            "files": dict(self._entries),
+        }
+        # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
+        sealed = manifest | {"sha256": hashlib.sha256(canonical(manifest)).hexdigest()}
+        self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
+        if self._room == OBJECTS:
+            self._store.used.add(self._key)
+        return StageResult(self._store, f"{self._room}/{self._key}", manifest)
+
+    def _put(self, name: str, data: bytes) -> None:
+        try:
+            self._store._files.put(f"{self._room}/{self._key}/{name}", data)
+        except OSError as error:
+            raise self._store._failure(error, f"writing {self._room}/{self._key}", self._key) from error
+
+
+class Store:
+    """Results and checkpoints under ``uri``: a local path, or file://, s3://, gs:// and what else pyarrow.fs knows.
+
+    Everything written is marked with the ``session``, of which each store has its own unless one is given.
+    ``create=False``: ``RequestError`` where nothing is stored yet.
+    ``fresh`` hides whatever another session wrote; writing still replaces it.
+    ``say`` is told, in a line, of every damaged result that will be computed again, and of storage in trouble.
+    What fails for a while only is tried again (``files``); ``RunError`` where it goes on.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        fresh: bool = False,
+        session: str | None = None,
+        create: bool = True,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.uri, self.fresh = os.fspath(uri), fresh
+        if (shown := without_secrets(self.uri)) != self.uri:
+            raise RequestError(f"--storage {shown}: a URI is shown and stored, so it holds no secrets; {CREDENTIALS}")
+        self.session = session or uuid.uuid4().hex
+        self.say = say or (lambda text: None)
+        self.used: set[str] = set()  #: keys of the results that were found or stored here
+        try:
+            self._files = Files(*open_uri(self.uri))
+            self._files.say = lambda text: self.say(f"{self.uri}: {text}")
+            if not create and not self._opening().exists():
+                raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
+            if self._files.local:
+                os.makedirs(self._files.root, exist_ok=True)
+            self._leases = Leases(self._files)
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise self._refuse(error) from None
+
+    @property
+    def local_root(self) -> Path | None:
+        """The storage folder where it is a local one."""
+        return Path(self._files.root) if self._files.local else None
+
+    @property
+    def files(self) -> Files:
+        """The storage's files, by names relative to it."""
+        return self._files
+
+    @property
+    def leases(self) -> Leases:
+        """Who computes what right now."""
+        return self._leases
+
+    def _opening(self) -> Files:
+        """The same files with little patience: what fails at first is more often the request than the storage."""
+        return Files(self._files.filesystem, self._files.root, OPENING_SECONDS)
+
+    def check_writable(self) -> None:
+        """``RequestError`` unless a file of 1 MiB can be written and removed, and a local disk has room for more."""
+        files = self._opening()
+        probe = f"{OBJECTS}/.probe-{uuid.uuid4().hex}"
+        try:
+            if self._files.local and (free := shutil.disk_usage(self._files.root).free) < MIN_FREE_BYTES:
+                raise RequestError(
+                    f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, "
+                    f"{MIN_FREE_BYTES >> 20} MiB needed); make room or name another folder"
+                )
+            files.put(probe, bytes(1 << 20))
+            files.delete(probe)
+        except OSError as error:
+            raise self._refuse(error) from None
+
+    def get(self, key: str) -> StageResult | None:
+        """The result under ``key`` with every byte verified; None where it is absent or damaged (said, and removed)."""
+        found = self._get(OBJECTS, key, "stage result {} is damaged ({}: {}); computing it again")
+        if found is not None:
+            self.used.add(key)
+        return found
+
+    def writer(self, key: str) -> StageWriter:
+        """A result to be filled part by part."""
+        return StageWriter(self, OBJECTS, key)
+
+    def put(self, key: str, facts: Mapping[str, Any], parts: Parts | None = None) -> StageResult:
+        """A whole result at once."""
+        return self._fill(self.writer(key), facts, parts or {})
+
+    def discard(self, key: str) -> None:
+        """Remove the result under ``key``, so that it is computed again."""
+        try:
+            self._forget(f"{OBJECTS}/{key}")
+        except OSError as error:
+            raise self._failure(error, f"removing {OBJECTS}/{key}", key) from error
+
+    def try_lease(self, key: str) -> Lease | None:
+        """The sole right to compute ``key``, across threads, processes and machines; None where somebody has it."""
+        try:
+            lease = self._leases.take(_name(key))
+        except OSError as error:
+            raise self._failure(error, f"leasing {key}", key) from error
+        if lease:
+            self._files.tidy(f"{OBJECTS}/{key}")
+        return lease
+
+    def get_or_lease(self, key: str) -> StageResult | Lease | None:
+        """The result under ``key``, else the lease to compute it; None while somebody else computes it: ask again."""
+        found = self.get(key)
+        lease = None if found else self.try_lease(key)
+        if lease is None:
+            return found
+        with contextlib.ExitStack() as release:
+            release.enter_context(lease)
+            found = self.get(key)  # it may have been finished between the look and the lease
+            if found is None:
+                release.pop_all()
+                return lease
+        return found
+
+    def upload(self, folder: Path, name: str) -> None:
+        """Copy a local folder's files below ``name`` in this storage (for storage that is not a local path)."""
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            self._files.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def read(self, name: str) -> bytes:
+        """A file beside the results, such as a sweep's plan; ``name`` is relative to the storage."""
+        return self._files.read(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replace such a file: whole or not at all."""
+        try:
+            self._files.put(name, data)
+        except OSError as error:
+            raise RunError(f"storage {self.uri}: {reason(error)} while writing {name}") from error
+
+    def names(self, folder: str) -> list[str]:
+        """What lies in ``folder``; nothing where there is none."""
+        return self._files.names(folder)
+
+    def move(self, folder: str, to: str) -> None:
+        """Rename a folder."""
+        self._files.move(folder, to)
+
+    def where(self, name: str) -> str:
+        """The path or the URI of a file or folder here, for others to open: a URI's query stays at its end."""
+        return str(self.local_root / name) if self.local_root else below(self.uri, name)
+
+    def save_checkpoint(self, key: str, facts: Mapping[str, Any], parts: Parts) -> None:
+        """Replace the checkpoint under ``key``: until the new one is whole, the old one stands."""
+        kept = self._fill(StageWriter(self, CHECKPOINTS, key), facts, parts)
+        current = {entry["name"] for entry in kept._entries.values()}
+        with contextlib.suppress(OSError):  # what cannot be tidied now is tidied by the next save or the drop
+            for name in self._files.names(f"{CHECKPOINTS}/{key}"):
+                if name.startswith("part-") and name.endswith(".safetensors") and name not in current:
+                    self._files.delete(f"{CHECKPOINTS}/{key}/{name}")
+
+    def load_checkpoint(self, key: str) -> StageResult | None:
+        """The newest whole checkpoint under ``key``, verified; None where there is none, or a damaged one (said)."""
+        return self._get(CHECKPOINTS, key, "checkpoint {} is damaged ({}: {}); starting its stage again")
+
+    def drop_checkpoint(self, key: str) -> None:
+        """Remove the checkpoint under ``key``, if there is one."""
+        with contextlib.suppress(OSError):  # a leftover checkpoint is only disk space: its stage's result comes first
+            self._files.delete_folder(f"{CHECKPOINTS}/{key}")
+
+    def manifest(self, room: str, key: str) -> dict[str, Any] | None:
+        """What is recorded of a result or checkpoint, its checksum verified (``Damage``); None where there is none."""
+        folder = f"{room}/{key}"
+        try:
+            manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
+            seal = manifest.pop("sha256")
+            sound = seal == hashlib.sha256(canonical(manifest)).hexdigest()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            self._unless_damaged(error, folder, key)
+            raise Damage(MANIFEST, reason(error)) from None
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            raise Damage(MANIFEST, "not a whole manifest") from None
+        if not sound:
+            raise Damage(MANIFEST, "its SHA-256 differs")
+        if (manifest["key"], manifest["version"]) != (key, FORMAT):
+            raise Damage(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
+        return manifest
+
+    def verify(self, room: str, manifest: Mapping[str, Any]) -> None:
+        """Hash every byte that belongs to ``manifest``; ``Damage`` where it is not what was written."""
+        folder = f"{room}/{manifest['key']}"
+        for entry in manifest["files"].values():
+            self._verify(folder, entry)
+
+    def _verify(self, folder: str, entry: Mapping[str, Any]) -> None:
+        try:
+            size, digest = self._files.digest(f"{folder}/{entry['name']}")
+        except FileNotFoundError:
+            raise Damage(entry["name"], "it is missing") from None
+        except OSError as error:
+            self._unless_damaged(error, folder, folder.rpartition("/")[2])
+            raise Damage(entry["name"], reason(error)) from None
+        if size != entry["size"]:
+            raise Damage(entry["name"], f"{size} bytes instead of {entry['size']}")
+        if digest != entry["sha256"]:
+            raise Damage(entry["name"], "its SHA-256 differs")
+
+    @staticmethod
+    def _fill(writer: StageWriter, facts: Mapping[str, Any], parts: Parts) -> StageResult:
+        for part, arrays in parts.items():
+            writer.add(part, arrays)
+        return writer.commit(facts)
+
+    def _get(self, room: str, key: str, complaint: str) -> StageResult | None:
+        folder = f"{room}/{key}"
+        try:
+            manifest = self.manifest(room, key)
+            if manifest is None or (self.fresh and manifest.get("session") != self.session):
+                return None
+            self.verify(room, manifest)
+        except Damage as damage:
+            self.say(complaint.format(key, *damage.args))
+            with contextlib.suppress(OSError):
+                self._forget(folder)
+            return None
+        return StageResult(self, folder, manifest)
+
+    def _forget(self, folder: str) -> None:
+        # Only the manifest goes: a neighbour may be putting or reading the same payload right at this moment.
+        self._files.delete(f"{folder}/{MANIFEST}")
+
+    def _unless_damaged(self, error: OSError, folder: str, key: str) -> None:
+        """``RunError`` where not one file but the storage is what fails."""
+        one_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        if self._files.local:  # a disk has bad sectors, and files that others own
+            one_file |= error.errno == errno.EIO or not self._files.may_pass(error)
+        if not one_file:
+            raise self._failure(error, f"reading {folder}", key) from error
+
+    def _failure(self, error: OSError, doing: str, key: str) -> RunError:
+        why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
+        return RunError(
+            f"storage {self.uri}: {why} while {doing}; mend it and give the same command again to resume",
+            stage=key.rpartition("-")[0] or None,
+        )
+
+    def _refuse(self, error: Exception) -> RequestError:
+        why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+        return RequestError(f"--storage {self.uri}: {why}; {remedy(error)}")

@@ -1,0 +1,258 @@
+"""What all studies share: seeds run one after another on the experiment's own stages, results on disk, a table.
+
+A study is a part of a run: it asks for the very stages that `mosaic run` asks for, so whatever either has computed the
+other finds in the store, and a killed command resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config.resolve import as_dict, override, to_toml
+from ..config.schema import ExperimentConfig
+from ..core.errors import RunError
+from ..core.types import Dataset
+from ..storage.hashing import stage_key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+    from ..execution.placement import Placement
+    from ..methods.mosaic.client_uploads import Generators
+    from ..pipeline.context import Run
+    from ..pipeline.partition import Shards
+    from ..pipeline.rounds import Warmup
+    from ..storage.store import StageResult, StageWriter, Store
+    from ..tracking.progress import Stage
+    from ..tracking.tracker import Tracker
+
+#: A line of results: names and plain values. Those of ``Study.by`` say of what, with the seed; lists are per class.
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StudyContext:
+    """Where a study works: data, storage, what people see, who hosts clients, and the study's own options."""
+
+    dataset: Dataset
+    store: Store
+    tracker: Tracker
+    hosts: Placement
+    options: Mapping[str, Any]
+
+    @contextlib.contextmanager
+    def run(self, config: ExperimentConfig) -> Iterator[Run]:
+        """A run of ``config`` whose stages can be asked for one by one."""
+        import torch
+
+        from ..federated.client import ClientContext
+        from ..pipeline.context import Run
+
+        torch.set_num_threads(config.runtime.driver_threads)
+        device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
+        run = Run(config, self.dataset, ClientContext(config, self.dataset.facts, device), self.store, self.tracker)
+        run.cohort = self.hosts.cohort(config, self.dataset.facts, run.shard, self.tracker.say)
+        try:
+            yield run
+        finally:
+            run.cohort.close()
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study: what it measures with one seed, and how its results are shown.
+
+    ``measure(desk, config)`` gives a stage's result with the rows as facts and arrays as the part "arrays". ``columns``
+    maps a row's numbers to a heading and a format; rows that agree in ``by`` are one column of the table, over seeds.
+    ``figure`` draws on an empty figure.
+    """
+
+    name: str
+    measure: Callable[[StudyContext, ExperimentConfig], StageResult]
+    by: str
+    columns: Mapping[str, tuple[str, str]]
+    figure: Callable[[Figure, Sequence[Row], Mapping[str, np.ndarray]], None]
+    check: Callable[[ExperimentConfig, Dataset, Mapping[str, Any]], None] = lambda config, dataset, options: None
+
+
+def uploads(run: Run) -> tuple[Shards, Warmup, Generators]:
+    """What clients have after the stages that studies begin with: images, models, generators."""
+    from ..methods.mosaic.client_uploads import generators_stage
+    from ..pipeline.partition import partition_stage, refuse_small
+    from ..pipeline.rounds import warmup_stage
+
+    shards = partition_stage(run)
+    refuse_small(shards)
+    warmup = warmup_stage(run, shards)
+    return shards, warmup, generators_stage(run, shards, warmup)
+
+
+def measured(
+    run: Run,
+    study: str,
+    version: int,
+    knobs: Mapping[str, Any],
+    upstream: Sequence[str],
+    compute: Callable[[], tuple[list[Row], dict[str, np.ndarray]]],
+) -> StageResult:
+    """``compute``'s rows and arrays as a stored result; ``version`` rises when its mathematics changes."""
+    name = study.replace("-", "_")
+    own = {"seed": run.config.seed, "threads": run.config.runtime.driver_threads}
+
+    def work(writer: StageWriter, progress: Stage) -> dict[str, Any]:
+        rows, arrays = compute()
+        writer.add("arrays", arrays)
+        progress.advance()
+        return {"rows": rows}
+
+    return run.stage(name, stage_key(name, version, {**knobs, **own}, upstream), work, total=1, unit="look")
+
+
+def run_study(
+    study: Study,
+    config: ExperimentConfig,
+    seeds: Sequence[int],
+    options: Mapping[str, Any],
+    *,
+    storage: str = "./mosaic_runs",
+    name: str | None = None,
+    address: str = "local",
+    fresh: bool = False,
+    command: str = "",
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Measure with every seed and write results.json, results.csv, figure.png and config.toml; returns results.json.
+
+    Its ``keys`` are the stage results behind it, which `mosaic store gc` keeps.
+
+    ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
+    """
+    from ..execution.placement import Placement
+    from ..runs.runner import check_name, prepare, settle_precision
+    from ..tracking.tracker import Tracker
+
+    check_name(name, "experiments")
+    dataset, store = prepare(config, storage, address, fresh)
+    study.check(config, dataset, options)
+    config = settle_precision(config)
+    place = f"experiments/{name or default_name(study, config, seeds, options)}"
+    with Tracker(None, progress=progress) as tracker:
+        store.say = tracker.warn
+        study_context = StudyContext(dataset, store, tracker, Placement(address), options)
+        results = [_one_seed(study, study_context, override(config, {"seed": seed})) for seed in seeds]
+    rows: list[Row] = [{"seed": seed, **row} for seed, r in zip(seeds, results, strict=True) for row in r.facts["rows"]]
+    found = {
+        "study": study.name, "command": command, "seeds": list(seeds), "options": dict(options),
+        "summary": over_seeds(rows, study), "rows": rows, "config": as_dict(config),
+        "paths": {"results": store.where(place)}, "keys": sorted(store.used),
+    }  # fmt: skip
+    title = f"{study.name}: {config.data.name}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    files = {
+        "config.toml": to_toml(config).encode(),
+        "results.csv": as_csv(rows).encode(),
+        "figure.png": _png(title, lambda figure: study.figure(figure, rows, results[0].load("arrays"))),
+        "results.json": (json.dumps(found, indent=1) + "\n").encode(),  # last: where it is, all are
+    }
+    for file, data in files.items():
+        store.write(f"{place}/{file}", data)
+    return found
+
+
+def _one_seed(study: Study, study_context: StudyContext, config: ExperimentConfig) -> StageResult:
+    """As ``launch.execute`` does, begun again where a stored result turns out to be damaged."""
+    from ..runs.runner import MAX_REPAIRS
+    from ..storage.store import CorruptResult
+
+    for _ in range(MAX_REPAIRS):
+        try:
+            return study.measure(study_context, config)
+        except CorruptResult as damaged:
+            study_context.store.discard(damaged.key)
+    raise RunError(f"stored results under {study_context.store.uri} keep being damaged; is the disk sound?")
+
+
+def default_name(study: Study, config: ExperimentConfig, seeds: Sequence[int], options: Mapping[str, Any]) -> str:
+    """The same request gives the same name."""
+    asked = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
+    data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
+    return f"{study.name}-{data}-{stage_key('study', 1, asked, []).rpartition('-')[2][:8]}"
+
+
+def over_seeds(rows: Sequence[Row], study: Study) -> list[dict[str, Any]]:
+    """A line for each value of ``study.by``: mean, sd (n - 1) and number of the seeds' values that there are."""
+    lines = []
+    for what in dict.fromkeys(row[study.by] for row in rows):
+        line: dict[str, Any] = {study.by: what}
+        for column in study.columns:
+            values = [row[column] for row in rows if row[study.by] == what and row.get(column) is not None]
+            line[column] = {
+                "mean": float(np.mean(values)) if values else None,
+                "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "seeds": len(values),
+            }
+        lines.append(line)
+    return lines
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line a row; of a list a column for each entry."""
+    flat = []
+    for row in rows:
+        line: Row = {}
+        for name, value in row.items():
+            line |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+        flat.append(line)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for line in flat for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def table(study: Study, found: Mapping[str, Any]) -> RenderableType:
+    """``found``'s summary for a terminal, a row a figure: mean ± sd over the seeds."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
+    shown.add_column(Text(f"seeds {', '.join(map(str, found['seeds']))}"), no_wrap=True)
+    for line in found["summary"]:
+        shown.add_column(Text(line[study.by]), justify="right", overflow="fold")
+    for name, (heading, form) in study.columns.items():
+        shown.add_row(Text(heading), *(Text(in_words(line[name], form)) for line in found["summary"]))
+    return shown
+
+
+def in_words(value: Mapping[str, Any], form: str) -> str:
+    """``mean ± sd`` in the format ``form``; a dash where nothing was measured."""
+    if value["mean"] is None:
+        return "–"
+    return f"{value['mean']:{form}}" + ("" if value["sd"] is None else f" ± {value['sd']:{form.lstrip('+')}}")
+
+
+def _png(title: str, draw: Callable[[Figure], None]) -> bytes:
+    """The picture that ``draw`` makes of an empty figure; drawn through objects, so that nothing global is touched."""
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with style.context("default"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
+        figure = Figure((11, 4.2), dpi=110, layout="constrained")
+        FigureCanvasAgg(figure)
+        figure.suptitle(title, size=11, parse_math=False)
+        draw(figure)
+        out = io.BytesIO()
+        figure.savefig(out, format="png")
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""Many experiments: search spaces, Ray Tune, results."""

@@ -1,0 +1,193 @@
+"""A sweep's results: one row a trial as parquet and csv, the closing table, and TensorBoard's HParams view.
+
+Configurations are chosen by ``selection`` (validation images, or held-out prototypes), never by test accuracy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+
+from ..config.resolve import KNOBS, dotted
+from ..core.errors import RequestError
+from ..core.types import ROLES, STAGES
+
+#: What TensorBoard compares trials by, and the column of each.
+HPARAM_METRICS = {
+    "selection": "selection", "accuracy/final": "accuracy_final", "accuracy/control": "accuracy_control",
+    "accuracy/gain": "gain",
+}  # fmt: skip
+
+#: Sorts after the trial's own event file, which TensorBoard therefore reads first; one name, so that again replaces.
+HPARAMS_FILE = "events.out.tfevents.9999999999.hparams"
+
+Row = dict[str, Any]
+Point = list[Row]  # the finished trials of one configuration
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended: ``knobs`` are the swept ones alone, ``summary`` is the content of summary.json."""
+
+    trial: str
+    point: int
+    seed: int
+    knobs: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _schema() -> pa.Schema:
+    """Every column, whatever the rows hold; a list of numbers is JSON text."""
+    types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    whole, number, text, flag = pa.int64(), pa.float64(), pa.string(), pa.bool_()
+    columns = {
+        "trial": text, "point": whole, "seed": whole, "status": text,
+        "error": text, "error_stage": text, "error_round": whole, "error_client": whole,
+    }  # fmt: skip
+    columns |= {name: types.get(knob.type, text) for name, knob in KNOBS.items() if name not in columns}
+    columns |= {f"accuracy_{role}": number for role in ROLES} | {f"validation_{role}": number for role in ROLES}
+    columns |= {"selection_metric": text, "selection": number, "gain": number}
+    columns |= {f"seconds_{stage}": number for stage in STAGES} | {f"cached_{stage}": flag for stage in STAGES}
+    columns |= {"waited_seconds": number, "communication_uplink": whole, "communication_downlink": whole}
+    return pa.schema(list((columns | {"health": text}).items()))
+
+
+SCHEMA = _schema()
+
+#: Columns that tell how long it took and who computed what; two sweeps of one plan agree in all others.
+NOT_REPRODUCIBLE = (
+    *(f"seconds_{stage}" for stage in STAGES), *(f"cached_{stage}" for stage in STAGES), "waited_seconds",
+)  # fmt: skip
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _row(result: TrialResult) -> Row:
+    """A trial under the names of ``SCHEMA``; what its summary does not tell is None."""
+    summary, row = result.summary, dict.fromkeys(SCHEMA.names)
+    for name, value in (dict(result.knobs) | dotted(summary.get("config") or {})).items():
+        if name in KNOBS:  # a summary of another version may name others
+            row[name] = json.dumps(list(value)) if isinstance(value, list | tuple) else value
+    row |= {"trial": result.trial, "point": result.point, "seed": result.seed}
+    row |= {what: summary.get(what) for what in ("status", "error")}
+    row |= {f"error_{what}": summary.get(what) for what in ("stage", "round", "client")}
+    for column, kind in (("accuracy", "accuracy"), ("validation", "validation_accuracy")):
+        row |= {f"{column}_{role}": _finite((summary.get(kind) or {}).get(role)) for role in ROLES}
+    if None not in (row["accuracy_final"], row["accuracy_control"]):
+        row["gain"] = row["accuracy_final"] - row["accuracy_control"]
+    selection = summary.get("selection") or {}
+    row |= {"selection_metric": selection.get("metric"), "selection": _finite(selection.get("value"))}
+    stages = {name: facts for name, facts in (summary.get("stages") or {}).items() if name in STAGES}
+    row |= {f"seconds_{name}": facts.get("computed_seconds") for name, facts in stages.items()}
+    row |= {f"cached_{name}": facts.get("cached") for name, facts in stages.items()}
+    if stages:
+        row["waited_seconds"] = float(sum(facts.get("waited_seconds") or 0.0 for facts in stages.values()))
+    for way, kinds in (summary.get("communication_bytes") or {}).items():
+        row[f"communication_{way}"] = sum(kinds.values())
+    if "health" in summary:
+        row["health"] = ",".join(sorted({finding["code"] for finding in summary["health"]}))
+    return row
+
+
+def _rows(results: Iterable[TrialResult]) -> list[Row]:
+    return [_row(result) for result in sorted(results, key=lambda result: (result.point, result.seed))]
+
+
+def results_table(results: Iterable[TrialResult]) -> pa.Table:
+    """One row a trial, by point and seed, in the columns of ``SCHEMA``. Seconds are those of who computed the stage."""
+    return pa.Table.from_pylist(_rows(results), schema=SCHEMA)
+
+
+def results_files(table: pa.Table) -> dict[str, bytes]:
+    """results.csv and results.parquet."""
+    as_csv, as_parquet = pa.BufferOutputStream(), pa.BufferOutputStream()
+    pc.write_csv(table, as_csv)
+    pq.write_table(table, as_parquet, write_page_checksum=True)
+    return {"results.csv": as_csv.getvalue().to_pybytes(), "results.parquet": as_parquet.getvalue().to_pybytes()}
+
+
+def read_results(path: Path) -> pa.Table:
+    """results.parquet as it was written; ``RequestError`` where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
+    try:
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table.validate(full=True)
+    except (OSError, ValueError, pa.ArrowException):
+        table = pa.table({})
+    if not {"trial", "point", "seed", "status"} <= set(table.column_names):
+        raise RequestError(
+            f"{path}: damaged, half written or no sweep's results; remove it and give the same command again "
+            "(it is made again from the trials), or add --fresh"
+        )
+    return table
+
+
+# --- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
+    """The trial as a session of TensorBoard's HParams view: the event file ``HPARAMS_FILE`` beside its curves.
+
+    Every trial carries the same experiment (which knobs and metrics there are, and their types), as TensorBoard reads
+    whichever it meets first.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    row, now = _row(result), time.time()
+    number, text = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_STRING
+    types = {int: number, float: number, bool: api_pb2.DATA_TYPE_BOOL}
+    knobs = list(dict.fromkeys([*swept, "seed"]))
+    experiment = api_pb2.Experiment(
+        hparam_infos=[
+            api_pb2.HParamInfo(name=name, type=types.get(KNOBS[name].type, text), differs=True) for name in knobs
+        ],
+        metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in HPARAM_METRICS],
+    )
+    start = plugin_data_pb2.SessionStartInfo(start_time_secs=now)
+    for name in knobs:
+        if isinstance(row[name], bool):
+            start.hparams[name].bool_value = row[name]
+        elif isinstance(row[name], int | float):
+            start.hparams[name].number_value = row[name]
+        elif row[name] is not None:
+            start.hparams[name].string_value = row[name]
+    status = api_pb2.STATUS_FAILURE if row["status"] == "failed" else api_pb2.STATUS_SUCCESS
+    end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
+
+    told = {
+        metadata.EXPERIMENT_TAG: plugin_data_pb2.HParamsPluginData(experiment=experiment),
+        metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start),
+        metadata.SESSION_END_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_end_info=end),
+    }
+    summaries = [
+        Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR)
+        for tag, data in told.items()
+    ]
+    reached = {tag: row[column] for tag, column in HPARAM_METRICS.items() if row[column] is not None}
+    summaries += [Summary.Value(tag=tag, simple_value=value) for tag, value in reached.items()]
+    file = io.BytesIO()
+    writer = RecordWriter(file)
+    writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    writer.write(Event(wall_time=now, summary=Summary(value=summaries)).SerializeToString())
+    return file.getvalue()

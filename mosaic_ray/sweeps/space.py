@@ -1,0 +1,274 @@
+"""What a sweep tries: plans of knobs and points, where they are found, and how they are drawn.
+
+A space is a module with ``plan() -> SweepPlan``: one that ships in ``tune_spaces``, ``module:function``, or a file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import math
+import pkgutil
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config.presets import preset_knobs
+from ..config.resolve import KNOBS, check_value
+from ..config.user_code import function_of, import_module, users_code
+from ..core.errors import RequestError, neighbours
+
+SEARCHES = ("grid", "random", "optuna")
+SHIPPED = "tune_spaces"  # reached by name only: plans import this module, never the other way round
+
+#: Knobs of the rooms data and partition that do not set the problem: where files lie, and how a draw is mended.
+NOT_THE_PROBLEM = ("data.root", "data.download", "partition.policy", "partition.max_tries")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of ``values``."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """``low`` to ``high``, both included: uniform, or uniform in the logarithm. ``grid``: its points for a grid search.
+
+    A knob of type int draws whole numbers.
+    """
+
+    low: float
+    high: float
+    grid: tuple[float, ...] = ()
+    log: bool = False
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a space tries: ``knobs`` to be combined, or ``points`` tried as they stand (``{}`` is the base itself).
+
+    ``preset`` holds where the command line names none; ``base`` sets knobs for every point, below TOML and ``--set``.
+    """
+
+    summary: str
+    knobs: Mapping[str, Choice | Range] = field(default_factory=dict)
+    points: tuple[Mapping[str, Any], ...] = ()
+    preset: str = ""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    search: str = "grid"
+    samples: int = 16
+    seeds: tuple[int, ...] = ()
+
+
+# --- where spaces are found ------------------------------------------------------------------------------------------
+
+
+def list_spaces() -> dict[str, str]:
+    """The shipped spaces: name to summary."""
+    return {name: load_space(name)[1].summary for name in _shipped()}
+
+
+def load_space(word: str) -> tuple[str, SweepPlan]:
+    """A short name and the plan of ``word``: a shipped name, ``module:function``, or a path that ends in ``.py``."""
+    module, colon, function = word.partition(":")
+    if word.endswith(".py"):
+        return Path(word).stem, _plan_of(word, lambda: _run_file(word))
+    if not colon:
+        known = _shipped()
+        if word not in known:
+            near = neighbours(word, known)
+            raise RequestError(f"--space {word}: unknown space; {near} (or give module:function or FILE.py)")
+        return word, _plan_of(word, lambda: importlib.import_module(f"{SHIPPED}.{word}"))
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise RequestError(f"--space {word}: it takes a name, module:function or FILE.py")
+    plan = _plan_of(word, lambda: import_module(f"--space {word}", module), function)
+    return module.rsplit(".", 1)[-1] if function == "plan" else function, plan
+
+
+def _shipped() -> list[str]:
+    return sorted(found.name for found in pkgutil.iter_modules(importlib.import_module(SHIPPED).__path__))
+
+
+def _plan_of(word: str, load: Callable[[], types.ModuleType], function: str = "plan") -> SweepPlan:
+    """What ``function`` of the loaded module returns."""
+    with users_code(f"--space {word}"):
+        made = function_of(f"--space {word}", load(), function)()
+    if not isinstance(made, SweepPlan):
+        raise RequestError(f"--space {word}: {function}() returned {type(made).__name__}, not a SweepPlan")
+    return made
+
+
+def _run_file(path: str) -> types.ModuleType:
+    """The module of a file, compiled from what it says now: no stale cache is read and none is left beside it."""
+    spec = importlib.util.spec_from_file_location("_mosaic_space", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise RequestError(f"--space {path}: {error.strerror}") from None
+    exec(spec.loader.source_to_code(source, path), vars(module))
+    return module
+
+
+# --- what a plan may say ---------------------------------------------------------------------------------------------
+
+
+def check_space(name: str, plan: SweepPlan) -> None:
+    """``RequestError`` where a plan names an unknown knob or an impossible value, or contradicts itself."""
+    try:
+        _check(plan)
+    except RequestError as error:
+        raise RequestError(f"--space {name}: {error}") from None
+
+
+def _need(holds: Any, message: str) -> None:
+    if not holds:
+        raise RequestError(message)
+
+
+def _check(plan: SweepPlan) -> None:
+    _need(isinstance(plan.summary, str) and plan.summary, f"summary = {plan.summary!r}: it takes a line of text")
+    _need(isinstance(plan.knobs, Mapping), "knobs map a knob's name to a Choice or a Range")
+    _need(isinstance(plan.points, tuple | list), "points are a tuple of mappings, one a trial")
+    _need(plan.knobs or plan.points, "it has neither knobs nor points, so there is nothing to try")
+    _need(not (plan.knobs and plan.points), "it has knobs and points; give one of them")
+    for knob, domain in plan.knobs.items():
+        _check_swept(knob)
+        _check_domain(knob, domain)
+    for point in plan.points:
+        _need(isinstance(point, Mapping), f"points: {point!r} does not map knobs to values")
+        for knob in point:
+            _check_swept(knob)
+    points = [_typed(point) for point in plan.points]
+    _check_distinct("points", points)
+    _need(isinstance(plan.base, Mapping), "base maps knobs to values")
+    _typed(plan.base)
+    _need(isinstance(plan.preset, str), f"preset = {plan.preset!r}: it takes the name of a preset")
+    if plan.preset:
+        try:
+            preset_knobs(plan.preset)
+        except RequestError as error:
+            raise RequestError(str(error).removeprefix("--")) from None
+    _need(plan.search in SEARCHES, f"search = {plan.search}: it takes one of {', '.join(SEARCHES)}")
+    possible = type(plan.samples) is int and plan.samples >= 1
+    _need(possible, f"samples = {plan.samples!r}: it takes a whole number at least 1")
+    _need(isinstance(plan.seeds, tuple | list), f"seeds = {plan.seeds!r}: it takes a tuple of whole numbers")
+    for seed in plan.seeds:
+        _need(type(check_value("seed", seed)) is type(seed), f"seeds: {seed!r} is not a whole number")
+    _check_distinct("seeds", plan.seeds)
+
+
+def _check_swept(knob: Any) -> None:
+    _need(isinstance(knob, str), f"{knob!r}: a knob goes by its dotted name")
+    _need(knob != "seed", "seed: a space leaves seeds to --seeds (or to its plan's seeds)")
+    _need(knob != "algorithm", "algorithm: a preset of many knobs; sweep the knobs, or give --algorithm")
+
+
+def _check_domain(knob: str, domain: Any) -> None:
+    """Every value possible for ``knob``, and a range that has an inside."""
+    if isinstance(domain, Choice):
+        _need(isinstance(domain.values, tuple | list), f"{knob}: Choice takes a tuple of values")
+        _need(domain.values, f"{knob}: the Choice is empty")
+        _check_distinct(knob, _values(knob, domain.values))
+        return
+    _need(isinstance(domain, Range), f"{knob} = {domain!r}: it takes a Choice or a Range")
+    low, high = _values(knob, (domain.low, domain.high))
+    _need(KNOBS[knob].type in (int, float), f"{knob}: a Range is for numbers; it takes a Choice")
+    _need(low < high, f"{knob}: the Range {describe(domain)} needs low < high")
+    _need(low > 0 or not domain.log, f"{knob}: the Range {describe(domain)} needs low > 0 for its logarithm")
+    _need(isinstance(domain.grid, tuple | list), f"{knob}: the grid of a Range is a tuple of values")
+    grid = _values(knob, domain.grid)
+    for value in grid:
+        _need(low <= value <= high, f"{knob}: {_word(value)} of the grid is outside the Range {describe(domain)}")
+    _check_distinct(knob, grid)
+
+
+def _check_distinct(what: str, values: Iterable[Any]) -> None:
+    seen: list[Any] = []
+    for value in values:
+        _need(value not in seen, f"{what}: {_word(value)} is there twice")
+        seen.append(value)
+
+
+def _values(knob: str, values: Iterable[Any]) -> list[Any]:
+    return [check_value(knob, value) for value in values]
+
+
+def _typed(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {knob: check_value(knob, value) for knob, value in point.items()}
+
+
+# --- points ----------------------------------------------------------------------------------------------------------
+
+
+def grid_points(plan: SweepPlan) -> list[dict[str, Any]]:
+    """Every combination, the last knob varying fastest; or the explicit points."""
+    if plan.points:
+        return [_typed(point) for point in plan.points]
+    axes = []
+    for knob, domain in plan.knobs.items():
+        values = domain.values if isinstance(domain, Choice) else domain.grid
+        if not values:
+            raise RequestError(
+                f"--search grid: {knob} is a range ({describe(domain)}) without a grid; take --search random"
+            )
+        axes.append(_values(knob, values))
+    return [dict(zip(plan.knobs, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def random_points(plan: SweepPlan, samples: int, seed: int) -> list[dict[str, Any]]:
+    """``samples`` draws. Point i's value of a knob has the address (seed, "space", knob, i).
+
+    So the first points of a larger sweep are those of a smaller one, and a knob more moves none of the others.
+    """
+    if plan.points:
+        raise RequestError("--search random: the space lists its points; take --search grid")
+    return [{knob: _draw(knob, domain, seed, i) for knob, domain in plan.knobs.items()} for i in range(samples)]
+
+
+def _draw(knob: str, domain: Choice | Range, seed: int, index: int) -> Any:
+    from ..core.seeding import numpy_stream
+
+    draws = numpy_stream(seed, "space", knob, index)
+    if isinstance(domain, Choice):
+        return check_value(knob, domain.values[int(draws.integers(len(domain.values)))])
+    low, high = _values(knob, (domain.low, domain.high))
+    margin = 0.5 if isinstance(low, int) else 0.0  # a whole number stands for all that rounds to it
+    there, back = (math.log, math.exp) if domain.log else (float, float)
+    value = back(draws.uniform(there(low - margin), there(high + margin)))
+    value = round(value) if isinstance(low, int) else float(f"{value:.6g}")
+    return min(max(value, low), high)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def conditions(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``names`` that set the problem, not the method: a best configuration is chosen within each condition.
+
+    The rooms data and partition, less ``NOT_THE_PROBLEM``: accuracies at two values of these do not compare.
+    """
+    return tuple(n for n in names if n.startswith(("data.", "partition.")) and n not in NOT_THE_PROBLEM)
+
+
+def describe(domain: Choice | Range) -> str:
+    """``0.01, 0.1, 1`` or ``0.5 .. 2``; a logarithmic range says so."""
+    if isinstance(domain, Choice):
+        return ", ".join(map(_word, domain.values))
+    return f"{_word(domain.low)} .. {_word(domain.high)}" + (" (log)" if domain.log else "")
+
+
+def _word(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_word, value))}]"
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

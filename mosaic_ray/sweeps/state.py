@@ -1,0 +1,207 @@
+"""A sweep on disk: its plan, its trials and what has become of them, so that the same command resumes it.
+
+Layout below ``<storage>/sweeps/<name>/``: plan.json, trials/<trial>/ (a run's files each), results.parquet and .csv.
+A trial has ended when its summary.json says so; everything else can be made again from the store.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config.fields import short_names, shown
+from ..config.resolve import as_dict, dotted, override
+from ..config.schema import ExperimentConfig
+from ..config.validate import check
+from ..core.errors import RequestError
+
+if TYPE_CHECKING:
+    from ..storage.store import Store
+
+#: What summary.json says of a trial that is not run again. A failed one is tried again by the same command.
+ENDED = ("done", "stopped")
+
+#: How many differences between two plans are named.
+MOST_DIFFERENCES = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point with one seed. ``knobs``: what this point sets (the seed is not among them)."""
+
+    name: str
+    point: int
+    seed: int
+    knobs: dict[str, Any]
+    config: ExperimentConfig
+
+    @property
+    def label(self) -> str:
+        """The point and the seed in a few words."""
+        short = short_names(self.knobs)
+        words = [f"{short[name]}={shown(value)}" for name, value in self.knobs.items()]
+        return " ".join([*(words or ["base"]), f"seed={self.seed}"])
+
+
+def make_trials(
+    config: ExperimentConfig, points: Iterable[Mapping[str, Any]], seeds: Sequence[int], first: int = 0
+) -> list[Trial]:
+    """Every point with every seed, in order; ``RequestError`` names the point that cannot be."""
+    trials = []
+    for point, knobs in enumerate(points, first):
+        for seed in seeds:
+            try:
+                made = check(override(config, {**knobs, "seed": seed}))
+            except RequestError as error:
+                words = ", ".join(f"{name}={value}" for name, value in knobs.items())
+                raise RequestError(f"point {point} of the sweep ({words or 'the base'}): {error}") from None
+            trials.append(Trial(f"p{point:03d}s{seed}", point, seed, dict(knobs), made))
+    return trials
+
+
+def plan_name(facts: Mapping[str, Any]) -> str:
+    """The same request gives the same name, so that the same command resumes."""
+    from ..storage.store import stage_key
+
+    data = "".join(c if c.isalnum() else "_" for c in facts["base"]["data"]["name"].rpartition("/")[2])
+    space = "".join(c if c.isalnum() else "_" for c in facts["space"].rpartition("/")[2].removesuffix(".py"))
+    return f"{space}-{data}-{stage_key('sweep', 1, facts, []).rpartition('-')[2][:8]}"
+
+
+class Ledger:
+    """The files of the sweep ``name`` in ``store``."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.store, self.name, self.place = store, name, f"sweeps/{name}"
+        self.session: str | None = None
+        self.precision = ""
+
+    def begin(self, facts: Mapping[str, Any], fresh: bool, precision: str) -> None:
+        """Write plan.json, or find the same plan there. ``fresh`` moves what is there aside and begins anew.
+
+        ``precision``: this machine's; what the sweep began with counts, for trials of another precision would have to
+        run again.
+        ``RequestError`` for another plan under this name, and for files that are not whole.
+        """
+        facts = json.loads(json.dumps(facts))
+        if fresh:
+            self._move_aside()
+        old = self._read("plan.json")
+        for trial in self._names("trials"):
+            if re.fullmatch(r"p\d+s\d+", trial):
+                self.summary(trial)  # a damaged one is found out now, not once trials run
+        if old is None:
+            self.session, self.precision = uuid.uuid4().hex if fresh else None, precision
+            self._write("plan.json", {**facts, "session": self.session, "precision": precision})
+            return
+        self.session, self.precision = old.pop("session", None), old.pop("precision", precision)
+        if differs := _differences(old, facts):
+            more = f" and {len(differs) - MOST_DIFFERENCES} more" if len(differs) > MOST_DIFFERENCES else ""
+            raise RequestError(
+                f"--name {self.name}: that sweep has another plan ({'; '.join(differs[:MOST_DIFFERENCES])}{more}); "
+                "take another --name, or --fresh, which moves it aside"
+            )
+
+    def ended(self, trial: Trial) -> dict[str, Any] | None:
+        """The summary of a trial that need not run again."""
+        summary = self.summary(trial.name)
+        if summary is None or summary.get("status") not in ENDED:
+            return None
+        return summary if _same(summary, trial.config) else None
+
+    def summary(self, trial: str) -> dict[str, Any] | None:
+        """What summary.json of ``trial`` says; None where there is none yet."""
+        return self._read(f"trials/{trial}/summary.json")
+
+    def folder(self, trial: str) -> str:
+        """The place of a trial's files in the store."""
+        return f"{self.place}/trials/{trial}"
+
+    def record(self, trial: Trial, **facts: Any) -> dict[str, Any]:
+        """The end of a trial that could not write its own summary (it died, or was stopped)."""
+        known = self.summary(trial.name) or {}
+        base = {"method": trial.config.method, "seed": trial.seed, "config": as_dict(trial.config)}
+        summary = {**base, **(known if known.get("status") == facts.get("status") else {}), **facts}
+        self._write(f"trials/{trial.name}/summary.json", summary)
+        return summary
+
+    def _names(self, folder: str) -> list[str]:
+        try:
+            return self.store.names(f"{self.place}/{folder}")
+        except OSError as error:
+            raise self._unreadable(folder, error) from None
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self.store.read(f"{self.place}/{name}"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError):
+            found = None
+        except OSError as error:
+            raise self._unreadable(name, error) from None
+        if not isinstance(found, dict):
+            raise RequestError(
+                f"--name {self.name}: {self.store.uri}/{self.place}/{name} is not whole; remove that file (results are "
+                "found again in the store), or give --fresh or another --name"
+            )
+        return found
+
+    def _unreadable(self, name: str, error: OSError) -> RequestError:
+        from ..storage.uri import reason
+
+        return RequestError(f"--storage {self.store.uri}: {self.place}/{name} cannot be read: {reason(error)}")
+
+    def _write(self, name: str, facts: Mapping[str, Any]) -> None:
+        self.store.write(f"{self.place}/{name}", (json.dumps(facts, indent=1) + "\n").encode())
+
+    def _move_aside(self) -> None:
+        number = 1
+        try:
+            if not self.store.names(self.place):
+                return
+            while self.store.names(aside := f"{self.place}.{number}"):
+                number += 1
+            self.store.move(self.place, aside)
+        except (OSError, NotImplementedError) as error:
+            raise RequestError(
+                f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"
+            ) from None
+
+
+def _same(summary: Mapping[str, Any], config: ExperimentConfig) -> bool:
+    """Whether a summary is of ``config``."""
+    try:
+        return override(ExperimentConfig(), summary["config"]) == config
+    except (RequestError, KeyError, TypeError, AttributeError):
+        return False  # of a version with other knobs
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two plans, in words: ``samples 16 there, 8 here``."""
+    left, right = _told(old), _told(new)
+    return [
+        f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
+        for name in dict.fromkeys([*right, *left])
+        if left.get(name) != right.get(name)
+    ]
+
+
+def _told(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan's facts one by one, points last: they often differ because another fact does."""
+    parts = {name: plan.get(name) for name in ("base", "knobs", "points")}
+    told = {name: value for name, value in plan.items() if name not in parts}
+    points = parts["points"] if isinstance(parts["points"], list) else []
+    told |= dotted(parts["base"]) if isinstance(parts["base"], Mapping) else {}
+    told |= {f"space's {name}": value for name, value in dotted({"knobs": parts["knobs"]}).items()}
+    told["number of points"] = len(points) or None
+    return told | dotted({f"point {number}": point for number, point in enumerate(points)})
+
+
+def _brief(value: Any) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,168 @@
+"""What a person sees while a run goes on: a live row for each stage on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TextIO
+
+from .progress import Stage, clock
+
+_SECONDS_BETWEEN_LINES = 10.0
+_now = time.monotonic
+
+
+class Display(Protocol):
+    """What a person sees."""
+
+    def begin(self, stage: Stage) -> None: ...
+    def advance(self, stage: Stage) -> None: ...
+    def resume(self, stage: Stage) -> None: ...
+    def end(self, stage: Stage) -> None: ...
+    def cached(self, name: str) -> None: ...
+    def say(self, text: str, mark: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Quiet:
+    """Messages only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def begin(self, stage: Stage) -> None:
+        pass
+
+    advance = resume = end = begin
+
+    def cached(self, name: str) -> None:
+        pass
+
+    def say(self, text: str, mark: str) -> None:
+        self.stream.write((f"{mark}: " if mark else "") + text + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class Lines(Quiet):
+    """A line when a stage begins, at its first advance, at each tenth or every ten seconds, and when it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.tenth: dict[Stage, int] = {}  # of the line before; a stage is in it from its first advance on
+        self.last = 0.0
+
+    def _line(self, stage: Stage, *words: str) -> None:
+        self.last = _now()
+        self.say(f"{stage.name}: " + ", ".join(word for word in words if word), False)
+
+    def begin(self, stage: Stage) -> None:
+        self._line(stage, "begins", "" if stage.total is None else stage.count)
+
+    def resume(self, stage: Stage) -> None:
+        self._line(stage, f"resumed at {stage.count}")
+
+    def advance(self, stage: Stage) -> None:
+        tenth = 0 if not stage.total else 10 * stage.done // stage.total
+        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < _SECONDS_BETWEEN_LINES:
+            return
+        self.tenth[stage] = tenth
+        self._line(stage, stage.count, *stage.pace, stage.note)
+
+    def end(self, stage: Stage) -> None:
+        self._line(stage, f"{stage.state} after {stage.seconds:.1f} s")
+
+    def cached(self, name: str) -> None:
+        self.say(f"{name}: cached", False)
+
+
+class Live:
+    """A rich live view: a row for each stage, messages above them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task
+        from rich.table import Column
+        from rich.text import Text
+
+        class Row(ProgressColumn):
+            """``words`` of the row's stage."""
+
+            def __init__(self, words: Callable[[Any], str], **layout: Any) -> None:
+                self.words = words
+                super().__init__(Column(no_wrap=True, overflow="ellipsis", **layout))
+
+            def render(self, task: Task) -> Text:
+                return Text(self.words(task.fields["row"]))
+
+        self.console = Console(file=stream, force_terminal=True)
+        ascii_only = self.console.options.ascii_only
+        marks = {"running": ">", "done": "+" if ascii_only else "✓", "stopped": "x"}
+        self.progress = Progress(
+            Row(lambda row: marks["done" if isinstance(row, str) else row.state]),
+            Row(lambda row: row if isinstance(row, str) else row.name),
+            BarColumn(bar_width=16),
+            Row(_status),
+            Row(lambda row: "" if isinstance(row, str) else row.note, ratio=1),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+            # a piped standard output is somebody's data: it must not be led to the terminal
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self.tasks: dict[Stage, Any] = {}
+
+    def begin(self, stage: Stage) -> None:
+        self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, row=stage)
+        self.progress.start()
+
+    def advance(self, stage: Stage) -> None:
+        self.progress.update(self.tasks[stage], completed=stage.done)
+
+    resume = advance
+
+    def end(self, stage: Stage) -> None:
+        if stage.state == "done":
+            self.progress.update(self.tasks[stage], total=max(stage.done, 1), completed=max(stage.done, 1))
+        else:
+            self.progress.stop()  # whatever is printed about the failure finds a sane terminal
+
+    def cached(self, name: str) -> None:
+        self.progress.add_task(name, total=1, completed=1, row=name)
+        self.progress.start()
+
+    def say(self, text: str, mark: str) -> None:
+        from rich.text import Text
+
+        style = {"warning": "yellow", "error": "red"}.get(mark, "")
+        self.console.print(Text(f"{mark}: {text}" if mark else text, style=style), soft_wrap=True)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def _status(row: Stage | str) -> str:
+    """What stands behind a stage's bar; a cached stage is its name alone."""
+    if isinstance(row, str):
+        return "cached"
+    if row.state == "done":
+        return f"{row.seconds:.1f} s"
+    words = [row.count, clock(row.seconds), *row.pace] if row.state == "running" else [row.count, row.state]
+    return "  ".join(words)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a live view can be drawn on ``stream``."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def display_on(stream: TextIO, progress: bool | None) -> Display:
+    if progress is False:
+        return Quiet(stream)
+    if is_terminal(stream):
+        return Live(stream)
+    return Lines(stream)

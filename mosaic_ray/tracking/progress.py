@@ -1,0 +1,94 @@
+"""The handle with which a stage reports its progress and its curves."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+#: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
+Scalar = list[Any]
+
+_now = time.monotonic
+
+
+def clock(seconds: float) -> str:
+    """``m:ss``, with hours in front where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class Stage:
+    """A stage under way; made by ``Tracker.stage`` and used in a ``with`` block."""
+
+    def __init__(self, tracker: Any, name: str, total: int | None, unit: str) -> None:
+        self._tracker = tracker
+        self.name, self.total, self.unit = name, total, unit
+        self.recorded: list[Scalar] = []
+        self.done = self.resumed_at = 0
+        self.note = ""
+        self.state = "running"  # then done or stopped
+        self._begun, self._ended = _now(), math.nan
+
+    def __enter__(self) -> Stage:
+        self._begun = _now()
+        self._tracker._display.begin(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended = _now()
+        self.state = "done" if kind is None else "stopped"
+        self._tracker._display.end(self)
+
+    def scalar(self, tag: str, step: int, value: float) -> None:
+        """One point of the curve ``tag``."""
+        self.recorded.append(self._tracker._emit(self.name, tag, int(step), float(value)))
+
+    def image(self, tag: str, step: int, array: np.ndarray) -> None:
+        """An image uint8 [H, W] or [C, H, W] for TensorBoard."""
+        self._tracker.image(tag, step, array)
+
+    def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
+        """A histogram of the finite ones of ``values`` (any shape) for TensorBoard."""
+        self._tracker.histogram(tag, step, values)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """``n`` more units are done; ``note`` is a few words for the person who looks on, such as the loss."""
+        self.done += n
+        self.note = note or self.note
+        self._tracker._display.advance(self)
+
+    def resume(self, recorded: Sequence[Scalar], done: int) -> None:
+        """Go on from a checkpoint: its scalars are written out again and ``done`` units count as done."""
+        self.recorded += self._tracker._again(self.name, recorded)
+        self.done = self.resumed_at = done
+        self._tracker._display.resume(self)
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began, until it ended."""
+        return (_now() if math.isnan(self._ended) else self._ended) - self._begun
+
+    @property
+    def count(self) -> str:
+        """``round 3/10``, or ``round 3`` where the total is unknown."""
+        return f"{self.unit} {self.done}" + ("" if self.total is None else f"/{self.total}")
+
+    @property
+    def pace(self) -> list[str]:
+        """Rate and time remaining, as far as they are known."""
+        fresh, seconds = self.done - self.resumed_at, self.seconds
+        if fresh <= 0 or seconds <= 0:
+            return []
+        rate = fresh / seconds
+        words = [f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"]
+        return words if self.total is None else [*words, f"{clock(max(0, self.total - self.done) / rate)} left"]

@@ -1,0 +1,164 @@
+"""Distillation: what goes into a batch (O29), the guard, and equal results whatever the number of workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from helpers import FACTS, TINY, assert_same, shard_of, stripes
+
+from mosaic_ray.config.resolve import override
+from mosaic_ray.core.types import Prototypes
+from mosaic_ray.distillation.client_tasks import generate, prototypes
+from mosaic_ray.distillation.student_training import (
+    Batcher,
+    DistContext,
+    DistillTask,
+    distil,
+    make_task,
+    sample_weights,
+)
+from mosaic_ray.distillation.teacher_training import make_teacher
+from mosaic_ray.federated.client import ClientContext, initial_weights
+
+CPU = torch.device("cpu")
+
+
+def _quiet(step, metrics):
+    pass
+
+
+@pytest.fixture(scope="module")
+def task() -> DistillTask:
+    context = ClientContext(TINY, FACTS, CPU)
+    weights = initial_weights(context)
+    shards = [shard_of(stripes(30, k)) for k in range(3)]
+    made = [generate(context, s, k, {"models": {"cnn": weights}}, {"weights": weights}) for k, s in enumerate(shards)]
+    found = Prototypes.concatenate(
+        [prototypes(context, s, k, {"models": {"cnn": weights}, "round": 0}, {}) for k, s in enumerate(shards)]
+    )
+    counts = np.stack([np.bincount(s.labels, minlength=3) for s in shards])
+    teacher, _ = make_teacher(TINY, FACTS, weights, [(k, weights) for k in range(3)], counts, found, _quiet)
+    generators = tuple(m.weights for m in made)
+    return make_task(TINY, FACTS, weights, teacher, generators, [m.figures for m in made], counts.sum(1), found)
+
+
+def with_knobs(task: DistillTask, knobs: dict) -> DistillTask:
+    return dataclasses.replace(task, config=override(task.config, knobs))
+
+
+def test_o29_a_uniform_batch_holds_m_images_of_every_generator(task):
+    config = override(TINY, {"distill.gen_sampling": "uniform", "distill.samples_per_generator": 5})
+    uniform = make_task(config, FACTS, task.student, task.teacher, task.generators, [{}] * 3, np.ones(3), task.kept)
+    assert uniform.counts.tolist() == [5, 5, 5]
+    batcher = Batcher(uniform, DistContext(), CPU)
+    images = batcher(1)
+    assert images.shape == (15, 1, 8, 8)
+    assert not images.requires_grad
+    assert all(p.grad is None for g in batcher.generators.values() for p in g.parameters())
+    assert torch.equal(images, batcher(1))
+    assert not torch.equal(images, batcher(2))
+
+
+@pytest.mark.parametrize("backbone_lr", [0.0, 1e-4])
+def test_o29_frozen_statistics_stay_bit_for_bit_and_train_moves_them(task, backbone_lr):
+    stay = with_knobs(task, {"distill.guard": False, "distill.backbone_lr": backbone_lr})
+    weights, _ = distil(stay, CPU, DistContext(), _quiet)
+    running = [n for n in weights if "running" in n]
+    assert running and all(np.array_equal(weights[n], task.student[n]) for n in running)
+    moved, _ = distil(with_knobs(stay, {"distill.student_bn": "train"}), CPU, DistContext(), _quiet)
+    assert not all(np.array_equal(moved[n], task.student[n]) for n in running)
+
+
+def test_head_only_distillation_moves_the_head_alone(task):
+    weights, _ = distil(with_knobs(task, {"distill.guard": False}), CPU, DistContext(), _quiet)
+    moved = {n for n in weights if not np.array_equal(weights[n], task.student[n])}
+    assert moved == {"head.weight", "head.bias"}
+
+
+def test_o31_the_same_task_gives_the_same_student(task):
+    assert_same(distil(task, CPU, DistContext(), _quiet)[0], distil(task, CPU, DistContext(), _quiet)[0])
+
+
+def test_the_guard_never_hands_back_a_worse_student(task):
+    """A learning rate that wrecks the head: unguarded the student ends worse, guarded it is the best that was met."""
+    wild = with_knobs(task, {"distill.lr": 50.0, "distill.anchor_weight": 0.0, "distill.guard": False})
+    _, wrecked = distil(wild, CPU, DistContext(), _quiet)
+    _, guarded = distil(with_knobs(wild, {"distill.guard": True}), CPU, DistContext(), _quiet)
+    assert guarded["held_out_after"] >= guarded["held_out_before"]
+    assert guarded["held_out_after"] >= wrecked["held_out_after"]
+
+
+def test_the_guard_hands_back_the_student_that_went_in_where_nothing_was_better(task):
+    """The head that goes in loses nothing on held-out prototypes (exp(-50) is below the last bit of 1), and its teacher
+    says the contrary of it."""
+    dim = task.kept.vectors.shape[1]
+    perfect = task.student | {
+        "head.weight": 50 * np.eye(3, dim, dtype=np.float32),
+        "head.bias": np.zeros(3, np.float32),
+    }
+    held_out = Prototypes(np.eye(3, dim, dtype=np.float32), np.arange(3), np.ones(3, np.float32), np.arange(3))
+    contrary = task.teacher.meta | {
+        "skip.weight": -perfect["head.weight"], "skip.bias": perfect["head.bias"], "gain": np.zeros((), np.float32)
+    }  # fmt: skip
+    wild = dataclasses.replace(
+        with_knobs(task, {"distill.lr": 50.0, "distill.anchor_weight": 0.0}),
+        student=perfect, teacher=dataclasses.replace(task.teacher, meta=contrary), held_out=held_out,
+    )  # fmt: skip
+    _, wrecked = distil(with_knobs(wild, {"distill.guard": False}), CPU, DistContext(), _quiet)
+    assert (wrecked["held_out_before"], wrecked["step"]) == (1.0, TINY.distill.steps)
+    assert wrecked["held_out_after"] < 1
+    weights, figures = distil(wild, CPU, DistContext(), _quiet)
+    assert (figures["held_out_before"], figures["held_out_after"], figures["step"]) == (1.0, 1.0, 0)
+    assert_same(weights, perfect)
+
+
+def test_balanced_weights_give_each_class_seen_the_same_say():
+    logits = torch.eye(3)[[0, 0, 0, 1]] * 10
+    weights = sample_weights(logits, 0.0, True, DistContext())
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0]))
+    assert sample_weights(logits, 0.0, False, DistContext()).tolist() == [1, 1, 1, 1]
+
+
+def test_images_that_the_teacher_is_unsure_of_are_left_out():
+    logits = torch.tensor([[10.0, 0, 0], [0.1, 0, 0]])
+    assert sample_weights(logits, 0.9, False, DistContext()).tolist() == [1, 0]
+
+
+class _Room:
+    """Workers as threads of this process that add up their tensors at a barrier."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.barrier, self.slots = size, threading.Barrier(size), [None] * size
+
+    def peer(self, rank: int) -> DistContext:
+        def sum_(tensor: torch.Tensor) -> None:
+            self.slots[rank] = tensor.detach().clone()
+            self.barrier.wait()
+            total = sum(self.slots[1:], self.slots[0].clone())
+            self.barrier.wait()
+            tensor.copy_(total)
+
+        return DistContext(rank, self.size, sum_)
+
+
+@pytest.mark.parametrize("backbone_lr", [0.0, 1e-4])
+def test_two_workers_end_where_one_ends(task, backbone_lr):
+    task = with_knobs(task, {"distill.guard": False, "distill.backbone_lr": backbone_lr})
+    alone, _ = distil(task, CPU, DistContext(), _quiet)
+    room, ends = _Room(2), [None, None]
+
+    def work(rank: int) -> None:
+        ends[rank] = distil(task, CPU, room.peer(rank), _quiet)[0]
+
+    threads = [threading.Thread(target=work, args=(r,)) for r in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_same(ends[0], ends[1])
+    for name, value in alone.items():
+        np.testing.assert_allclose(ends[0][name], value, atol=2e-4, err_msg=name)

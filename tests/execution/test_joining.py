@@ -1,0 +1,190 @@
+"""Joining a cluster: whatever is wrong with the address, the token or the versions is said in one line, and soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from mosaic_ray.core.errors import RequestError
+from mosaic_ray.execution import ray_preflight
+from mosaic_ray.execution.ray_preflight import check_cluster
+
+VERSIONS = {"ray_version": ray.__version__, "python_version": platform.python_version()}
+
+
+def answer(*nodes: str, **other: str) -> str:
+    """Code that prints what a head says of a cluster of this version, with this machine as a node."""
+    return f"print({json.dumps({'versions': VERSIONS | other, 'nodes': nodes or ['127.0.0.1']})!r})"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """A user without a token."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Something listens there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """``head(code)``: the head answers what ``code`` prints."""
+    return lambda code: monkeypatch.setattr(ray_preflight, "_PROBE", code)
+
+
+def keep_token(home: Path) -> Path:
+    path = home / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("secret")
+    return path
+
+
+def refused(address: str) -> str:
+    with pytest.raises(RequestError) as caught:
+        check_cluster(address)
+    said = str(caught.value)
+    assert said.startswith(f"--address {address}: ") and "\n" not in said and "secret" not in said
+    return said
+
+
+def test_a_cluster_of_this_version_is_joined(home, address, head):
+    head(answer())
+    check_cluster(address)
+
+
+def test_a_cluster_that_this_machine_is_no_node_of(home, address, head):
+    head(answer("198.51.100.1", "198.51.100.2"))
+    assert "this machine is no node of that cluster" in refused(address)
+    head(answer("198.51.100.1", "127.0.0.1"))
+    check_cluster(address)
+
+
+@pytest.mark.parametrize("name, other", [("ray_version", "2.1.0"), ("python_version", "3.9.1")])
+def test_another_version_is_named_beside_this_one(home, address, head, name, other):
+    head(answer(**{name: other}))
+    said = refused(address)
+    assert other in said and ray.__version__ in said and platform.python_version() in said
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "127.0.0.1:http", "ray://127.0.0.1:1"])
+def test_an_address_where_nobody_listens(home, address):
+    assert "no Ray cluster answers there" in refused(address)
+
+
+def test_auto_where_no_ray_runs(home, monkeypatch):
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda address: None)
+    assert refused("auto") == "--address auto: no Ray runs on this machine, and RAY_ADDRESS names none"
+
+
+def test_auto_is_the_cluster_that_ray_finds(home, address, head, monkeypatch):
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda asked: address)
+    head(f"import sys; assert sys.argv[1] == {address!r}; {answer()}")
+    check_cluster("auto")
+
+
+def test_something_else_that_listens(home, address, head, monkeypatch):
+    monkeypatch.setattr(ray_preflight, "PATIENCE_SECONDS", 0.2)
+    head("import time; time.sleep(60)")
+    assert refused(address).endswith("something listens there, but no Ray head answers")
+
+
+def test_a_probe_that_fails_gives_its_last_line(home, address, head):
+    head("raise SystemExit('first\\nthe reason')")
+    assert refused(address).endswith("no Ray cluster answers there (the reason)")
+
+
+def test_patience_is_ten_seconds_at_most():
+    assert ray_preflight.KNOCK_SECONDS + ray_preflight.PATIENCE_SECONDS <= 10
+
+
+DENIED = "raise SystemExit('RPC error: InvalidAuthToken: ...')"
+
+
+def test_a_token_is_wanted_and_there_is_none(home, address, head):
+    head(DENIED)
+    assert refused(address).endswith(
+        "the cluster wants a token; set RAY_AUTH_MODE=token, and put its token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    )
+
+
+def test_a_token_is_wanted_and_lies_there_unused(home, address, head):
+    path = keep_token(home)
+    head(DENIED)
+    assert refused(address).endswith(f"the cluster wants a token; set RAY_AUTH_MODE=token (there is one in {path})")
+
+
+def test_the_wrong_token(home, address, head, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    head(DENIED)
+    assert refused(address).endswith(
+        "the cluster does not take the token in RAY_AUTH_TOKEN; put the cluster's own there"
+    )
+
+
+def test_token_mode_without_a_token_is_refused_before_ray_aborts_the_process(home, address, head, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    head("raise AssertionError('nobody is to be asked')")
+    assert "RAY_AUTH_MODE=token, but there is no token" in refused(address)
+
+
+# --- a real head -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Ray's sockets lie in it, whose paths may not be long."""
+    with tempfile.TemporaryDirectory(prefix="mj", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_real_head_in_token_mode(home, monkeypatch, short_folder):
+    """Without, with the wrong and with the right token; ``ray start`` as cluster.yaml has it."""
+    token, ray_command = "0123456789abcdef" * 3, str(Path(sys.executable).parent / "ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    started = subprocess.run(
+        [
+            ray_command, "start", "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+            "--include-dashboard=false", "--object-store-memory=80000000", f"--temp-dir={short_folder}",
+        ],
+        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    try:
+        assert "set RAY_AUTH_MODE=token" in refused(address)
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 48)
+        assert "does not take the token in RAY_AUTH_TOKEN" in refused(address)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        check_cluster(address)
+    finally:
+        for process in _of_session(short_folder):
+            process.kill()
+
+
+def _of_session(folder: Path) -> list:
+    """The processes whose command line names ``folder``."""
+    import psutil
+
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]

@@ -1,0 +1,126 @@
+"""``runtime.precision=auto``: one answer for a machine, whatever else it is doing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.deploy import doctor
+from mosaic_ray.execution.precision import has_native_bf16
+from mosaic_ray.runs.runner import settle_precision
+
+Pretend = Callable[..., None]
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
+    """Stands in for the processors: flags that the CPU has, the compute capability of each GPU."""
+
+    def processors(*flags: str, gpus: tuple[tuple[int, int], ...] = ()) -> None:
+        known = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "a CPU"}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known | dict.fromkeys(flags, True))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=0: gpus[gpu])
+
+    return processors
+
+
+def settled(gpus_per_client: float) -> str:
+    config = override(ExperimentConfig(), {"runtime.gpus_per_client": gpus_per_client})
+    return settle_precision(config).runtime.precision
+
+
+@pytest.mark.parametrize(
+    "flags, native",
+    [
+        ((), False), (("avx512_f", "avx512_vnni"), False), (("amx_tile", "amx_int8"), False), (("neon",), False),
+        (("avx512_bf16",), True), (("amx_bf16",), True), (("neon", "bf16"), True),
+    ],
+)  # fmt: skip
+def test_a_cpu_declares_bf16(pretend, flags, native):
+    pretend(*flags)
+    assert has_native_bf16(cuda=False) is native
+    assert has_native_bf16(cuda=True) is native  # without a usable GPU clients train on the CPU
+    assert settled(0.0) == settled(0.5) == ("bf16" if native else "fp32")
+
+
+@pytest.mark.parametrize(
+    "gpus, native",
+    [(((7, 5),), False), (((8, 0),), True), (((8, 6), (9, 0)), True), (((9, 0), (7, 0)), False), (((10, 0),), True)],
+)
+def test_gpus_need_compute_capability_8(pretend, gpus, native):
+    pretend(gpus=gpus)
+    assert (settled(0.5), settled(0.0)) == ("bf16" if native else "fp32", "fp32")
+    pretend("avx512_bf16", gpus=gpus)
+    assert (settled(0.5), settled(0.0)) == ("bf16" if native else "fp32", "bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_precision_that_was_asked_for_stays(pretend, precision):
+    pretend(*(["avx512_bf16"] if precision == "fp32" else []))
+    asked = override(ExperimentConfig(), {"runtime.precision": precision})
+    assert settle_precision(asked) == asked
+
+
+def test_this_machine_gives_one_answer_and_the_doctor_the_same():
+    native = has_native_bf16(cuda=False)
+    assert settled(0.0) == ("bf16" if native else "fp32")
+    said = [check.found for check in doctor._torch() if check.what == "bf16"]
+    assert said[-1] == ("native on the CPU" if native else "not native on the CPU; fp32 is used")
+
+
+def test_the_doctor_judges_each_device_as_a_run_does(pretend, monkeypatch):
+    pretend("avx512_bf16", gpus=((7, 5),))
+    card = types.SimpleNamespace(name="a card", total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: card)
+    said = [check.found for check in doctor._torch() if check.what == "bf16"]
+    assert said == ["not native on the GPU; fp32 is used", "native on the CPU"]
+
+
+# --- under load ------------------------------------------------------------------------------------------------------
+
+#: A start of the command as far as its first key. The CPU has bf16, whatever machine this is: only there could a
+#: measurement decide. Torch itself would take most of the time, so a stand-in declares that CPU.
+START = """
+import json, sys, types
+torch = sys.modules["torch"] = types.ModuleType("torch")
+torch.cuda = types.SimpleNamespace(is_available=lambda: False)
+torch.cpu = types.SimpleNamespace(get_capabilities=lambda: {"avx512_bf16": True})
+from mosaic_ray.runs.runner import settle_precision
+from mosaic_ray.runs.plan import stage_keys
+from mosaic_ray.cli.request import parse_config
+config = settle_precision(parse_config(preset="demo"))
+print(json.dumps([config.runtime.precision, stage_keys(config)["warmup"]]))
+"""
+
+
+@pytest.fixture
+def busy() -> Iterator[None]:
+    """Two processes that compute for as long as a test runs."""
+    loop = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(2)]
+    yield
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("busy")
+def test_twenty_starts_on_a_busy_machine_give_one_key():
+    found = set()
+    for _ in range(20):
+        start = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True)
+        found.add(start.stdout)
+    [line] = found
+    precision, [key] = json.loads(line)
+    assert precision == "bf16"
+    assert key.startswith("warmup-")

@@ -1,0 +1,283 @@
+"""Stage keys: what each depends on, the chain of a run, and the work of many runs counted in distinct results."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import FACTS, TINY, stripes_dataset
+
+from mosaic_ray.config.registry import METHODS
+from mosaic_ray.config.resolve import KNOBS, flatten, override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.core.types import STAGES
+from mosaic_ray.data.load import LOADERS, known_facts, load_dataset
+from mosaic_ray.runs import runner
+from mosaic_ray.runs.plan import StageWork, stage_keys, unique_work
+
+ALL = set(STAGES)
+AFTER_PARTITION = ALL - {"partition"}
+AFTER_DISTILL = {"distill", "finetune", "evaluate"}
+AFTER_TEACHER = {"teacher"} | AFTER_DISTILL
+
+#: Knob or room -> the stages of Mosaic whose keys follow it; the longest name counts.
+FOLLOWS = {
+    "method": set(), "algorithm": set(), "seed": ALL,
+    "data": ALL, "data.root": set(), "data.download": set(),
+    "partition": ALL,
+    "model": AFTER_PARTITION, "federation": AFTER_PARTITION,
+    "federation.max_client_failures": set(),  # every client has to answer: see the test of those that may be left out
+    "warmup": AFTER_PARTITION, "warmup.checkpoint_rounds": set(),
+    "generator": {"generators"} | AFTER_DISTILL,
+    "prototypes": {"prototypes"} | AFTER_TEACHER,
+    "prototypes.held_out": AFTER_TEACHER, "prototypes.weighting": AFTER_TEACHER,
+    "prototypes.rounds": AFTER_PARTITION,  # "all" has them made during the warm-up
+    "meta": AFTER_TEACHER,
+    "distill": AFTER_DISTILL,
+    "finetune": {"finetune", "control", "evaluate"},
+    "runtime": set(), "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
+    "runtime.cpus_per_client": AFTER_PARTITION, "runtime.gpus_per_client": AFTER_PARTITION,
+}  # fmt: skip
+
+
+def another(name: str) -> object:
+    """A value of knob ``name`` that is allowed and is not TINY's."""
+    value, meta = flatten(TINY)[name], KNOBS[name].metadata
+    special = {
+        "method": "mosaic", "distill.workers": 2, "runtime.cpus_per_client": 2.0, "model.classifiers": ("mobilenet",),
+    }  # fmt: skip
+    if name in special:
+        return special[name]
+    if meta["choices"]:
+        return next(choice for choice in meta["choices"] if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str):
+        return f"{value}x"
+    if isinstance(value, tuple):
+        return (0.5,)
+    if isinstance(value, int):
+        return value + 1
+    return value / 2 or 0.25
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {stage for stage in before if before[stage] != after[stage]}
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_stages_key_changes_with_what_it_depends_on_and_nothing_else(name):
+    rooms = [named for named in FOLLOWS if name == named or name.startswith(f"{named}.")]
+    assert changed(stage_keys(TINY), stage_keys(override(TINY, {name: another(name)}))) == FOLLOWS[max(rooms, key=len)]
+
+
+def test_failures_of_clients_matter_only_where_some_may_be_left_out():
+    after = {"federation.max_client_failures": 4}
+    failed_clients = override(TINY, {"federation.min_cohort": 1})
+    assert changed(stage_keys(failed_clients), stage_keys(override(failed_clients, after))) == AFTER_PARTITION
+    drops = override(TINY, {"federation.drop_rate": 0.25})
+    assert changed(stage_keys(TINY), stage_keys(drops)) == AFTER_PARTITION
+
+
+def test_generators_of_the_start_do_not_follow_the_warm_up():
+    before = override(TINY, {"generator.stage": "before"})
+    for name in ("warmup.lr", "warmup.batch_size"):
+        after = override(before, {name: another(name)})
+        assert changed(stage_keys(before), stage_keys(after)) == AFTER_PARTITION - {"generators"}
+    fresh = override(before, {"generator.classifier_source": "fresh"})
+    assert changed(stage_keys(fresh), stage_keys(override(fresh, {"warmup.lr": 0.04}))) == AFTER_PARTITION - {
+        "generators"
+    }
+    assert changed(stage_keys(fresh), stage_keys(override(fresh, {"warmup.batch_size": 17}))) == AFTER_PARTITION
+
+
+def test_conditional_generators_do_not_follow_the_diversity():
+    before = override(TINY, {"generator.conditional": True})
+    after = override(before, {"generator.lambda_d": 7.0, "generator.div_support": "all"})
+    assert stage_keys(before) == stage_keys(after) != stage_keys(TINY)
+
+
+def test_a_teacher_that_learns_from_synthetic_images_follows_the_generators():
+    synthetic = override(TINY, {"meta.data": "synthetic"})
+    after = override(synthetic, {"generator.lambda_e": 2.0})
+    assert changed(stage_keys(synthetic), stage_keys(after)) == {"generators"} | AFTER_TEACHER
+
+
+def test_one_train_worker_is_none_and_the_data_are_what_they_hold():
+    assert stage_keys(TINY) == stage_keys(override(TINY, {"distill.workers": 1}))
+    known = stage_keys(TINY, "stripes", FACTS)
+    assert changed(known, stage_keys(TINY)) == ALL
+    assert changed(known, stage_keys(TINY, "other", FACTS)) == ALL
+    assert changed(known, stage_keys(TINY, "stripes", replace(FACTS, std=(0.5,)))) == ALL
+    assert known == stage_keys(override(TINY, {"data.name": "mnist", "data.image_size": 16}), "stripes", FACTS)
+
+
+def test_o15_the_inversion_term_is_in_the_keys_of_small_clients_alone():
+    sizes = [99, 100, 101]  # tau is 100
+    other = override(TINY, {"generator.lambda_i": 3.0})
+    keys, others = (stage_keys(c, "stripes", FACTS, sizes)["generators"] for c in (TINY, other))
+    assert [a == b for a, b in zip(keys, others, strict=True)] == [False, True, True]
+    assert len(set(keys)) == 3
+    off = override(TINY, {"generator.lambda_i": 0.0})
+    for more in ({"generator.tau": 5}, {"generator.inversion_scale": 0.0}):
+        assert stage_keys(off, sizes=sizes) == stage_keys(override(off, more), sizes=sizes)
+
+
+CASES = [
+    {"method": "mosaic"}, {"method": "prototype_head"}, {"method": "fedavg"},
+    {"finetune.num_rounds": 0}, {"distill.workers": 1}, {"generator.stage": "before"},
+    {"generator.classifier_source": "fresh", "generator.classifier_epochs": 1}, {"prototypes.rounds": "all"},
+    {"generator.lambda_i": 0.0}, {"meta.data": "synthetic"}, {"federation.cohort_size": 2},
+]  # fmt: skip
+
+
+def test_the_chain_is_what_a_run_logs(tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    small = {"generator.steps": 2, "distill.steps": 2, "meta.updates": 2, "meta.feedforward": 4, "generator.tau": 80}
+    quick = override(TINY, small | {"warmup.num_rounds": 1, "finetune.num_rounds": 1, "runtime.eval_rounds": 0})
+    assert {METHODS[case.get("method", "mosaic")][0] for case in CASES} == {d for d, _ in METHODS.values()}
+    for case in CASES:
+        config = override(quick, case)
+        summary = runner.run(config, storage=str(tmp_path), progress=False)
+        sizes = [sum(row) for row in summary["label_counts"]]
+        chain = stage_keys(config, "stripes", FACTS, sizes)
+        logged = {stage: entry["key"] for stage, entry in summary["stages"].items()}
+        assert list(chain) == list(logged), case
+        for stage, keys in chain.items():
+            assert all((tmp_path / "objects" / key).is_dir() for key in keys), (case, stage)
+            assert stage == "generators" or keys == (logged[stage],), (case, stage)
+
+
+def test_keys_and_work_need_neither_torch_nor_ray():
+    code = "import sys, mosaic_ray.runs.plan as w; print({'torch', 'ray', 'torchvision'} & set(sys.modules))"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+GRID = [
+    {"generator.lambda_e": e, "generator.lambda_d": d, "generator.lambda_i": i}
+    for e, d, i in itertools.product((0.5, 1.0, 2.0), (2.0, 5.0, 10.0), (5.0, 10.0, 15.0))
+]
+WIDE = override(ExperimentConfig(), {"partition.num_clients": 100, "runtime.precision": "fp32"})
+
+
+def work_of(configs: list[ExperimentConfig], sizes: list[int] | None = None, stored=None) -> dict[str, StageWork]:
+    chains = [stage_keys(config, sizes=sizes) for config in configs]
+    return {row.stage: row for row in unique_work(chains, configs, stored)}
+
+
+@pytest.mark.parametrize("num_small", [0, 40, 100, None])
+def test_the_grid_of_27_lambdas_counts_what_brute_force_counts(num_small):
+    sizes = None if num_small is None else [WIDE.generator.tau - (k < num_small) for k in range(100)]
+    configs = [override(WIDE, point) for point in GRID]
+    rows = work_of(configs, sizes)
+
+    def generator(point: dict, client: int) -> tuple:
+        small = sizes is None or sizes[client] < WIDE.generator.tau
+        return client, *(value for name, value in point.items() if small or name != "generator.lambda_i")
+
+    sets = [tuple(generator(point, k) for k in range(100)) for point in GRID]
+    generators, students = len(set(itertools.chain(*sets))), len(set(sets))
+    assert (generators, students) == ((900, 9) if num_small == 0 else (900 + 18 * (num_small or 100), 27))
+    expected = dict.fromkeys(("partition", "warmup", "prototypes", "teacher", "control"), 1)
+    expected |= {"generators": generators} | dict.fromkeys(AFTER_DISTILL, students)
+    assert {stage: row.unique for stage, row in rows.items()} == expected
+    assert tuple(rows) == STAGES
+    assert {row.trials for row in rows.values()} == {27}
+    assert {stage: row.asked for stage, row in rows.items()} == dict.fromkeys(STAGES, 27) | {"generators": 2700}
+    assert {row.stored for row in rows.values()} == {0}
+    closing = WIDE.finetune.num_rounds * 100
+    assert {stage: row.work for stage, row in rows.items()} == {
+        "partition": {"draws": 1},
+        "warmup": {"client rounds": 3000, "local steps": 30_000},
+        "generators": {"steps": 800 * generators},
+        "prototypes": {"clients": 100},
+        "teacher": {"updates": 500},
+        "distill": {"steps": WIDE.distill.steps * students},
+        "finetune": {"client rounds": closing * students, "local steps": 10 * closing * students},
+        "control": {"client rounds": closing, "local steps": 10 * closing},
+        "evaluate": {"models": 3 + 2 * students},  # after the warm-up, the teacher and the control: the same for all
+    }
+    assert all(row.left == row.work for row in rows.values())
+
+
+def test_omegas_and_seeds_share_nothing():
+    configs = [
+        override(TINY, point | {"partition.omega": omega, "seed": seed})
+        for point, omega, seed in itertools.product(GRID[:4], (0.01, 1.0), (0, 1, 2))
+    ]
+    assert {stage: row.unique for stage, row in work_of(configs).items()} == {
+        "partition": 6, "warmup": 6, "generators": 72, "prototypes": 6, "teacher": 6, "distill": 24, "finetune": 24,
+        "control": 6, "evaluate": 24,
+    }  # fmt: skip
+
+
+def test_what_is_stored_is_taken_off():
+    configs, steps = [override(TINY, point) for point in GRID[:3]], TINY.generator.steps
+    done = stage_keys(configs[0])
+    there = {key for stage in ("partition", "warmup", "distill") for key in done[stage]} | set(done["generators"][:2])
+    rows = work_of(configs, stored=there.__contains__)
+    assert {stage: row.stored for stage, row in rows.items() if row.stored} == {
+        "partition": 1, "warmup": 1, "generators": 2, "distill": 1,
+    }  # fmt: skip
+    assert rows["warmup"].work == {"client rounds": 9, "local steps": 27}
+    assert rows["warmup"].left == {}
+    assert (rows["generators"].work, rows["generators"].left) == ({"steps": 9 * steps}, {"steps": 7 * steps})
+    assert (rows["distill"].work, rows["distill"].left) == ({"steps": 30}, {"steps": 20})
+    assert rows["evaluate"].left == rows["evaluate"].work == {"models": 9}
+    rows = work_of(configs, stored=lambda key: key.startswith(("evaluate", "judged")))
+    assert (rows["evaluate"].work, rows["evaluate"].left) == ({"models": 9}, {"models": 0})
+
+
+def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_closing():
+    rows = work_of([override(TINY, {"method": method}) for method in METHODS])
+    assert {stage: (row.trials, row.unique) for stage, row in rows.items()} == {
+        "partition": (3, 1), "warmup": (3, 1), "generators": (1, 3), "prototypes": (2, 1), "teacher": (1, 1),
+        "distill": (2, 2), "finetune": (3, 3), "control": (3, 0), "evaluate": (3, 3),
+    }  # fmt: skip
+    assert rows["distill"].work == {"steps": 10, "fits": 1}
+    assert rows["control"].work == {}
+    assert rows["evaluate"].work == {"models": 1 + 1 + 2 + 3}  # warm-up; teacher; students; closings, one the control's
+    assert set(work_of([override(TINY, {"method": "fedavg"})])) == {
+        "partition", "warmup", "finetune", "control", "evaluate",
+    }  # fmt: skip
+
+
+def test_units_follow_the_knobs():
+    config = override(
+        TINY,
+        {
+            "federation.cohort_size": 2, "generator.epochs": 7, "generator.classifier_source": "fresh",
+            "generator.classifier_epochs": 5, "prototypes.rounds": "all", "finetune.num_rounds": 0,
+        },
+    )  # fmt: skip
+    work = {stage: row.work for stage, row in work_of([config]).items()}
+    assert work["warmup"] == {"client rounds": 6, "local steps": 18}
+    assert work["generators"] == {"epochs": 21, "classifier epochs": 15}
+    assert work["prototypes"] == {"clients": 0}
+    assert work["finetune"] == {"client rounds": 0, "local steps": 0}
+
+
+# --- data sets that are not there ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, channels", [(0, 0), (16, 3), (28, 1)])
+def test_facts_are_known_without_files_and_are_those_of_the_files(size, channels):
+    data = override(TINY, {"data.image_size": size, "data.channels": channels}).data
+    assert known_facts(data) == load_dataset(data).facts
+
+
+def test_every_data_set_is_known_but_for_what_must_be_measured():
+    data = TINY.data
+    assert {name for name in LOADERS if known_facts(replace(data, name=name))} == set(LOADERS)
+    facts = known_facts(replace(data, name="cifar100"))
+    assert (facts.num_classes, facts.channels, facts.image_size, len(facts.mean)) == (100, 3, 32, 3)
+    assert known_facts(replace(data, name="cifar100", channels=1)) is None
+    assert known_facts(replace(data, name="parquet:x")) is None

@@ -1,0 +1,230 @@
+"""`mosaic experiment`: the studies' own arithmetic, a whole study on a tiny experiment, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from door import ask, refusal
+from helpers import TINY, stripes, stripes_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mosaic_ray.data.load as datasets
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.core.types import Dataset
+from mosaic_ray.distillation.experts import expert_weights
+from mosaic_ray.execution import tasks
+from mosaic_ray.studies import generator_quality, meta_training, moe_weights
+from mosaic_ray.studies.harness import Study, as_csv, in_words, over_seeds, run_study
+from mosaic_ray.studies.moe_weights import compared, estimate, rank_correlations, total_variation
+
+OPTIONS = {"images": None, "inception": False}
+FILES = {"config.toml", "results.csv", "figure.png", "results.json"}
+
+
+def tiny(base: dict[str, Any], **knobs: Any) -> ExperimentConfig:
+    return override(TINY, base | {"warmup.num_rounds": 2, "warmup.local_steps": 3} | knobs)
+
+
+def run(study: Study, config: ExperimentConfig, storage: Path, seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    return run_study(study, config, seeds, OPTIONS, storage=str(storage), progress=False)
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    found = stripes_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda config: found)
+    return found
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *work: str) -> None:
+    """Client work that must not be done again."""
+    for name in work:
+        monkeypatch.setitem(tasks.WORK, name, lambda *_: pytest.fail("it was computed again"))
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+counts_of = st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=2, max_size=6).map(np.array)
+
+
+@given(counts_of.filter(lambda counts: counts.sum(0).all() and counts.sum(1).all()))
+def test_generators_that_show_what_clients_hold_give_the_true_weights(counts):
+    true, sizes = expert_weights(counts), counts.sum(1)
+    guess = estimate(counts / sizes[:, None], sizes)
+    np.testing.assert_allclose(guess, true, atol=1e-12)
+    np.testing.assert_allclose(total_variation(true, guess), 0, atol=1e-12)
+
+
+@given(counts_of.filter(lambda counts: counts.sum(1).all()), st.integers(0, 9))
+def test_estimates_are_weights_and_distances_are_bounded(counts, seed):
+    shares = np.random.default_rng(seed).dirichlet(np.ones(4) / 4, len(counts))
+    guess = estimate(shares, counts.sum(1))
+    np.testing.assert_allclose(guess.sum(0), 1)
+    distances = total_variation(expert_weights(counts), guess)
+    assert ((distances >= 0) & (distances <= 1 + 1e-12)).all()
+
+
+def test_a_class_that_no_generator_shows_is_weighed_by_size():
+    guess = estimate(np.array([[1.0, 0.0], [1.0, 0.0]]), np.array([30, 10]))
+    assert guess.tolist() == [[0.75, 0.75], [0.25, 0.25]]
+
+
+def test_figures_of_an_estimate_by_hand():
+    true, guess = np.array([[0.7, 0.0], [0.2, 0.5], [0.1, 0.5]]), np.array([[0.5, 0.6], [0.3, 0.3], [0.2, 0.1]])
+    row = compared("x", true, guess)
+    assert row["class_distance"] == pytest.approx([0.2, 0.6])
+    assert (row["total_variation"], row["worst"], row["owner"]) == pytest.approx((0.4, 0.6, 0.5))
+    assert rank_correlations(true, guess) == pytest.approx([1, -np.sqrt(3) / 2])
+    alike = compared("uniform", true, np.full((3, 2), 1 / 3))
+    assert (alike["rank_correlation"], alike["owner"]) == (None, None)
+
+
+def test_lines_over_seeds():
+    study = dataclasses.replace(moe_weights.STUDY, by="what", columns={"a": ("A", ".2f"), "b": ("B", "+.1%")})
+    rows = [{"seed": 0, "what": "x", "a": 1.0, "b": 0.5}, {"seed": 1, "what": "x", "a": 2.0, "b": None}]
+    (line,) = over_seeds(rows, study)
+    assert line["a"] == {"mean": 1.5, "sd": pytest.approx(np.sqrt(0.5)), "seeds": 2}
+    assert line["b"] == {"mean": 0.5, "sd": None, "seeds": 1}
+    assert [in_words(line[c], form) for c, (_, form) in study.columns.items()] == ["1.50 ± 0.71", "+50.0%"]
+    assert in_words({"mean": None}, ".1f") == "–"
+
+
+def test_csv_gives_lists_a_column_each():
+    assert as_csv([{"seed": 0, "s": [0.5, None]}, {"seed": 1, "t": "x"}]) == "seed,s_0,s_1,t\n0,0.5,,\n1,,,x\n"
+
+
+# --- whole studies ---------------------------------------------------------------------------------------------------
+
+
+def test_generator_quality_leaves_its_files_and_computes_nothing_twice(data, tmp_path, monkeypatch):
+    config = tiny(generator_quality.BASE)
+    found = run(generator_quality.STUDY, config, tmp_path, (0, 1))
+    folder = Path(found["paths"]["results"])
+    assert folder.parent == tmp_path / "experiments"
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "results.json").read_text()) == found
+    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / "results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["seed"], line["classifier"]) for line in lines] == [
+        ("0", "own"), ("0", "judge"), ("1", "own"), ("1", "judge"),
+    ]  # fmt: skip
+    for row in found["rows"]:
+        assert row["num_images"] == 24
+        assert row["fid"] >= 0 < row["floor"]
+        assert row["ratio"] == pytest.approx(row["fid"] / row["floor"])
+        assert 1 <= row["inception_score"] <= 3
+        assert sum(row["class_share"]) == pytest.approx(1)
+    own, judge = found["rows"][:2]
+    assert own["fid"] != judge["fid"], "the judge took part"
+    assert set(found["keys"]) == {path.name for path in (tmp_path / "objects").iterdir()}
+    forbid(monkeypatch, "train", "generate")
+    assert run(generator_quality.STUDY, config, tmp_path, (0, 1)) == found
+
+
+def test_no_figure_of_quality_looks_at_test_images(data, tmp_path, monkeypatch):
+    config = tiny(generator_quality.BASE)
+    first = run(generator_quality.STUDY, config, tmp_path / "a")["rows"]
+    other = dataclasses.replace(data, test=stripes(60, 7))
+    monkeypatch.setattr(datasets, "load_dataset", lambda config: other)
+    second = run(generator_quality.STUDY, config, tmp_path / "b")["rows"]
+    for a, b in zip(first, second, strict=True):
+        assert a | {"test_accuracy": 0} == b | {"test_accuracy": 0}
+
+
+def test_moe_weights_uses_the_stages_of_an_ordinary_run(data, tmp_path, monkeypatch):
+    from mosaic_ray.runs import runner
+
+    config = tiny(moe_weights.BASE)
+    runner.run(config, storage=str(tmp_path), progress=False)
+    forbid(monkeypatch, "train", "generate")
+    rows = run(moe_weights.STUDY, config, tmp_path)["rows"]
+    assert [row["weights"] for row in rows] == ["synthetic", "noise", "sizes", "uniform"]
+    for row in rows:
+        assert 0 <= row["total_variation"] <= row["worst"] <= 1
+        assert len(row["class_distance"]) == 3
+
+
+def test_meta_training_compares_teachers_that_differ_in_what_they_learn_from(data, tmp_path, monkeypatch):
+    config = tiny(meta_training.BASE)
+    found = run(meta_training.STUDY, config, tmp_path)
+    lines = {line["learns_from"]: line for line in found["summary"]}
+    assert list(lines) == [*meta_training.ARMS, "real images"]
+    for arm in meta_training.ARMS:
+        assert lines[arm]["accuracy"]["seeds"] == 1
+        differences = lines[arm]["accuracy_difference"]
+        if arm == "prototypes":
+            assert differences["mean"] is None
+        else:
+            assert differences["mean"] == pytest.approx(
+                lines[arm]["accuracy"]["mean"] - lines["prototypes"]["accuracy"]["mean"]
+            )
+            assert 0 <= lines[arm]["label_distance"]["mean"] <= 1
+            assert 0 <= lines[arm]["auc"]["mean"] <= 1
+    own = [row for row in found["rows"] if row["learns_from"] in ("synthetic", "synthetic_vote")]
+    assert own[0]["auc"] == own[1]["auc"], "both see the same images"
+    forbid(monkeypatch, "train", "generate", "prototypes")
+    assert run(meta_training.STUDY, config, tmp_path) == found
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_experiments_are_listed():
+    shown = ask("experiment").stdout
+    assert all(name in shown for name in ("generator-quality", "moe-weights", "meta-training"))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("generator-quality", "--images", "5"), "--images 5: it may be 20 to 143"),
+        (("generator-quality", "--images", "x"), "--images x"),
+        (("generator-quality", "--steps", "0"), "--steps 0"),
+        (("generator-quality", "--inception"), "--inception: "),
+        (("generator-quality", "--set", "partition.num_clients=2"), "one client holds everything"),
+        (("generator-quality", "--set", "partition.validation_fraction=0"), "partition.validation_fraction = 0"),
+        (("moe-weights", "--seeds", "1,1"), "--seeds 1,1"),
+        (("moe-weights", "--name", "a/b"), "--name a/b"),
+        (("meta-training", "--set", "meta.init=prototype_head"), "meta.init = prototype_head"),
+        (("meta-training", "--set", "meta.select=true"), "meta.select = true"),
+        (("meta-training", "--set", "model.classifiers=[cnn,mobilenet]", "--clients", "4"), "meta.data = synthetic"),
+        (("moe-weihgts",), 'unknown command "moe-weihgts"; did you mean "moe-weights"?'),
+    ],
+)
+def test_wrong_requests_are_answered_in_one_line(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mosaic_ray.execution.placement.Placement.cohort", lambda *_: pytest.fail("it started"))
+    assert said in refusal(ask("experiment", *words))
+
+
+def test_the_command_prints_a_table_or_json(data, tmp_path, monkeypatch):
+    asked = []
+
+    def fake(study, config, seeds, options, **places):
+        asked.append((config, seeds, options))
+        line = {"weights": "sizes"} | {name: {"mean": 0.5, "sd": None, "seeds": 1} for name in study.columns}
+        return {"seeds": seeds, "summary": [line], "paths": {"results": "somewhere"}}
+
+    monkeypatch.setattr("mosaic_ray.studies.harness.run_study", fake)
+    shown = ask("experiment", "moe-weights", "--omega", "0.5").stdout
+    assert "0.500" in shown and "files   somewhere" in shown
+    assert json.loads(ask("experiment", "moe-weights", "--json", "--seeds", "3").stdout)["paths"]
+    ask("experiment", "generator-quality", "--dataset", "mnist", "--steps", "7", "--images", "50")
+    ask("experiment", "moe-weights", "--dataset", "mnist", "--preset", "paper")
+    ask("experiment", "moe-weights", "--dataset", "mnist", "--preset", "demo")
+    (first, seeds, _), (_, three, _), (quality, _, options), *named = asked
+    assert (first.partition.omega, first.data.name, seeds, three) == (0.5, "digits", (0, 1, 2), (3,))
+    assert (quality.data.name, quality.warmup.momentum, quality.generator.steps) == ("mnist", 0.9, 7)
+    assert options == {"images": 50, "inception": False}
+    # a scale that suits the data is chosen where none is named
+    assert [(config.algorithm, config.warmup.momentum) for config, _, _ in named] == [("paper", 0.9), ("fixed", 0.0)]
