@@ -112,8 +112,8 @@ def test_the_code_cites_the_page():
 
 
 def test_every_knob_on_the_page_exists_and_takes_the_value_named():
-    rooms = "|".join({name.partition(".")[0] for name in KNOBS if "." in name})
-    named = re.findall(rf"`((?:{rooms})\.\w+)(?: = ([^`]+))?`", PAGE)
+    groups = "|".join({name.partition(".")[0] for name in KNOBS if "." in name})
+    named = re.findall(rf"`((?:{groups})\.\w+)(?: = ([^`]+))?`", PAGE)
     assert len(named) > 50
     assert {name for name, _ in named} - KNOBS.keys() == set()
     for name, value in named:
