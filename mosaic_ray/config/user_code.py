@@ -1,5 +1,6 @@
-"""Code of the user's own, named as ``module:function``: found on Python's path or in the working directory, and blamed,
-where it fails, by its own file and line.
+"""Load the user's own code, named ``module:name`` or ``FILE.py:name``, from Python's path or the working directory.
+
+Where it fails, the error names the user's own file and line.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import traceback
 import types
@@ -34,6 +36,76 @@ def users_code(what: str) -> Iterator[None]:
         _blame(what, error)
     finally:
         sys.path.remove(here)
+
+
+def load_object(what: str, word: str) -> Any:
+    """Return the object that ``word`` names: ``package.module:name``, or ``path/to/file.py:name``.
+
+    A relative path counts from the working directory, then from the directories of Python's path: Ray puts the
+    directory that a command was started in there. If the object is callable, call it inside ``users_code`` too.
+    Raises ``RequestError``, which begins with ``what``, for a malformed word, an unknown name and a module that fails.
+    """
+    source, name = _split(what, word)
+    with users_code(what):
+        module = _load_source(what, source)
+        found = getattr(module, name, None)
+    if found is None:
+        others = [other for other in vars(module) if not other.startswith("_")]
+        raise RequestError(f'{what}: no "{name}" there' + (f"; {neighbours(name, others)}" if others else ""))
+    return found
+
+
+def digest_of(word: str, what: str = "") -> str:
+    """Return 20 hexadecimal digits that change with the file of ``word``; "" for a name without a colon.
+
+    ``word`` is as in ``load_object``; errors begin with ``what``, or else with ``word``. The files that this file
+    imports are not read: after a change there, rename it or take ``--fresh``.
+    """
+    what = what or word
+    if ":" not in word:
+        return ""
+    source, _ = _split(what, word)
+    with users_code(what):
+        file = getattr(_load_source(what, source), "__file__", None)
+    if file is None:
+        raise RequestError(f"{what}: {source} is no file; name the module that has the function")
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20]
+
+
+def load_file(what: str, path: str) -> types.ModuleType:
+    """Return the module of the file ``path``; call it inside ``users_code``.
+
+    The module's name in ``sys.modules`` holds the file's stem and digest, so that its classes can be pickled, and a
+    file that changed is another module. No bytecode is read or written.
+    """
+    places = [path, *(os.path.join(folder, path) for folder in sys.path)]
+    path = next(filter(os.path.isfile, places), path)
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise RequestError(f"{what}: {path}: {error.strerror}") from None
+    name = f"user_{re.sub(r'[^a-zA-Z0-9_]', '_', Path(path).stem)}_{hashlib.sha256(source).hexdigest()[:20]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+        try:
+            exec(spec.loader.source_to_code(source, path), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _split(what: str, word: str) -> tuple[str, str]:
+    """Return the module or file, and the name in it."""
+    source, _, name = word.rpartition(":")
+    if not (name.isidentifier() and (source.endswith(".py") or all(map(str.isidentifier, source.split("."))))):
+        raise RequestError(f"{what}: it takes a name, module:name or FILE.py:name")
+    return source, name
+
+
+def _load_source(what: str, source: str) -> types.ModuleType:
+    return load_file(what, source) if source.endswith(".py") else import_module(what, source)
 
 
 def load_function(what: str, word: str) -> Callable[..., Any]:
@@ -68,19 +140,8 @@ def import_module(what: str, name: str) -> types.ModuleType:
 
 
 def source_digest(word: str) -> str:
-    """20 hexadecimal digits that change with the file of ``word``, module:function; "" for a name without a colon.
-
-    What that file imports in turn is not read: after a change there it takes another name, or ``--fresh``.
-    """
-    name, colon, _ = word.partition(":")
-    if not colon:
-        return ""
-    what = f"model.classifier = {word}"
-    with users_code(what):
-        file = getattr(import_module(what, name), "__file__", None)
-    if file is None:
-        raise RequestError(f"{what}: {name} is no file; name the module that has the function")
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20]
+    """Return ``digest_of`` the network ``word``."""
+    return digest_of(word, f"model.classifier = {word}")
 
 
 def _blame(what: str, error: BaseException) -> NoReturn:
