@@ -13,8 +13,9 @@ import torch
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
-from mosaic_ray.core.types import DataFacts, Dataset, ImageSet
-from mosaic_ray.execution.tasks import WORK
+from mosaic_ray.core.types import DataFacts, Dataset, ImageSet, Prototypes, Weights
+from mosaic_ray.distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
+from mosaic_ray.federated.client import ClientContext, TrainTask
 from mosaic_ray.federated.local_training import Shard
 
 FACTS = DataFacts("stripes", 3, 1, 8, (0.4,), (0.35,))
@@ -101,13 +102,27 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
 @contextlib.contextmanager
 def interrupted(in_round: int) -> Iterator[None]:
     """What runs within ends as by Ctrl-C, at the first client's training in this round."""
-    train = WORK["train"]
+    train = TrainTask.run
 
-    def broken(context, shard, client_id, common, own):
-        if common["round"] == in_round:
+    def broken(task, *inputs):
+        if task.round_num == in_round:
             raise KeyboardInterrupt
-        return train(context, shard, client_id, common, own)
+        return train(task, *inputs)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setitem(WORK, "train", broken)
+        patch.setattr(TrainTask, "run", broken)
         yield
+
+
+#: Client tasks by what they do.
+TASKS = {"train": TrainTask, "generate": GeneratorTask, "prototypes": PrototypesTask}
+
+
+def generate(context: ClientContext, shard: Shard, client_id: int, start: Weights, weights: Weights) -> Any:
+    """A client's generator beside its model ``weights``; the discriminator begins with the global model ``start``."""
+    return GeneratorTask().run(context, shard, client_id, {"cnn": start}, GeneratorInput(weights))
+
+
+def prototypes(context: ClientContext, shard: Shard, client_id: int, weights: Weights) -> Prototypes:
+    """A client's prototypes under the global model ``weights``."""
+    return PrototypesTask(0).run(context, shard, client_id, {"cnn": weights}, None)

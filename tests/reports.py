@@ -13,7 +13,7 @@ from trials import grid
 from mosaic_ray.config.resolve import as_dict, override, to_toml
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.types import ROLES, STAGES
-from mosaic_ray.methods.mosaic.graph import generator_keys, generators_key
+from mosaic_ray.runs.provenance import client_keys, joint_keys
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps.results import TrialResult, results_files, results_table
 
@@ -41,8 +41,9 @@ def make_run(storage: Path, name: str = "one", **changes: Any) -> Path:
         stage: {"seconds": 2.0, "computed_seconds": 8.0, "cached": stage == "warmup", "key": _key(stage)}
         for stage in STAGES
     }
-    keys = generator_keys(CONFIG, COUNTS.sum(axis=1), stages["partition"]["key"], stages["warmup"]["key"])
-    stages["generators"]["key"] = generators_key(keys)
+    before = {stage: facts["key"] for stage, facts in stages.items()}
+    keys = client_keys(CONFIG, "generators", COUNTS.sum(axis=1), before)
+    stages["generators"]["key"] = joint_keys(CONFIG, "generators", keys)
     for key in keys:
         parts = {
             "samples": {"images": draws.integers(0, 256, (16, 1, 8, 8), np.uint8)},

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
+from ..config import plugins
 from ..config.presets import ALGORITHMS, SCALES
-from ..config.registry import CLASSIFIERS, METHODS, STRATEGIES
+from ..config.registry import CLASSIFIERS
 from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from .data import data
@@ -127,11 +128,13 @@ def show(preset: str, algorithm: str | None) -> None:
 
 @mosaic.command()
 def methods() -> None:
-    """List the methods, the federated optimisers and the networks."""
-    listing("Methods", {name: summary for name, (_, summary) in METHODS.items()})
-    listing("Federated optimisers", {name: facts.summary for name, facts in STRATEGIES.items()})
+    """List the methods, the federated strategies and the networks, installed plug-ins too."""
+    for kind in ("methods", "strategies"):
+        title = {"methods": "Methods", "strategies": "Federated strategies (join several by a plus)"}[kind]
+        listing(title, {name: entry.summary for name, entry in plugins.entries(kind).items()})
     listing("Networks", CLASSIFIERS)
-    click.echo("mosaic run --method METHOD --set federation.optimiser=OPTIMISER --set model.classifier=NETWORK")
+    click.echo("mosaic run --method METHOD --set federation.strategy=STRATEGY --set model.classifier=NETWORK")
+    click.echo("Your own: --method module:object or FILE.py:object, and the same for a strategy.")
 
 
 @mosaic.command()

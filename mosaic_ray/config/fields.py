@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tomllib
+import typing
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +47,26 @@ class Knob:
     type: Any
     default: Any
     metadata: Mapping[str, Any]
+
+
+def knobs_of(cls: type, prefix: str = "") -> Iterator[Knob]:
+    """Yield the knobs that a dataclass declares, those of nested dataclasses under dotted names."""
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from knobs_of(hints[item.name], f"{prefix}{item.name}.")
+        elif "help" in item.metadata:
+            yield Knob(prefix + item.name, hints[item.name], item.default, item.metadata)
+
+
+def changed_knobs(section: Any, *without: str) -> dict[str, Any]:
+    """Return the knobs of a section that are not at their default, but for those named in ``without``.
+
+    Keys of stored results hold these, so that a new knob at its default changes no key. A default that is changed must
+    therefore come with a new version of every stage that reads it.
+    """
+    values = ((item.name, getattr(section, item.name), item.default) for item in dataclasses.fields(section))
+    return {name: value for name, value, default in values if name not in without and value != default}
 
 
 def _wants(spec: Knob) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 #: Data sets by name, with what `mosaic` says of them. Facts that need arrays live in ``data.specs``.
 DATASETS: dict[str, str] = {
@@ -17,19 +17,30 @@ DATASETS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class StrategyFacts:
-    """A federated optimiser; with ``partial_widths``, ``models.submodel`` has the channels of its narrow clients."""
+class Entry(NamedTuple):
+    """One line on a method or a strategy, and the object that implements it, as ``module:object``."""
 
     summary: str
-    partial_widths: bool = False
+    target: str
 
 
-STRATEGIES: dict[str, StrategyFacts] = {
-    "fedavg": StrategyFacts("weighted averaging of whole models (McMahan et al. 2017)"),
-    "fedrolex": StrategyFacts("parts of models, a window that rolls by a channel a round (Alam et al. 2022)", True),
-    "heterofl": StrategyFacts("parts of models, always the first channels (Diao et al. 2021)", True),
-    "feddropout": StrategyFacts("parts of models, channels drawn at random (Caldas et al. 2018)", True),
+#: Federated strategies by name; ``federated/strategies/base.py`` has their contract. Names joined by ``+`` combine.
+STRATEGIES: dict[str, Entry] = {
+    "fedavg": Entry(
+        "weighted averaging of whole models (McMahan et al. 2017)", "mosaic_ray.federated.strategies.base:FEDAVG"
+    ),
+    "fedrolex": Entry(
+        "parts of models, a window that rolls by a channel a round (Alam et al. 2022)",
+        "mosaic_ray.federated.strategies.submodel:FEDROLEX",
+    ),
+    "heterofl": Entry(
+        "parts of models, always the first channels (Diao et al. 2021)",
+        "mosaic_ray.federated.strategies.submodel:HETEROFL",
+    ),
+    "feddropout": Entry(
+        "parts of models, channels drawn at random (Caldas et al. 2018)",
+        "mosaic_ray.federated.strategies.submodel:FEDDROPOUT",
+    ),
 }
 
 #: Networks by name; ``models.classifiers`` builds them.
@@ -41,9 +52,15 @@ CLASSIFIERS: dict[str, str] = {
     "mobilenet": "inverted residuals of depthwise convolutions, a sixth of resnet18's weights (Sandler et al. 2018)",
 }
 
-#: method -> (distiller, summary). The optimiser is ``federation.optimiser``.
-METHODS: dict[str, tuple[str, str]] = {
-    "mosaic": ("mosaic", "generators, class experts and a meta model teach the student (arXiv 2505.19699)"),
-    "prototype_head": ("prototype_head", "ablation: the head re-fitted on prototypes, no synthetic image"),
-    "fedavg": ("none", "the warm-up and the closing rounds alone"),
+#: Methods by name; ``methods/base.py`` has their contract.
+METHODS: dict[str, Entry] = {
+    "mosaic": Entry(
+        "generators, class experts and a meta model teach the student (arXiv 2505.19699)",
+        "mosaic_ray.methods.mosaic.method:MOSAIC",
+    ),
+    "prototype_head": Entry(
+        "ablation: the head re-fitted on prototypes, no synthetic image",
+        "mosaic_ray.methods.prototype_head:PROTOTYPE_HEAD",
+    ),
+    "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }

@@ -1,4 +1,4 @@
-"""One frozen record for a whole experiment, its rooms, and the door where every request is checked.
+"""Resolve a request into one frozen configuration, and change single knobs of it.
 
 ``resolve`` layers defaults < preset < TOML < ``--set``; ``override`` changes single knobs by dotted name.
 An unknown or impossible knob is answered here, in one line, before torch or ray is loaded.
@@ -8,46 +8,55 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import RequestError, neighbours
-from .fields import Knob, typed
+from .fields import Knob, knobs_of, typed
+from .plugins import ALIASES, find_knob, load_named, selected
 from .schema import ExperimentConfig
 from .validate import check
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _walk(cls: type, prefix: str = "") -> Iterator[Knob]:
-    hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from _walk(hints[item.name], f"{prefix}{item.name}.")
-        else:
-            yield Knob(prefix + item.name, hints[item.name], item.default, item.metadata)
+class KnobTable(dict[str, Knob]):
+    """Every knob by dotted name. It iterates over the package's own; it also finds aliases and plug-ins' own knobs."""
+
+    def __missing__(self, name: str) -> Knob:
+        found = self[ALIASES[name]] if name in ALIASES else find_knob(name)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in ALIASES or (isinstance(name, str) and find_knob(name) is not None)
 
 
-KNOBS: dict[str, Knob] = {k.name: k for k in _walk(ExperimentConfig)}
-SECTIONS = tuple(f.name for f in dataclasses.fields(ExperimentConfig) if f.default is dataclasses.MISSING)
+KNOBS = KnobTable({knob.name: knob for knob in knobs_of(ExperimentConfig)})
+#: The sections of the package's own knobs.
+SECTIONS = tuple(f.name for f in dataclasses.fields(ExperimentConfig) if f.default_factory is not dataclasses.MISSING)
 
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
-    """Every knob's value under its dotted name."""
+    """Return every knob's value under its dotted name, those of the selected method and strategies last."""
     values = {}
     for name in KNOBS:
         section, _, leaf = name.rpartition(".")
         values[name] = getattr(getattr(config, section), leaf) if section else getattr(config, leaf)
-    return values
+    own = (knob for found in selected(config) if found.knobs for knob in knobs_of(found.knobs, f"{found.name}."))
+    return values | {knob.name: knob.default for knob in own} | dict(config.extra)
 
 
 def as_dict(config: ExperimentConfig) -> dict[str, Any]:
-    """Nested plain values, fit for JSON and TOML."""
-    return dataclasses.asdict(
-        config, dict_factory=lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}
-    )
+    """Return nested plain values, fit for JSON and TOML."""
+    nested: dict[str, Any] = {}
+    for name, value in flatten(config).items():
+        section, _, leaf = name.rpartition(".")
+        inner = nested.setdefault(section, {}) if section else nested
+        inner[leaf] = list(value) if isinstance(value, tuple) else value
+    return nested
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -57,7 +66,7 @@ def check_value(name: str, value: Any, *, text: bool = False) -> Any:
     """``value`` for knob ``name``, typed and within range; ``RequestError`` otherwise."""
     if name not in KNOBS:
         raise RequestError(f'unknown knob "{name}"; {neighbours(name, KNOBS)}')
-    return typed(KNOBS[name], value, text=text)
+    return typed(dataclasses.replace(KNOBS[name], name=name), value, text=text)
 
 
 def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -70,13 +79,20 @@ def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool = False) -> ExperimentConfig:
     """``config`` with knobs changed; keys are dotted names, values typed (or words, with ``text``)."""
-    rooms: dict[str, dict[str, Any]] = {}
-    for name, value in dotted(values).items():
-        section, _, leaf = name.rpartition(".")
-        rooms.setdefault(section, {})[leaf] = check_value(name, value, text=text)
-    top = rooms.pop("", {})
-    top |= {section: dataclasses.replace(getattr(config, section), **knobs) for section, knobs in rooms.items()}
-    return dataclasses.replace(config, **top)
+    sections: dict[str, dict[str, Any]] = {}
+    extra, changes = dict(config.extra), dotted(values)
+    load_named(changes)
+    for name, value in changes.items():
+        value = check_value(name, value, text=text)
+        section, _, leaf = ALIASES.get(name, name).rpartition(".")
+        if section and section not in SECTIONS:
+            extra[name] = value
+        else:
+            sections.setdefault(section, {})[leaf] = value
+    top = sections.pop("", {})
+    top |= {section: dataclasses.replace(getattr(config, section), **knobs) for section, knobs in sections.items()}
+    own = tuple(sorted((name, value) for name, value in extra.items() if value != KNOBS[name].default))
+    return dataclasses.replace(config, **top, extra=own)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

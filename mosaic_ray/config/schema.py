@@ -1,8 +1,9 @@
-"""The rooms of a configuration: every knob with its default, meaning and range."""
+"""The sections of a configuration: every knob with its default, meaning and range."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .fields import knob
 
@@ -43,7 +44,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
-    optimiser: str = knob("fedavg", "federated optimiser of the warm-up and the closing rounds")
+    strategy: str = knob(
+        "fedavg", "federated strategy of all rounds (`mosaic methods`), or module:object; names joined by + combine"
+    )
     widths: tuple[float, ...] | str = knob(
         (1.0,), "client widths, dealt in turn; or a rule such as rho:3 (docs/HETEROGENEITY.md)", above=0.0, high=1.0
     )
@@ -207,7 +210,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    method: str = knob("mosaic", "see `mosaic methods`")
+    method: str = knob("mosaic", "see `mosaic methods`; or module:object of your own")
     algorithm: str = knob("fixed", "algorithm preset", choices=("fixed", "paper", "reference"))
     seed: int = knob(0, "one seed for everything", low=0, high=2**31 - 6000)
     data: DataConfig = field(default_factory=DataConfig)
@@ -221,3 +224,5 @@ class ExperimentConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    #: Methods' and strategies' own knobs that differ from their defaults, as sorted (dotted name, value).
+    extra: tuple[tuple[str, Any], ...] = ()

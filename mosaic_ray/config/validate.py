@@ -12,7 +12,8 @@ from .schema import ExperimentConfig
 def check(config: ExperimentConfig) -> ExperimentConfig:
     """What no single knob can tell: ``RequestError`` where knobs contradict each other."""
     from .client_layout import any_partial_width
-    from .registry import CLASSIFIERS, DATASETS, METHODS, STRATEGIES
+    from .plugins import load, strategy_named
+    from .registry import CLASSIFIERS, DATASETS, STRATEGIES
 
     def need(holds: bool, message: str) -> None:
         if not holds:
@@ -28,15 +29,15 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         config.data.image_size in (0, 8, 16, 28, 32, 64),
         f"data.image_size = {config.data.image_size}: it may be 8, 16, 28, 32 or 64, or 0 for the data set's own",
     )
-    need(config.method in METHODS, f"method = {config.method}: unknown method; {neighbours(config.method, METHODS)}")
-    optimiser = config.federation.optimiser
-    need(optimiser in STRATEGIES, f"federation.optimiser = {optimiser}: unknown; {neighbours(optimiser, STRATEGIES)}")
-    partial_width = any_partial_width(config)
+    strategy, partial_width = strategy_named(config.federation.strategy), any_partial_width(config)
     need(
-        STRATEGIES[optimiser].partial_widths or not partial_width,
-        f"federation.widths = {shown(config.federation.widths)}: {optimiser} trains whole models, so every width must "
-        f"be 1.0; these take narrow clients: {', '.join(n for n, facts in STRATEGIES.items() if facts.partial_widths)}",
+        strategy.partial_widths or not partial_width,
+        f"federation.widths = {shown(config.federation.widths)}: {config.federation.strategy} trains whole models, so "
+        f"every width must be 1.0; these take narrow clients: "
+        f"{', '.join(name for name in STRATEGIES if load('strategies', name).partial_widths)}",
     )
+    strategy.check(config)
+    load("methods", config.method).check(config)
     cohort, clients = config.federation.cohort_size, config.partition.num_clients
     student, mixed = config.model.classifier, config.model.classifiers
     for classifier in (student, *mixed):

@@ -69,12 +69,17 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client returns from local training."""
+    """What a client returns from local training.
+
+    ``message``: arrays that its strategy sends beside the weights; ``state``: the client's own, for its next round.
+    """
 
     client_id: int
     weights: Weights
     num_samples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    message: Weights = field(default_factory=dict)
+    state: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from ..core.errors import RunError
 from ..core.seeding import seeded
 from ..core.types import Prototypes, Weights
-from ..federated.client import ClientContext
+from ..federated.client import ClientContext, Task
+from ..federated.client_models import Models
 from ..federated.local_training import LocalTrainingConfig, Shard, train_locally
 from ..models.state_dict import to_weights
+from ..models.submodel import ChannelIndices
 from .generator_training import NUM_WATCHED, train_generator
 from .prototypes import client_prototypes
 
 
 @dataclass(frozen=True)
 class GeneratorResult:
-    """A client's generator, images to look at uint8 [n, C, H, W], health figures and curve rows.
+    """A client's generator, sample images uint8 [n, C, H, W], health figures and curve rows.
 
-    ``progress``: ``images`` uint8 [T, n, C, H, W] of the same latents after so many ``steps`` int64 [T].
+    ``progress``: ``images`` uint8 [T, n, C, H, W] of the same latents after ``steps`` int64 [T].
     """
 
     weights: Weights
@@ -33,53 +33,73 @@ class GeneratorResult:
     progress: Weights = field(default_factory=dict)
 
 
-def generate(
-    context: ClientContext, shard: Shard, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]
-) -> GeneratorResult:
-    """Train the client's generator beside its classifier: ``own["weights"]``, or a fresh one (G9)."""
-    config, knobs = context.config, context.config.generator
-    federation = context.federation
-    if knobs.classifier_source == "client":
-        classifier = context.client_classifier(client_id, own["weights"])
-    else:
-        name = federation.classifiers[client_id]
-        with seeded(config.seed, "generator/fresh-classifier", client_id):
-            whole = to_weights(context.classifier(name=name))
-        fresh = federation.share(client_id, {name: whole}, own.get("sets"))
-        classifier = context.client_classifier(client_id, fresh)
-        steps = knobs.classifier_epochs * -(-len(shard) // config.warmup.batch_size)
-        plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
-        address = (config.seed, "generator/fresh", 0, client_id)
-        train_locally(classifier, shard, plan, context.facts, address, config.runtime.precision)
-    seen: list[tuple[int, np.ndarray]] = []
-    weights, samples, figures, curve = train_generator(
-        classifier,
-        federation.share(client_id, common["models"], own.get("sets")),
-        shard,
-        knobs,
-        context.facts,
-        (config.seed, client_id),
-        config.runtime.precision,
-        lambda step, images: seen.append((step, images)),
-    )
-    if not all(map(math.isfinite, figures.values())):
-        raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
-    if not seen:  # nobody played (drop_class0_bug): there is the start alone
-        seen.append((0, samples[:NUM_WATCHED]))
-    progress = {"images": np.stack([i for _, i in seen]), "steps": np.array([s for s, _ in seen], np.int64)}
-    return GeneratorResult(weights, samples, figures, curve, progress)
+@dataclass(frozen=True)
+class GeneratorInput:
+    """One client's model, and the channels that it holds (None: all)."""
+
+    weights: Weights
+    indices: ChannelIndices | None = None
 
 
-def prototypes(
-    context: ClientContext, shard: Shard, client_id: int, common: Mapping[str, Any], own: Mapping[str, Any]
-) -> Prototypes:
-    """Centroids under ``own["weights"]`` where given (the client's model), else under its architecture's global model.
+@dataclass(frozen=True)
+class GeneratorTask(Task[Models, GeneratorInput, GeneratorResult]):
+    """Train the client's generator beside its own classifier, or beside a fresh one (G9).
 
-    A narrow client runs the whole global model here, forward only: features of the same channels can be compared.
+    ``broadcast``: the global models that the discriminator's trunk begins with.
     """
-    name = context.federation.classifiers[client_id]
-    model = context.classifier(own.get("weights") or common["models"][name], name)
-    address = (context.config.seed, common["round"], client_id)
-    return client_prototypes(
-        model, shard, context.config.prototypes, context.facts, address, context.config.runtime.precision
-    )
+
+    def run(
+        self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: GeneratorInput
+    ) -> GeneratorResult:
+        config, knobs = context.config, context.config.generator
+        federation = context.federation
+        if knobs.classifier_source == "client":
+            classifier = context.client_classifier(client_id, own.weights)
+        else:
+            name = federation.classifiers[client_id]
+            with seeded(config.seed, "generator/fresh-classifier", client_id):
+                whole = to_weights(context.classifier(name=name))
+            fresh = federation.submodel(client_id, {name: whole}, own.indices)
+            classifier = context.client_classifier(client_id, fresh)
+            steps = knobs.classifier_epochs * -(-len(shard) // config.warmup.batch_size)
+            plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
+            address = (config.seed, "generator/fresh", 0, client_id)
+            train_locally(classifier, shard, plan, context.facts, address, config.runtime.precision)
+        seen: list[tuple[int, np.ndarray]] = []
+        weights, samples, figures, curve = train_generator(
+            classifier,
+            federation.submodel(client_id, broadcast, own.indices),
+            shard,
+            knobs,
+            context.facts,
+            (config.seed, client_id),
+            config.runtime.precision,
+            lambda step, images: seen.append((step, images)),
+        )
+        if not all(map(math.isfinite, figures.values())):
+            raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
+        if not seen:  # no step was taken (drop_class0_bug): only the images of the start exist
+            seen.append((0, samples[:NUM_WATCHED]))
+        progress = {"images": np.stack([i for _, i in seen]), "steps": np.array([s for s, _ in seen], np.int64)}
+        return GeneratorResult(weights, samples, figures, curve, progress)
+
+
+@dataclass(frozen=True)
+class PrototypesTask(Task[Models, Weights | None, Prototypes]):
+    """Compute class centroids under the client's own model ``own`` if given, else under its global model.
+
+    A partial-width client runs the whole global model here, forward only: features of the same channels can be
+    compared. ``stream_round`` addresses the random draws.
+    """
+
+    stream_round: int
+
+    def run(
+        self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: Weights | None
+    ) -> Prototypes:
+        name = context.federation.classifiers[client_id]
+        model = context.classifier(own or broadcast[name], name)
+        address = (context.config.seed, self.stream_round, client_id)
+        return client_prototypes(
+            model, shard, context.config.prototypes, context.facts, address, context.config.runtime.precision
+        )

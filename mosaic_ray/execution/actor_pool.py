@@ -69,7 +69,7 @@ class ActorPool:
         return bool(self._up)
 
     def poll_scale_up(self) -> list[Any]:
-        """Actors for machines that have joined since the last look; they are part of the crew from here on."""
+        """Actors for machines that have joined since the last look; they are part of the pool from here on."""
         if self._more is None or time.monotonic() - self._looked < LOOK_SECONDS:
             return []
         self._looked = time.monotonic()
@@ -106,27 +106,27 @@ def end(actors: Sequence[Any]) -> None:
             ray.kill(actor)
 
 
-class Fold:
+class ClientMap:
     """One ask: a queue of clients, the idle actors, and what is running."""
 
     def __init__(
         self,
-        crew: ActorPool,
+        pool: ActorPool,
         shards: Mapping[int, Any],
         call: tuple[Any, ...],
         clients: Sequence[int],
-        common: Mapping[str, Any],
-        own: Callable[[int], Mapping[str, Any]],
+        broadcast: Any,
+        per_client: Callable[[int], Any],
         cost: Callable[[int], float] | None,
         max_failures: int,
     ) -> None:
         """``call``: (config, facts, work); ``shards`` holds references; a client is given up at ``max_failures``."""
         import ray
 
-        self._crew, self._call, self._own, self._clients, self._shards = crew, call, own, clients, shards
+        self._pool, self._call, self._per_client, self._clients, self._shards = pool, call, per_client, clients, shards
         self._cost = cost or (lambda client_id: 0.0)
         self._max_failures = max_failures
-        self._common = ray.put(common)
+        self._broadcast = ray.put(broadcast)
         self._queue = [(-self._cost(c), c) for c in clients]
         heapq.heapify(self._queue)
         self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client or -1 for a ping, value, actor)
@@ -135,9 +135,9 @@ class Fold:
         self._beside: dict[int, int] = {}  # client -> the actors there were when its work began
         self._losses = 0  # of actors that held no work
         self._alone_since = time.monotonic()
-        self._idle = [actor for actor in crew.actors if crew.is_up(actor)]
-        for actor in crew.actors:
-            if not crew.is_up(actor):
+        self._idle = [actor for actor in pool.actors if pool.is_up(actor)]
+        for actor in pool.actors:
+            if not pool.is_up(actor):
                 self._ping(actor)
 
     def results(self, ordered: bool) -> Iterator[tuple[int, Any]]:
@@ -165,9 +165,9 @@ class Fold:
         while self._queue and self._idle:
             _, client_id = heapq.heappop(self._queue)
             actor = self._idle.pop(0)
-            self._beside[client_id] = len(self._crew.actors)
+            self._beside[client_id] = len(self._pool.actors)
             done, value = actor.work.options(num_returns=2).remote(
-                *self._call, client_id, self._shards[client_id], self._common, self._own(client_id)
+                *self._call, client_id, self._shards[client_id], self._broadcast, self._per_client(client_id)
             )
             self._running[done] = (client_id, value, actor)
 
@@ -181,13 +181,13 @@ class Fold:
         for done in ready:
             self._end(done, *self._running.pop(done))
         if self._queue:
-            for actor in self._crew.poll_scale_up():
+            for actor in self._pool.poll_scale_up():
                 self._ping(actor)
-        if self._crew.any_up:
+        if self._pool.any_up:
             self._alone_since = time.monotonic()
-        elif time.monotonic() - self._alone_since > self._crew.patience_seconds:
+        elif time.monotonic() - self._alone_since > self._pool.patience_seconds:
             raise RunError(
-                f"no client actor could start within {self._crew.patience_seconds:g} s: other jobs hold the cluster's "
+                f"no client actor could start within {self._pool.patience_seconds:g} s: other jobs hold the cluster's "
                 "CPUs, GPUs or memory, or its machines are gone (`ray status` shows who)"
             )
 
@@ -211,7 +211,7 @@ class Fold:
             if client_id >= 0:
                 self._arrived[client_id] = value
             else:
-                self._crew.mark_up(actor, answer)
+                self._pool.mark_up(actor, answer)
                 self._losses = 0
 
     def _failed(self, client_id: int, error: RunError) -> None:
@@ -227,7 +227,7 @@ class Fold:
 
     def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
         """The actor died, perhaps with a client's work: wait for it through a ping."""
-        worker_id = self._crew.mark_down(actor)
+        worker_id = self._pool.mark_down(actor)
         starved = bool(worker_id) and killed_for_memory(worker_id)
         if starved and self._removed(client_id, actor):
             return
@@ -243,10 +243,10 @@ class Fold:
 
     def _removed(self, client_id: int, actor: Any) -> bool:
         """The actor was killed because its node ran out of memory: no fault of the client while fewer can share it."""
-        if not self._crew.remove(actor):
+        if not self._pool.remove(actor):
             return False
-        left = len(self._crew.actors)
-        self._crew.say(f"out of memory: a client actor was killed; going on with {left} at once")
+        left = len(self._pool.actors)
+        self._pool.say(f"out of memory: a client actor was killed; going on with {left} at once")
         if client_id >= 0:
             self._again(client_id)
         return True

@@ -1,92 +1,124 @@
-"""The cohort: the fold over clients, in this process or on Ray actors, with the same numbers from either."""
+"""Run tasks for clients, in this process or on Ray actors, with the same numbers from either."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
 from ..core.types import DataFacts, ImageSet
-from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, Fold, end, first_line
+from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, ClientMap, end, first_line
 from .malloc import give_back, keep_freed
 
-Own = Callable[[int], Mapping[str, Any]]
+if TYPE_CHECKING:
+    from ..federated.client import Task
+
+B = TypeVar("B")
+P = TypeVar("P")
+R = TypeVar("R")
 
 
-def no_own(client_id: int) -> Mapping[str, Any]:
-    """Nothing but what is common."""
-    return {}
+def no_input(client_id: int) -> None:
+    """Return the input of tasks that need nothing of their own for a client."""
 
 
 class ClientBackend(Protocol):
-    """Asks clients for work and yields (client, result).
+    """Runs tasks for clients."""
 
-    ``ordered``: in client order, so that a sum does not depend on scheduling; otherwise as results arrive. ``cost``
-    orders dispatch, longest first. A client whose work fails, or whose host dies with it, is asked again; after
-    ``federation.max_client_failures`` a ``ClientFailure`` takes the place of its result.
-    """
-
-    def ask(
+    def map(
         self,
-        work: str,
+        task: Task[B, P, R],
         clients: Sequence[int],
-        common: Mapping[str, Any],
-        own: Own = no_own,
+        broadcast: B,
+        per_client: Callable[[int], P],
         *,
         ordered: bool = True,
         cost: Callable[[int], float] | None = None,
-    ) -> Iterator[tuple[int, Any]]: ...
+    ) -> Iterator[tuple[int, R | ClientFailure]]:
+        """Yield (client, result) of ``task`` for each of ``clients``.
+
+        Args:
+            broadcast: input that is the same for all clients; sent once.
+            per_client: input of one client.
+            ordered: yield in client order, so that a sum does not depend on scheduling; else as results arrive.
+            cost: relative cost of a client's work; the most expensive work is dispatched first.
+
+        Work that fails, or whose actor dies, is tried again. After ``federation.max_client_failures`` failures a
+        ``ClientFailure`` takes the place of the result.
+        """
+        ...
 
     def release(self) -> None:
-        """Give the hosts' resources back until the next ask."""
+        """Give the actors' resources back until the next call of ``map``."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give everything back."""
 
 
 def client_threads(config: ExperimentConfig) -> int:
-    """Torch threads of a client: its CPUs, at least one. Results depend on it in the last bit, so hosts agree on it."""
+    """Return a client's torch threads: its CPUs, at least one. Results depend on the number in the last bit."""
     return max(1, int(config.runtime.cpus_per_client))
 
 
-def work_on(
-    config: ExperimentConfig, facts: DataFacts, device: str, work: str, client_id: int, shard: Any, common, own
-):
-    """One client's work, here; any failure carries its address."""
+def run_task(
+    config: ExperimentConfig,
+    facts: DataFacts,
+    device: str,
+    task: Task[B, P, R],
+    client_id: int,
+    shard: Sequence[Any],
+    broadcast: B,
+    own: P,
+) -> R:
+    """Run one client's task in this process; any failure is a ``RunError`` that names round and client.
+
+    ``shard``: the client's images uint8 [n, C, H, W] and labels int64 [n].
+    """
     import torch
 
     from ..federated.client import ClientContext
-    from .tasks import WORK
 
     torch.set_num_threads(client_threads(config))
     context = ClientContext(config, facts, torch.device(device))
+    images, labels = shard
     try:
-        return WORK[work](context, context.shard(*shard), client_id, common, own)
+        return task.run(context, context.shard(images, labels), client_id, broadcast, own)
     except RunError:
         raise
     except Exception as error:
-        round_num = common.get("round") if common.get("phase") else None
+        round_num = getattr(task, "round_num", None)
         raise RunError(f"{type(error).__name__}: {error}", round=round_num, client=client_id) from error
 
 
 class SerialBackend:
-    """Every client in turn, in this process."""
+    """Runs every client in turn, in this process."""
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, shards: Callable[[int], ImageSet]) -> None:
         self._config, self._facts, self._shards = config, facts, shards
 
-    def ask(self, work, clients, common, own=no_own, *, ordered=True, cost=None):
-        """See ``ClientBackend``; always in client order."""
+    def map(
+        self,
+        task: Task[B, P, R],
+        clients: Sequence[int],
+        broadcast: B,
+        per_client: Callable[[int], P],
+        *,
+        ordered: bool = True,
+        cost: Callable[[int], float] | None = None,
+    ) -> Iterator[tuple[int, R | ClientFailure]]:
+        """Implement ``ClientBackend.map``, always in client order."""
         import torch
 
         device = "cuda" if self._config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu"
         threads = torch.get_num_threads()
         for client_id in sorted(clients):
             shard = self._shards(client_id)
-            arrays = (shard.images, shard.labels)
+            arrays, own = (shard.images, shard.labels), per_client(client_id)
+            result: R | ClientFailure
             for failures in range(1, self._config.federation.max_client_failures + 1):
                 try:
-                    result = work_on(self._config, self._facts, device, work, client_id, arrays, common, own(client_id))
+                    result = run_task(self._config, self._facts, device, task, client_id, arrays, broadcast, own)
                     break
                 except RunError as error:
                     result = ClientFailure(error, failures)
@@ -95,52 +127,53 @@ class SerialBackend:
             yield client_id, result
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Hold nothing."""
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Hold nothing."""
 
 
 class ClientActor:
-    """A client host on Ray. It keeps nothing between calls: any experiment may use it, any other redo its work."""
+    """A Ray actor that runs tasks. It keeps nothing between calls, so any actor can do any client's work again."""
 
     def __init__(self, gpu: bool) -> None:
         import torch
 
         keep_freed()
-        torch.set_num_threads(1)  # until the first work says otherwise: importing torch must not take every core
+        torch.set_num_threads(1)  # until the first task sets its own: importing torch must not take every core
         if gpu and not torch.cuda.is_available():
             raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
         self._device = "cuda" if gpu else "cpu"
 
     def ping(self) -> str:
-        """Ray's id of the worker process, once the actor is up (again)."""
+        """Return Ray's id of the worker process, once the actor is up (again)."""
         import ray
 
-        return ray.get_runtime_context().get_worker_id()
+        found: str = ray.get_runtime_context().get_worker_id()
+        return found
 
-    def rest(self) -> None:
-        """Nothing to do for a while."""
+    def trim_memory(self) -> None:
+        """Give freed memory back to the system."""
         give_back()
 
     def work(
         self,
         config: ExperimentConfig,
         facts: DataFacts,
-        work: str,
+        task: Task[Any, Any, Any],
         client_id: int,
         shard: tuple[Any, Any],
-        common: Mapping[str, Any],
-        own: Mapping[str, Any],
+        broadcast: Any,
+        own: Any,
     ) -> tuple[bool, Any]:
-        """(True, result); two return values, so that the driver learns of the end without fetching the result.
+        """Return (True, result): two values, so that the driver learns of the end without fetching the result.
 
         ``shard`` holds references to the client's images and labels, read in place from shared memory.
         """
         import ray
 
         arrays = ray.get(list(shard))
-        return True, work_on(config, facts, self._device, work, client_id, arrays, common, own)
+        return True, run_task(config, facts, self._device, task, client_id, arrays, broadcast, own)
 
 
 def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[Any]:
@@ -186,10 +219,10 @@ def started(hosts: list[Any], patience_seconds: float = PATIENCE_SECONDS) -> lis
 
 
 class RayBackend:
-    """Clients on ``ClientActor``s: one each while they fit, otherwise as many as fit, each hosting clients in turn.
+    """Runs clients on ``ClientActor``s: one each while they fit, otherwise as many as fit, each for several clients.
 
-    Nothing starts before the first ``ask``. An actor that dies costs the work in hand: that client is queued again
-    while Ray restarts the actor.
+    Nothing starts before the first call of ``map``. An actor that dies costs the work in hand: that client is queued
+    again while Ray restarts the actor.
     """
 
     def __init__(
@@ -199,36 +232,49 @@ class RayBackend:
         shards: Callable[[int], ImageSet],
         make_pool: Callable[[], ActorPool],
     ) -> None:
-        """``make_pool`` answers the actors."""
-        self._config, self._facts, self._shards, self._hire = config, facts, shards, make_pool
-        self._crew: ActorPool | None = None
+        """``make_pool`` starts the actors."""
+        self._config, self._facts, self._shards, self._make_pool = config, facts, shards, make_pool
+        self._pool: ActorPool | None = None
         self._refs: dict[int, tuple[Any, Any]] = {}
 
     def _start(self) -> ActorPool:
-        if self._crew is None:
-            self._crew = self._hire()
+        if self._pool is None:
+            self._pool = self._make_pool()
             if not self._refs:
                 import ray
 
                 for client_id in range(self._config.partition.num_clients):
                     shard = self._shards(client_id)
                     self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
-        return self._crew
+        return self._pool
 
-    def ask(self, work, clients, common, own=no_own, *, ordered=True, cost=None):
-        """See ``ClientBackend``."""
-        crew, call = self._start(), (self._config, self._facts, work)
+    def map(
+        self,
+        task: Task[B, P, R],
+        clients: Sequence[int],
+        broadcast: B,
+        per_client: Callable[[int], P],
+        *,
+        ordered: bool = True,
+        cost: Callable[[int], float] | None = None,
+    ) -> Iterator[tuple[int, R | ClientFailure]]:
+        """Implement ``ClientBackend.map``."""
+        pool, call = self._start(), (self._config, self._facts, task)
         failures = self._config.federation.max_client_failures
-        yield from Fold(crew, self._refs, call, sorted(clients), common, own, cost, failures).results(ordered)
-        for actor in crew.actors:
-            if crew.is_up(actor):
-                actor.rest.remote()
+        yield from ClientMap(pool, self._refs, call, sorted(clients), broadcast, per_client, cost, failures).results(
+            ordered
+        )
+        for actor in pool.actors:
+            if pool.is_up(actor):
+                actor.trim_memory.remote()
 
     def release(self) -> None:
-        if self._crew:
-            self._crew.close()
-        self._crew = None
+        """End the actors, unless other runs share them."""
+        if self._pool:
+            self._pool.close()
+        self._pool = None
 
     def close(self) -> None:
+        """Release the actors and the clients' images."""
         self.release()
         self._refs.clear()

@@ -29,7 +29,7 @@ class Placement:
     pool: tuple[Any, ...] = ()
     in_trial: bool = False
 
-    def cohort(
+    def backend(
         self,
         config: ExperimentConfig,
         facts: DataFacts,

@@ -1,4 +1,4 @@
-"""Who trains what: each client's network, its width and its channels, and how a round's updates become new models.
+"""Each client's network, width and channels, and the aggregation of a round's updates.
 
 Weights are averaged among clients of one architecture; a narrow client trains some channels of its architecture's
 global model, and each coordinate is averaged over the clients that held it (ALGORITHM 3.5 to 3.7).
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..config.client_layout import any_partial_width, client_classifiers, client_widths, groups
+from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig, ModelConfig
 from ..core.seeding import derive, seeded
 from ..core.types import DataFacts, Update, Weights
@@ -23,7 +23,6 @@ from ..models.submodel import ChannelIndices, Channels, channels_of, check_width
 from .aggregation import PartialAverage, RunningAverage
 from .communication import Entries, entries_of
 from .static_batch_norm import passes
-from .strategies.submodel import channel_indices
 
 #: The global model of each architecture.
 Models = dict[str, Weights]
@@ -107,54 +106,76 @@ class Federation:
             if width < 1:
                 check_width(self.channels(self.classifiers[client_id]), width)
 
-    def sets(self, client_id: int, phase: str, round_num: int) -> ChannelIndices | None:
-        """The channels that a client holds in a round; None for a whole one."""
+    def indices(self, client_id: int, phase: str, round_num: int) -> ChannelIndices | None:
+        """Return the channels that a client holds in a round; None for a full-width client."""
         width = self.widths[client_id]
         if width == 1:
             return None
-        return channel_indices(
-            self.channels(self.classifiers[client_id]), width, self.config.federation.optimiser, round_num=round_num,
+        found: ChannelIndices = strategy_named(self.config.federation.strategy).channel_indices(
+            self.channels(self.classifiers[client_id]), width, round_num=round_num,
             seed=derive(self.config.seed, "widths", phase), client_id=client_id,
         )  # fmt: skip
+        return found
 
-    def share(self, client_id: int, models: Models, sets: ChannelIndices | None) -> Weights:
-        """What a client gets of its architecture's global model."""
+    def submodel(self, client_id: int, models: Models, indices: ChannelIndices | None) -> Weights:
+        """Return the part of its architecture's global model that a client gets."""
         name = self.classifiers[client_id]
-        return models[name] if sets is None else extract(models[name], self.channels(name), sets)
-
-    def fold(self, models: Models, phase: str, round_num: int, counts: np.ndarray) -> Fold:
-        """The fold of one round that begins at ``models``; ``counts`` [K, C] as in ``federation.masked``."""
-        return Fold(self, models, phase, round_num, counts)
+        return models[name] if indices is None else extract(models[name], self.channels(name), indices)
 
 
-class Fold:
-    """Updates in, in client order; global models out. One running sum an architecture, so memory stays flat."""
+@dataclass(frozen=True)
+class RoundStart:
+    """What one round begins with.
 
-    def __init__(self, federation: Federation, models: Models, phase: str, round_num: int, counts: np.ndarray) -> None:
-        self._federation, self._models, self._counts = federation, models, counts
-        self._round = (phase, round_num)
-        self._masked = federation.config.federation.masked
-        self._averages: dict[str, Any] = {}
+    ``models``: the global models. ``server``: the strategy's arrays. ``counts`` int64 [K, C]: training samples by
+    client and class. ``phase`` names the random streams.
+    """
+
+    federation: Federation
+    models: Models
+    server: Weights
+    phase: str
+    round_num: int
+    counts: np.ndarray
+
+
+class RoundAggregator:
+    """Aggregate the updates of one round, added in client order: FedAvg, or averages by coordinate of submodels.
+
+    One running sum for each architecture, so memory does not grow with the number of clients.
+    """
+
+    def __init__(self, start: RoundStart) -> None:
+        self.start = start
+        self._masked = start.federation.config.federation.masked
+        self._averages: dict[str, RunningAverage | PartialAverage] = {}
 
     def add(self, update: Update) -> None:
-        """Fold in one client's weights with its number of samples."""
-        federation, client_id = self._federation, update.client_id
-        name = federation.classifiers[client_id]
-        if not (federation.partial_width or self._masked):
-            self._averages.setdefault(name, RunningAverage()).add(update.weights, update.num_samples)
+        """Add one client's weights, weighted by its number of samples."""
+        start, client_id = self.start, update.client_id
+        name = start.federation.classifiers[client_id]
+        if not (start.federation.partial_width or self._masked):
+            average = self._averages.setdefault(name, RunningAverage())
+            average.add(update.weights, update.num_samples)
             return
         if name not in self._averages:
-            self._averages[name] = PartialAverage(self._models[name], federation.channels(name))
-        classes = self._counts[client_id] > 0 if self._masked else None
-        sets = federation.sets(client_id, *self._round)
-        self._averages[name].add(update.weights, update.num_samples, sets=sets, classes=classes)
+            self._averages[name] = PartialAverage(start.models[name], start.federation.channels(name))
+        classes = start.counts[client_id] > 0 if self._masked else None
+        indices = start.federation.indices(client_id, start.phase, start.round_num)
+        partial = self._averages[name]
+        assert isinstance(partial, PartialAverage)
+        partial.add(update.weights, update.num_samples, sets=indices, classes=classes)
 
     def result(self) -> Models:
-        """The new models; an architecture that no client of the cohort holds keeps its old one."""
+        """Return the new models; an architecture from which no update came keeps its old one."""
         return {
             name: self._averages[name].result() if name in self._averages else weights
-            for name, weights in self._models.items()
+            for name, weights in self.start.models.items()
         }
+
+    def server_state(self) -> Weights:
+        """Return the strategy's arrays after the round."""
+        return self.start.server
 
 
 def group_counts(counts: np.ndarray, clients: Sequence[int]) -> np.ndarray:

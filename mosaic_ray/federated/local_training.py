@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..config.schema import ExperimentConfig
 from ..core.seeding import derive, stream
-from ..core.types import DataFacts
+from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise
 from ..models.state_dict import use_precision
 
@@ -39,6 +40,40 @@ class LocalTrainingConfig:
     freeze_bn: bool = False
 
 
+@dataclass(frozen=True)
+class LocalStart:
+    """What one client's local training in one round begins with.
+
+    ``model`` is the network as the client received it, on the client's device; ``labels`` int64 [n] its training
+    labels. ``server`` and ``state`` are the strategy's arrays: the server's, and the client's own.
+    """
+
+    config: ExperimentConfig
+    facts: DataFacts
+    client_id: int
+    round_num: int
+    plan: LocalTrainingConfig
+    model: nn.Module
+    labels: Tensor
+    server: Weights
+    state: Weights
+
+
+class Objective:
+    """The local objective of one client in one round: cross-entropy. Strategies override what they change."""
+
+    def loss(self, model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a mini-batch; ``logits`` [B, C] float32, ``labels`` int64 [B]."""
+        return nn.functional.cross_entropy(logits, labels)
+
+    def correct_gradients(self, model: nn.Module) -> None:
+        """Change the gradients in place between the backward pass and the optimizer's step."""
+
+    def finish(self, model: nn.Module, num_steps: int) -> tuple[Weights, Weights]:
+        """Return (arrays that are sent to the server, the client's new state) after ``num_steps`` steps were taken."""
+        return {}, {}
+
+
 def batches(
     num_samples: int, batch_size: int, steps: int, *, offset: int = 0, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
@@ -66,8 +101,11 @@ def train_locally(
     precision: str,
     *,
     masked: bool = False,
+    objective: Objective | None = None,
 ) -> dict[str, float]:
-    """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client). Returns mean loss, accuracy.
+    """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client).
+
+    Returns the mean loss and accuracy over the images seen, and the number of steps taken.
 
     ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
 
@@ -89,11 +127,13 @@ def train_locally(
         for parameter in model.head.parameters():
             parameter.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
+    objective = objective or Objective()
     missing = torch.bincount(shard.labels, minlength=facts.num_classes) == 0 if masked else None
     optimiser = torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
     # dropout, where a network has it, draws from the global stream
     devices = [device] if device.type == "cuda" else []
     total_loss, total_right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    steps = 0
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, phase + "/dropout", round_num, client_id))
         for rows in batches(len(shard), plan.batch_size, plan.steps, offset=round_num * plan.steps, generator=order):
@@ -106,12 +146,14 @@ def train_locally(
                 logits = model(images)
             if missing is not None:
                 logits = logits.masked_fill(missing, 0.0)
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = objective.loss(model, logits.float(), labels)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
+            objective.correct_gradients(model)
             optimiser.step()
             total_loss += loss.detach() * len(rows)
             total_right += (logits.detach().argmax(1) == labels).sum()
             seen += len(rows)
+            steps += 1
     model.eval()
-    return {"loss": float(total_loss) / max(seen, 1), "accuracy": float(total_right) / max(seen, 1)}
+    return {"loss": float(total_loss) / max(seen, 1), "accuracy": float(total_right) / max(seen, 1), "steps": steps}

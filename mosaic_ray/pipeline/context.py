@@ -1,38 +1,50 @@
-"""What all stages share: the run, its log, and the look-up in the store."""
+"""The context that all stages of a run share: configuration, data, store, clients, and what was found so far."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
+from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.health import in_one_line
 from ..core.types import Dataset, Finding, ImageSet
+from ..distillation.student_training import DistillTask
 from ..execution.actor_pool import ClientFailure
-from ..execution.backend import ClientBackend, Own, no_own
+from ..execution.backend import ClientBackend
 from ..execution.malloc import give_back
-from ..federated.client import ClientContext
+from ..federated.client import ClientContext, Task
+from ..federated.strategies.base import Strategy
 from ..storage.locks import Lease
 from ..storage.store import StageResult, StageWriter, Store
 from ..tracking.progress import Stage as Progress
 from ..tracking.tracker import Tracker
+from .graph import KeyInputs, Stage, load_function
 
 #: Between two looks at what another run computes. A look is cheap: there is no manifest yet.
 POLL_SECONDS = 0.2
 
+B = TypeVar("B")
+P = TypeVar("P")
+R = TypeVar("R")
+
 Traffic = dict[str, dict[str, int]]
+#: Runs a distillation task, reporting (step, metrics); returns the student, figures and the curve.
+DistilHost = Callable[[DistillTask, Callable[[int, Mapping[str, float]], None]], Any]
 Compute = Callable[[StageWriter, Progress], dict[str, Any]]
 
 
 @dataclass
 class FailedClients:
-    """Clients whose work failed for good in one stage, and what is said of them."""
+    """Clients whose work failed for good in one stage, and the findings about them."""
 
     stage: str
     rounds: dict[int, int] = field(default_factory=dict)  # client -> how often it was left out
@@ -63,54 +75,107 @@ class FailedClients:
         ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Shards:
+    """Each client's rows of the training set, for training and for validation; training label counts int64 [K, C]."""
+
+    key: str
+    train: list[np.ndarray]
+    validation: list[np.ndarray]
+    counts: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Return the training samples of each client, int64 [K]."""
+        return self.counts.sum(1)
+
+
 @dataclass
-class Run:
-    """What every stage needs, and what the run has gathered so far; ``strict``: an error among findings ends it."""
+class RunContext:
+    """What every stage needs, and what the run has gathered so far; ``strict``: an error among findings ends it.
+
+    ``backend`` runs client tasks, ``distil`` hosts the distillation loop; the caller that makes the context sets both.
+    """
 
     config: ExperimentConfig
     dataset: Dataset
-    context: ClientContext
+    client_context: ClientContext
     store: Store
     tracker: Tracker
-    cohort: ClientBackend = field(init=False)  # set by who launches; asked for nothing before the partition is known
-    train_rows: list[np.ndarray] = field(default_factory=list)
+    backend: ClientBackend = field(init=False)
+    distil: DistilHost = field(init=False)
+    shards: Shards = field(init=False)  # set by the stage partition
+    keys: dict[str, str] = field(default_factory=dict)  # by stage, as far as they are known
     results: dict[str, StageResult] = field(default_factory=dict)  # of stages that are done
     generators: dict[int, StageResult] = field(default_factory=dict)  # by client, once all are there
     log: dict[str, dict[str, Any]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     strict: bool = False
-    _told: set[Finding] = field(default_factory=set)
+    _warned: set[Finding] = field(default_factory=set)
 
     def shard(self, client_id: int) -> ImageSet:
-        """A client's training images."""
-        return self.dataset.train.take(self.train_rows[client_id])
+        """Return a client's training images."""
+        return self.dataset.train.take(self.shards.train[client_id])
 
-    def ask(
+    def with_config(self, config: ExperimentConfig) -> RunContext:
+        """Return this context under another configuration: the same data, clients and results, keys of its own."""
+        other = copy.copy(self)
+        other.__dict__.pop("strategy", None)
+        other.config, other.keys = config, dict(self.keys)
+        other.client_context = ClientContext(config, self.dataset.facts, self.client_context.device)
+        return other
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """The federated strategy of the run."""
+        found: Strategy = strategy_named(self.config.federation.strategy)
+        return found
+
+    def inputs(self) -> KeyInputs:
+        """Return what keys depend on beside upstream keys."""
+        sizes = [int(size) for size in self.shards.sizes] if hasattr(self, "shards") else None
+        return KeyInputs(self.config, self.dataset.identity, self.dataset.facts, sizes)
+
+    def client_keys(self, stage: Stage) -> tuple[str, ...]:
+        """Return a stage's key for each client, or its only key."""
+        return stage.keys(self.inputs(), self.keys)
+
+    def run(self, stage: Stage, *inputs: Any) -> Any:
+        """Run a declared stage: call the function that its ``compute`` names with this context and ``inputs``."""
+        return load_function(stage.compute)(self, stage, *inputs)
+
+    def find_or_compute(self, stage: Stage, compute: Compute) -> StageResult:
+        """Return the stored result of a declared stage with one key, or compute and store it."""
+        [key] = self.client_keys(stage)
+        return self.stage(stage.name, key, compute, total=stage.total(self.config), unit=stage.unit)
+
+    def map(
         self,
-        work: str,
+        task: Task[B, P, R],
         clients: Sequence[int],
-        common: Mapping[str, Any],
-        own: Own = no_own,
+        broadcast: B,
+        per_client: Callable[[int], P],
         *,
         failed_clients: FailedClients,
         max_missing: int | None = None,
-        **how: Any,
-    ) -> Iterator[tuple[int, Any]]:
-        """(client, answer) of the clients that answer; ``how`` as ``ClientBackend.ask`` has it.
+        ordered: bool = True,
+        cost: Callable[[int], float] | None = None,
+    ) -> Iterator[tuple[int, R]]:
+        """Yield (client, result) of the clients whose work succeeds; arguments as in ``ClientBackend.map``.
 
         Up to ``max_missing`` clients (None: ``failure_budget``) that fail for good are added to ``failed_clients``; the
         next failure raises its ``RunError``.
         """
         max_missing = self.failure_budget(len(clients)) if max_missing is None else max_missing
-        for client_id, answer in self.cohort.ask(work, clients, common, own, **how):
-            if not isinstance(answer, ClientFailure):
-                yield client_id, answer
+        for client_id, result in self.backend.map(task, clients, broadcast, per_client, ordered=ordered, cost=cost):
+            if not isinstance(result, ClientFailure):
+                yield client_id, result
                 continue
             if not max_missing:
-                raise answer.error
+                raise result.error
             max_missing -= 1
-            failed_clients.note(client_id, answer)
+            failed_clients.note(client_id, result)
 
     def failure_budget(self, asked: int) -> int:
         """How many of ``asked`` clients may fail to answer: no more than a cohort may lack (``min_cohort``)."""
@@ -146,7 +211,7 @@ class Run:
                     raise RunError(f"{type(error).__name__}: {error}", stage=name) from error
                 self.store.drop_checkpoint(key)
                 give_back()
-        self.results[name] = result
+        self.results[name], self.keys[name] = result, key
         self.note(name, key, result is found, time.perf_counter() - began, result.facts, waited)
         return result
 
@@ -187,8 +252,8 @@ class Run:
     def warn_of(self, findings: Iterable[Finding]) -> None:
         """Say what asks for attention, each once."""
         for finding in findings:
-            if finding.severity != "info" and finding not in self._told:
-                self._told.add(finding)
+            if finding.severity != "info" and finding not in self._warned:
+                self._warned.add(finding)
                 whose = f" client {finding.client}" if finding.client >= 0 else ""
                 advice = f"; {finding.advice}" if finding.advice else ""
                 self.tracker.warn(f"{finding.code}{whose}: {finding.message}{advice}", finding.severity)

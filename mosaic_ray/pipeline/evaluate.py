@@ -1,4 +1,4 @@
-"""What everything that was made reaches on test images, for reporting alone, and on clients' validation images."""
+"""Evaluate models on test images, for reporting alone, and on clients' validation images."""
 
 from __future__ import annotations
 
@@ -12,79 +12,81 @@ from ..core.types import ROLES, ImageSet, Weights
 from ..distillation.teacher import MixedTeacher, TeacherState, build_teacher
 from ..federated.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
 from ..storage.store import StageResult, StageWriter
-from .context import Progress, Run
-from .keys import evaluate_key, evaluated_key
-from .partition import Shards
+from .context import Progress, RunContext
+from .graph import Stage
+from .stages import evaluated_key
 
-Model = Weights | TeacherState | MixedTeacher
-
-
-def validation_images(run: Run, shards: Shards) -> ImageSet | None:
-    """All clients' validation images; None where nothing is held out."""
-    rows = np.sort(np.concatenate(shards.validation)).astype(np.int64)
-    return run.dataset.train.take(rows) if len(rows) else None
+#: A classifier's weights, Mosaic's teacher, or any network from images to logits.
+Model = Weights | TeacherState | MixedTeacher | nn.Module
 
 
-def _logits(run: Run, model: Model, data: ImageSet) -> np.ndarray:
-    facts, device = run.dataset.facts, run.context.device
+def validation_images(ctx: RunContext) -> ImageSet | None:
+    """Return all clients' validation images; None where nothing is held out."""
+    rows = np.sort(np.concatenate(ctx.shards.validation)).astype(np.int64)
+    return ctx.dataset.train.take(rows) if len(rows) else None
+
+
+def _logits(ctx: RunContext, model: Model, data: ImageSet) -> np.ndarray:
+    facts, device = ctx.dataset.facts, ctx.client_context.device
     network: nn.Module
     if isinstance(model, TeacherState | MixedTeacher):
-        network = build_teacher(run.config, facts, model).to(device)
+        network = build_teacher(ctx.config, facts, model).to(device)
+    elif isinstance(model, nn.Module):
+        network = model.to(device).eval()
     else:
-        network = run.context.classifier(model).eval()
-    return logits_on(network, data, facts, device, run.config.runtime.precision)
+        network = ctx.client_context.classifier(model).eval()
+    return logits_on(network, data, facts, device, ctx.config.runtime.precision)
 
 
-def table_of(run: Run, model: Model, data: ImageSet) -> np.ndarray:
-    """The confusion table of a classifier or a teacher."""
-    return confusion(_logits(run, model, data), data.labels)
+def table_of(ctx: RunContext, model: Model, data: ImageSet) -> np.ndarray:
+    """Return the confusion table of a classifier or a teacher, int64 [C, C]."""
+    return confusion(_logits(ctx, model, data), data.labels)
 
 
-def evaluated(run: Run, shards: Shards, key: str, model: Model, split: str, data: ImageSet) -> StageResult:
-    """What the model that came under ``key`` reaches on ``data``, the images of ``split``.
+def evaluated(ctx: RunContext, key: str, model: Model, split: str, data: ImageSet) -> StageResult:
+    """Evaluate the model stored under ``key`` on ``data``, the images of ``split``.
 
-    Kept by model, so that no model is looked at twice: not in a run, and not by the trials of a sweep that share it.
+    The result is stored by model, so that runs and trials that share a model evaluate it once.
     """
-    own = evaluated_key(run.config, shards.key, key, split)
-    found, _ = run.get_or_wait("evaluate", own)
+    own = evaluated_key(ctx.config, ctx.shards.key, key, split)
+    found, _ = ctx.get_or_wait("evaluate", own)
     if isinstance(found, StageResult):
         return found
     with found:
-        logits = _logits(run, model, data)
+        logits = _logits(ctx, model, data)
         table = confusion(logits, data.labels)
         facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
-        return run.store.put(own, facts, {"confusion": {"table": table}})
+        return ctx.store.put(own, facts, {"confusion": {"table": table}})
 
 
-def log_validation(run: Run, shards: Shards, stage: str, step: int, key: str, model: Model) -> None:
-    """Put a finished stage's model on the curves by its accuracy on validation images, where there are any."""
-    data = validation_images(run, shards)
+def log_validation(ctx: RunContext, stage: str, step: int, key: str, model: Model) -> None:
+    """Log the accuracy of a finished stage's model on validation images, where there are any."""
+    data = validation_images(ctx)
     if data is not None:
-        reached = evaluated(run, shards, key, model, "validation", data).facts["accuracy"]
-        run.tracker.scalar(stage, f"{stage}/validation_accuracy", step, reached)
+        reached = evaluated(ctx, key, model, "validation", data).facts["accuracy"]
+        ctx.tracker.scalar(stage, f"{stage}/validation_accuracy", step, reached)
 
 
-def _curve(run: Run, role: str) -> tuple[str, int]:
-    """Tag and step of a role's accuracy; steps are federated rounds until then."""
-    warmup, closing = run.config.warmup.num_rounds, run.config.finetune.num_rounds
+def _curve(ctx: RunContext, role: str) -> tuple[str, int]:
+    """Return tag and step of a role's accuracy; steps are the federated rounds so far."""
+    warmup, closing = ctx.config.warmup.num_rounds, ctx.config.finetune.num_rounds
     tag = {"teacher": "teacher/accuracy", "control": "student/accuracy_control"}.get(role, "student/accuracy")
     return tag, warmup + (closing if role in ("final", "control") else 0)
 
 
-def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Model]]) -> StageResult:
-    """Accuracy of each role's model, (key it came under, weights), on test and validation images, and calibration."""
+def evaluate(ctx: RunContext, stage: Stage, models: Mapping[str, tuple[str, Model]]) -> StageResult:
+    """Evaluate each role's model, (its key, weights), on test and validation images: accuracy and calibration."""
     roles = [role for role in ROLES if role in models]
-    key = evaluate_key(run.config, shards.key, {role: models[role][0] for role in roles})
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        splits = {"test": run.dataset.test, "validation": validation_images(run, shards)}
+        splits = {"test": ctx.dataset.test, "validation": validation_images(ctx)}
         found: dict[str, dict[str, StageResult]] = {name: {} for name, data in splits.items() if data is not None}
         for role in roles:
             for split, results in found.items():
-                results[role] = evaluated(run, shards, *models[role], split, splits[split])
+                results[role] = evaluated(ctx, *models[role], split, splits[split])
             reached = found["test"][role].facts["accuracy"]
             progress.advance(note=f"{role} {reached:.1%}")
-            progress.scalar(*_curve(run, role), reached)
+            progress.scalar(*_curve(ctx, role), reached)
         writer.add(
             "confusion",
             {f"{role}/{split}": r.load("confusion")["table"] for split in found for role, r in found[split].items()},
@@ -94,4 +96,4 @@ def evaluate_stage(run: Run, shards: Shards, models: Mapping[str, tuple[str, Mod
             name: {role: r.facts[name] for role, r in found["test"].items()} for name in ("per_class", "nll", "ece")
         }
 
-    return run.stage("evaluate", key, compute, total=len(roles), unit="model")
+    return ctx.find_or_compute(stage, compute)

@@ -1,29 +1,38 @@
-"""Stages W and FT: federated rounds, checkpointed."""
+"""Stages W and FT: federated rounds, with checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.seeding import numpy_stream
-from ..core.types import ImageSet, Prototypes, Weights
-from ..execution.backend import Own
-from ..federated.client import initial_models
-from ..federated.client_models import Federation, Models
-from ..federated.communication import Tally, size_of
+from ..core.types import ImageSet, Prototypes, Update, Weights
+from ..distillation.client_tasks import PrototypesTask
+from ..federated.client import ClientRound, Round, StatisticsTask, TrainTask, initial_models
+from ..federated.client_models import Federation, Models, RoundStart
+from ..federated.communication import (
+    Size,
+    Tally,
+    num_prototypes,
+    prototype_entries,
+    size_of,
+    size_of_entries,
+    statistics_entries,
+)
 from ..federated.evaluation import accuracy
 from ..federated.local_training import LocalTrainingConfig
 from ..federated.static_batch_norm import pooled, with_statistics
 from ..models.submodel import ChannelIndices
 from ..storage.store import StageResult, StageWriter
-from .context import Compute, FailedClients, Progress, Run
+from .context import FailedClients, Progress, RunContext
 from .evaluate import log_validation, table_of, validation_images
-from .keys import rounds_key, warmup_key
-from .partition import Shards
+from .graph import Stage
+from .stages import WARMUP
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -51,6 +60,25 @@ def answering(config: ExperimentConfig, phase: str, round_num: int, asked: list[
 
 
 @dataclass(frozen=True)
+class FinishedRound:
+    """What a method's work after a round reads.
+
+    ``models``: the global models after the aggregation. ``updates``: what the clients returned, in client order.
+    ``state``: the method's own arrays, as it returned them after the round before.
+    """
+
+    round_num: int
+    num_rounds: int
+    models: Models
+    updates: list[Update]
+    state: Weights
+
+
+#: The server's work of a method after a round: returns the new global models and the method's own arrays.
+AfterRound = Callable[[RunContext, FinishedRound], tuple[Models, Weights]]
+
+
+@dataclass(frozen=True)
 class RoundsConfig:
     """A series of federated rounds. ``address`` names its random streams: the student's and the control's closing
     rounds share one, so that they differ in nothing but where they start."""
@@ -61,115 +89,185 @@ class RoundsConfig:
     plan: LocalTrainingConfig
     keep_clients: bool = False
     prototype_rounds: int = 0
-    send_counts: bool = False  # clients tell their label counts
-    validation: ImageSet | None = None  # looked at after every round
+    send_counts: bool = False  # clients send their label counts once
+    validation: ImageSet | None = None  # evaluated after every round
+    after_round: AfterRound | None = None  # the method's own work on the server
+
+
+@dataclass
+class _Progress:
+    """All that federated rounds carry from one to the next; a checkpoint holds it."""
+
+    models: Models
+    traffic: Tally
+    losses: np.ndarray  # float32 [rounds, clients], NaN where there was no answer
+    failed: FailedClients
+    begun: int = 0
+    prototypes: list[Prototypes] = field(default_factory=list)
+    server: Weights = field(default_factory=dict)  # the strategy's arrays
+    clients: dict[int, Weights] = field(default_factory=dict)  # clients' own arrays
+    method: Weights = field(default_factory=dict)  # the method's arrays
+
+    def parts(self, federation: Federation) -> dict[str, Weights]:
+        """Return what is stored of it."""
+        found = dict(model_parts(federation, self.models)) | {"communication": self.traffic.arrays()}
+        if self.prototypes:
+            found["prototypes"] = Prototypes.concatenate(self.prototypes).arrays()
+        states = {f"{_STATE}{k:05d}": state for k, state in sorted(self.clients.items()) if state}
+        return found | states | {n: part for n, part in ((_SERVER, self.server), (_METHOD, self.method)) if part}
+
+    def resume(self, checkpoint: StageResult, federation: Federation) -> None:
+        """Go on from a checkpoint."""
+        self.begun = checkpoint.facts["round"]
+        self.models = load_models(federation, checkpoint)
+        self.losses[: self.begun] = checkpoint.load("losses")["losses"]
+        if "prototypes" in checkpoint.parts:
+            self.prototypes = [Prototypes(**checkpoint.load("prototypes"))]
+        states = [part for part in checkpoint.parts if part.startswith(_STATE)]
+        self.clients = {int(part.removeprefix(_STATE)): checkpoint.load(part) for part in states}
+        self.server = checkpoint.load(_SERVER) if _SERVER in checkpoint.parts else {}
+        self.method = checkpoint.load(_METHOD) if _METHOD in checkpoint.parts else {}
+
+
+#: Parts of a result: one client's own arrays (and its number), the strategy's on the server, the method's.
+_STATE, _SERVER, _METHOD = "state_", "server", "method"
 
 
 def federated_rounds(
-    run: Run, shards: Shards, phase: RoundsConfig, models: Models, key: str, writer: StageWriter, progress: Progress
+    ctx: RunContext, rounds: RoundsConfig, models: Models, key: str, writer: StageWriter, progress: Progress
 ) -> dict[str, Any]:
-    """``phase.num_rounds`` of ask, fold, average; the result's parts are the global models (``model_parts``) and,
-    where asked, each client's; ``losses`` float32 [rounds, clients], NaN where there was no answer; ``communication``
-    as ``Tally.arrays`` has it.
+    """Run ``rounds.num_rounds`` federated rounds: send, train, aggregate; returns the facts of the stage's result.
 
-    Every few rounds a checkpoint is stored; a run that was killed begins at the last one, with the same numbers.
+    The result's parts are the global models (``model_parts``); each client's model where asked; ``losses`` float32
+    [rounds, clients], NaN where there was no answer; ``communication`` as ``Tally.arrays`` gives it; and the arrays
+    that strategy and method keep between rounds. Every few rounds a checkpoint is stored; a run that was killed begins
+    at the last one and ends with the same numbers.
     """
-    config, federation = run.config, run.context.federation
-    shape = phase.num_rounds, config.partition.num_clients
-    begun, gathered, failed_clients = 0, [], FailedClients(phase.name)
-    traffic, client_losses = Tally(*shape), np.full(shape, np.nan, np.float32)
-    checkpoint = run.store.load_checkpoint(key)
-    last = phase.num_rounds - 1
+    config, federation = ctx.config, ctx.client_context.federation
+    shape, last = (rounds.num_rounds, config.partition.num_clients), rounds.num_rounds - 1
+    losses = np.full(shape, np.nan, np.float32)
+    now = _Progress(models, Tally(*shape), losses, FailedClients(rounds.name))
+    checkpoint = ctx.store.load_checkpoint(key)
     if checkpoint is not None:
-        begun, traffic = checkpoint.facts["round"], Tally(*shape, checkpoint.load("communication"))
-        client_losses[:begun] = checkpoint.load("losses")["losses"]
-        show_losses(run, phase.name, client_losses[:begun])
-        failed_clients = FailedClients.of(phase.name, checkpoint.facts.get("left_out", []))
-        models = load_models(federation, checkpoint)
-        if "prototypes" in checkpoint.parts:
-            gathered = [Prototypes(**checkpoint.load("prototypes"))]
-        progress.resume(checkpoint.facts["curve"], begun)
-    elif phase.send_counts:
-        for client_id, counts in enumerate(shards.counts):
-            traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
-    for round_num in range(begun, phase.num_rounds):
-        asked = cohort_of(config, phase.address, round_num)
-        clients = answering(config, phase.address, round_num, asked)
-        collect = round_num > last - phase.prototype_rounds
-        common = {
-            "models": models, "phase": phase.address, "round": round_num, "plan": phase.plan,
-            "collect_prototypes": collect,
-        }  # fmt: skip
-        fold, losses = federation.fold(models, phase.address, round_num, shards.counts), []
-        holds = holdings(federation, phase, round_num)
-        for client_id in asked:  # also one from which nothing comes back is sent the model
-            share = federation.share(client_id, models, holds(client_id).get("sets"))
-            traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
-        for client_id, result in run.ask("train", clients, common, holds, failed_clients=failed_clients):
-            fold.add(result.update)
-            losses.append(result.update.metrics["loss"])
-            client_losses[round_num, client_id] = losses[-1]
-            traffic.add("uplink", "weights", client_id, size_of(result.update.weights), round_num=round_num)
-            if collect:
-                gathered.append(result.prototypes)
-                size = size_of(result.prototypes.arrays())
-                traffic.add("uplink", "prototypes", client_id, size, round_num=round_num)
-            if phase.keep_clients and (round_num == last):
-                writer.add(f"client_{client_id:05d}", result.update.weights)
-        models = fold.result()
+        now.resume(checkpoint, federation)
+        now.traffic = Tally(*shape, checkpoint.load("communication"))
+        now.failed = FailedClients.of(rounds.name, checkpoint.facts.get("left_out", []))
+        show_losses(ctx, rounds.name, losses[: now.begun])
+        progress.resume(checkpoint.facts["curve"], now.begun)
+    elif rounds.send_counts:
+        for client_id, counts in enumerate(ctx.shards.counts):
+            now.traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
+    for round_num in range(now.begun, rounds.num_rounds):
+        asked = cohort_of(config, rounds.address, round_num)
+        answered = answering(config, rounds.address, round_num, asked)
+        if round_num > last - rounds.prototype_rounds:
+            _collect_prototypes(ctx, now, answered, round_num)
+        updates, answers = _one_round(ctx, rounds, now, asked, answered, round_num, writer)
         done = round_num + 1
-        if federation.partial_width and done == phase.num_rounds:
-            models = static_statistics(run, models, traffic, failed_clients, round_num)
-        progress.scalar(f"{phase.name}/client_loss", done, float(np.mean(losses)))
-        for what, of in (("median", np.median), ("min", np.min), ("max", np.max)):
-            progress.scalar(f"{phase.name}/client_loss_{what}", done, float(of(losses)))
-        show_losses(run, phase.name, client_losses[round_num:done], round_num)
-        if len(losses) < len(asked) or config.federation.cohort_size:
-            progress.scalar(f"{phase.name}/cohort", done, float(len(losses)))
-        every = config.runtime.eval_rounds
-        if every and (done % every == 0 or done == phase.num_rounds):
-            progress.scalar(f"{phase.name}/accuracy", done, quick_eval(run, models[federation.student]))
-        if phase.validation is not None:
-            seen = accuracy(table_of(run, models[federation.student], phase.validation))
-            progress.scalar(f"{phase.name}/validation_accuracy", done, seen)
-        progress.advance(note=f"loss {np.mean(losses):.3f}")
-        if done % config.warmup.checkpoint_rounds == 0 and done < phase.num_rounds:
-            parts = dict(model_parts(federation, models))
-            parts |= {"communication": traffic.arrays(), "losses": {"losses": client_losses[:done]}}
-            if gathered:
-                parts["prototypes"] = Prototypes.concatenate(gathered).arrays()
-            facts = {
-                "round": done, "curve": [list(row) for row in progress.recorded], "left_out": failed_clients.facts(),
-            }  # fmt: skip
-            run.store.save_checkpoint(key, facts, parts)
-    for part, weights in model_parts(federation, models):
-        writer.add(part, weights)
-    if gathered:
-        writer.add("prototypes", Prototypes.concatenate(gathered).arrays())
-    writer.add("communication", traffic.arrays())
-    writer.add("losses", {"losses": client_losses})
-    return {"communication": traffic.totals(), "findings": [asdict(finding) for finding in failed_clients.findings()]}
+        if rounds.after_round is not None:
+            finished = FinishedRound(round_num, rounds.num_rounds, now.models, updates, now.method)
+            now.models, now.method = rounds.after_round(ctx, finished)
+        if federation.partial_width and done == rounds.num_rounds:
+            now.models = static_statistics(ctx, now.models, now.traffic, now.failed, round_num)
+        _log_round(ctx, rounds, now, answers, len(asked), done, progress)
+        if done % config.warmup.checkpoint_rounds == 0 and done < rounds.num_rounds:
+            curve = [list(row) for row in progress.recorded]
+            facts = {"round": done, "curve": curve, "left_out": now.failed.facts()}
+            ctx.store.save_checkpoint(key, facts, now.parts(federation) | {"losses": {"losses": losses[:done]}})
+    for part, arrays in (now.parts(federation) | {"losses": {"losses": losses}}).items():
+        writer.add(part, arrays)
+    return {"communication": now.traffic.totals(), "findings": [asdict(finding) for finding in now.failed.findings()]}
 
 
-def show_losses(run: Run, stage: str, losses: np.ndarray, begun: int = 0) -> None:
+def _one_round(
+    ctx: RunContext,
+    rounds: RoundsConfig,
+    now: _Progress,
+    asked: list[int],
+    answered: list[int],
+    round_num: int,
+    writer: StageWriter,
+) -> tuple[list[Update], list[float]]:
+    """Send the models, train on the clients, aggregate into ``now``.
+
+    Returns the updates (empty unless the method reads them) and the losses of the clients that answered.
+    """
+    federation, traffic, strategy = ctx.client_context.federation, now.traffic, ctx.strategy
+    start = RoundStart(federation, now.models, now.server, rounds.address, round_num, ctx.shards.counts)
+    aggregator = strategy.aggregator(start)
+    kept: list[Update] = []
+    losses: list[float] = []
+
+    def own(client_id: int) -> ClientRound:
+        indices = federation.indices(client_id, rounds.address, round_num)
+        return ClientRound(indices, now.clients.get(client_id, {}))
+
+    for client_id in asked:  # a client that does not answer is sent the model, too
+        share = federation.submodel(client_id, now.models, own(client_id).indices)
+        traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
+        if now.server:
+            traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
+    task = TrainTask(rounds.address, round_num, rounds.plan)
+    for client_id, update in ctx.map(task, answered, Round(now.models, now.server), own, failed_clients=now.failed):
+        aggregator.add(update)
+        losses.append(update.metrics["loss"])
+        now.losses[round_num, client_id] = losses[-1]
+        if update.state:
+            now.clients[client_id] = update.state
+        traffic.add("uplink", "weights", client_id, size_of(update.weights), round_num=round_num)
+        if update.message:
+            traffic.add("uplink", "strategy", client_id, size_of(update.message), round_num=round_num)
+        if rounds.keep_clients and round_num == rounds.num_rounds - 1:
+            writer.add(f"client_{client_id:05d}", update.weights)
+        if rounds.after_round is not None:
+            kept.append(update)
+    now.models, now.server = aggregator.result(), aggregator.server_state()
+    return kept, losses
+
+
+def _collect_prototypes(ctx: RunContext, now: _Progress, clients: list[int], round_num: int) -> None:
+    """Gather prototypes under the models that this round begins with (P3)."""
+    task, nothing = PrototypesTask(round_num), lambda client_id: None
+    for client_id, found in ctx.map(task, clients, now.models, nothing, failed_clients=now.failed):
+        now.prototypes.append(found)
+        now.traffic.add("uplink", "prototypes", client_id, size_of(found.arrays()), round_num=round_num)
+
+
+def _log_round(
+    ctx: RunContext,
+    rounds: RoundsConfig,
+    now: _Progress,
+    answers: list[float],
+    asked: int,
+    done: int,
+    progress: Progress,
+) -> None:
+    """Log the losses of the clients that answered, and accuracies, after round number ``done``, counted from 1."""
+    config, student = ctx.config, ctx.client_context.federation.student
+    progress.scalar(f"{rounds.name}/client_loss", done, float(np.mean(answers)))
+    for what, of in (("median", np.median), ("min", np.min), ("max", np.max)):
+        progress.scalar(f"{rounds.name}/client_loss_{what}", done, float(of(answers)))
+    show_losses(ctx, rounds.name, now.losses[done - 1 : done], done - 1)
+    if len(answers) < asked or config.federation.cohort_size:
+        progress.scalar(f"{rounds.name}/cohort", done, float(len(answers)))
+    every = config.runtime.eval_rounds
+    if every and (done % every == 0 or done == rounds.num_rounds):
+        progress.scalar(f"{rounds.name}/accuracy", done, quick_eval(ctx, now.models[student]))
+    if rounds.validation is not None:
+        found = accuracy(table_of(ctx, now.models[student], rounds.validation))
+        progress.scalar(f"{rounds.name}/validation_accuracy", done, found)
+    progress.advance(note=f"loss {np.mean(answers):.3f}")
+
+
+def show_losses(ctx: RunContext, stage: str, losses: np.ndarray, begun: int = 0) -> None:
     """The clients' losses [rounds, clients] as a histogram a round, after ``begun`` rounds of ``stage``.
 
     Closing rounds go on where the warm-up ended; the control is a comparison, and not shown.
     """
-    before = {"warmup": begun, "finetune": begun + run.config.warmup.num_rounds}
+    before = {"warmup": begun, "finetune": begun + ctx.config.warmup.num_rounds}
     if stage in before:
         for number, row in enumerate(losses, before[stage] + 1):
-            run.tracker.histogram("client/loss", number, row)
-
-
-def holdings(federation: Federation, phase: RoundsConfig, round_num: int) -> Own:
-    """client -> the channels that it holds in a round, where it is narrow."""
-
-    def own(client_id: int) -> dict[str, Any]:
-        sets = federation.sets(client_id, phase.address, round_num)
-        return {} if sets is None else {"sets": sets}
-
-    return own
+            ctx.tracker.histogram("client/loss", number, row)
 
 
 def model_parts(federation: Federation, models: Models) -> Iterator[tuple[str, Weights]]:
@@ -187,14 +285,12 @@ def _part(federation: Federation, name: str, number: int) -> str:
     return "global" if name == federation.student else f"global_{number:03d}"
 
 
-def static_statistics(
-    run: Run, models: Models, traffic: Tally, failed_clients: FailedClients, round_num: int
-) -> Models:
-    """``models`` with batch-norm statistics of all clients' images under the whole networks (static BN, 3.6).
+def static_statistics(ctx: RunContext, models: Models, traffic: Tally, failed: FailedClients, round_num: int) -> Models:
+    """Return ``models`` with batch-norm statistics of all clients' images under the full networks (static BN, 3.6).
 
-    What narrow clients' statistics average to fits no network. Every pass makes the statistics of one more layer exact.
+    Averages of partial-width clients' running statistics fit no network. Every pass makes one more layer exact.
     """
-    federation = run.context.federation
+    federation = ctx.client_context.federation
     layers = {name: federation.statistics_passes(name) for name in models}
     for number in range(max(map(len, layers.values()))):
         now = {name: passes[number] for name, passes in layers.items() if number < len(passes)}
@@ -203,22 +299,21 @@ def static_statistics(
         for client_id in asked:
             size = size_of(models[federation.classifiers[client_id]])
             traffic.add("downlink", "weights", client_id, size, round_num=round_num)
-        common = {"models": models, "layers": now}
-        for client_id, found in run.ask("statistics", asked, common, failed_clients=failed_clients):
+        for client_id, found in ctx.map(StatisticsTask(now), asked, models, lambda k: None, failed_clients=failed):
             parts[federation.classifiers[client_id]].append(found)
-            told = ((layer, *entry) for layer, moments in found.items() for entry in moments._asdict().items())
-            message = {f"{layer}/{what}": np.asarray(value) for layer, what, value in told}
+            rows = ((layer, *entry) for layer, moments in found.items() for entry in moments._asdict().items())
+            message = {f"{layer}/{what}": np.asarray(value) for layer, what, value in rows}
             traffic.add("uplink", "statistics", client_id, size_of(message), round_num=round_num)
         models = models | {name: with_statistics(models[name], pooled(parts[name])) for name in now}
     return models
 
 
-def quick_eval(run: Run, weights: Weights) -> float:
-    """Accuracy on a fixed sample of the test images, for curves only."""
-    test, wanted = run.dataset.test, run.config.runtime.eval_samples
+def quick_eval(ctx: RunContext, weights: Weights) -> float:
+    """Return the accuracy on a fixed sample of the test images, for curves only."""
+    test, wanted = ctx.dataset.test, ctx.config.runtime.eval_samples
     if wanted < len(test):
         test = test.take(numpy_stream(0, "glance").permutation(len(test))[:wanted])
-    return accuracy(table_of(run, weights, test))
+    return accuracy(table_of(ctx, weights, test))
 
 
 @dataclass(frozen=True)
@@ -242,16 +337,16 @@ class Warmup:
         """The global models, the student in the place of its architecture's."""
         return self.models | {self.federation.student: student}
 
-    def sets(self, client_id: int) -> ChannelIndices | None:
-        """The channels that ``client`` speaks of, those of the last round; None for a whole model."""
-        return self.federation.sets(client_id, ADDRESS, max(0, self.federation.config.warmup.num_rounds - 1))
+    def indices(self, client_id: int) -> ChannelIndices | None:
+        """Return the channels of a client's model, those of the last round; None for a full-width client."""
+        return self.federation.indices(client_id, ADDRESS, max(0, self.federation.config.warmup.num_rounds - 1))
 
     def client(self, client_id: int) -> Weights:
-        """theta_k, loaded when asked; as wide as the client is."""
+        """Load theta_k, as wide as the client is."""
         part = f"client_{client_id:05d}"
         if part in self.result.parts:
             return self.result.load(part)
-        return self.federation.share(client_id, self.models, self.sets(client_id))
+        return self.federation.submodel(client_id, self.models, self.indices(client_id))
 
     def clients(self, wanted: Iterable[int]) -> Iterable[tuple[int, Weights]]:
         """(k, theta_k) in the order ``wanted``, one at a time in memory."""
@@ -262,52 +357,103 @@ class Warmup:
 ADDRESS, CLOSING = "local", "closing"
 
 
-def warmup_stage(run: Run, shards: Shards) -> Warmup:
-    """Federated averaging from the initial weights."""
-    config = run.config
-    history = PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0
-    key = warmup_key(config, shards.key)
-    section = config.warmup
+def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | None = None) -> Warmup:
+    """Run the federated rounds from the initial weights (stage W); ``after_round``: the method's work on the server."""
+    config, section = ctx.config, ctx.config.warmup
     plan = LocalTrainingConfig(
         section.local_steps, section.batch_size, section.lr, section.weight_decay, section.momentum, section.shuffle
     )
-    phase = RoundsConfig(
-        "warmup", ADDRESS, section.num_rounds, plan, keep_clients=True, prototype_rounds=history, send_counts=True
-    )
-
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        return federated_rounds(run, shards, phase, initial_models(run.context), key, writer, progress)
-
-    result = _rounds_stage(run, "warmup", key, compute, section.num_rounds)
-    federation = run.context.federation
-    warmup = Warmup(result, federation, load_models(federation, result))
-    log_validation(run, shards, "warmup", section.num_rounds, key, warmup.weights)
-    return warmup
+    rounds = RoundsConfig(
+        stage.name, ADDRESS, section.num_rounds, plan, keep_clients=True, send_counts=True, after_round=after_round,
+        prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
+    )  # fmt: skip
+    result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))
+    federation = ctx.client_context.federation
+    found = Warmup(result, federation, load_models(federation, result))
+    if stage.role:
+        log_validation(ctx, stage.name, section.num_rounds, found.key, found.weights)
+    return found
 
 
-def closing_stage(run: Run, name: str, start: str, models: Models, shards: Shards) -> StageResult:
-    """The closing rounds (stage FT) from ``models``, which came under the key ``start``."""
-    config, section = run.config, run.config.finetune
-    key = rounds_key(config, shards.key, start)
-    warmup = config.warmup
-    frozen = (
-        section.bn == "frozen" and not run.context.federation.partial_width
-    )  # whole networks' statistics fit no narrow one
+def close(ctx: RunContext, stage: Stage, models: Models) -> StageResult:
+    """Run the closing rounds (stage FT) from ``models``, those of the stage that ``stage`` reads."""
+    section, warmup = ctx.config.finetune, ctx.config.warmup
+    # statistics of full networks fit no partial-width one
+    frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width
     plan = LocalTrainingConfig(
         section.local_steps, warmup.batch_size, section.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
         section.freeze_head, frozen,
     )  # fmt: skip
+    rounds = RoundsConfig(stage.name, CLOSING, section.num_rounds, plan, validation=validation_images(ctx))
+    return _find_or_compute(ctx, stage, rounds, models)
+
+
+def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models: Models) -> StageResult:
+    """Find or compute a stage of rounds; replay the losses of a stored one, which its curve does not hold."""
+    [key] = ctx.client_keys(stage)
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        phase = RoundsConfig(name, CLOSING, section.num_rounds, plan, validation=validation_images(run, shards))
-        return federated_rounds(run, shards, phase, models, key, writer, progress)
+        return federated_rounds(ctx, rounds, models, key, writer, progress)
 
-    return _rounds_stage(run, name, key, compute, section.num_rounds)
-
-
-def _rounds_stage(run: Run, name: str, key: str, compute: Compute, num_rounds: int) -> StageResult:
-    """``run.stage``, and what a cached result's curve does not hold."""
-    result = run.stage(name, key, compute, total=num_rounds)
-    if run.log[name]["cached"]:
-        show_losses(run, name, result.load("losses")["losses"])
+    result = ctx.find_or_compute(stage, compute)
+    if ctx.log[stage.name]["cached"]:
+        show_losses(ctx, stage.name, result.load("losses")["losses"])
     return result
+
+
+# --- predicted messages ----------------------------------------------------------------------------------------------
+
+
+def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add what the warm-up will send: label counts, models, and prototypes where they come after every round."""
+    config = federation.config
+    for client_id in range(config.partition.num_clients):
+        tally.add("uplink", "counts", client_id, size_of_entries({"counts": (counts.shape[1:], np.int64)}))
+    collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds)
+    if config.prototypes.rounds == "all":
+        add_prototypes(federation, counts, tally, collected)
+
+
+def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add what the closing rounds will send."""
+    _rounds_messages(federation, tally, CLOSING, federation.config.finetune.num_rounds)
+
+
+def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rounds: int) -> np.ndarray:
+    """Add the messages of rounds; returns how often each client answered in the last rounds of P3, int64 [K]."""
+    config, clients = federation.config, federation.config.partition.num_clients
+    asked, answered, collected = np.zeros((3, clients), np.int64)
+    for round_num in range(num_rounds):
+        cohort = cohort_of(config, address, round_num)
+        there = answering(config, address, round_num, cohort)
+        asked[cohort] += 1
+        answered[there] += 1
+        if round_num >= num_rounds - PROTOTYPE_HISTORY:
+            collected[there] += 1
+    strategy = strategy_named(config.federation.strategy)
+    sizes: dict[tuple[str, float], tuple[Size, Size, Size]] = {}
+    for k, maker in enumerate(zip(federation.classifiers, federation.widths, strict=True)):
+        if maker not in sizes:
+            down, up = strategy.messages(federation.entries(*maker))
+            sizes[maker] = tuple(map(size_of_entries, (federation.entries(*maker), down, up)))  # type: ignore[assignment]
+        model, down_size, up_size = sizes[maker]
+        for direction, extra, times in (("downlink", down_size, int(asked[k])), ("uplink", up_size, int(answered[k]))):
+            tally.add(direction, "weights", k, model, times=times)
+            if extra.payload:
+                tally.add(direction, "strategy", k, extra, times=times)
+        if federation.partial_width and num_rounds:
+            whole = federation.entries(maker[0])
+            for layers in federation.statistics_passes(maker[0]):
+                tally.add("downlink", "weights", k, size_of_entries(whole))
+                tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(whole, layers)))
+    return collected
+
+
+def add_prototypes(federation: Federation, counts: np.ndarray, tally: Tally, times: np.ndarray) -> None:
+    """Add each client's prototypes, ``times`` [K] times."""
+    section = federation.config.prototypes
+    for k, name in enumerate(federation.classifiers):
+        count = int(num_prototypes(counts[k], section.k, section.cap, sampled=bool(section.samples)).sum())
+        feature_dim = federation.entries(name)["head.weight"][0][1]
+        message = size_of_entries(prototype_entries(count, feature_dim))
+        tally.add("uplink", "prototypes", k, message, times=int(times[k]))

@@ -17,7 +17,7 @@ from ..config.resolve import KNOBS, dotted, override, read_toml
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
-from ..methods.mosaic.graph import generator_keys, generators_key
+from ..runs.provenance import client_keys, joint_keys
 from ..storage.store import OBJECTS, Damage, StageResult, Store
 from ..sweeps.results import SCHEMA, read_results
 from ..sweeps.space import conditions
@@ -126,9 +126,8 @@ class RunReport:
             raise NotAvailable("the clients' generators cannot be found without the partition")
         try:
             config = override(ExperimentConfig(), self.summary["config"])
-            keys = generator_keys(
-                config, self.label_counts.sum(axis=1), stages["partition"]["key"], stages["warmup"]["key"]
-            )
+            before = {name: stage["key"] for name, stage in stages.items()}
+            keys = client_keys(config, "generators", self.label_counts.sum(axis=1), before)
         except (RequestError, KeyError) as error:
             raise NotAvailable(f"the clients' generators cannot be found: {error}") from None
         found, why = {}, ""
@@ -139,7 +138,7 @@ class RunReport:
                 why = str(absent)
         if found:
             return found
-        if generators_key(keys) != stages["generators"]["key"]:
+        if joint_keys(config, "generators", keys) != stages["generators"]["key"]:
             why = "the clients' generators were made by another version, which stored them under other keys"
         raise NotAvailable(why)
 

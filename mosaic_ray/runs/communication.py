@@ -1,6 +1,6 @@
 """The communication of a run: what its stages have measured, and what arithmetic on the configuration predicts.
 
-The control is a comparison, nothing that a deployment would send, and is left out of both.
+The control is a comparison that a deployment would not send, and is left out of both.
 """
 
 from __future__ import annotations
@@ -9,107 +9,47 @@ import contextlib
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..config.client_layout import any_partial_width
-from ..config.registry import METHODS
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.types import DataFacts
 from ..federated.client_models import Federation
-from ..federated.communication import (
-    Size,
-    Tally,
-    entries_of,
-    num_parameters,
-    num_prototypes,
-    prototype_entries,
-    size_of_entries,
-    statistics_entries,
-)
-from ..methods.mosaic.client_uploads import uploaded
-from ..models.generator import build_generator
-from ..pipeline.context import Run
-from ..pipeline.rounds import ADDRESS, CLOSING, PROTOTYPE_HISTORY, answering, cohort_of
+from ..federated.communication import Tally, num_parameters, size_of_entries
+from ..methods.mosaic.client_uploads import generator_size, uploaded
+from ..pipeline.context import RunContext
+from ..pipeline.graph import load_function
+from .plan import graph_of
+
+#: Stages whose messages a deployment would not send.
+COMPARISONS = ("control", "control_warmup")
 
 #: FedRolex's own widths (Alam et al. 2022), dealt in turn: what it is set at where no client of a run is narrow.
 FEDROLEX_WIDTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
-def measured(run: Run) -> Tally:
-    """What was sent, by client, as the finished stages stored it."""
-    clients = run.config.partition.num_clients
-    stages = (run.results[name] for name in ("warmup", "prototypes", "finetune") if name in run.results)
-    found = [Tally(1, clients, result.load("communication")) for result in stages]
-    return Tally.of([*found, uploaded(run.generators, clients)], clients)
+def measured(ctx: RunContext) -> Tally:
+    """Return what was sent, by client, as the finished stages stored it."""
+    clients = ctx.config.partition.num_clients
+    results = (result for name, result in ctx.results.items() if name not in COMPARISONS)
+    found = [Tally(1, clients, r.load("communication")) for r in results if "communication" in r.parts]
+    return Tally.of([*found, uploaded(ctx.generators, clients)], clients)
 
 
 def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | None = None) -> Tally:
-    """What will be sent, by client, from the configuration alone: nothing is trained, no data are needed.
+    """Return what will be sent, by client, from the configuration alone: nothing is trained, no data are needed.
 
-    Cohorts and drop-outs are drawn as they will be; clients that fail are not foreseen. How many prototypes there are
+    Cohorts and drop-outs are drawn as they will be; clients that fail are not foreseen. The number of prototypes
     depends on the label counts [K, C]: without ``counts`` every client counts as one that fills every class's k.
     """
-    federation, clients = Federation(config, facts), config.partition.num_clients
-    partial_width, tally = federation.partial_width, Tally(1, clients)
-    makers = list(zip(federation.classifiers, federation.widths, strict=True))
-    shares = {maker: size_of_entries(federation.entries(*maker)) for maker in set(makers)}
-    wholes = {name: federation.entries(name) for name in federation.groups}
-    shares |= {(name, 1.0): size_of_entries(whole) for name, whole in wholes.items()}
-    messages = {
-        name: [size_of_entries(statistics_entries(whole, layers)) for layers in federation.statistics_passes(name)]
-        for name, whole in wholes.items()
-        if partial_width
-    }
+    clients = config.partition.num_clients
+    federation, tally = Federation(config, facts), Tally(1, clients)
     counts = np.full((clients, facts.num_classes), config.prototypes.k) if counts is None else counts
-
-    for address, num_rounds in ((ADDRESS, config.warmup.num_rounds), (CLOSING, config.finetune.num_rounds)):
-        asked, answered, collected = np.zeros((3, clients), np.int64)
-        for round_num in range(num_rounds):
-            cohort = cohort_of(config, address, round_num)
-            there = answering(config, address, round_num, cohort)
-            asked[cohort] += 1
-            answered[there] += 1
-            if config.prototypes.rounds == "all" and address == ADDRESS and round_num >= num_rounds - PROTOTYPE_HISTORY:
-                collected[there] += 1
-        for k, maker in enumerate(makers):
-            whole = wholes[maker[0]]
-            tally.add("downlink", "weights", k, shares[maker], times=int(asked[k]))
-            tally.add("uplink", "weights", k, shares[maker], times=int(answered[k]))
-            for message in messages.get(maker[0], ()) if num_rounds else ():
-                tally.add("downlink", "weights", k, shares[maker[0], 1.0])
-                tally.add("uplink", "statistics", k, message)
-            _add_prototypes(tally, config, k, whole, counts[k], times=int(collected[k]))
-    for k in range(clients):
-        tally.add("uplink", "counts", k, size_of_entries({"counts": ((facts.num_classes,), np.int64)}))
-
-    distiller = METHODS[config.method][0]
-    if distiller == "mosaic":
-        generator = _generator_size(config, facts)
-        for k in range(clients):
-            tally.add("uplink", "generators", k, generator)
-    if distiller in ("mosaic", "prototype_head") and config.prototypes.rounds == "last":
-        for k, (name, _) in enumerate(makers):
-            if config.prototypes.model == "global":
-                tally.add("downlink", "weights", k, size_of_entries(wholes[name]))
-            _add_prototypes(tally, config, k, wholes[name], counts[k])
+    for stage in graph_of(config):
+        if stage.messages:
+            load_function(stage.messages)(federation, counts, tally)
     return tally
-
-
-def _add_prototypes(
-    tally: Tally, config: ExperimentConfig, client_id: int, network: Any, counts: np.ndarray, times: int = 1
-) -> None:
-    section = config.prototypes
-    count = int(num_prototypes(counts, section.k, section.cap, sampled=bool(section.samples)).sum())
-    message = size_of_entries(prototype_entries(count, network["head.weight"][0][1]))
-    tally.add("uplink", "prototypes", client_id, message, times=times)
-
-
-def _generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:
-    with torch.device("meta"):
-        made = build_generator(config.generator, facts.channels, facts.image_size, facts.num_classes)
-    return size_of_entries(entries_of(made.state_dict()))
 
 
 def baselines(config: ExperimentConfig, facts: DataFacts) -> dict[str, Tally]:
@@ -117,7 +57,7 @@ def baselines(config: ExperimentConfig, facts: DataFacts) -> dict[str, Tally]:
 
     Without FedRolex where a network of the user's cannot be cut.
     """
-    plain = {"method": "fedavg", "prototypes.rounds": "last", "federation.optimiser": "fedavg"}
+    plain = {"method": "fedavg", "prototypes.rounds": "last", "federation.strategy": "fedavg"}
     found = {"fedavg": predicted(override(config, plain | {"federation.widths": (1.0,)}), facts)}
     widths = config.federation.widths if any_partial_width(config) else FEDROLEX_WIDTHS
     with contextlib.suppress(RequestError):
@@ -125,10 +65,10 @@ def baselines(config: ExperimentConfig, facts: DataFacts) -> dict[str, Tally]:
     return found
 
 
-def communication(run: Run, counts: np.ndarray) -> dict[str, Any]:
+def communication(ctx: RunContext, counts: np.ndarray) -> dict[str, Any]:
     """summary.json's ``communication``: by client and by width, predicted, and against FedAvg and FedRolex."""
-    config, facts = run.config, run.dataset.facts
-    federation, sent, expected = Federation(config, facts), measured(run), predicted(config, facts, counts)
+    config, facts = ctx.config, ctx.dataset.facts
+    federation, sent, expected = Federation(config, facts), measured(ctx), predicted(config, facts, counts)
     ways = {way: (sent.by_client(way), expected.by_client(way)) for way in ("uplink", "downlink")}
     clients = [
         {"client": k, "classifier": name, "width": width}
@@ -150,7 +90,7 @@ def communication(run: Run, counts: np.ndarray) -> dict[str, Any]:
         "predicted": expected.totals(),
         "measured_over_predicted": sent.total / expected.total,
         "baselines": {name: tally.totals() for name, tally in baselines(config, facts).items()},
-        "generator_bytes": _generator_size(config, facts).payload if "generators" in run.log else None,
+        "generator_bytes": generator_size(config, facts).payload if "generators" in ctx.log else None,
         "widths": widths,
         "clients": clients,
     }

@@ -1,45 +1,76 @@
-"""Which stored results a run's summary.json speaks of: for `mosaic store`, which frees what no run needs."""
+"""Which stored results a run's summary.json refers to: for `mosaic store`, which frees what no run needs."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
-from ..methods.mosaic.graph import generator_keys, generators_key
-from ..pipeline.keys import evaluated_key
+from ..pipeline.graph import KeyInputs
+from ..pipeline.stages import evaluated_key, models_of
 from ..storage.store import Store
+from .plan import graph_of
 
-#: Results that summary.json does not name: their keys are worked out.
+#: Kinds of results that summary.json does not name: their keys are worked out.
 UNNAMED = ("generator", "judged")
 
 
-def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) -> tuple[set[str], bool]:
-    """Keys of the results behind ``summary``, and whether these are all, as far as ``stored`` keys go.
+def client_keys(config: ExperimentConfig, stage: str, sizes: Sequence[int], keys: Mapping[str, str]) -> tuple[str, ...]:
+    """Return each client's key in a stage that stores one result per client.
 
-    Named there are those of stages. Each client's generator and what models were judged by follow from its config,
-    unless another version of this package made them, or a user's own network, whose source would have to be loaded.
+    Args:
+        sizes: the clients' training samples, [K].
+        keys: the keys of the stages before it, by name.
+    """
+    [found] = [declared for declared in graph_of(config) if declared.name == stage]
+    return found.keys(KeyInputs(config, sizes=[int(size) for size in sizes]), keys)
+
+
+def joint_keys(config: ExperimentConfig, stage: str, keys: Sequence[str]) -> str:
+    """Return the one key that stands for the clients' ``keys`` in summary.json."""
+    [found] = [declared for declared in graph_of(config) if declared.name == stage]
+    return found.joint_key(keys)
+
+
+def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) -> tuple[set[str], bool]:
+    """Return the keys of the results behind ``summary``, and whether these are all, as far as ``stored`` keys go.
+
+    A summary names the keys of stages. Each client's generator and the evaluations of models follow from its config,
+    unless another version of this package made them, or user code, whose source would have to be loaded.
     """
     stages = {name: stage["key"] for name, stage in (summary.get("stages") or {}).items()}
     used = set(stages.values())
     if "partition" not in stages:
         return used, True
     try:
+        if any(":" in name for name in _user_code(summary["config"])):
+            return used, False
         config = override(ExperimentConfig(), summary["config"])
+        graph = graph_of(config)
     except (RequestError, KeyError, TypeError, AttributeError):
         return used, False
-    models = [stages[name] for name in ("warmup", "teacher", "distill", "finetune", "control") if name in stages]
+    models = models_of(graph, stages).values()
     used |= {
         evaluated_key(config, stages["partition"], key, split) for key in models for split in ("test", "validation")
     }
-    if "generators" not in stages:
-        return used, True
-    partition = store.get(stages["partition"])
-    if partition is None or any(":" in name for name in (config.model.classifier, *config.model.classifiers)):
-        return used, False
-    sizes = partition.load("shards")["counts"].sum(1)
-    clients = generator_keys(config, sizes, stages["partition"], stages["warmup"])
-    found = [key for key in clients if key in stored]  # without those that were left out
-    return used | set(clients), stages["generators"] in (generators_key(clients), generators_key(found))
+    whole = True
+    for stage in graph:
+        if stage.per_client is None or stage.name not in stages:
+            continue
+        partition = store.get(stages["partition"])
+        if partition is None:
+            return used, False
+        clients = client_keys(config, stage.name, partition.load("shards")["counts"].sum(1), stages)
+        found = [key for key in clients if key in stored]  # without those that were left out
+        used |= set(clients)
+        whole &= stages[stage.name] in (stage.joint_key(clients), stage.joint_key(found))
+    return used, whole
+
+
+def _user_code(config: Mapping[str, Any]) -> list[str]:
+    """Return the words of a summary's config that may name user code."""
+    model, federation = config["model"], config["federation"]
+    strategy = federation.get("strategy", "")
+    return [config["method"], strategy, model["classifier"], *model["classifiers"]]

@@ -208,25 +208,26 @@ def _run_once(
 
     from ..execution.malloc import keep_freed
     from ..federated.client import ClientContext
-    from ..pipeline.context import Run
+    from ..pipeline.context import RunContext
     from ..tracking.tensorboard_images import TensorBoardImages
     from .experiment import run_experiment
 
     keep_freed()
     torch.set_num_threads(config.runtime.driver_threads)
     device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-    run = Run(config, dataset, ClientContext(config, dataset.facts, device), store, tracker, **watched)
-    run.cohort = hosts.cohort(config, dataset.facts, run.shard, tracker.say)
-    boards = TensorBoardImages(tracker, config, dataset, run.results, run.generators)
+    ctx = RunContext(config, dataset, ClientContext(config, dataset.facts, device), store, tracker, **watched)
+    ctx.backend = hosts.backend(config, dataset.facts, ctx.shard, tracker.say)
+    ctx.distil = lambda task, report: hosts.distil(task, report, train)
+    boards = TensorBoardImages(tracker, config, dataset, ctx.results, ctx.generators)
     boards.begin()
     tracker.between_stages = boards.catch_up
     try:
-        results = run_experiment(run, lambda task, report: hosts.distil(task, report, train))
+        results = run_experiment(ctx)
         boards.catch_up()
     finally:
-        run.cohort.close()
+        ctx.backend.close()
     student = results.pop("student")
-    return _summary(config, run, results), student
+    return _summary(config, ctx, results), student
 
 
 def _failure(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.resolve import as_dict
 from ..config.schema import ExperimentConfig
-from ..core.types import STAGES
+from .plan import ordered
 
 VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
 
@@ -17,11 +17,11 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
     """summary.json, as DESIGN's outside contract has it."""
     import numpy as np
 
-    from .communication import communication
+    from .communication import COMPARISONS, communication
 
     traffic: dict[str, dict[str, int]] = {"uplink": {}, "downlink": {}}
     for stage, kinds in run.traffic.items():
-        if stage == "control":  # the control is a comparison, nothing that a deployment would send
+        if stage in COMPARISONS:
             continue
         for direction, amounts in kinds.items():
             for kind, amount in amounts.items():
@@ -35,7 +35,7 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         "selection": _selection(results),
         "per_class_accuracy": results["per_class_accuracy"],
         "calibration": results["calibration"],
-        "stages": {name: run.log[name] for name in STAGES if name in run.log},
+        "stages": {name: run.log[name] for name in ordered(run.log)},
         "communication_bytes": traffic,
         "communication": communication(run, np.array(results["label_counts"])),
         "health": [finding.as_dict() for finding in run.findings],

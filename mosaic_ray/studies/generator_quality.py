@@ -25,7 +25,7 @@ from .harness import Row, Study, StudyContext, measured, uploads
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..pipeline.context import Run
+    from ..pipeline.context import RunContext
     from ..storage.store import StageResult
 
 #: Below --config and --set: one client, and a classifier worth asking.
@@ -73,14 +73,14 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
 
 def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Classifier, generator, judge; then both classifiers' figures."""
-    from ..pipeline.rounds import warmup_stage
+    from ..pipeline.rounds import warm_up
 
     with study_context.run(config) as run:
         shards, warmup, generators = uploads(run)
     other = override(config, {"seed": derive(config.seed, "quality", "judge") % 2**30})
     with study_context.run(other) as apart:  # the same images, another start and order
-        apart.train_rows = run.train_rows
-        judge = warmup_stage(apart, shards)
+        apart.shards, apart.keys["partition"] = shards, shards.key
+        judge = warm_up(apart)
     count = num_images(config, study_context.dataset, study_context.options["images"])
     held = numpy_stream(config.seed, "quality", "real").permutation(shards.validation[0])
     halves = [study_context.dataset.train.images[rows] for rows in (held[:count], held[count : 2 * count])]
@@ -98,13 +98,13 @@ def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResul
     )
 
 
-def drawn(run: Run, weights: Weights, count: int) -> np.ndarray:
+def drawn(run: RunContext, weights: Weights, count: int) -> np.ndarray:
     """``count`` images uint8 [count, C, H, W] of a generator."""
     import torch
 
     from ..distillation.generator_training import draw, load_generator, to_pixels
 
-    config, device = run.config, run.context.device
+    config, device = run.config, run.client_context.device
     generator = load_generator(config.generator, run.dataset.facts, weights).to(device)
     inputs = draw(generator, count, stream(config.seed, "quality", "images"), device)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def drawn(run: Run, weights: Weights, count: int) -> np.ndarray:
     return np.concatenate(made)
 
 
-def _judge(run: Run, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
+def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
     """One classifier's figures of ``images`` beside two sets of real ones."""
     from ..distillation.image_quality import (
         Network,
@@ -126,9 +126,9 @@ def _judge(run: Run, name: str, weights: Weights, images: np.ndarray, halves: Se
     from ..federated.evaluation import accuracy
     from ..pipeline.evaluate import table_of
 
-    facts, device, seed = run.dataset.facts, str(run.context.device), run.config.seed
-    features = Network(run.context.classifier(weights), facts)
-    logits = Network(run.context.classifier(weights), facts, logits=True)
+    facts, device, seed = run.dataset.facts, str(run.client_context.device), run.config.seed
+    features = Network(run.client_context.classifier(weights), facts)
+    logits = Network(run.client_context.classifier(weights), facts, logits=True)
     distance, floor = (frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
     score, spread = inception_score(logits, images, seed, device)
     shares = class_shares(predicted(logits, images, device), facts.num_classes)
@@ -142,10 +142,10 @@ def _judge(run: Run, name: str, weights: Weights, images: np.ndarray, halves: Se
     }  # fmt: skip
 
 
-def _inception(run: Run, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
+def _inception(run: RunContext, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
     from ..distillation.image_quality import frechet_distance, inception_weights
 
-    weights, device = inception_weights(), str(run.context.device)
+    weights, device = inception_weights(), str(run.client_context.device)
     distance, floor = (frechet_distance(weights, halves[0], other, device) for other in (images, halves[1]))
     ratio = distance / floor if floor else None
     return {"classifier": "inception", "num_images": len(images), "fid": distance, "floor": floor, "ratio": ratio}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ..execution.placement import Placement
     from ..methods.mosaic.client_uploads import Generators
-    from ..pipeline.context import Run
+    from ..pipeline.context import RunContext
     from ..pipeline.partition import Shards
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageResult, StageWriter, Store
@@ -51,21 +51,22 @@ class StudyContext:
     options: Mapping[str, Any]
 
     @contextlib.contextmanager
-    def run(self, config: ExperimentConfig) -> Iterator[Run]:
+    def run(self, config: ExperimentConfig) -> Iterator[RunContext]:
         """A run of ``config`` whose stages can be asked for one by one."""
         import torch
 
         from ..federated.client import ClientContext
-        from ..pipeline.context import Run
+        from ..pipeline.context import RunContext
 
         torch.set_num_threads(config.runtime.driver_threads)
         device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-        run = Run(config, self.dataset, ClientContext(config, self.dataset.facts, device), self.store, self.tracker)
-        run.cohort = self.hosts.cohort(config, self.dataset.facts, run.shard, self.tracker.say)
+        context = ClientContext(config, self.dataset.facts, device)
+        run = RunContext(config, self.dataset, context, self.store, self.tracker)
+        run.backend = self.hosts.backend(config, self.dataset.facts, run.shard, self.tracker.say)
         try:
             yield run
         finally:
-            run.cohort.close()
+            run.backend.close()
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,18 @@ class Study:
     check: Callable[[ExperimentConfig, Dataset, Mapping[str, Any]], None] = lambda config, dataset, options: None
 
 
-def uploads(run: Run) -> tuple[Shards, Warmup, Generators]:
-    """What clients have after the stages that studies begin with: images, models, generators."""
-    from ..methods.mosaic.client_uploads import generators_stage
-    from ..pipeline.partition import partition_stage, refuse_small
-    from ..pipeline.rounds import warmup_stage
+def uploads(run: RunContext) -> tuple[Shards, Warmup, Generators]:
+    """Run the stages that studies begin with; return the clients' images, models and generators."""
+    from ..methods.mosaic.graph import GENERATORS
+    from ..pipeline.partition import deal
+    from ..pipeline.rounds import warm_up
 
-    shards = partition_stage(run)
-    refuse_small(shards)
-    warmup = warmup_stage(run, shards)
-    return shards, warmup, generators_stage(run, shards, warmup)
+    shards, warmup = deal(run), warm_up(run)
+    return shards, warmup, run.run(GENERATORS, warmup)
 
 
 def measured(
-    run: Run,
+    run: RunContext,
     study: str,
     version: int,
     knobs: Mapping[str, Any],

@@ -12,7 +12,6 @@ mean of images, so even features of real images are told from them: ``real image
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..methods.mosaic.client_uploads import Generators
-    from ..pipeline.context import Run
+    from ..pipeline.context import RunContext
     from ..pipeline.partition import Shards
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageResult
@@ -55,21 +54,18 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
 
 def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
     """What clients upload, a teacher for each arm, and what each teacher reaches."""
-    from ..federated.client import ClientContext
-    from ..methods.mosaic.client_uploads import prototypes_stage
-    from ..methods.mosaic.server import teacher_stage
+    from ..methods.mosaic.graph import PROTOTYPES, TEACHER
     from ..pipeline.evaluate import evaluated
 
     with study_context.run(config) as run:
         shards, warmup, generators = uploads(run)
-        prototypes_key, prototypes = prototypes_stage(run, shards, warmup)
+        prototypes = run.run(PROTOTYPES, warmup)
         reached, keys, looks = {}, [], {}
         for arm in ARMS:
-            own = override(config, {"meta.data": arm})
-            at = replace(run, config=own, context=ClientContext(own, run.dataset.facts, run.context.device))
-            key, teacher = teacher_stage(at, shards, warmup, prototypes_key, prototypes, generators)
-            reached[arm] = evaluated(at, shards, key, teacher, "test", run.dataset.test).facts
-            keys.append(key)
+            at = run.with_config(override(config, {"meta.data": arm}))
+            teacher = at.run(TEACHER, warmup, prototypes, generators)
+            keys.append(at.keys["teacher"])
+            reached[arm] = evaluated(at, keys[-1], teacher, "test", run.dataset.test).facts
             looks[arm] = at, teacher
 
         def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
@@ -92,24 +88,24 @@ def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResul
         return measured(run, STUDY.name, VERSION, {}, [*keys, generators.key], compute)
 
 
-def _kept(run: Run, prototypes: Prototypes) -> Prototypes:
+def _kept(run: RunContext, prototypes: Prototypes) -> Prototypes:
     """The prototypes that the meta model learns from."""
     from ..distillation.prototypes import split_held_out
 
     return split_held_out(prototypes, run.config.prototypes.held_out, run.config.seed)[0]
 
 
-def _synthetic(run: Run, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
+def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
     """The vectors and labels that an arm's meta model learnt from in the place of ``kept``, drawn again."""
     from ..distillation.teacher_training import experts_vote, synthetic_set
 
     makers = zip(generators.clients, generators.results, strict=True)
     sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
-    vote = experts_vote(run.context, teacher.experts, teacher.index)
-    return synthetic_set(run.context, warmup.weights, sources, vote, kept)
+    vote = experts_vote(run.client_context, teacher.experts, teacher.index)
+    return synthetic_set(run.client_context, warmup.weights, sources, vote, kept)
 
 
-def _bias(run: Run, kept: Prototypes, made: Prototypes) -> dict[str, float]:
+def _bias(run: RunContext, kept: Prototypes, made: Prototypes) -> dict[str, float]:
     """How synthetic training vectors differ from prototypes: by domain, and by the classes that their labels name."""
     classes = run.dataset.facts.num_classes
     shares = [np.bincount(p.labels, p.sizes, classes) / p.sizes.sum() for p in (kept, made)]
@@ -120,13 +116,13 @@ def _bias(run: Run, kept: Prototypes, made: Prototypes) -> dict[str, float]:
     }
 
 
-def _auc(run: Run, kept: Prototypes, vectors: np.ndarray) -> float:
+def _auc(run: RunContext, kept: Prototypes, vectors: np.ndarray) -> float:
     from ..distillation.image_quality import domain_auc
 
     return domain_auc(kept.vectors, vectors, run.config.seed)
 
 
-def _real_features(run: Run, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
+def _real_features(run: RunContext, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
     """Features of as many of each client's real images as it has prototypes, by the model that made those."""
     from ..distillation.prototypes import extract_features
 
@@ -136,8 +132,8 @@ def _real_features(run: Run, shards: Shards, warmup: Warmup, kept: Prototypes) -
         draws = numpy_stream(run.config.seed, "meta-training", "real", int(client_id))
         rows = draws.permutation(shards.train[client_id])[:count]
         data = run.dataset.train.take(rows)
-        model = run.context.classifier(warmup.client(int(client_id)) if by_client else warmup.weights)
-        shard = run.context.shard(data.images, data.labels)
+        model = run.client_context.classifier(warmup.client(int(client_id)) if by_client else warmup.weights)
+        shard = run.client_context.shard(data.images, data.labels)
         parts.append(extract_features(model, shard, run.dataset.facts, run.config.runtime.precision))
     return np.concatenate(parts)
 

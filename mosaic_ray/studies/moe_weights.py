@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..pipeline.context import Run
+    from ..pipeline.context import RunContext
     from ..storage.store import StageResult
 
 BASE: dict[str, Any] = {}
@@ -100,18 +100,18 @@ def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResul
         return measured(run, STUDY.name, VERSION, {"images": NUM_IMAGES}, [warmup.key, generators.key], compute)
 
 
-def synthetic_images(run: Run, client_id: int, generator: Weights) -> Iterator[torch.Tensor]:
+def synthetic_images(run: RunContext, client_id: int, generator: Weights) -> Iterator[torch.Tensor]:
     """2,000 of a generator's images, as classifiers see them."""
     from ..distillation.generator_training import classifier_view, draw, load_generator
 
-    config, facts, device = run.config, run.dataset.facts, run.context.device
+    config, facts, device = run.config, run.dataset.facts, run.client_context.device
     maker = load_generator(config.generator, facts, generator).to(device)
     inputs = draw(maker, NUM_IMAGES, stream(config.seed, "moe-weights", client_id), device)
     for part in zip(*(tensor.split(_CHUNK) for tensor in inputs), strict=True):
         yield classifier_view(maker(*part).float(), config.generator.gan_range, facts)
 
 
-def random_images(run: Run, client_id: int) -> Iterator[torch.Tensor]:
+def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
     """2,000 images of pixels that are uniform and independent, as classifiers see them."""
     import torch
 
@@ -120,16 +120,16 @@ def random_images(run: Run, client_id: int) -> Iterator[torch.Tensor]:
     facts, draws = run.dataset.facts, numpy_stream(run.config.seed, "moe-weights/noise", client_id)
     for _ in range(NUM_IMAGES // _CHUNK):
         pixels = draws.integers(0, 256, (_CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
-        yield normalise(torch.tensor(pixels, device=run.context.device), facts.mean, facts.std)
+        yield normalise(torch.tensor(pixels, device=run.client_context.device), facts.mean, facts.std)
 
 
-def seen_shares(run: Run, client_id: int, weights: Weights, views: Iterable[torch.Tensor]) -> np.ndarray:
+def seen_shares(run: RunContext, client_id: int, weights: Weights, views: Iterable[torch.Tensor]) -> np.ndarray:
     """P_k float64 [C]: share of each class that client k's model sees in classifier inputs ``views``."""
     import torch
 
     from ..distillation.image_quality import class_shares
 
-    model = run.context.client_classifier(client_id, weights).eval()
+    model = run.client_context.client_classifier(client_id, weights).eval()
     with torch.no_grad():
         labels = torch.cat([model(view).argmax(1) for view in views])
     return class_shares(labels.cpu().numpy(), run.dataset.facts.num_classes)

@@ -21,8 +21,8 @@ from storing import KEY, OTHER_KEY, arrays, held
 import mosaic_ray.storage.locks as leases_module
 from mosaic_ray.config.resolve import as_dict, override
 from mosaic_ray.config.schema import ExperimentConfig
-from mosaic_ray.methods.mosaic.graph import generators_key
-from mosaic_ray.pipeline.keys import evaluated_key
+from mosaic_ray.methods.mosaic.graph import GENERATORS
+from mosaic_ray.pipeline.stages import evaluated_key
 from mosaic_ray.runs import runner
 from mosaic_ray.runs.plan import stage_keys
 from mosaic_ray.storage import gc as keeping
@@ -50,7 +50,7 @@ def make_run(store: Store, place: str, config: ExperimentConfig = TINY, **told: 
     found = store_keys(config)
     stages = {name: {"key": keys[0]} for name, keys in found.items()}
     if "generators" in found:
-        stages["generators"] = {"key": generators_key(found["generators"])}
+        stages["generators"] = {"key": GENERATORS.joint_key(found["generators"])}
     models = [stages[name]["key"] for name in ("warmup", "teacher", "distill", "finetune", "control") if name in stages]
     evaluated = [evaluated_key(config, found["partition"][0], key, "test") for key in models]
     made = {key for keys in found.values() for key in keys} | set(evaluated)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, shard_of, stripes
+from helpers import FACTS, TINY, generate, shard_of, stripes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -19,7 +19,6 @@ from mosaic_ray.core import health
 from mosaic_ray.core.health import generator_findings, in_one_line, partition_findings, prototype_findings
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Finding
-from mosaic_ray.distillation.client_tasks import generate
 from mosaic_ray.distillation.generator_training import compare_with_real, moments, train_generator
 from mosaic_ray.federated.client import ClientContext
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
@@ -146,9 +145,7 @@ def test_rules_take_figures_of_an_older_result():
 def test_progress_shows_the_same_latents_on_the_way_and_changes_no_number(classifier):
     config, shard = override(TINY, {"generator.steps": 20}), shard_of(stripes(40))
     weights = to_weights(classifier)
-    made = generate(
-        ClientContext(config, FACTS, torch.device("cpu")), shard, 1, {"models": {"cnn": weights}}, {"weights": weights}
-    )
+    made = generate(ClientContext(config, FACTS, torch.device("cpu")), shard, 1, weights, weights)
     assert made.progress["steps"].tolist() == list(moments(20)) == [1, 2, 4, 9, 20]
     images = made.progress["images"]
     assert images.shape == (5, 8, 1, 8, 8) and images.dtype == np.uint8

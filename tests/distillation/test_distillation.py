@@ -8,11 +8,10 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, stripes
+from helpers import FACTS, TINY, assert_same, generate, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.types import Prototypes
-from mosaic_ray.distillation.client_tasks import generate, prototypes
 from mosaic_ray.distillation.student_training import (
     Batcher,
     DistContext,
@@ -36,10 +35,8 @@ def task() -> DistillTask:
     context = ClientContext(TINY, FACTS, CPU)
     weights = initial_weights(context)
     shards = [shard_of(stripes(30, k)) for k in range(3)]
-    made = [generate(context, s, k, {"models": {"cnn": weights}}, {"weights": weights}) for k, s in enumerate(shards)]
-    found = Prototypes.concatenate(
-        [prototypes(context, s, k, {"models": {"cnn": weights}, "round": 0}, {}) for k, s in enumerate(shards)]
-    )
+    made = [generate(context, s, k, weights, weights) for k, s in enumerate(shards)]
+    found = Prototypes.concatenate([prototypes(context, s, k, weights) for k, s in enumerate(shards)])
     counts = np.stack([np.bincount(s.labels, minlength=3) for s in shards])
     teacher, _ = make_teacher(TINY, FACTS, weights, [(k, weights) for k in range(3)], counts, found, _quiet)
     generators = tuple(m.weights for m in made)

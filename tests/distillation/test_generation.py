@@ -7,14 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, stripes
+from helpers import FACTS, TINY, assert_same, generate, shard_of, stripes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.health import generator_findings
 from mosaic_ray.data.transforms import normalise
-from mosaic_ray.distillation.client_tasks import generate
 from mosaic_ray.distillation.generator_training import (
     allocate,
     classifier_view,
@@ -34,7 +33,7 @@ START = initial_weights(BENCH)
 def make(knobs: dict, data=None, client_id: int = 1):
     config = override(TINY, knobs)
     context = ClientContext(config, FACTS, BENCH.device)
-    return generate(context, shard_of(data or stripes(60)), client_id, {"models": {"cnn": START}}, {"weights": START})
+    return generate(context, shard_of(data or stripes(60)), client_id, START, START)
 
 
 def test_o31_a_generator_is_a_function_of_its_address():

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, stripes, stripes_dataset
+from helpers import FACTS, TINY, assert_same, prototypes, shard_of, stripes, stripes_dataset
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RunError
 from mosaic_ray.core.seeding import seeded, stream
 from mosaic_ray.core.types import Prototypes, Weights
-from mosaic_ray.distillation.client_tasks import prototypes
 from mosaic_ray.distillation.experts import form_experts
 from mosaic_ray.distillation.generator_training import classifier_view, latents, load_generator
 from mosaic_ray.distillation.prototypes import split_held_out
 from mosaic_ray.distillation.teacher_training import experts_vote, make_teacher, synthetic_set
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
-from mosaic_ray.methods.mosaic.graph import teacher_key
+from mosaic_ray.methods.mosaic.graph import TEACHER
 from mosaic_ray.models.generator import build_generator
 from mosaic_ray.models.state_dict import head_of, to_weights
-from mosaic_ray.pipeline.keys import VERSIONS
+from mosaic_ray.pipeline.graph import KeyInputs
 from mosaic_ray.runs import runner
 from mosaic_ray.runs.plan import stage_keys
 from mosaic_ray.storage.store import Store, stage_key
@@ -60,9 +59,7 @@ def _client(k: int) -> tuple[int, Weights, Weights]:
 SOURCES = [_client(k) for k in range(3)]
 SHARDS = [shard_of(stripes(size, k)) for k, size in enumerate((30, 24, 45))]
 COUNTS = np.array([[28, 1, 1], [2, 1, 21], [0, 44, 1]])  # as if the shards were skewed: three distinct experts
-FOUND = Prototypes.concatenate(
-    [prototypes(BENCH, s, k, {"models": {"cnn": GLOBAL}, "round": 0}, {}) for k, s in enumerate(SHARDS)]
-)
+FOUND = Prototypes.concatenate([prototypes(BENCH, s, k, GLOBAL) for k, s in enumerate(SHARDS)])
 KEPT, HELD_OUT = split_held_out(FOUND, TINY.prototypes.held_out, TINY.seed)
 
 
@@ -189,12 +186,11 @@ def test_a_generator_that_diverged_is_named():
 
 
 def test_the_default_key_is_that_of_results_made_before_the_knob_was():
-    room = {name: value for name, value in asdict(TINY.meta).items() if name != "data"}
-    split = {"held_out": 0.25, "weighting": "size", "seed": 0}
-    before = stage_key("teacher", VERSIONS["teacher"], {"meta": room, "split": split}, ["warmup-1", "prototypes-1"])
-    assert teacher_key(TINY, "warmup-1", "prototypes-1", "generators-1") == before
-    arms = {teacher_key(override(TINY, {"meta.data": d}), "warmup-1", "prototypes-1", "generators-1") for d in ARMS}
-    assert len(arms) == 3
+    upstream = {name: f"{name}-1" for name in ("warmup", "prototypes", "generators")}
+    knobs = {"meta": {"token_dim": 6, "feedforward": 16, "updates": 10, "batch_size": 16}, "split": {"seed": 0}}
+    before = stage_key("teacher", TEACHER.version, knobs, ["warmup-1", "prototypes-1"])
+    assert TEACHER.keys(KeyInputs(TINY), upstream) == (before,)
+    assert len({TEACHER.keys(KeyInputs(override(TINY, {"meta.data": data})), upstream) for data in ARMS}) == 3
 
 
 @pytest.mark.parametrize("data", ARMS)

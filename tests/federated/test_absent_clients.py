@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import FACTS, TINY, assert_same, stripes_dataset
+from helpers import FACTS, TASKS, TINY, assert_same, stripes_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -19,10 +19,10 @@ from safetensors.numpy import load_file
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.validate import check
 from mosaic_ray.core.errors import RequestError, RunError
+from mosaic_ray.distillation.client_tasks import PrototypesTask
 from mosaic_ray.execution import actor_pool
 from mosaic_ray.execution.actor_pool import ActorPool, ClientFailure
-from mosaic_ray.execution.backend import ClientActor, RayBackend, start_hosts
-from mosaic_ray.execution.tasks import WORK
+from mosaic_ray.execution.backend import ClientActor, RayBackend, no_input, start_hosts
 from mosaic_ray.pipeline.context import FailedClients
 from mosaic_ray.pipeline.rounds import answering
 from mosaic_ray.runs import runner
@@ -55,15 +55,16 @@ def failing(monkeypatch) -> Callable[..., list[int]]:
     """``failing("train", 1)``: client 1's training fails, ``times`` of it or always; answers the list of failures."""
 
     def arrange(work: str, client: int, times: int = 10**9) -> list[int]:
-        real, met = WORK[work], []
+        task, met = TASKS[work], []
+        real = task.run
 
-        def broken(context, shard, client_id, common, own):
+        def broken(task, context, shard, client_id, *inputs):
             if client_id == client and len(met) < times:
                 met.append(client_id)
                 raise OSError("its disk is gone")
-            return real(context, shard, client_id, common, own)
+            return real(task, context, shard, client_id, *inputs)
 
-        monkeypatch.setitem(WORK, work, broken)
+        monkeypatch.setattr(task, "run", broken)
         return met
 
     return arrange
@@ -144,15 +145,15 @@ def test_with_leave_the_rounds_go_on_without_it_as_if_it_had_not_been_asked(tmp_
 def test_a_client_without_a_generator_is_left_out_and_asked_again_by_the_next_run(tmp_path, failing, monkeypatch):
     with monkeypatch.context() as patch:
         met = []
-        real = WORK["generate"]
+        real = TASKS["generate"].run
 
-        def broken(context, shard, client_id, *rest):
+        def broken(task, context, shard, client_id, *rest):
             if client_id == 1:
                 met.append(client_id)
                 raise OSError("its disk is gone")
-            return real(context, shard, client_id, *rest)
+            return real(task, context, shard, client_id, *rest)
 
-        patch.setitem(WORK, "generate", broken)
+        patch.setattr(TASKS["generate"], "run", broken)
         first = go(tmp_path, federation__min_cohort=1)
     assert len(met) == TINY.federation.max_client_failures
     assert failed(first) == [("generators", 1, 1.0)]
@@ -172,10 +173,10 @@ def test_a_client_without_prototypes_is_left_out(tmp_path, failing):
 
 
 def test_when_too_few_are_left_the_first_without_leave_is_named(tmp_path, monkeypatch):
-    def broken(context, shard, client_id, common, own):
+    def broken(task, *inputs):
         raise OSError("no disk anywhere")
 
-    monkeypatch.setitem(WORK, "train", broken)
+    monkeypatch.setattr(TASKS["train"], "run", broken)
     with pytest.raises(RunError, match="stage warmup, round 0, client 2: OSError: no disk anywhere"):
         go(tmp_path, federation__min_cohort=1, federation__max_client_failures=1)
 
@@ -224,7 +225,7 @@ def deadly() -> type:
 
     class Deadly(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
-            if asked == "train" and client_id == 1:
+            if isinstance(asked, TASKS["train"]) and client_id == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().work(config, facts, asked, client_id, *rest)
 
@@ -251,7 +252,7 @@ def hungry(folder: Path) -> type:
 
     class Hungry(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
-            if asked == "generate" and len(os.listdir(folder)) < 2:
+            if isinstance(asked, TASKS["generate"]) and len(os.listdir(folder)) < 2:
                 (folder / str(client_id)).touch()
                 for _ in range(6000):  # a minute at most
                     if len(os.listdir(folder)) == 2:
@@ -300,7 +301,7 @@ def test_actors_that_find_no_room_are_not_waited_for_for_ever(ray_up):
     cohort = RayBackend(TINY, FACTS, shards.__getitem__, lambda: nobody)
     try:
         with pytest.raises(RunError, match=r"no client actor could start within 0\.5 s: other jobs hold"):
-            list(cohort.ask("train", [0], {}))
+            list(cohort.map(PrototypesTask(0), [0], {}, no_input))
     finally:
         cohort.close()
 

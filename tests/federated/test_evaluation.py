@@ -165,16 +165,17 @@ def test_a_closing_phase_that_was_killed_resumes_with_its_validation_curve(go, m
         "partition.validation_fraction": 0.2, "method": "fedavg", "finetune.num_rounds": 4,
         "warmup.checkpoint_rounds": 2,
     }  # fmt: skip
-    from mosaic_ray.execution.tasks import WORK
-    from mosaic_ray.federated.client import train
+    from mosaic_ray.federated.client import TrainTask
 
-    def dies(context, shard, client_id, common, own):
-        if common["phase"] == "closing" and common["round"] == 3:
+    train = TrainTask.run
+
+    def dies(task, *inputs):
+        if task.phase == "closing" and task.round_num == 3:
             raise KeyboardInterrupt
-        return train(context, shard, client_id, common, own)
+        return train(task, *inputs)
 
     with monkeypatch.context() as patch:
-        patch.setitem(WORK, "train", dies)
+        patch.setattr(TrainTask, "run", dies)
         with pytest.raises(KeyboardInterrupt):
             go(knobs)
     resumed, undisturbed = (go(knobs, storage)[1]["finetune/validation_accuracy"] for storage in ("store", "other"))

@@ -14,8 +14,8 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.types import Update
 from mosaic_ray.distillation.teacher import MixedTeacher, TeacherState, build_teacher, group_shares
-from mosaic_ray.federated.client import ClientContext, initial_models, train
-from mosaic_ray.federated.client_models import Federation, group_counts
+from mosaic_ray.federated.client import ClientContext, ClientRound, Round, TrainTask, initial_models
+from mosaic_ray.federated.client_models import Federation, RoundAggregator, RoundStart, group_counts
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.models.classifiers import Classifier
 from mosaic_ray.models.state_dict import to_weights
@@ -40,9 +40,9 @@ def bench_of(made: Federation) -> ClientContext:
 def test_a_round_of_untrained_clients_changes_nothing(optimiser):
     made = federation(optimiser, federation__widths=(1.0, 0.5, 0.25))
     models = initial_models(bench_of(made))
-    fold = made.fold(models, "local", 3, COUNTS)
+    fold = RoundAggregator(RoundStart(made, models, {}, "local", 3, COUNTS))
     for k in range(4):
-        weights = made.share(k, models, made.sets(k, "local", 3))
+        weights = made.submodel(k, models, made.indices(k, "local", 3))
         fold.add(Update(k, weights, 7 + k))
     assert_same(fold.result()["cnn"], models["cnn"])
 
@@ -51,10 +51,10 @@ def test_a_round_of_untrained_clients_changes_nothing(optimiser):
 def test_a_narrow_client_moves_its_own_coordinates_and_no_other(optimiser):
     made = federation(optimiser, federation__widths=(0.5,))
     context, models = bench_of(made), initial_models(bench_of(made))
-    sets = made.sets(1, "local", 2)
-    common = {"models": models, "phase": "local", "round": 2, "plan": PLAN}
-    update = train(context, shard_of(stripes(40)), 1, common, {"sets": sets}).update
-    fold = made.fold(models, "local", 2, COUNTS)
+    sets = made.indices(1, "local", 2)
+    task = TrainTask("local", 2, PLAN)
+    update = task.run(context, shard_of(stripes(40)), 1, Round(models), ClientRound(sets))
+    fold = RoundAggregator(RoundStart(made, models, {}, "local", 2, COUNTS))
     fold.add(update)
     after, before = fold.result()["cnn"], models["cnn"]
     shapes = {name: (value.shape, update.weights[name].shape) for name, value in before.items()}
@@ -65,25 +65,25 @@ def test_a_narrow_client_moves_its_own_coordinates_and_no_other(optimiser):
         assert moved <= update.weights[name].size, name
         if name.endswith("weight") and value.ndim > 1:
             assert moved > 0.9 * update.weights[name].size, name
-    again = made.share(1, {"cnn": after}, sets)
+    again = made.submodel(1, {"cnn": after}, sets)
     assert_same(again, update.weights)
 
 
 def test_clients_of_a_width_share_a_window_that_rolls_and_dropouts_differ():
     rolex, dropout = (federation(name, federation__widths=(0.5,)) for name in ("fedrolex", "feddropout"))
-    windows = [[made.sets(k, "local", r) for k in (0, 1) for r in (0, 1)] for made in (rolex, dropout)]
+    windows = [[made.indices(k, "local", r) for k in (0, 1) for r in (0, 1)] for made in (rolex, dropout)]
     first, rolled, same, _ = windows[0]
     assert all(map(np.array_equal, first, same)) and not all(map(np.array_equal, first, rolled))
     first, other_round, other_client, _ = windows[1]
     assert not all(map(np.array_equal, first, other_round)) and not all(map(np.array_equal, first, other_client))
-    assert all(map(np.array_equal, first, dropout.sets(0, "local", 0)))
-    assert not all(map(np.array_equal, first, dropout.sets(0, "closing", 0)))
+    assert all(map(np.array_equal, first, dropout.indices(0, "local", 0)))
+    assert not all(map(np.array_equal, first, dropout.indices(0, "closing", 0)))
 
 
 def test_architectures_are_averaged_apart_and_one_without_clients_keeps_its_weights():
     made = federation("fedavg", model__classifiers=("cnn", "mobilenet"))
     models = initial_models(bench_of(made))
-    fold = made.fold(models, "local", 0, COUNTS)
+    fold = RoundAggregator(RoundStart(made, models, {}, "local", 0, COUNTS))
     for k, factor in ((0, 1.0), (2, 3.0)):
         moved = {n: (v * factor).astype(v.dtype) for n, v in models["cnn"].items()}
         fold.add(Update(k, moved, 1))
@@ -96,7 +96,7 @@ def test_masked_clients_leave_out_what_they_do_not_hold():
     made = federation("fedavg", federation__masked=True)
     models = initial_models(bench_of(made))
     counts = np.array([[5, 0, 0], [5, 5, 0], [0, 0, 0], [0, 0, 0]])
-    fold = made.fold(models, "local", 0, counts)
+    fold = RoundAggregator(RoundStart(made, models, {}, "local", 0, counts))
     for k, value in ((0, 1.0), (1, 4.0)):
         fold.add(Update(k, {n: np.full_like(v, value) for n, v in models["cnn"].items()}, 10))
     head = fold.result()["cnn"]["head.bias"]

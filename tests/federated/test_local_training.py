@@ -13,7 +13,7 @@ from torch import nn
 from mosaic_ray.core.seeding import stream
 from mosaic_ray.data.transforms import normalise
 from mosaic_ray.federated.aggregation import RunningAverage
-from mosaic_ray.federated.client import ClientContext, initial_weights, train
+from mosaic_ray.federated.client import ClientContext, ClientRound, Round, TrainTask, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, batches, train_locally
 from mosaic_ray.models.state_dict import to_weights
 
@@ -51,12 +51,12 @@ def test_a_batch_is_no_larger_than_the_shard():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_o31_the_same_address_gives_the_same_weights_and_another_seed_does_not(shuffle):
     plan = LocalTrainingConfig(3, 16, 0.05, 1e-4, 0.9, shuffle)
-    common = {"models": {"cnn": initial_weights(BENCH)}, "phase": "local", "round": 1, "plan": plan}
+    task, start = TrainTask("local", 1, plan), Round({"cnn": initial_weights(BENCH)})
     shard = shard_of(stripes(40))
-    first, again = (train(BENCH, shard, 2, common, {}).update for _ in range(2))
+    first, again = (task.run(BENCH, shard, 2, start, ClientRound()) for _ in range(2))
     assert_same(first.weights, again.weights)
     other = ClientContext(dataclasses.replace(TINY, seed=1), FACTS, BENCH.device)
-    differs = train(other, shard, 2, common, {}).update
+    differs = task.run(other, shard, 2, start, ClientRound())
     assert shuffle is not np.array_equal(first.weights["head.weight"], differs.weights["head.weight"])
 
 

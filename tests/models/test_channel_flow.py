@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mosaic_ray.config.plugins import load
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.federated.strategies.submodel import channel_indices
 from mosaic_ray.models.classifiers import Classifier
 from mosaic_ray.models.state_dict import to_weights
 from mosaic_ray.models.submodel import channels_of, extract, fit
@@ -123,7 +123,7 @@ def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(kind
     images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
     model = built(kind)
     weights, channels = to_weights(model), channels_of(model)
-    sets = channel_indices(channels, 0.5, scheme, round_num=3, seed=0, client_id=0)
+    sets = load("strategies", scheme).channel_indices(channels, 0.5, round_num=3, seed=0, client_id=0)
     part = extract(weights, channels, sets)
     without = {name: array.copy() for name, array in weights.items()}
     for name, axes in channels.entries.items():

@@ -23,7 +23,7 @@ from mosaic_ray.models import classifiers
 from mosaic_ray.models.classifiers import CLASSIFIERS, build_classifier
 from mosaic_ray.models.mobilenet import InvertedResidual
 from mosaic_ray.models.state_dict import to_weights
-from mosaic_ray.runs.checks import check_networks
+from mosaic_ray.runs.checks import check_models
 
 SIZES = (8, 16, 28, 32, 64)
 
@@ -212,9 +212,9 @@ def test_classifiers_refuse_tiny_images():
     with pytest.raises(RequestError, match=r"data\.image_size = 4: "):
         build_classifier(ModelConfig(), 10, 1, 4)
     for knobs in ({"model.classifier": "resnet50"}, {"model.classifiers": ("cnn", "mobilenet")}):
-        check_networks(override(TINY, knobs), FACTS)
+        check_models(override(TINY, knobs), FACTS)
         with pytest.raises(RequestError, match=r"data\.image_size = 4: classifiers take 8 pixels or more"):
-            check_networks(override(TINY, knobs), replace(FACTS, image_size=4))
+            check_models(override(TINY, knobs), replace(FACTS, image_size=4))
 
 
 def test_every_network_that_is_named_is_checked(monkeypatch):
@@ -222,7 +222,7 @@ def test_every_network_that_is_named_is_checked(monkeypatch):
     monkeypatch.setattr(
         classifiers, "build_classifier", lambda *asked: made.append(build_classifier(*asked)) or made[-1]
     )
-    check_networks(override(TINY, {"model.classifiers": ("resnet50", "cnn"), "model.width": 3}), FACTS)
+    check_models(override(TINY, {"model.classifiers": ("resnet50", "cnn"), "model.width": 3}), FACTS)
     assert [net.feature_dim for net in made] == [12, 96]
 
 

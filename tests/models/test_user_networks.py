@@ -22,7 +22,7 @@ from mosaic_ray.models.classifiers import Classifier, build_classifier
 from mosaic_ray.models.discriminator import SharedTrunkDiscriminator
 from mosaic_ray.models.state_dict import head_of, to_weights
 from mosaic_ray.runs import runner
-from mosaic_ray.runs.checks import check_networks
+from mosaic_ray.runs.checks import check_models
 from mosaic_ray.storage.store import Store
 
 HEAD = "import torch\nfrom torch import nn\n"
@@ -179,7 +179,7 @@ def test_the_function_of_a_package_and_a_changed_file(lab, tmp_path):
     (tmp_path / "my_test_lab" / "nets.py").write_text("from .parts import Net, build\n")
     (tmp_path / "my_test_lab" / "parts.py").write_text(NET)
     word = "my_test_lab.nets:build"
-    check_networks(override(TINY, {"model.classifiers": ("cnn", word)}), FACTS)
+    check_models(override(TINY, {"model.classifiers": ("cnn", word)}), FACTS)
     digest = source_digest(word)
     assert len(digest) == 20 and digest == source_digest("my_test_lab.nets:other") and source_digest("cnn") == ""
     assert digest != source_digest("my_test_lab.parts:build")
@@ -229,7 +229,7 @@ def test_a_network_that_cannot_be_used_is_told_in_one_line(lab, source, says, ca
     file = Path.cwd() / f"{word.partition(':')[0]}.py"
     state = torch.get_rng_state()
     with pytest.raises(RequestError) as caught:
-        check_networks(override(TINY, {"model.classifiers": ("cnn", word)}), FACTS)
+        check_models(override(TINY, {"model.classifiers": ("cnn", word)}), FACTS)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"model.classifier = {word}: {says.replace('{file}', str(file))}")
     assert capsys.readouterr().out == "" and torch.equal(state, torch.get_rng_state())
@@ -238,7 +238,7 @@ def test_a_network_that_cannot_be_used_is_told_in_one_line(lab, source, says, ca
 @pytest.mark.parametrize("knobs", [{"method": "fedavg"}, {"generator.lambda_i": 0.0}, {"generator.tau": 0}])
 def test_batch_norm_is_asked_for_where_it_is_read(lab, knobs):
     word = lab(sequential("nn.Flatten()", "nn.Linear(64, num_classes)"))
-    check_networks(override(TINY, {"model.classifier": word} | knobs), FACTS)
+    check_models(override(TINY, {"model.classifier": word} | knobs), FACTS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, stripes_dataset
+from helpers import FACTS, TASKS, TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.presets import ALGORITHMS
@@ -244,15 +244,16 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path, name):
 
 
 def test_a_client_that_fails_is_named_with_stage_and_round(tmp_path, monkeypatch):
-    def broken(context, shard, client_id, common, own):
-        if client_id == 2 and common["round"] == 1:
+    from mosaic_ray.federated.client import TrainTask
+
+    train = TrainTask.run
+
+    def broken(task, context, shard, client_id, *inputs):
+        if client_id == 2 and task.round_num == 1:
             raise ZeroDivisionError("no such thing")
-        return train(context, shard, client_id, common, own)
+        return train(task, context, shard, client_id, *inputs)
 
-    from mosaic_ray.execution.tasks import WORK
-    from mosaic_ray.federated.client import train
-
-    monkeypatch.setitem(WORK, "train", broken)
+    monkeypatch.setattr(TrainTask, "run", broken)
     with pytest.raises(RunError, match="stage warmup, round 1, client 2: ZeroDivisionError: no such thing") as caught:
         go(tmp_path, name="x")
     log = tmp_path / "runs" / "x" / "error.log"
@@ -342,7 +343,7 @@ def _dying(work: str, marker: Path) -> type:
 
     class Dying(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
-            if asked == work and client_id == 1 and not marker.exists():
+            if isinstance(asked, TASKS[work]) and client_id == 1 and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().work(config, facts, asked, client_id, *rest)

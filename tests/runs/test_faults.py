@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from helpers import TINY, assert_same, stripes_dataset
+from helpers import TASKS, TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.resolve import override
@@ -110,7 +110,7 @@ def stuck_on(node_id: str, work: str, marker: Path) -> type:
         def work(self, config, facts, asked, client_id, *rest):
             import ray
 
-            if asked == work and ray.get_runtime_context().get_node_id() == node_id:
+            if isinstance(asked, TASKS[work]) and ray.get_runtime_context().get_node_id() == node_id:
                 marker.write_text(str(client_id))
                 threading.Event().wait()
             return super().work(config, facts, asked, client_id, *rest)
@@ -141,16 +141,16 @@ def test_a_machine_that_joins_late_is_used_within_the_round(tmp_path, monkeypatc
         first = nodes[0].node_id
 
         class Waiting(ClientActor):
-            def work(self, config, facts, asked, client_id, shard, common, own):
+            def work(self, config, facts, asked, client_id, *rest):
                 import ray
 
                 if ray.get_runtime_context().get_node_id() != first:
                     if not joined.exists():
-                        joined.write_text(f"{asked} {common['round']}")
+                        joined.write_text(f"{type(asked).__name__} {asked.round_num}")
                 elif client_id > 0:  # the first client of the round is served before anybody joins
                     while not joined.exists():
                         time.sleep(0.05)
-                return super().work(config, facts, asked, client_id, shard, common, own)
+                return super().work(config, facts, asked, client_id, *rest)
 
         monkeypatch.setattr("mosaic_ray.execution.backend.ClientActor", Waiting)
         knobs = {"partition__num_clients": 6, "method": "fedavg"}
@@ -160,7 +160,7 @@ def test_a_machine_that_joins_late_is_used_within_the_round(tmp_path, monkeypatc
             cluster.add_node(num_cpus=1, object_store_memory=100 * MIB, include_dashboard=False)
 
         there = beside(join, lambda: go(tmp_path / "ray", cluster.address, runtime__host="ray", **knobs))
-    assert joined.read_text() == "train 0"
+    assert joined.read_text() == "TrainTask 0"
     assert_same(student(there), student(go(tmp_path / "serial", **knobs)))
 
 
@@ -229,7 +229,7 @@ def test_a_kill_by_the_memory_monitor_leaves_fewer_at_work_and_the_same_numbers(
 
     class Greedy(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
-            if asked == "generate" and client_id == 0 and not marker.exists():
+            if isinstance(asked, TASKS["generate"]) and client_id == 0 and not marker.exists():
                 marker.touch()
                 eaten = []
                 while sum(map(len, eaten)) < most:

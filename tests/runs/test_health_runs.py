@@ -13,7 +13,7 @@ from helpers import TINY, small_ray, stripes_dataset
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.core.errors import RunError
 from mosaic_ray.core.types import Finding
-from mosaic_ray.pipeline.context import Run, known
+from mosaic_ray.pipeline.context import RunContext, known
 from mosaic_ray.runs import runner
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
@@ -99,8 +99,8 @@ class Told:
         self.texts[tag] = markdown
 
 
-def noted(strict: bool = False) -> Run:
-    return Run(TINY, stripes_dataset(), None, None, Told(), strict=strict)
+def noted(strict: bool = False) -> RunContext:
+    return RunContext(TINY, stripes_dataset(), None, None, Told(), strict=strict)
 
 
 def facts_of(*findings: Finding) -> dict:

@@ -7,14 +7,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, shard_of, stripes
+from helpers import FACTS, TINY, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.health import ONE_OWNER, distill_findings, teacher_findings
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Finding, Prototypes, Weights
-from mosaic_ray.distillation.client_tasks import prototypes
 from mosaic_ray.distillation.experts import effective_owners, form_experts, redundancy
 from mosaic_ray.distillation.meta_model import Teacher, gates
 from mosaic_ray.distillation.student_training import DistContext, DistillTask, distil, inspect_student, make_task
@@ -53,9 +52,7 @@ def federation() -> Federation:
         return to_weights(model)
 
     whole = went_on(initial_weights(BENCH), 9, 30, 0.9)
-    found = [
-        prototypes(BENCH, shard_of(stripes(60, k)), k, {"models": {"cnn": whole}, "round": 0}, {}) for k in range(3)
-    ]
+    found = [prototypes(BENCH, shard_of(stripes(60, k)), k, whole) for k in range(3)]
     return Federation(whole, [went_on(whole, k, 6) for k in range(3)], Prototypes.concatenate(found))
 
 

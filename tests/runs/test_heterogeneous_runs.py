@@ -65,7 +65,7 @@ def test_communication_is_what_narrow_clients_send(tmp_path):
     sent = go(tmp_path, NARROW)["communication_bytes"]
     made = Federation(override(TINY, NARROW), FACTS)
     models = {"cnn": student(go(tmp_path, NARROW))}
-    sizes = [sum(v.nbytes for v in made.share(k, models, made.sets(k, "local", 0)).values()) for k in range(3)]
+    sizes = [sum(v.nbytes for v in made.submodel(k, models, made.indices(k, "local", 0)).values()) for k in range(3)]
     assert sizes[0] > 3 * sizes[1] > 9 * sizes[2]
     assert sent["uplink"]["weights"] == (TINY.warmup.num_rounds + TINY.finetune.num_rounds) * sum(sizes)
     assert sent["uplink"]["statistics"] > 0

@@ -22,14 +22,13 @@ from storing import KEY, OTHER_KEY, PATIENCE_SECONDS, children, held, remains, s
 
 from mosaic_ray.config.resolve import flatten, override
 from mosaic_ray.core.errors import RunError
-from mosaic_ray.execution import tasks
 from mosaic_ray.execution.backend import SerialBackend
-from mosaic_ray.federated import client
-from mosaic_ray.federated.client import ClientContext
-from mosaic_ray.methods.mosaic.client_uploads import Generators, generators_stage
-from mosaic_ray.pipeline.context import Run
-from mosaic_ray.pipeline.partition import partition_stage
-from mosaic_ray.pipeline.rounds import warmup_stage
+from mosaic_ray.federated.client import ClientContext, TrainTask
+from mosaic_ray.methods.mosaic.client_uploads import Generators
+from mosaic_ray.methods.mosaic.graph import GENERATORS
+from mosaic_ray.pipeline.context import RunContext
+from mosaic_ray.pipeline.partition import deal
+from mosaic_ray.pipeline.rounds import warm_up
 from mosaic_ray.runs import runner as launch
 from mosaic_ray.storage.locks import Lease
 from mosaic_ray.storage.store import CorruptResult, StageResult, Store
@@ -100,8 +99,8 @@ def after_some_looks(store: Store, do: Callable[[], object]) -> None:
     store.get_or_lease = look
 
 
-def bare_run(storage: Path, tracker: Tracker) -> Run:
-    return Run(
+def bare_run(storage: Path, tracker: Tracker) -> RunContext:
+    return RunContext(
         TINY,
         stripes_dataset(),
         ClientContext(TINY, stripes_dataset().facts, torch.device("cpu")),
@@ -166,8 +165,8 @@ class Watched:
         self.cohort, self.before = cohort, before
         self.clients: list[int] = []
 
-    def ask(self, work: str, clients: Any, *rest: Any, **options: Any) -> Iterator[tuple[int, Any]]:
-        for client_id, made in self.cohort.ask(work, clients, *rest, **options):
+    def map(self, task: Any, clients: Any, *rest: Any, **options: Any) -> Iterator[tuple[int, Any]]:
+        for client_id, made in self.cohort.map(task, clients, *rest, **options):
             self.before(client_id)
             self.clients.append(client_id)
             yield client_id, made
@@ -178,13 +177,13 @@ class Party:
 
     def __init__(self, storage: Path, tracker: Tracker, before: Callable[[int], None] = lambda k: None) -> None:
         self.run = bare_run(storage, tracker)
-        self.run.cohort = SerialBackend(TINY, self.run.dataset.facts, self.run.shard)
-        self.shards = partition_stage(self.run)
-        self.warmup = warmup_stage(self.run, self.shards)
-        self.run.cohort = self.asked = Watched(self.run.cohort, before)
+        self.run.backend = SerialBackend(TINY, self.run.dataset.facts, self.run.shard)
+        deal(self.run)
+        self.warmup = warm_up(self.run)
+        self.run.backend = self.asked = Watched(self.run.backend, before)
 
     def make(self) -> Generators:
-        return generators_stage(self.run, self.shards, self.warmup)
+        return self.run.run(GENERATORS, self.warmup)
 
     @property
     def log(self) -> dict[str, Any]:
@@ -333,10 +332,12 @@ def test_a_killed_runs_warmup_is_taken_over_at_its_checkpoint(
 ) -> None:
     rounds = []
 
-    def train(context: ClientContext, shard: Any, client_id: int, common: Any, own: Any) -> Any:
-        if common["phase"] == "local":
-            rounds.append(common["round"])
-        return client.train(context, shard, client_id, common, own)
+    real = TrainTask.run
+
+    def train(task: TrainTask, *inputs: Any) -> Any:
+        if task.phase == "local":
+            rounds.append(task.round_num)
+        return real(task, *inputs)
 
     def say(tracker: Tracker, text: str) -> None:
         if text == "warmup: waiting for another run that computes it":
@@ -345,7 +346,7 @@ def test_a_killed_runs_warmup_is_taken_over_at_its_checkpoint(
     with runner(tmp_path, "halts") as (other,):
         start(other)
         assert other.stdout and other.stdout.readline() == "saved\n"
-        monkeypatch.setitem(tasks.WORK, "train", train)
+        monkeypatch.setattr(TrainTask, "run", train)
         monkeypatch.setattr(Tracker, "say", say)
         summary = run_here(tmp_path)
         assert other.wait() == -signal.SIGKILL

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from door import ask, refusal
-from helpers import TINY, stripes, stripes_dataset
+from helpers import TASKS, TINY, stripes, stripes_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.types import Dataset
 from mosaic_ray.distillation.experts import expert_weights
-from mosaic_ray.execution import tasks
 from mosaic_ray.studies import generator_quality, meta_training, moe_weights
 from mosaic_ray.studies.harness import Study, as_csv, in_words, over_seeds, run_study
 from mosaic_ray.studies.moe_weights import compared, estimate, rank_correlations, total_variation
@@ -47,7 +46,7 @@ def data(monkeypatch: pytest.MonkeyPatch) -> Dataset:
 def forbid(monkeypatch: pytest.MonkeyPatch, *work: str) -> None:
     """Client work that must not be done again."""
     for name in work:
-        monkeypatch.setitem(tasks.WORK, name, lambda *_: pytest.fail("it was computed again"))
+        monkeypatch.setattr(TASKS[name], "run", lambda *_: pytest.fail("it was computed again"))
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
@@ -203,7 +202,7 @@ def test_experiments_are_listed():
 )
 def test_wrong_requests_are_answered_in_one_line(words, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mosaic_ray.execution.placement.Placement.cohort", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr("mosaic_ray.execution.placement.Placement.backend", lambda *_: pytest.fail("it started"))
     assert said in refusal(ask("experiment", *words))
 
 

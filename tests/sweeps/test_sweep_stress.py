@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.execution.resource_plan import Node, plan
-from mosaic_ray.methods.mosaic.graph import generators_key
+from mosaic_ray.methods.mosaic.graph import GENERATORS
 from mosaic_ray.runs.plan import stage_keys
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps import tune as tuning
@@ -207,7 +207,7 @@ def check_computed_once(outcome: sweep_runner.Outcome) -> None:
         assert summary["stages"].keys() == keys.keys()
         for stage, facts in summary["stages"].items():
             if stage == "generators":
-                assert facts["key"] == generators_key(keys[stage])
+                assert facts["key"] == GENERATORS.joint_key(keys[stage])
                 made += len(sizes) - facts["cached_clients"]
             else:
                 assert (facts["key"],) == keys[stage]

@@ -1,46 +1,80 @@
-"""Strategies that send each client a part of the model: HeteroFL, FedRolex and Federated Dropout."""
+"""Strategies that send each client a part of the model: HeteroFL, FedRolex and Federated Dropout.
+
+A client of width r gets s = ceil(r n) of the n channels of each group of channels. Every coordinate of the model is
+averaged over the clients that held it (docs/algorithm.md 3.5 to 3.7).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...core.seeding import numpy_stream
-from ...models.submodel import ChannelIndices, Channels, num_kept
+from .base import Strategy
+
+if TYPE_CHECKING:
+    from ...models.submodel import ChannelIndices, Channels
 
 
-def _first(size: int, kept: int, round_num: int, address: tuple[int, ...]) -> np.ndarray:
-    return np.arange(kept)
+class Submodel(Strategy):
+    """Send each client some channels of every group; subclasses choose which."""
+
+    partial_widths = True
+
+    def channel_indices(
+        self, channels: Channels, width: float, *, round_num: int, seed: int, client_id: int
+    ) -> ChannelIndices:
+        from ...models.submodel import num_kept
+
+        return tuple(
+            self.choose(size, num_kept(width, size), round_num, (seed, client_id, group))
+            for group, size in enumerate(channels.sizes)
+        )
+
+    def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
+        """Return ``kept`` of ``size`` channels, rising; ``address``: (seed, client, group) of a random draw."""
+        raise NotImplementedError
 
 
-def _window(size: int, kept: int, round_num: int, address: tuple[int, ...]) -> np.ndarray:
-    return np.sort((round_num + np.arange(kept)) % size)
+class HeteroFL(Submodel):
+    """The first channels, in every round.
 
-
-def _drawn(size: int, kept: int, round_num: int, address: tuple[int, ...]) -> np.ndarray:
-    seed, *rest = address
-    return np.sort(numpy_stream(seed, "feddropout", round_num, *rest).choice(size, kept, replace=False))
-
-
-#: optimiser -> (size, kept, round, (seed, client, space)) -> channels, rising
-SCHEMES: dict[str, Callable[[int, int, int, tuple[int, ...]], np.ndarray]] = {
-    "heterofl": _first,
-    "fedrolex": _window,
-    "feddropout": _drawn,
-}
-
-
-def channel_indices(
-    channels: Channels, width: float, scheme: str, *, round_num: int, seed: int, client_id: int
-) -> ChannelIndices:
-    """The channels of each space that a client of ``width`` holds in a round.
-
-    heterofl: the first s (Diao et al. 2021). fedrolex: s neighbours on a ring, from channel ``round_num`` mod n on, so
-    the window moves up by one a round (Alam et al. 2022; their code moves it down, which covers the same). feddropout:
-    s drawn at random for the round and the client (Caldas et al. 2018).
+    Diao, Ding and Tarokh, "HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous
+    Clients", ICLR 2021.
     """
-    return tuple(
-        SCHEMES[scheme](size, num_kept(width, size), round_num, (seed, client_id, space))
-        for space, size in enumerate(channels.sizes)
-    )
+
+    name = "heterofl"
+
+    def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
+        return np.arange(kept)
+
+
+class FedRolex(Submodel):
+    """Neighbouring channels on a ring: the window begins at channel ``round_num`` mod n, so it moves by one a round.
+
+    Alam, Liu, Yan and Zhang, "FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model Extraction",
+    NeurIPS 2022. Their code moves the window down, which covers the same channels.
+    """
+
+    name = "fedrolex"
+
+    def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
+        return np.sort((round_num + np.arange(kept)) % size)
+
+
+class FedDropout(Submodel):
+    """Channels drawn at random for every round and client.
+
+    Caldas, Konečný, McMahan and Talwalkar, "Expanding the Reach of Federated Learning by Reducing Client Resource
+    Requirements", 2018 (arXiv 1812.07210).
+    """
+
+    name = "feddropout"
+
+    def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
+        seed, *rest = address
+        return np.sort(numpy_stream(seed, "feddropout", round_num, *rest).choice(size, kept, replace=False))
+
+
+HETEROFL, FEDROLEX, FEDDROPOUT = HeteroFL(), FedRolex(), FedDropout()

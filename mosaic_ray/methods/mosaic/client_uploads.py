@@ -1,28 +1,31 @@
-"""Stages Q and G: what each client uploads once, its prototypes and its generator."""
+"""Stages G and Q of Mosaic: each client uploads its generator and its prototypes once."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from ...config.schema import ExperimentConfig
 from ...core.errors import RunError
 from ...core.health import generator_findings, prototype_findings
-from ...core.types import Finding, Prototypes, Weights
+from ...core.types import DataFacts, Finding, Prototypes, Weights
+from ...distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
 from ...distillation.generator_training import num_steps
 from ...federated.client import initial_models
 from ...federated.client_models import Federation
-from ...federated.communication import Size, Tally, size_of
-from ...pipeline.context import POLL_SECONDS, FailedClients, Progress, Run
-from ...pipeline.partition import Shards
-from ...pipeline.rounds import Warmup
+from ...federated.communication import Size, Tally, entries_of, size_of, size_of_entries
+from ...models.generator import build_generator
+from ...pipeline.context import POLL_SECONDS, FailedClients, Progress, RunContext
+from ...pipeline.graph import Stage
+from ...pipeline.rounds import Warmup, add_prototypes
 from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
-from .graph import generator_keys, generators_key, prototypes_key
 
 #: Clients whose generators are leased at once: each lease is an open file.
 MAX_LEASES = 256
@@ -32,26 +35,27 @@ MAX_LEASES = 256
 PrototypesOf = dict[str, Prototypes]
 
 
-def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, PrototypesOf]:
-    """Every client's prototypes, concatenated in client order, for each architecture."""
-    config, federation = run.config, run.context.federation
-    key = prototypes_key(config, warmup.key)
+def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> PrototypesOf:
+    """Return every client's prototypes, concatenated in client order, for each architecture (stage Q)."""
+    config, federation = ctx.config, ctx.client_context.federation
     everyone = list(range(config.partition.num_clients))
 
     def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        traffic, failed_clients = Tally(1, len(everyone)), FailedClients("prototypes")
+        traffic, failed = Tally(1, len(everyone)), FailedClients(stage.name)
         if config.prototypes.rounds == "all":
             prototypes = {federation.student: Prototypes(**warmup.result.load("prototypes"))}
             progress.advance(len(everyone))
         else:
-            own = _own_weights(warmup) if config.prototypes.model == "client" else _nothing
             if config.prototypes.model == "global":
                 for k, name in enumerate(federation.classifiers):
                     traffic.add("downlink", "weights", k, size_of(warmup.models[name]))
-            common = {"models": warmup.models, "round": config.warmup.num_rounds}
             parts: dict[str, list[Prototypes]] = {name: [] for name in federation.groups}
-            size = shards.sizes.__getitem__
-            for k, part in run.ask("prototypes", everyone, common, own, failed_clients=failed_clients, cost=size):
+
+            def own(client_id: int) -> Weights | None:
+                return warmup.client(client_id) if config.prototypes.model == "client" else None
+
+            task, size = PrototypesTask(config.warmup.num_rounds), ctx.shards.sizes.__getitem__
+            for k, part in ctx.map(task, everyone, warmup.models, own, failed_clients=failed, cost=size):
                 parts[federation.classifiers[k]].append(part)
                 traffic.add("uplink", "prototypes", k, size_of(part.arrays()))
                 progress.advance()
@@ -60,15 +64,15 @@ def prototypes_stage(run: Run, shards: Shards, warmup: Warmup) -> tuple[str, Pro
             writer.add(part, made.arrays())
         writer.add("communication", traffic.arrays())
         labels = np.concatenate([made.labels for made in prototypes.values()])
-        found = np.bincount(labels, minlength=run.dataset.facts.num_classes)
-        findings = failed_clients.findings() + prototype_findings(found.tolist(), shards.counts.sum(0).tolist())
+        found = np.bincount(labels, minlength=ctx.dataset.facts.num_classes)
+        findings = failed.findings() + prototype_findings(found.tolist(), ctx.shards.counts.sum(0).tolist())
         return {
             "communication": traffic.totals(), "findings": [asdict(f) for f in findings], "num_prototypes": len(labels),
         }  # fmt: skip
 
-    result = run.stage("prototypes", key, compute, total=len(everyone), unit="client")
-    parts = [part for part, _ in _prototype_parts(federation, dict.fromkeys(federation.groups))]
-    return key, {name: Prototypes(**result.load(part)) for name, part in zip(federation.groups, parts, strict=True)}
+    result = ctx.find_or_compute(stage, compute)
+    names = [part for part, _ in _prototype_parts(federation, dict.fromkeys(federation.groups))]
+    return {name: Prototypes(**result.load(part)) for name, part in zip(federation.groups, names, strict=True)}
 
 
 def _prototype_parts(federation: Federation, prototypes: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -77,14 +81,6 @@ def _prototype_parts(federation: Federation, prototypes: Mapping[str, Any]) -> l
         ("prototypes" if name == federation.student else f"prototypes_{number:03d}", prototypes[name])
         for number, name in enumerate(federation.groups)
     ]
-
-
-def _nothing(client_id: int) -> Mapping[str, Any]:
-    return {}
-
-
-def _own_weights(warmup: Warmup) -> Callable[[int], Mapping[str, Any]]:
-    return lambda client_id: {"weights": warmup.client(client_id)}
 
 
 @dataclass(frozen=True)
@@ -103,38 +99,39 @@ class Generators:
         return tuple(r.load("generator") for r in self.results)
 
 
-def generators_stage(run: Run, shards: Shards, warmup: Warmup) -> Generators:
-    """One generator per client, each stored as soon as it is there; only the missing ones are computed."""
+def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generators:
+    """Train one generator on every client (stage G); each is stored as soon as it is there, and found again alone."""
     began = time.perf_counter()
-    keys = generator_keys(run.config, shards.sizes, shards.key, warmup.key)
-    key = generators_key(keys)
-    found = {k: result for k, name in enumerate(keys) if (result := run.store.get(name)) is not None}
-    spent, waited, computed, failed_clients = 0.0, 0.0, 0, FailedClients("generators")
+    keys = ctx.client_keys(stage)
+    key = stage.joint_key(keys)
+    found = {k: result for k, name in enumerate(keys) if (result := ctx.store.get(name)) is not None}
+    spent, waited, computed, failed = 0.0, 0.0, 0, FailedClients(stage.name)
     if len(found) < len(keys):
         try:
-            with run.tracker.stage("generators", total=len(keys), unit="client") as progress:
+            with ctx.tracker.stage(stage.name, total=len(keys), unit=stage.unit) as progress:
                 progress.resume([], len(found))
-                computed, waited = _fill(run, shards, warmup, keys, found, failed_clients, progress)
+                computed, waited = _fill(ctx, warmup, keys, found, failed, progress)
         except RunError as error:
-            raise error.at("generators") from error
+            raise error.at(stage.name) from error
         spent = time.perf_counter() - began
     else:
-        run.tracker.replay("generators", [])
+        ctx.tracker.replay(stage.name, [])
     clients = sorted(found)
-    if failed_clients.rounds:
-        key = generators_key([keys[k] for k in clients])
+    if failed.rounds:
+        key = stage.joint_key([keys[k] for k in clients])
+    ctx.keys[stage.name] = key
     results = [found[k] for k in clients]
-    run.generators.update((k, found[k]) for k in clients)
-    findings = [row for r in results for row in r.facts["findings"]] + [asdict(f) for f in failed_clients.findings()]
-    facts = {"communication": uploaded(run.generators, len(keys)).totals(), "findings": findings}
-    run.note("generators", key, not computed, spent, facts, waited)
-    run.log["generators"]["cached_clients"] = len(clients) - computed
+    ctx.generators.update((k, found[k]) for k in clients)
+    findings = [row for r in results for row in r.facts["findings"]] + [asdict(f) for f in failed.findings()]
+    facts = {"communication": uploaded(ctx.generators, len(keys)).totals(), "findings": findings}
+    ctx.note(stage.name, key, not computed, spent, facts, waited)
+    ctx.log[stage.name]["cached_clients"] = len(clients) - computed
     for client_id, result in zip(clients, results, strict=True):
         for name, value in result.facts["figures"].items():
-            run.tracker.scalar("generators", f"generator/{name}", client_id, value)
+            ctx.tracker.scalar(stage.name, f"generator/{name}", client_id, value)
         for row in result.facts["curve"]:
             for name, value in zip(("loss", "discriminator_loss", "entropy", "diversity"), row[1:], strict=True):
-                run.tracker.scalar("generators", f"generator_{client_id:03d}/{name}", int(row[0]), value)
+                ctx.tracker.scalar(stage.name, f"generator_{client_id:03d}/{name}", int(row[0]), value)
     return Generators(key, clients, results)
 
 
@@ -147,24 +144,23 @@ def uploaded(generators: Mapping[int, StageResult], num_clients: int) -> Tally:
 
 
 def _fill(
-    run: Run,
-    shards: Shards,
+    ctx: RunContext,
     warmup: Warmup,
-    keys: list[str],
+    keys: Sequence[str],
     found: dict[int, StageResult],
-    failed_clients: FailedClients,
+    failed: FailedClients,
     progress: Progress,
 ) -> tuple[int, float]:
-    """Fill ``found`` for all clients but ``failed_clients``: compute unlocked keys, wait for locked ones.
+    """Fill ``found`` for all clients but ``failed``: compute unlocked keys, wait for locked ones.
 
     Returns (clients computed here, seconds waited).
     """
     computed, waited = 0, 0.0
-    while missing := [k for k in range(len(keys)) if k not in found and k not in failed_clients.rounds]:
+    while missing := [k for k in range(len(keys)) if k not in found and k not in failed.rounds]:
         leases: dict[int, Lease] = {}
         with contextlib.ExitStack() as release:
             for client_id in missing:
-                got = run.store.get_or_lease(keys[client_id])
+                got = ctx.store.get_or_lease(keys[client_id])
                 if isinstance(got, StageResult):
                     found[client_id] = got
                     progress.advance(note=f"client {client_id}: found")
@@ -173,11 +169,11 @@ def _fill(
                 if len(leases) == MAX_LEASES:
                     break
             if leases:
-                for client_id, result in _computed(run, shards, warmup, keys, list(leases), failed_clients):
+                for client_id, result in _computed(ctx, warmup, keys, list(leases), failed):
                     found[client_id] = result
                     leases[client_id].release()
                     computed += 1
-                    run.warn_of(Finding(**row) for row in result.facts["findings"])
+                    ctx.warn_of(Finding(**row) for row in result.facts["findings"])
                     coverage = result.facts["figures"]["coverage"]
                     progress.advance(note=f"client {client_id}: {coverage:.0%} of its classes")
                 continue
@@ -185,7 +181,7 @@ def _fill(
         others = len(missing) - sum(k in found for k in missing)
         if others:
             if not waited:
-                run.tracker.say(f"generators: waiting for another run that computes {others} of {len(keys)}")
+                ctx.tracker.say(f"generators: waiting for another run that computes {others} of {len(keys)}")
             slept = time.perf_counter()
             time.sleep(POLL_SECONDS)
             waited += time.perf_counter() - slept
@@ -193,23 +189,23 @@ def _fill(
 
 
 def _computed(
-    run: Run, shards: Shards, warmup: Warmup, keys: list[str], clients: list[int], failed_clients: FailedClients
+    ctx: RunContext, warmup: Warmup, keys: Sequence[str], clients: list[int], failed: FailedClients
 ) -> Iterator[tuple[int, StageResult]]:
-    """(k, its generator) of ``clients`` as they arrive, each stored."""
-    knobs = run.config.generator
+    """Yield (k, its generator) of ``clients`` as they arrive, each stored."""
+    knobs = ctx.config.generator
     before = knobs.stage == "before"
-    start = initial_models(run.context) if before else warmup.models
-    federation = run.context.federation
+    start = initial_models(ctx.client_context) if before else warmup.models
+    federation = ctx.client_context.federation
 
-    def own(client_id: int) -> Mapping[str, Any]:
-        sets = warmup.sets(client_id)
-        weights = federation.share(client_id, start, sets) if before else warmup.client(client_id)
-        return {"weights": weights} if sets is None else {"weights": weights, "sets": sets}
+    def own(client_id: int) -> GeneratorInput:
+        indices = warmup.indices(client_id)
+        weights = federation.submodel(client_id, start, indices) if before else warmup.client(client_id)
+        return GeneratorInput(weights, indices)
 
-    arrivals = run.ask(
-        "generate", clients, {"models": start}, own, ordered=False,
-        cost=lambda k: float(num_steps(knobs, int(shards.sizes[k]))),
-        failed_clients=failed_clients, max_missing=run.failure_budget(len(keys)) - len(failed_clients.rounds),
+    arrivals = ctx.map(
+        GeneratorTask(), clients, start, own, ordered=False,
+        cost=lambda k: float(num_steps(knobs, int(ctx.shards.sizes[k]))), failed_clients=failed,
+        max_missing=ctx.failure_budget(len(keys)) - len(failed.rounds),
     )  # fmt: skip
     for client_id, made in arrivals:
         facts = {
@@ -218,4 +214,32 @@ def _computed(
             "communication": asdict(size_of(made.weights)),
         }  # fmt: skip
         parts = {"generator": made.weights, "samples": {"images": made.samples}, "progress": made.progress}
-        yield client_id, run.store.put(keys[client_id], facts, parts)
+        yield client_id, ctx.store.put(keys[client_id], facts, parts)
+
+
+# --- predicted messages ----------------------------------------------------------------------------------------------
+
+
+def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:
+    """Return the bytes of one client's generator."""
+    with torch.device("meta"):
+        made = build_generator(config.generator, facts.channels, facts.image_size, facts.num_classes)
+    return size_of_entries(entries_of(made.state_dict()))
+
+
+def generator_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add one generator from every client."""
+    size = generator_size(federation.config, federation.facts)
+    for k in range(len(counts)):
+        tally.add("uplink", "generators", k, size)
+
+
+def prototype_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add the global model to every client and its prototypes back, unless they came with the warm-up."""
+    section = federation.config.prototypes
+    if section.rounds != "last":
+        return
+    for k, name in enumerate(federation.classifiers):
+        if section.model == "global":
+            tally.add("downlink", "weights", k, size_of_entries(federation.entries(name)))
+    add_prototypes(federation, counts, tally, np.ones(len(counts), np.int64))

@@ -1,79 +1,94 @@
-"""The stages of Mosaic and what their keys depend on."""
+"""The stages of Mosaic: generators and prototypes on the clients, teacher and distillation on the server."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import Any
-
-from ...config.client_layout import any_partial_width
+from ...config.client_layout import groups
+from ...config.fields import changed_knobs
 from ...config.schema import ExperimentConfig
-from ...pipeline.keys import _key, federation_knobs, model_knobs, numbers_depend_on, section_knobs
+from ...pipeline.graph import KeyInputs, Knobs, Stage, Work
+from ...pipeline.stages import (
+    driver_knobs,
+    follows_width,
+    model_knobs,
+    numbers_depend_on,
+    prototype_knobs,
+    prototype_split,
+)
+
+_HERE = "mosaic_ray.methods.mosaic"
 
 
-def generator_keys(config: ExperimentConfig, sizes: Sequence[int], partition: str, warmup: str) -> list[str]:
-    """One key per client; ``sizes`` [K] are n_k.
+# --- generators: one result for each client --------------------------------------------------------------------------
 
-    A client with n_k >= tau never meets the inversion term: its key leaves it out (O15).
-    """
-    section, own = config.generator, section_knobs(config.generator)
-    if section.conditional:  # the label takes the place of diversity
-        own |= {"lambda_d": 0.0, "div_support": "all"}
-    without = own | {"tau": 0, "lambda_i": 0.0, "inversion_scale": 0.0}
-    inverts = section.lambda_i * section.inversion_scale != 0
+
+def _generator_knobs(inputs: KeyInputs) -> Knobs:
+    config = inputs.config
     common = {"model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config)}
-    if any_partial_width(config):  # which channels a client holds does not show in "start"
-        common["federation"] = federation_knobs(config)
-    if section.classifier_source == "fresh":
+    if config.generator.classifier_source == "fresh":
         common["fresh"] = [config.warmup.batch_size, config.warmup.shuffle]
-    upstream = [partition, "start" if section.stage == "before" else warmup]
-    return [
-        _key(
-            "generator",
-            common | {"generator": own if inverts and size < section.tau else without, "client": k},
-            upstream,
-        )
-        for k, size in enumerate(sizes)
-    ]
+    return common | follows_width(config)  # which channels a client holds shows in no upstream key of "start"
 
 
-def generators_key(keys: Sequence[str]) -> str:
-    """All clients' generators together."""
-    return "generators-" + hashlib.sha256("".join(keys).encode()).hexdigest()[:20]
+def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
+    """A client with n_k >= tau never meets the inversion term: its key leaves the term out (O15)."""
+    section = inputs.config.generator
+    small = inputs.sizes is None or inputs.sizes[client_id] < section.tau
+    inverts = small and section.lambda_i * section.inversion_scale != 0
+    without = () if inverts else ("tau", "lambda_i", "inversion_scale")
+    if section.conditional:  # the label takes the place of diversity
+        without = (*without, "lambda_d", "div_support")
+    return {"client": client_id, "inverts": inverts, "generator": changed_knobs(section, *without)}
 
 
-def prototypes_key(config: ExperimentConfig, warmup: str) -> str:
-    """Every client's prototypes."""
-    return _key("prototypes", {"prototypes": section_knobs(config.prototypes, "held_out", "weighting")}, [warmup])
+def _generator_work(config: ExperimentConfig) -> Work:
+    section = config.generator
+    own = {"epochs": section.epochs} if section.epochs else {"steps": section.steps}
+    return own | ({"classifier epochs": section.classifier_epochs} if section.classifier_source == "fresh" else {})
 
 
-def _split(config: ExperimentConfig) -> dict[str, Any]:
-    """What divides prototypes into kept and held out, and weighs them."""
-    section = config.prototypes
-    return {"held_out": section.held_out, "weighting": section.weighting, "seed": config.seed}
+GENERATORS = Stage(
+    "generators", 2, _generator_knobs, f"{_HERE}.client_uploads:train_generators",
+    upstream=lambda config: ("partition",) if config.generator.stage == "before" else ("partition", "warmup"),
+    kind="generator", per_client=_client_knobs, unit="client", total=lambda config: config.partition.num_clients,
+    work=_generator_work, messages=f"{_HERE}.client_uploads:generator_messages",
+)  # fmt: skip
 
 
-def _driver(config: ExperimentConfig) -> dict[str, Any]:
-    """The driver's threads show in the last bit; named where they are not one, as stored results have it."""
-    threads = config.runtime.driver_threads
-    return {} if threads == 1 else {"driver_threads": threads}
+# --- prototypes, teacher, student ------------------------------------------------------------------------------------
 
 
-def teacher_key(config: ExperimentConfig, warmup: str, prototypes: str, generators: str) -> str:
-    """Class experts and the meta model; generators matter, and ``meta.data`` is named, where it learns from them."""
-    without, upstream = (["data"], []) if config.meta.data == "prototypes" else ([], [generators])
-    knobs = {"meta": section_knobs(config.meta, *without), "split": _split(config)} | _driver(config)
-    return _key("teacher", knobs, [warmup, prototypes, *upstream])
+def _prototypes_work(config: ExperimentConfig) -> Work:
+    # prototypes of all rounds came with the warm-up
+    return {"clients": config.partition.num_clients if config.prototypes.rounds == "last" else 0}
 
 
-def distill_key(config: ExperimentConfig, teacher: str, generators: str) -> str:
-    """The student taught on synthetic batches."""
-    # 0 (in process) and 1 worker are the same arithmetic; more differ in rounding
-    section = section_knobs(config.distill) | {"workers": max(1, config.distill.workers)}
-    return _key("distill", {"distill": section, "split": _split(config)} | _driver(config), [teacher, generators])
+PROTOTYPES = Stage(
+    "prototypes", 2, lambda inputs: {"prototypes": prototype_knobs(inputs.config)},
+    f"{_HERE}.client_uploads:collect_prototypes", upstream=("warmup",), unit="client",
+    total=lambda config: config.partition.num_clients, work=_prototypes_work,
+    messages=f"{_HERE}.client_uploads:prototype_messages",
+)  # fmt: skip
+
+TEACHER = Stage(
+    "teacher", 3, lambda inputs: {"meta": changed_knobs(inputs.config.meta), "split": prototype_split(inputs.config)},
+    f"{_HERE}.server:train_teacher",
+    # generators matter where the meta model learns from their images
+    upstream=lambda config: (
+        ("warmup", "prototypes") if config.meta.data == "prototypes" else ("warmup", "prototypes", "generators")
+    ),
+    role="teacher", unit="update", total=lambda config: config.meta.updates * len(groups(config)),
+    work=lambda config: {"updates": config.meta.updates},
+)  # fmt: skip
 
 
-def refit_key(config: ExperimentConfig, warmup: str, prototypes: str) -> str:
-    """The ablation's student: the head re-fitted on prototypes."""
-    knobs = {"distiller": "prototype_head", "split": _split(config)} | _driver(config)
-    return _key("distill", knobs, [warmup, prototypes])
+def _distill_knobs(inputs: KeyInputs) -> Knobs:
+    section = changed_knobs(inputs.config.distill)
+    if section.get("workers") == 1:  # 0 (in process) and 1 worker are the same arithmetic; more differ in rounding
+        del section["workers"]
+    return {"distill": section, "split": prototype_split(inputs.config)} | driver_knobs(inputs.config)
+
+
+DISTILL = Stage(
+    "distill", 2, _distill_knobs, f"{_HERE}.server:distill", upstream=("teacher", "generators"), role="distilled",
+    unit="step", total=lambda config: config.distill.steps, work=lambda config: {"steps": config.distill.steps},
+)  # fmt: skip

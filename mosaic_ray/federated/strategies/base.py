@@ -1,0 +1,115 @@
+"""The contract of a federated strategy, and plain federated averaging.
+
+A strategy makes three independent choices: which channels of the model a client is sent, the client's local objective,
+and how updates become a model. Names joined by ``+`` in ``federation.strategy`` combine strategies that choose
+different things: ``fedrolex+fedprox`` trains FedRolex's submodels with FedProx's objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...core.errors import RequestError
+
+if TYPE_CHECKING:
+    from ...config.schema import ExperimentConfig
+    from ...core.types import Weights
+    from ...models.submodel import ChannelIndices, Channels
+    from ..client_models import RoundAggregator, RoundStart
+    from ..communication import Entries
+    from ..local_training import LocalStart, Objective
+
+
+class Strategy:
+    """A federated strategy. Override what it does differently from federated averaging; keep no state in the object.
+
+    State is arrays by name. The server's travels to every client of a round; a client's own travels to that client
+    alone. Both are part of checkpoints, so a killed run resumes with the same numbers. Closing rounds begin without.
+    """
+
+    #: The name under which its own knobs are set (``NAME.KNOB``), and under which it is listed.
+    name: str
+    #: Raise it when the mathematics changes: older results are then computed again.
+    version: int = 1
+    #: A frozen dataclass of ``config.fields.knob`` fields, or None.
+    knobs: type | None = None
+    #: Whether clients may hold a part of the model (``federation.widths`` below 1).
+    partial_widths: bool = False
+
+    def check(self, config: ExperimentConfig) -> None:
+        """Raise ``RequestError`` where ``config`` asks for something that this strategy cannot do."""
+
+    def channel_indices(
+        self, channels: Channels, width: float, *, round_num: int, seed: int, client_id: int
+    ) -> ChannelIndices:
+        """Return the channels that a client of ``width`` < 1 is sent in a round, for each group of channels."""
+        raise NotImplementedError(f"{self.name} sends whole models")
+
+    def receive(self, weights: Weights, state: Weights) -> Weights:
+        """Return the weights that a client begins with: those that it was sent, changed by its own ``state``."""
+        return weights
+
+    def objective(self, start: LocalStart) -> Objective:
+        """Return the objective of one client's local training in one round."""
+        from ..local_training import Objective
+
+        return Objective()
+
+    def aggregator(self, start: RoundStart) -> RoundAggregator:
+        """Return what turns the updates of one round, added in client order, into new models."""
+        from ..client_models import RoundAggregator
+
+        return RoundAggregator(start)
+
+    def messages(self, network: Entries) -> tuple[Entries, Entries]:
+        """Return what a client is sent, and what it sends, beside the model in every round.
+
+        Args:
+            network: names, shapes and types of the whole network's state dict.
+        """
+        return {}, {}
+
+
+#: What one part of a combination may choose.
+_CHOICES = ("channel_indices", "receive", "objective", "aggregator", "messages")
+
+
+class Combined(Strategy):
+    """Several strategies as one; ``RequestError`` where two of them make the same choice."""
+
+    def __init__(self, parts: Sequence[Strategy]) -> None:
+        self.name = "+".join(part.name for part in parts)
+        self.partial_widths = any(part.partial_widths for part in parts)
+        self._parts = parts
+        for choice in _CHOICES:
+            owners = [part for part in parts if getattr(type(part), choice) is not getattr(Strategy, choice)]
+            if len(owners) > 1:
+                names = " and ".join(part.name for part in owners)
+                raise RequestError(f"federation.strategy = {self.name}: {names} cannot be combined, both set {choice}")
+            if owners:
+                setattr(self, choice, getattr(owners[0], choice))
+
+    def check(self, config: ExperimentConfig) -> None:
+        for part in self._parts:
+            part.check(config)
+
+
+def combine(parts: Sequence[Any]) -> Strategy:
+    """Return one strategy that does what all of ``parts`` do."""
+    [first, *others] = parts
+    found: Strategy = Combined(parts) if others else first
+    return found
+
+
+class FedAvg(Strategy):
+    """Average whole models, weighted by the clients' numbers of samples.
+
+    McMahan, Moore, Ramage, Hampson and Aguera y Arcas, "Communication-Efficient Learning of Deep Networks from
+    Decentralized Data", AISTATS 2017.
+    """
+
+    name = "fedavg"
+
+
+FEDAVG = FedAvg()

@@ -1,0 +1,65 @@
+"""The contract of a method: what teaches the student between the warm-up and the closing rounds, or in every round.
+
+A run is a federated strategy and a method. A method declares its stages as data, and runs them in one function that
+reads like the paper's algorithm. Keys, dry run, bytes, garbage collection and reports follow from the declaration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..pipeline.graph import Graph
+
+if TYPE_CHECKING:
+    from ..config.schema import ExperimentConfig
+    from ..core.types import DataFacts, Weights
+    from ..pipeline.context import RunContext
+    from ..pipeline.evaluate import Model
+    from ..pipeline.rounds import AfterRound, Warmup
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a method hands on: the student, and its teacher where there is one.
+
+    ``held_out``: the student's accuracy on held-out prototypes, None without prototypes.
+    """
+
+    student: Weights
+    held_out: float | None = None
+    teacher: Model | None = None
+
+
+class Method:
+    """A method. The last of its ``stages`` makes the student (role "distilled"); without stages there is no student."""
+
+    #: The name under which its own knobs are set (``NAME.KNOB``), and under which results list it.
+    name: str
+    #: Raise it when the mathematics of ``after_round`` changes; stages have versions of their own.
+    version: int = 1
+    #: A frozen dataclass of ``config.fields.knob`` fields, or None.
+    knobs: type | None = None
+    stages: Graph = ()
+    #: The server's work after every round of the warm-up, for methods that distil in each (``AfterRound``), or None.
+    after_round: AfterRound | Callable[..., object] | None = None
+
+    def check(self, config: ExperimentConfig) -> None:
+        """Raise ``RequestError`` where ``config`` asks for something that this method cannot do."""
+
+    def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
+        """Raise ``RequestError`` where a network of ``config`` lacks what this method needs; images have ``facts``."""
+
+    def run(self, ctx: RunContext, warmup: Warmup) -> Distilled | None:
+        """Run the stages; return the student, or None where the warm-up's model stays as it is."""
+        return None
+
+
+class FedAvgOnly(Method):
+    """Federated averaging (or another strategy) alone: the warm-up and the closing rounds."""
+
+    name = "fedavg"
+
+
+NONE = FedAvgOnly()

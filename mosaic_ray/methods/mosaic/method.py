@@ -1,0 +1,48 @@
+"""Mosaic, data-free knowledge distillation via mixture-of-experts (arXiv 2505.19699): the method in its own order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...config.schema import ExperimentConfig
+from ...core.errors import RequestError
+from ...core.types import DataFacts
+from ..base import Distilled, Method
+from .graph import DISTILL, GENERATORS, PROTOTYPES, TEACHER
+
+if TYPE_CHECKING:
+    from ...pipeline.context import RunContext
+    from ...pipeline.rounds import Warmup
+
+
+class Mosaic(Method):
+    """Generators on the clients, class experts and a meta model on the server, a student taught by both."""
+
+    name = "mosaic"
+    stages = (GENERATORS, PROTOTYPES, TEACHER, DISTILL)
+
+    def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
+        from ...models.classifiers import norm_depths
+
+        if not (config.generator.lambda_i > 0 and config.generator.tau > 0):
+            return
+        for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
+            if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name):
+                raise RequestError(
+                    f"model.classifier = {name}: it has no batch norm, whose statistics the generators' inversion loss "
+                    "reads; give it one, or set generator.lambda_i=0"
+                )
+
+    def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
+        # G. every client trains a generator beside its frozen classifier
+        generators = ctx.run(GENERATORS, warmup)
+        # Q. every client sends the prototypes of its classes
+        prototypes = ctx.run(PROTOTYPES, warmup)
+        # A, M. the server averages class experts, and trains the meta model that weighs their answers
+        teacher = ctx.run(TEACHER, warmup, prototypes, generators)
+        # KD. the student learns from the teacher on the generators' images
+        student, held_out = ctx.run(DISTILL, warmup, prototypes, teacher, generators)
+        return Distilled(student, held_out, teacher)
+
+
+MOSAIC = Mosaic()

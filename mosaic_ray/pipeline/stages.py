@@ -1,0 +1,181 @@
+"""The stages that every run has: partition, warm-up, closing rounds, evaluation; and what keys depend on.
+
+A key names all that a result depends on and nothing else. Knobs at their default are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ..config.client_layout import any_partial_width
+from ..config.fields import changed_knobs
+from ..config.plugins import identity, parts
+from ..config.schema import ExperimentConfig
+from ..config.user_code import digest_of
+from ..storage.hashing import stage_key
+from .graph import Graph, KeyInputs, Knobs, Stage, Work
+
+if TYPE_CHECKING:
+    from ..methods.base import Method
+
+#: The version of ``evaluated_key``'s results.
+EVALUATED = 1
+
+
+# --- what keys depend on ---------------------------------------------------------------------------------------------
+
+
+def model_knobs(config: ExperimentConfig) -> Knobs:
+    """Return the networks' knobs, and the digests of networks that are user code."""
+    names = sorted({config.model.classifier, *config.model.classifiers})
+    sources = {name: source for name in names if (source := digest_of(name, f"model.classifier = {name}"))}
+    return changed_knobs(config.model) | ({"sources": sources} if sources else {})
+
+
+def federation_knobs(config: ExperimentConfig) -> Knobs:
+    """Return the knobs of rounds; those of clients that do not answer only where some may be left out."""
+    section = config.federation
+    strict = () if section.min_cohort else ("min_cohort", "max_client_failures")  # then a failure shows in no result
+    without = (*strict, *(() if section.drop_rate else ("drop_rate",)), "strategy")
+    used = [identity("strategies", word, config) for word in parts(section.strategy)]
+    plain = len(used) == 1 and used[0] == {"name": "fedavg", "version": 1}
+    return changed_knobs(section, *without) | ({} if plain else {"strategies": used})
+
+
+def numbers_depend_on(config: ExperimentConfig) -> Knobs:
+    """Return the runtime's knobs that can show in the last bit of a client's result."""
+    from ..execution.backend import client_threads
+
+    device = "cuda" if config.runtime.gpus_per_client else "cpu"
+    return {"precision": config.runtime.precision, "threads": client_threads(config), "device": device}
+
+
+def prototype_split(config: ExperimentConfig) -> Knobs:
+    """Return what divides prototypes into kept and held out, and weighs them."""
+    return changed_knobs(config.prototypes, *_MAKING) | {"seed": config.seed} | driver_knobs(config)
+
+
+def prototype_knobs(config: ExperimentConfig) -> Knobs:
+    """Return what prototypes are made with."""
+    return changed_knobs(config.prototypes, "held_out", "weighting")
+
+
+def driver_knobs(config: ExperimentConfig) -> Knobs:
+    """Return the driver's threads, which show in the last bit, where they are not one."""
+    return changed_knobs(config.runtime, *(name for name in vars(config.runtime) if name != "driver_threads"))
+
+
+#: Knobs of prototypes that show in the prototypes themselves.
+_MAKING = ("k", "model", "rounds", "samples", "augment", "cap")
+
+
+# --- partition -------------------------------------------------------------------------------------------------------
+
+
+def _partition_knobs(inputs: KeyInputs) -> Knobs:
+    """Without the data's identity a stand-in that no run has, different for different data."""
+    config = inputs.config
+    data = inputs.identity or {"unseen": changed_knobs(config.data, "root", "download")}
+    facts = inputs.facts and asdict(inputs.facts)
+    return {"data": data, "facts": facts, "partition": changed_knobs(config.partition), "seed": config.seed}
+
+
+PARTITION = Stage("partition", 1, _partition_knobs, unit="draw", work=lambda config: {"draws": 1})
+
+
+# --- federated rounds ------------------------------------------------------------------------------------------------
+
+
+def _rounds_work(config: ExperimentConfig, num_rounds: int, local_steps: int) -> Work:
+    clients, asked = config.partition.num_clients, config.federation.cohort_size
+    client_rounds = num_rounds * min(asked or clients, clients)
+    return {"client rounds": client_rounds, "local steps": client_rounds * local_steps}
+
+
+def _common(config: ExperimentConfig) -> Knobs:
+    return {
+        "model": model_knobs(config), "federation": federation_knobs(config), "seed": config.seed,
+        "runtime": numbers_depend_on(config),
+    }  # fmt: skip
+
+
+def _warmup_knobs(inputs: KeyInputs) -> Knobs:
+    config = inputs.config
+    knobs = _common(config) | {"warmup": changed_knobs(config.warmup, "checkpoint_rounds")}
+    if config.prototypes.rounds == "all":  # they are then uploaded during the warm-up
+        knobs["prototypes"] = prototype_knobs(config)
+    return knobs
+
+
+def _method_rounds_knobs(inputs: KeyInputs) -> Knobs:
+    return _warmup_knobs(inputs) | {"method": identity("methods", inputs.config.method, inputs.config)}
+
+
+def _warmup(name: str, knobs: object = _warmup_knobs, role: str = "") -> Stage:
+    return Stage(
+        name, 3, knobs, upstream=("partition",), kind="warmup", role=role,  # type: ignore[arg-type]
+        total=lambda config: config.warmup.num_rounds,
+        work=lambda config: _rounds_work(config, config.warmup.num_rounds, config.warmup.local_steps),
+        messages="mosaic_ray.pipeline.rounds:warmup_messages" if role else "",
+    )  # fmt: skip
+
+
+WARMUP = _warmup("warmup", role="initial")
+#: The warm-up of a method that changes the global model after every round, and the plain one that its control needs.
+METHOD_WARMUP = _warmup("warmup", _method_rounds_knobs, role="initial")
+CONTROL_WARMUP = _warmup("control_warmup")
+
+
+def _closing_knobs(inputs: KeyInputs) -> Knobs:
+    config = inputs.config
+    warmup = changed_knobs(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr")
+    return _common(config) | {"finetune": changed_knobs(config.finetune), "warmup": warmup}
+
+
+def closing(name: str, role: str, start: str) -> Stage:
+    """Return the closing rounds that begin at the model of the stage ``start``; equal starts share one result."""
+    return Stage(
+        name, 3, _closing_knobs, upstream=("partition", start), kind="rounds", role=role,
+        total=lambda config: config.finetune.num_rounds,
+        work=lambda config: _rounds_work(config, config.finetune.num_rounds, config.finetune.local_steps),
+        messages="mosaic_ray.pipeline.rounds:closing_messages" if role == "final" else "",
+    )  # fmt: skip
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def evaluated_key(config: ExperimentConfig, partition: str, model: str, split: str) -> str:
+    """Return the key of a model's accuracy on the images of ``split``; runs and stages that share a model share it."""
+    knobs = {"split": split, "threads": config.runtime.driver_threads}
+    return stage_key("judged", EVALUATED, knobs, [partition, model])
+
+
+def _evaluate(graph: Graph) -> Stage:
+    roles = [(stage.name, stage.role) for stage in graph if stage.role]
+    return Stage(
+        "evaluate", 3, lambda inputs: {"roles": [role for _, role in roles]} | driver_knobs(inputs.config),
+        upstream=("partition", *(name for name, _ in roles)), total=lambda config: len(roles), unit="model",
+    )  # fmt: skip
+
+
+def models_of(graph: Graph, keys: Mapping[str, str]) -> dict[str, str]:
+    """Return role -> key of each model that a run evaluates; ``keys`` by stage."""
+    return {stage.role: keys[stage.name] for stage in graph if stage.role and stage.name in keys}
+
+
+def whole_graph(method: Method) -> Graph:
+    """Return all stages of a run of ``method``, in order."""
+    distils_in_rounds = method.after_round is not None
+    first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
+    student = method.stages[-1].name if method.stages else "warmup"
+    control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
+    graph = (*first, *method.stages, closing("finetune", "final", student), control)
+    return (*graph, _evaluate(graph))
+
+
+def follows_width(config: ExperimentConfig) -> Knobs:
+    """Return the knobs of rounds where which channels a client holds depends on them."""
+    return {"federation": federation_knobs(config)} if any_partial_width(config) else {}
