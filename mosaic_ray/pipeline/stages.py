@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from ..config.client_layout import any_partial_width
 from ..config.fields import changed_knobs
@@ -16,9 +15,6 @@ from ..config.schema import ExperimentConfig
 from ..config.user_code import digest_of
 from ..storage.hashing import stage_key
 from .graph import Graph, KeyInputs, Knobs, Stage, Work
-
-if TYPE_CHECKING:
-    from ..methods.base import Method
 
 #: The version of ``evaluated_key``'s results.
 EVALUATED = 1
@@ -166,13 +162,15 @@ def models_of(graph: Graph, keys: Mapping[str, str]) -> dict[str, str]:
     return {stage.role: keys[stage.name] for stage in graph if stage.role and stage.name in keys}
 
 
-def whole_graph(method: Method) -> Graph:
-    """Return all stages of a run of ``method``, in order."""
-    distils_in_rounds = method.after_round is not None
+def whole_graph(own: Graph, distils_in_rounds: bool = False) -> Graph:
+    """Return all stages of a run, in order: ``own`` are the method's, of which the last makes the student.
+
+    A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
+    """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
-    student = method.stages[-1].name if method.stages else "warmup"
+    student = own[-1].name if own else "warmup"
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
-    graph = (*first, *method.stages, closing("finetune", "final", student), control)
+    graph = (*first, *own, closing("finetune", "final", student), control)
     return (*graph, _evaluate(graph))
 
 

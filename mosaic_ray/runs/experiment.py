@@ -11,13 +11,14 @@ from ..pipeline.context import RunContext
 from ..pipeline.evaluate import evaluate
 from ..pipeline.partition import deal
 from ..pipeline.rounds import close, warm_up
-from ..pipeline.stages import models_of, whole_graph
+from ..pipeline.stages import models_of
+from .plan import graph_of
 
 
 def run_experiment(ctx: RunContext) -> dict[str, Any]:
     """Run all stages of ``ctx.config``; returns the results that ``runs.summary`` makes summary.json of."""
     method: Method = load("methods", ctx.config.method)
-    stages = {stage.name: stage for stage in whole_graph(method)}
+    stages = {stage.name: stage for stage in graph_of(ctx.config)}
 
     # P. deal the images to the clients
     deal(ctx)

@@ -18,7 +18,8 @@ Chain = Mapping[str, Sequence[str]]
 
 def graph_of(config: ExperimentConfig) -> Graph:
     """Return the stages of a run of ``config``, in order."""
-    return whole_graph(load("methods", config.method))
+    method = load("methods", config.method)
+    return whole_graph(method.stages, method.after_round is not None)
 
 
 def stage_keys(

@@ -48,7 +48,8 @@ def another(name: str) -> object:
     """A value of knob ``name`` that is allowed and is not TINY's."""
     value, meta = flatten(TINY)[name], KNOBS[name].metadata
     special = {
-        "method": "mosaic", "distill.workers": 2, "runtime.cpus_per_client": 2.0, "model.classifiers": ("mobilenet",), "federation.strategy": "fedrolex",
+        "method": "mosaic", "distill.workers": 2, "runtime.cpus_per_client": 2.0, "model.classifiers": ("mobilenet",),
+        "federation.strategy": "fedrolex",
     }  # fmt: skip
     if name in special:
         return special[name]
