@@ -41,6 +41,9 @@ STRATEGIES: dict[str, Entry] = {
         "parts of models, channels drawn at random (Caldas et al. 2018)",
         "mosaic_ray.federated.strategies.submodel:FEDDROPOUT",
     ),
+    "fedprox": Entry(
+        "a proximal term in the local objective (Li et al. 2020)", "mosaic_ray.federated.strategies.fedprox:FEDPROX"
+    ),
 }
 
 #: Networks by name; ``models.classifiers`` builds them.
