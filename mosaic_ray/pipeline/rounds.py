@@ -147,6 +147,7 @@ def federated_rounds(
     shape, last = (rounds.num_rounds, config.partition.num_clients), rounds.num_rounds - 1
     losses = np.full(shape, np.nan, np.float32)
     now = _Progress(models, Tally(*shape), losses, FailedClients(rounds.name))
+    now.server = ctx.strategy.initial_state(models)
     checkpoint = ctx.store.load_checkpoint(key)
     if checkpoint is not None:
         now.resume(checkpoint, federation)

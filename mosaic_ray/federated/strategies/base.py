@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ...config.schema import ExperimentConfig
     from ...core.types import Weights
     from ...models.submodel import ChannelIndices, Channels
-    from ..client_models import RoundAggregator, RoundStart
+    from ..client_models import Models, RoundAggregator, RoundStart
     from ..communication import Entries
     from ..local_training import LocalStart, Objective
 
@@ -46,6 +46,10 @@ class Strategy:
         """Return the channels that a client of ``width`` < 1 is sent in a round, for each group of channels."""
         raise NotImplementedError(f"{self.name} sends whole models")
 
+    def initial_state(self, models: Models) -> Weights:
+        """Return the server's arrays before the first round."""
+        return {}
+
     def receive(self, weights: Weights, state: Weights) -> Weights:
         """Return the weights that a client begins with: those that it was sent, changed by its own ``state``."""
         return weights
@@ -72,7 +76,7 @@ class Strategy:
 
 
 #: What one part of a combination may choose.
-_CHOICES = ("channel_indices", "receive", "objective", "aggregator", "messages")
+_CHOICES = ("channel_indices", "initial_state", "receive", "objective", "aggregator", "messages")
 
 
 class Combined(Strategy):
