@@ -44,6 +44,10 @@ STRATEGIES: dict[str, Entry] = {
     "fedprox": Entry(
         "a proximal term in the local objective (Li et al. 2020)", "mosaic_ray.federated.strategies.fedprox:FEDPROX"
     ),
+    "scaffold": Entry(
+        "control variates take out the clients' drift (Karimireddy et al. 2020)",
+        "mosaic_ray.federated.strategies.scaffold:SCAFFOLD",
+    ),
 }
 
 #: Networks by name; ``models.classifiers`` builds them.
