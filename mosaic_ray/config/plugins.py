@@ -122,10 +122,15 @@ def section_of(config: ExperimentConfig, name: str, knobs: type[T]) -> T:
     return knobs(**{k.removeprefix(prefix): value for k, value in config.extra if k.startswith(prefix)})
 
 
+def own_knobs(config: ExperimentConfig, name: str) -> dict[str, Any]:
+    """Return the knobs of the plug-in ``name`` that are not at their default, for keys."""
+    return {knob: value for knob, value in config.extra if knob.startswith(f"{name}.")}
+
+
 def identity(kind: str, word: str, config: ExperimentConfig) -> dict[str, Any]:
     """Return what a key holds of a plug-in: its version, its own knobs that differ from defaults, its source digest."""
     found = load(kind, word)
-    own = {name: value for name, value in config.extra if name.startswith(f"{found.name}.")}
     shipped = word in _KINDS[kind][1]
     source = "" if shipped else digest_of(word if ":" in word else entries(kind)[word].target)
-    return {"name": found.name, "version": found.version} | own | ({"source": source} if source else {})
+    code = {"name": found.name, "version": found.version} | ({"source": source} if source else {})
+    return code | own_knobs(config, found.name)

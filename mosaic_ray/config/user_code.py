@@ -96,6 +96,11 @@ def load_file(what: str, path: str) -> types.ModuleType:
     return sys.modules[name]
 
 
+def is_file_module(module: types.ModuleType) -> bool:
+    """Return whether ``load_file`` made the module, so that other processes cannot import it by name."""
+    return module.__name__.startswith("user_")
+
+
 def _split(what: str, word: str) -> tuple[str, str]:
     """Return the module or file, and the name in it."""
     source, _, name = word.rpartition(":")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..config.schema import ExperimentConfig
+from ..config.user_code import is_file_module
 from ..core.errors import RunError
 from ..core.types import DataFacts, ImageSet
 from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, ClientMap, end, first_line
@@ -259,7 +261,12 @@ class RayBackend:
         cost: Callable[[int], float] | None = None,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Implement ``ClientBackend.map``."""
+        import ray
+
         pool, call = self._start(), (self._config, self._facts, task)
+        module = sys.modules[type(task).__module__]
+        if is_file_module(module):  # of a plug-in's FILE.py, which the actors cannot import
+            ray.cloudpickle.register_pickle_by_value(module)
         failures = self._config.federation.max_client_failures
         yield from ClientMap(pool, self._refs, call, sorted(clients), broadcast, per_client, cost, failures).results(
             ordered

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config.schema import ExperimentConfig
+from ..config.user_code import digest_of
 from ..core.types import DataFacts
 from ..storage.hashing import stage_key
 
@@ -48,7 +49,7 @@ class Stage:
         name: unique within a graph; the stage's name in summary.json and in progress.
         version: raise it when the mathematics changes: older results are then computed again.
         knobs: what the key depends on. Knobs at their default are left out (``config.fields.changed_knobs``).
-        compute: ``module:function``, called as ``function(ctx, *inputs)`` by ``RunContext.run``.
+        compute: ``module:function``, called as ``function(ctx, stage, *inputs)`` by ``RunContext.run``.
         upstream: names of the stages whose results it reads, or a function of the configuration that gives them.
         kind: the first part of the key; stages of one kind share results where all else is equal. Default: the name.
         per_client: what client k's key depends on as well, where every client's result is stored on its own.
@@ -78,6 +79,8 @@ class Stage:
     def keys(self, inputs: KeyInputs, upstream: Mapping[str, str]) -> tuple[str, ...]:
         """Return the stage's key, or one for each client; ``upstream`` maps stage names to keys."""
         knobs, above = self.knobs(inputs), [upstream[name] for name in self.reads(inputs.config)]
+        if self.compute and not self.compute.startswith("mosaic_ray."):  # a plug-in's stage follows its source
+            knobs = knobs | {"source": digest_of(self.compute)}
         kind = self.kind or self.name
         if self.per_client is None:
             return (stage_key(kind, self.version, knobs, above),)

