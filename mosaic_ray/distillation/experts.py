@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..core.health import ONE_OWNER
+from ..core.health import SINGLE_OWNER_BELOW
 from ..core.types import Weights
 from ..federated.aggregation import PartialAverage, RunningAverage
-from ..models.submodel import ChannelIndices, Channels
+from ..models.submodel import ChannelIndices, ChannelLayout
 
 #: Relative distance below which two experts are one (ALGORITHM 4.2).
 SAME = 1e-3
@@ -55,7 +55,7 @@ def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray
     squares, norms = _distances(experts)
     near = np.sqrt(squares) < SAME * norms.mean()
     np.fill_diagonal(near, True)
-    owner, alone = counts.argmax(0), effective_owners(counts) < ONE_OWNER
+    owner, alone = counts.argmax(0), effective_owners(counts) < SINGLE_OWNER_BELOW
     held = np.flatnonzero(counts.sum(0) > 0)
     pairs = [
         near[index[a], index[b]]
@@ -87,7 +87,7 @@ def form_experts(
     fallback: Weights | None,
     *,
     whole: Weights | None = None,
-    channels: Channels | None = None,
+    channels: ChannelLayout | None = None,
 ) -> tuple[list[Weights], np.ndarray]:
     """Distinct experts theta_{E_c} = sum_k n_{k,c} theta_k / sum_k n_{k,c}, and the class -> expert index [C].
 

@@ -34,10 +34,10 @@ from ..models.state_dict import freeze, load_weights, to_weights, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
 NUM_SAMPLES = 64  # images kept for people to look at
-NUM_JUDGED = 512  # images behind the health figures, and of them at least
-NUM_JUDGED_PER_CLASS = 16  # for each class that a client owns
+NUM_EVALUATED = 512  # images behind the health figures, and of them at least
+NUM_EVALUATED_PER_CLASS = 16  # for each class that a client owns
 NUM_COMPARED = 256  # synthetic images, and real ones, of which the variety is compared
-NUM_WATCHED, NUM_MOMENTS = 8, 5  # images of fixed latents, and how often they are drawn while a generator trains
+NUM_SNAPSHOT_IMAGES, NUM_SNAPSHOTS = 8, 5  # images of fixed latents, and snapshots of them during training
 
 
 def classifier_view(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
@@ -122,7 +122,7 @@ def train_generator(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
-    log_validation: Callable[[int, np.ndarray], None] | None = None,
+    on_snapshot: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[Weights, np.ndarray, dict[str, float], list[list[float]]]:
     """Train one client's generator; ``address`` is (seed, client).
 
@@ -130,7 +130,7 @@ def train_generator(
     generator step per batch, Adam for both; where ``conditional``, lambda_e L_y for the two terms in the middle.
     ``classifier`` is the client's (frozen, eval) unless ``classifier_mode`` is train (the authors' way, whose batch
     statistics come from the fakes). ``bn_targets`` are the global model's running statistics for L_inv.
-    ``watch(steps done, images)`` gets uint8 images of the same latents at a few ``moments``, the end among them.
+    ``watch(steps done, images)`` gets uint8 images of the same latents at a few ``snapshot_steps``, the end among them.
 
     Returns (weights, sample images uint8, health figures, curve rows [step, loss_g, loss_d, entropy, diversity]).
     """
@@ -154,27 +154,28 @@ def train_generator(
     adam_g = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=betas)
     adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=config.lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
-    steps, curve, seen_through = num_steps(config, len(shard)), [], []
-    looks = moments(steps) if log_validation else ()
-    watched = (
-        draw(generator, NUM_WATCHED, stream(seed, "generator/watched", client_id), device) if log_validation else ()
-    )
+    steps, curve, discriminator_hits = num_steps(config, len(shard)), [], []
+    snapshots = snapshot_steps(steps) if on_snapshot else ()
+    snapshot_draws = stream(seed, "generator/watched", client_id)
+    snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, snapshot_draws, device) if on_snapshot else ()
     shared = config.discriminator == "shared_trunk"
 
-    def judge(images: Tensor, told: Sequence[Tensor] = ()) -> Tensor:
-        # the shared trunk is a classifier: it reads classifier inputs whatever range the game is played in
+    def discriminate(images: Tensor, labels: Sequence[Tensor] = ()) -> Tensor:
+        # A shared trunk belongs to a classifier, so it always reads classifier inputs.
+        images = classifier_view(images, config.gan_range, facts) if shared else images
         with use_precision(precision, device):
-            return discriminator(classifier_view(images, config.gan_range, facts) if shared else images, *told).float()
+            return discriminator(images, *labels).float()
 
     for step, (real, labels) in enumerate(real_batches(shard, config, facts, address, steps)):
         z, *asked = draw(generator, config.batch_size, draws, device)
         with use_precision(precision, device):
             fake = generator(z, *asked)
         fake = fake.float()
-        on_real, on_fake = judge(real, [labels] if asked else []), judge(fake.detach(), asked)
+        on_real, on_fake = discriminate(real, [labels] if asked else []), discriminate(fake.detach(), asked)
         loss_d = discriminator_loss(on_real, on_fake)
         if step >= steps - -(-steps // 4):
-            seen_through.append(torch.stack([(on_real > 0).float().mean(), (on_fake < 0).float().mean()]).detach())
+            hits = torch.stack([(on_real > 0).float().mean(), (on_fake < 0).float().mean()])
+            discriminator_hits.append(hits.detach())
         adam_d.zero_grad(set_to_none=True)
         loss_d.backward()
         adam_d.step()
@@ -191,35 +192,36 @@ def train_generator(
         entropy, diversity = entropy_loss(logits), diversity_loss(logits, support)
         if asked:
             steering = config.lambda_e * nn.functional.cross_entropy(logits, *asked)
-            loss_g = adversarial_loss(judge(fake, asked)) + steering + inversion
+            loss_g = adversarial_loss(discriminate(fake, asked)) + steering + inversion
         else:
-            loss_g = adversarial_loss(judge(fake)) + config.lambda_e * entropy + config.lambda_d * diversity + inversion
+            steering = config.lambda_e * entropy + config.lambda_d * diversity
+            loss_g = adversarial_loss(discriminate(fake)) + steering + inversion
         adam_g.zero_grad(set_to_none=True)
         loss_g.backward()
         adam_g.step()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             curve.append([step, *(float(x.detach()) for x in (loss_g, loss_d, entropy, diversity))])
-        if log_validation and step + 1 in looks:
-            log_validation(step + 1, watched_images(generator, watched, config, facts))
+        if on_snapshot and step + 1 in snapshots:
+            on_snapshot(step + 1, snapshot_images(generator, snapshot_input, config, facts))
 
     freeze(generator)
     freeze(classifier)
-    figures, pixels = judge_generator(generator, classifier, counts, config, facts, address)
-    if seen_through:
-        real_known, fake_known = torch.stack(seen_through).mean(0).tolist()
+    figures, pixels = evaluate_generator(generator, classifier, counts, config, facts, address)
+    if discriminator_hits:
+        real_known, fake_known = torch.stack(discriminator_hits).mean(0).tolist()
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
     return to_weights(generator), pixels, figures, curve
 
 
-def moments(steps: int) -> tuple[int, ...]:
+def snapshot_steps(steps: int) -> tuple[int, ...]:
     """Steps after which a generator is looked at: ever farther apart, from a sixteenth of the way to the end."""
-    return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_MOMENTS).round().astype(int)).tolist())
+    return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_SNAPSHOTS).round().astype(int)).tolist())
 
 
 @torch.no_grad()
-def watched_images(
+def snapshot_images(
     generator: nn.Module, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
 ) -> np.ndarray:
     """uint8 [n, C, H, W] of what ``draw`` gave, as the generator would be used; it goes on as it was."""
@@ -230,7 +232,7 @@ def watched_images(
 
 
 @torch.no_grad()
-def judge_generator(
+def evaluate_generator(
     generator: nn.Module,
     classifier: nn.Module,
     counts: Tensor,
@@ -250,10 +252,10 @@ def judge_generator(
     seed, client_id = address
     owned = counts > 0
     num_owned = int(owned.sum())
-    count = max(NUM_JUDGED, NUM_JUDGED_PER_CLASS * num_owned)
+    count = max(NUM_EVALUATED, NUM_EVALUATED_PER_CLASS * num_owned)
     drawn = draw(generator, count, stream(seed, "generator/judge", client_id), owned.device)
     logits, pixels = [], np.empty(0)
-    for part in zip(*(x.split(NUM_JUDGED) for x in drawn), strict=True):
+    for part in zip(*(x.split(NUM_EVALUATED) for x in drawn), strict=True):
         fake = generator(*part).float()
         pixels = pixels if logits else to_pixels(fake[:NUM_SAMPLES], config.gan_range, facts)
         logits.append(classifier(classifier_view(fake, config.gan_range, facts)).float())

@@ -86,7 +86,7 @@ class Teacher(nn.Module):
 
 
 @torch.no_grad()
-def answers(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+def teacher_logits(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """Logits [B, C] for features [B, d], a few rows at a time."""
     return torch.cat([teacher(expert_logits(part), part) for part in features.split(teacher.meta.max_rows)])
 
@@ -146,7 +146,7 @@ def train_meta(
     vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
     weights = torch.tensor(prototype_weights(kept, weighting))
     evaluated = held_out if len(held_out) else kept
-    judged_features = torch.tensor(evaluated.vectors)
+    eval_features = torch.tensor(evaluated.vectors)
     averaged = copy.deepcopy(teacher).eval()
     start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     average = {name: value.clone() for name, value in start.items()}
@@ -155,17 +155,17 @@ def train_meta(
     best: tuple[float, float] | None = None
     best_state, best_update = copy.deepcopy(averaged.state_dict()), 0
 
-    def look(update: int, loss: dict[str, float]) -> None:
+    def evaluate(update: int, loss: dict[str, float]) -> None:
         nonlocal best, best_state, best_update
         decay, correct = config.ema, config.ema_bias_correction
         averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
-        accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), evaluated)
-        progress(update, {"held_out_accuracy": accuracy, "held_out_loss": judged_loss} | loss)
-        if not config.select or best is None or (accuracy, -judged_loss) > best:
-            best = (accuracy, -judged_loss)
+        accuracy, eval_loss = scores(teacher_logits(averaged, expert_logits, eval_features), evaluated)
+        progress(update, {"held_out_accuracy": accuracy, "held_out_loss": eval_loss} | loss)
+        if not config.select or best is None or (accuracy, -eval_loss) > best:
+            best = (accuracy, -eval_loss)
             best_state, best_update = copy.deepcopy(averaged.state_dict()), update
 
-    look(0, {})
+    evaluate(0, {})
     recent: list[float] = []
     teacher.train()
     batch = min(config.batch_size, len(kept))
@@ -184,13 +184,14 @@ def train_meta(
             recent = [*recent[1 - RECENT :], loss]
             ema_update(average, teacher, config.ema)
             if update % 25 == 0 or update == config.updates:
-                look(update, {"loss": loss})
+                evaluate(update, {"loss": loss})
                 if config.select and config.patience and update - best_update >= config.patience:
                     break
     averaged.load_state_dict(best_state)
-    accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), evaluated)
-    figures = {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}
+    accuracy, eval_loss = scores(teacher_logits(averaged, expert_logits, eval_features), evaluated)
+    figures = {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": eval_loss}
     if recent:
         figures["train_loss"] = float(np.median(recent))
-        figures["raw_held_out_accuracy"] = scores(answers(teacher.eval(), expert_logits, judged_features), evaluated)[0]
+        raw = teacher_logits(teacher.eval(), expert_logits, eval_features)
+        figures["raw_held_out_accuracy"] = scores(raw, evaluated)[0]
     return averaged, figures

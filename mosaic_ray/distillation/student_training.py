@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ExperimentConfig
-from ..core.health import PLATEAU_LEAST, PLATEAU_WINDOW
+from ..core.health import PLATEAU_MIN_WINDOW, PLATEAU_WINDOW
 from ..core.seeding import stream
 from ..core.types import DataFacts, Prototypes, Weights
 from ..models.classifiers import build_classifier
@@ -123,14 +123,14 @@ def distil(
     anchors, labels = torch.tensor(task.kept.vectors, device=device), torch.tensor(task.kept.labels, device=device)
     weights_of_anchors = torch.tensor(prototype_weights(task.kept, config.prototypes.weighting), device=device)
     evaluated = task.held_out if len(task.held_out) else task.kept
-    judged_vectors = torch.tensor(evaluated.vectors, device=device)
+    eval_vectors = torch.tensor(evaluated.vectors, device=device)
 
-    def standing() -> tuple[float, float]:
+    def score_head() -> tuple[float, float]:
         with torch.no_grad():
-            accuracy, loss = scores(student.head(judged_vectors), evaluated)
+            accuracy, loss = scores(student.head(eval_vectors), evaluated)
         return accuracy, -loss
 
-    best, best_step = standing(), 0
+    best, best_step = score_head(), 0
     entered, best_state = best, copy.deepcopy(student.state_dict())
     seen = torch.zeros(task.facts.num_classes, device=device)
     window, late = min(PLATEAU_WINDOW, distill.steps // 2), torch.zeros(4, device=device)
@@ -165,7 +165,7 @@ def distil(
         optimiser.step()
         seen += torch.bincount(target.argmax(1), minlength=len(seen))
         if step % distill.check_steps == 0 or step == distill.steps:
-            now = standing()
+            now = score_head()
             if now > best:
                 best, best_step, best_state = now, step, copy.deepcopy(student.state_dict())
             agreement = (logits.argmax(1) == target.argmax(1)).float().mean() if len(logits) else torch.ones(())
@@ -180,11 +180,11 @@ def distil(
         student.load_state_dict(best_state)
     figures = {
         "held_out_before": entered[0],
-        "held_out_after": standing()[0],
+        "held_out_after": score_head()[0],
         "step": float(best_step if distill.guard else distill.steps),
         "class_coverage": float((seen / seen.sum().clamp(min=1) >= 0.1 / len(seen)).float().mean()),
     }
-    if window >= PLATEAU_LEAST:
+    if window >= PLATEAU_MIN_WINDOW:
         before, after, agreed, count = late.tolist()
         figures["improvement"] = 1 - after / before if before > 0 else 0.0
         figures["late_agreement"] = agreed / max(count, 1.0)

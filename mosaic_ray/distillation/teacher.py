@@ -13,7 +13,7 @@ from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts, Weights
 from ..models.classifiers import build_classifier
 from ..models.state_dict import freeze, head_of, load_weights
-from .meta_model import Teacher, answers
+from .meta_model import Teacher, teacher_logits
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class TeacherNet(nn.Module):
         """[B, C] of the experts' heads on the backbone's features, the input that prototypes are."""
         features = self.backbone.features(images) if features is None else features
         features = features.float()
-        return answers(self.meta, self.head_logits, features)
+        return teacher_logits(self.meta, self.head_logits, features)
 
 
 class MixedTeacherNet(nn.Module):

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
-from ..core.health import ONE_OWNER
+from ..core.health import SINGLE_OWNER_BELOW
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Prototypes, Weights
 from ..federated.client import ClientContext
 from ..federated.evaluation import domain_auc
 from ..models.state_dict import freeze, head_of, load_weights, to_weights, use_precision
-from ..models.submodel import ChannelIndices, Channels
+from ..models.submodel import ChannelIndices, ChannelLayout
 from .experts import effective_owners, expert_weights, form_experts, redundancy
 from .generator_training import classifier_view, draw, load_generator
 from .linear_head import fit_head, scores
-from .meta_model import Teacher, answers, gates, train_meta
+from .meta_model import Teacher, gates, teacher_logits, train_meta
 from .prototypes import split_held_out
 from .teacher import TeacherState, head_logits, heads_only
 
@@ -31,7 +31,7 @@ Sources = Iterable[tuple[int, Weights, Weights]]
 MAX_READ = 1024
 
 
-def experts_vote(
+def expert_mean_logits(
     context: ClientContext, experts: tuple[Weights, ...], index: np.ndarray
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """(images, features) -> the mean of the class experts' logits [B, C]: the "model group" without a meta model.
@@ -46,11 +46,11 @@ def experts_vote(
 
 
 @torch.no_grad()
-def synthetic_set(
+def synthetic_prototypes(
     context: ClientContext,
     global_weights: Weights,
     sources: Sources,
-    vote: Callable[[Tensor, Tensor], Tensor],
+    ensemble: Callable[[Tensor, Tensor], Tensor],
     kept: Prototypes,
     chunk: int = 500,
 ) -> Prototypes:
@@ -58,7 +58,7 @@ def synthetic_set(
 
     Each generator draws as many images as its client has prototypes, and each image stands for their mean size: the
     sets are alike in number and in each client's weight, and differ in vectors and labels alone. Features are of the
-    model that made the prototypes; labels are the argmax of the client's model, or of ``vote``.
+    model that made the prototypes; labels are the argmax of the client's model, or of ``ensemble``.
     """
     config, parts = context.config, []
     counts = np.bincount(kept.clients, minlength=config.partition.num_clients)
@@ -77,7 +77,7 @@ def synthetic_set(
             with use_precision(config.runtime.precision, context.device):
                 images = classifier_view(generator(*part).float(), config.generator.gan_range, context.facts)
                 features = (own if by_client else backbone).features(images).float()
-                logits = vote(images, features) if config.meta.data == "synthetic_vote" else own(images)
+                logits = ensemble(images, features) if config.meta.data == "synthetic_vote" else own(images)
             vectors.append(features.cpu().numpy())
             labels.append(logits.argmax(1).cpu().numpy())
         size = np.full(count, totals[client_id] / count, np.float32)
@@ -97,7 +97,7 @@ def make_teacher(
     progress: Callable[[int, dict[str, float]], None],
     sources: Sources = (),
     device: torch.device | str = "cpu",
-    channels: Channels | None = None,
+    channels: ChannelLayout | None = None,
 ) -> tuple[TeacherState, dict[str, float]]:
     """Experts from the clients' models, and the meta model trained on three quarters of the prototypes.
 
@@ -118,7 +118,8 @@ def make_teacher(
     figures: dict[str, float] = {}
     if config.meta.data != "prototypes":
         context, real = ClientContext(config, facts, torch.device(device)), kept
-        kept = synthetic_set(context, global_weights, sources, experts_vote(context, tuple(experts), index), real)
+        ensemble = expert_mean_logits(context, tuple(experts), index)
+        kept = synthetic_prototypes(context, global_weights, sources, ensemble, real)
         figures["domain_auc"] = domain_auc(real.vectors, kept.vectors, config.seed)
     head = head_of(global_weights)
     with seeded(config.seed, "init", "meta"):
@@ -161,7 +162,7 @@ def inspect_teacher(
     freeze(load_weights(teacher, state.meta))
     expert_logits = head_logits(state.experts, state.index)
     features, labels = torch.tensor(evaluated.vectors), torch.tensor(evaluated.labels)
-    named = answers(teacher, expert_logits, features).argmax(1)
+    named = teacher_logits(teacher, expert_logits, features).argmax(1)
     votes = torch.cat([expert_logits(part).mean(1) for part in features.split(teacher.meta.max_rows)])
     read = torch.linspace(0, len(evaluated) - 1, min(len(evaluated), MAX_READ)).long()
     owners = effective_owners(counts)
@@ -171,7 +172,7 @@ def inspect_teacher(
         "classes_judged": float(len(labels.unique())),
         "experts_held_out_accuracy": scores(votes, evaluated)[0],
         "expert_redundancy": redundancy(state.experts, state.index, counts),
-        "single_owner_classes": float((owners < ONE_OWNER).sum()),
+        "single_owner_classes": float((owners < SINGLE_OWNER_BELOW).sum()),
         "effective_owners": float(owners.mean()),
     }
     arrays = {

@@ -1,9 +1,9 @@
 """Narrow clients: which channels of a network belong together, the part that a client holds, and that part as a model.
 
-A *space* is a run of channels that are kept or dropped together wherever they occur. Residual additions, batch norm,
-depthwise convolutions and gates make one space of several layers' channels, as ``channel_flow`` reads off the network's
-graph. Image channels and classes are in no space: every client holds them whole. A width r keeps s = ceil(r n) of a
-space's n channels, and the federated optimisers differ in which. One set per space rather than per layer keeps both
+A *group* is a run of channels that are kept or dropped together wherever they occur. Residual additions, batch norm,
+depthwise convolutions and gates make one group of several layers' channels, as ``channel_flow`` reads off the network's
+graph. Image channels and classes are in no group: every client holds them whole. A width r keeps s = ceil(r n) of a
+group's n channels, and the federated optimisers differ in which. One set per group rather than per layer keeps both
 sides of every residual addition aligned.
 """
 
@@ -23,21 +23,21 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.errors import RequestError
 from ..core.types import Weights
-from .channel_graph import follow
+from .channel_graph import trace_channels
 from .classifiers import Classifier
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-#: What a client holds: for each space the channels that it keeps, int64 [ceil(width * n)], rising.
+#: What a client holds: for each group the channels that it keeps, int64 [ceil(width * n)], rising.
 ChannelIndices = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
-class Channels:
-    """The spaces of a network, numbered from the image to the head, and where its weights have them.
+class ChannelLayout:
+    """The groups of a network, numbered from the image to the head, and where its weights have them.
 
     ``sizes`` counts their channels, ``layers`` names the first layer of each. ``entries`` has, for every entry of the
-    state dict, an item for each dimension: None where it is held whole, else (space, block): index i belongs to channel
+    state dict, an item for each dimension: None where it is held whole, else (group, block): index i belongs to channel
     i // block. ``heads`` are the entries whose first dimension is the classes.
     """
 
@@ -46,44 +46,44 @@ class Channels:
     entries: Mapping[str, tuple[tuple[int, int] | None, ...]]
     heads: tuple[str, ...]
 
-    def reach(self, name: str) -> int:
+    def num_cut_axes(self, name: str) -> int:
         """How many leading dimensions of an entry include all that a client may hold in part."""
         parted = [axis + 1 for axis, held in enumerate(self.entries[name]) if held is not None]
         return max(*parted, int(name in self.heads), 0)
 
-    def place(
+    def part_index(
         self, name: str, shape: Sequence[int], sets: ChannelIndices | None, classes: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...] | None:
         """Where in the whole entry ``name``, of ``shape``, a client's part of it lies; None: everywhere.
 
-        An open mesh (``np.ix_``) over its first ``reach(name)`` dimensions. ``classes`` bool [C] leaves those rows of
-        the head.
+        An open mesh (``np.ix_``) over its first ``num_cut_axes(name)`` dimensions. ``classes`` bool [C] leaves those
+        rows of the head.
         """
-        reach = self.reach(name)
-        indices = [np.arange(size) for size in shape[:reach]]
-        for axis, held in enumerate(self.entries[name][:reach]):
+        cut = self.num_cut_axes(name)
+        indices = [np.arange(size) for size in shape[:cut]]
+        for axis, held in enumerate(self.entries[name][:cut]):
             if sets is not None and held is not None:
-                space, block = held
-                indices[axis] = (sets[space][:, None] * block + np.arange(block)).ravel()
+                group, block = held
+                indices[axis] = (sets[group][:, None] * block + np.arange(block)).ravel()
         if classes is not None and name in self.heads:
             indices[0] = np.flatnonzero(classes)
-        whole = all(len(index) == size for index, size in zip(indices, shape[:reach], strict=True))
+        whole = all(len(index) == size for index, size in zip(indices, shape[:cut], strict=True))
         return None if whole else np.ix_(*indices)
 
 
-def channels_of(model: nn.Module) -> Channels:
-    """The spaces of ``model``, which may be on the meta device; ``RequestError`` where its graph cannot be followed."""
-    found, logits = follow(model)
-    dims = {name: tuple(dim.settled() for dim in entry) for name, entry in found.items()}
-    partial_width = {dim.space for entry in dims.values() for dim in entry if not dim.space.whole}
-    spaces = sorted(partial_width, key=lambda space: space.depth)
-    number = {space: index for index, space in enumerate(spaces)}
+def channel_layout(model: nn.Module) -> ChannelLayout:
+    """The groups of ``model``, which may be on the meta device; ``RequestError`` where its graph cannot be followed."""
+    found, logits = trace_channels(model)
+    dims = {name: tuple(dim.find() for dim in entry) for name, entry in found.items()}
+    partial = {dim.group for entry in dims.values() for dim in entry if not dim.group.full}
+    groups = sorted(partial, key=lambda group: group.depth)
+    number = {group: index for index, group in enumerate(groups)}
     entries: dict[str, tuple[tuple[int, int] | None, ...]] = {}
     for name, value in model.state_dict().items():
-        held = [(number[dim.space], dim.block) if dim.space in number else None for dim in dims.get(name, ())]
+        held = [(number[dim.group], dim.block) if dim.group in number else None for dim in dims.get(name, ())]
         entries[name] = (*held, *[None] * (value.ndim - len(held)))
-    heads = tuple(name for name, entry in dims.items() if entry[0].space is logits.space)
-    return Channels(tuple(s.size for s in spaces), tuple(s.layer for s in spaces), entries, heads)
+    heads = tuple(name for name, entry in dims.items() if entry[0].group is logits.group)
+    return ChannelLayout(tuple(s.size for s in groups), tuple(s.layer for s in groups), entries, heads)
 
 
 # --- the part that a client holds ------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def num_kept(width: float, size: int) -> int:
     return math.ceil(width * size - 1e-9)
 
 
-def check_width(channels: Channels, width: float) -> None:
+def check_width(channels: ChannelLayout, width: float) -> None:
     """``RequestError`` where ``width`` leaves a layer without channels: where width * n rounds to zero."""
     for size, layer in zip(channels.sizes, channels.layers, strict=True):
         if round(width * size) == 0:
@@ -104,12 +104,12 @@ def check_width(channels: Channels, width: float) -> None:
             )
 
 
-def extract(weights: Weights, channels: Channels, sets: ChannelIndices) -> Weights:
+def extract(weights: Weights, channels: ChannelLayout, sets: ChannelIndices) -> Weights:
     """The part of whole ``weights`` at ``sets``, as fresh arrays."""
     part = {}
     for name, array in weights.items():
-        place = channels.place(name, array.shape, sets)
-        part[name] = np.array(array) if place is None else np.ascontiguousarray(array[place])
+        index = channels.part_index(name, array.shape, sets)
+        part[name] = np.array(array) if index is None else np.ascontiguousarray(array[index])
     return part
 
 

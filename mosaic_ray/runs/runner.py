@@ -149,7 +149,7 @@ def execute(
                         folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
                     ) as tracker,
                 ):
-                    store.say = tracker.warn
+                    store.log = tracker.warn
                     if command:
                         tracker.text("run/command", f"    {shlex.join(command)}")
                     train = str(folder / "train") if local else store.where(f"{place}/train")

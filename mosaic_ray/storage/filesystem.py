@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 from pyarrow import ArrowException, fs
 
-from .uri import may_pass, reason
+from .uri import is_transient, reason
 
 #: A temporary file that nobody has written to for so long was left by a writer that was killed.
 ABANDONED_SECONDS = 3600.0
@@ -33,7 +33,7 @@ TROUBLE_SECONDS = 5.0
 _PAUSES = (0.1, 5.0)  # seconds: the first, the longest
 _jitter = random.Random()
 _CHUNK = 4 << 20
-_LISTINGS = 10  # so often is a listing made again that neighbours confuse
+_MAX_LISTINGS = 10  # so often is a listing made again that neighbours confuse
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp$")
 
 T = TypeVar("T")
@@ -43,13 +43,13 @@ class Stored(NamedTuple):
     """A file as a listing has it: bytes, and seconds since 1970 by the storage's clock."""
 
     size: int
-    when: float
+    modified: float
 
 
 class Files:
     """Files below a root; names are relative to it. Errors are ``OSError``.
 
-    ``say`` is told once of every operation that has been tried again for a while. ``recovered`` is when the last such
+    ``log`` is told once of every operation that has been tried again for a while. ``recovered`` is when the last such
     one succeeded (``time.monotonic``).
     """
 
@@ -57,7 +57,7 @@ class Files:
         """``patience``: seconds for which an operation is tried again, instead of ``PATIENCE_SECONDS``."""
         self.filesystem, self.root = filesystem, root.rstrip("/") or "/"
         self.local = isinstance(filesystem, fs.LocalFileSystem)
-        self.say: Callable[[str], None] = lambda text: None
+        self.log: Callable[[str], None] = lambda text: None
         self.recovered = -math.inf
         self._patience = patience
         self._down = False
@@ -65,45 +65,45 @@ class Files:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def again(self, work: Callable[[], T]) -> T:
+    def retry(self, work: Callable[[], T]) -> T:
         """What ``work`` answers, tried again while its error may pass, for as long as there is patience.
 
         Once that is used up storage counts as down: until something succeeds again, everything is tried once only, so
         that a run whose storage is gone can end.
         """
         patience = PATIENCE_SECONDS if self._patience is None else self._patience
-        begun, (pause, longest), troubled = time.monotonic(), _PAUSES, False
+        started, (pause, longest), reported = time.monotonic(), _PAUSES, False
         while True:
             try:
                 found = work()
             except OSError as error:
-                spent = time.monotonic() - begun
-                if not self.may_pass(error):
+                spent = time.monotonic() - started
+                if not self.is_transient(error):
                     self._down = False  # an answer, if not the one that was wished for
                     raise
                 if self._down or spent + pause > patience:
                     self._down = True
                     raise
-                if spent > TROUBLE_SECONDS and not troubled:
-                    troubled = True
-                    self.say(f"storage fails ({reason(error)}); trying again for up to {patience:.0f} s")
+                if spent > TROUBLE_SECONDS and not reported:
+                    reported = True
+                    self.log(f"storage fails ({reason(error)}); trying again for up to {patience:.0f} s")
             except ArrowException as error:  # one that pyarrow takes for no file's
                 raise OSError(str(error)) from error
             else:
                 self._down = False
-                if troubled:
+                if reported:
                     self.recovered = time.monotonic()
                 return found
             time.sleep(pause * _jitter.uniform(0.5, 1.0))
             pause = min(2 * pause, longest)
 
-    def may_pass(self, error: OSError) -> bool:
+    def is_transient(self, error: OSError) -> bool:
         """Whether the same may succeed in a moment. A disk's passing errors have numbers."""
-        return bool(error.errno or not self.local) and may_pass(error)
+        return bool(error.errno or not self.local) and is_transient(error)
 
     def read(self, name: str) -> bytes:
         """All of a file; what fails half way begins again."""
-        return self.again(lambda: b"".join(self._chunks(name)))
+        return self.retry(lambda: b"".join(self._chunks(name)))
 
     def digest(self, name: str) -> tuple[int, str]:
         """A file's size and SHA-256, without holding it in memory; what fails half way begins again."""
@@ -115,24 +115,24 @@ class Files:
                 size += len(chunk)
             return size, digest.hexdigest()
 
-        return self.again(scan)
+        return self.retry(scan)
 
     def put(self, name: str, data: bytes) -> None:
         """``data`` under ``name``: whole or, after an error or a kill, not at all (locally and in object storage)."""
-        self.again(lambda: self._put(self.path(name), data))
+        self.retry(lambda: self._put(self.path(name), data))
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.again(lambda: self.filesystem.delete_file(self.path(name)))
+            self.retry(lambda: self.filesystem.delete_file(self.path(name)))
 
     def delete_folder(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.again(lambda: self.filesystem.delete_dir(self.path(name)))
+            self.retry(lambda: self.filesystem.delete_dir(self.path(name)))
 
     def move(self, folder: str, to: str) -> None:
         """Rename a folder."""
         try:
-            self.again(lambda: self.filesystem.move(self.path(folder), self.path(to)))
+            self.retry(lambda: self.filesystem.move(self.path(folder), self.path(to)))
         except FileNotFoundError:  # it was done, though an error came back
             if not self.names(to):
                 raise
@@ -148,12 +148,12 @@ class Files:
 
     def exists(self) -> bool:
         """Whether there is anything at the root."""
-        return self.again(lambda: self.filesystem.get_file_info(self.root)).type != fs.FileType.NotFound
+        return self.retry(lambda: self.filesystem.get_file_info(self.root)).type != fs.FileType.NotFound
 
-    def tidy(self, folder: str) -> None:
+    def remove_abandoned(self, folder: str) -> None:
         """Remove the temporary files that killed writers left in a local ``folder``; a living writer's are younger."""
         if not self.local:
-            return  # there nothing is written beside
+            return  # there nothing is written beside a file
         for path in Path(self.path(folder)).glob("*.tmp"):
             with contextlib.suppress(OSError):  # gone already, or nothing that can be mended here
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
@@ -181,9 +181,9 @@ class Files:
 
     def _list(self, folder: str, recursive: bool) -> list[fs.FileInfo]:
         wanted = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
-        for _ in range(_LISTINGS):
+        for _ in range(_MAX_LISTINGS):
             try:
-                return self.again(lambda: self.filesystem.get_file_info(wanted))
+                return self.retry(lambda: self.filesystem.get_file_info(wanted))
             except FileNotFoundError:  # a neighbour made or removed a folder meanwhile, which confuses pyarrow
                 continue
         return []
@@ -195,12 +195,12 @@ def is_temporary(name: str) -> bool:
 
 
 def write_whole(target: str | Path, data: bytes) -> None:
-    """Make the folder, write beside, flush to the disk, rename into place."""
+    """Make the folder, write a temporary file, flush to the disk, rename into place."""
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
-    beside = f"{target}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    temporary = f"{target}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             view = memoryview(data)
             while view:
@@ -208,10 +208,10 @@ def write_whole(target: str | Path, data: bytes) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(beside, target)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(beside)
+            os.unlink(temporary)
         raise
     descriptor = os.open(folder, os.O_RDONLY)  # the rename itself must outlive a power cut
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 
-def plain(value: Any, where: str) -> Any:
+def to_json_value(value: Any, where: str) -> Any:
     """``value`` as JSON holds it, losing nothing; ``ValueError`` names the place of what would be lost."""
     if isinstance(value, np.generic):
         value = value.item()
@@ -25,13 +25,13 @@ def plain(value: Any, where: str) -> Any:
         for name in value:
             if not isinstance(name, str):
                 raise ValueError(f"{where}: key {name!r} is not a word")
-        return {name: plain(item, f"{where}.{name}") for name, item in value.items()}
+        return {name: to_json_value(item, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [to_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
     raise ValueError(f"{where}: a {type(value).__name__} is no fact; arrays belong into parts")
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """The one JSON spelling of a plain value: sorted keys, floats by ``repr``, ASCII."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
@@ -41,5 +41,6 @@ def stage_key(stage: str, version: int, knobs: Mapping[str, Any], upstream: Sequ
 
     Knobs may nest and hold numpy scalars; tuples count as lists; the order of ``upstream`` counts, that of knobs not.
     """
-    asked = {"stage": stage, "version": int(version), "knobs": plain(knobs, "knobs"), "upstream": list(upstream)}
-    return f"{stage}-{hashlib.sha256(canonical(asked)).hexdigest()[:20]}"
+    values = to_json_value(knobs, "knobs")
+    asked = {"stage": stage, "version": int(version), "knobs": values, "upstream": list(upstream)}
+    return f"{stage}-{hashlib.sha256(canonical_json(asked)).hexdigest()[:20]}"

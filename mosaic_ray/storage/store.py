@@ -32,10 +32,10 @@ import safetensors.numpy
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
 from .filesystem import OPENING_SECONDS, Files
-from .hashing import canonical, plain
+from .hashing import canonical_json, to_json_value
 from .hashing import stage_key as stage_key  # where others look for it
 from .locks import Lease, Leases
-from .uri import CREDENTIALS, below, open_uri, reason, remedy, without_secrets
+from .uri import CREDENTIALS, join, open_uri, reason, redacted, remedy
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -60,7 +60,7 @@ class CorruptResult(RunError):
         return located
 
 
-class Damage(Exception):
+class DamagedFile(Exception):
     """``(file name, why)``: a stored file is not what its manifest says."""
 
 
@@ -101,7 +101,7 @@ class StageResult:
         try:
             data = self._store._files.read(f"{self._folder}/{entry['name']}")
         except OSError as error:
-            self._store._unless_damaged(error, self._folder, self.key)
+            self._store._raise_if_storage_down(error, self._folder, self.key)
             raise CorruptResult(self.key, part, reason(error)) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptResult(self.key, part, "its SHA-256 differs")
@@ -112,8 +112,8 @@ class StageResult:
 class StageWriter:
     """A result in the making; nothing of it can be seen until ``commit``."""
 
-    def __init__(self, store: Store, room: str, key: str) -> None:
-        self._store, self._room, self._key = store, room, _name(key)
+    def __init__(self, store: Store, kind: str, key: str) -> None:
+        self._store, self._kind, self._key = store, kind, _name(key)
         self._entries: dict[str, dict[str, Any]] = {}
 
     def add(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -130,21 +130,21 @@ class StageWriter:
             "key": self._key,
             "version": FORMAT,
             "session": self._store.session,
-            "facts": plain(facts, "facts"),
+            "facts": to_json_value(facts, "facts"),
             "files": dict(self._entries),
         }
         # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
-        sealed = manifest | {"sha256": hashlib.sha256(canonical(manifest)).hexdigest()}
+        sealed = manifest | {"sha256": hashlib.sha256(canonical_json(manifest)).hexdigest()}
         self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
-        if self._room == OBJECTS:
+        if self._kind == OBJECTS:
             self._store.used.add(self._key)
-        return StageResult(self._store, f"{self._room}/{self._key}", manifest)
+        return StageResult(self._store, f"{self._kind}/{self._key}", manifest)
 
     def _put(self, name: str, data: bytes) -> None:
         try:
-            self._store._files.put(f"{self._room}/{self._key}/{name}", data)
+            self._store._files.put(f"{self._kind}/{self._key}/{name}", data)
         except OSError as error:
-            raise self._store._failure(error, f"writing {self._room}/{self._key}", self._key) from error
+            raise self._store._run_error(error, f"writing {self._kind}/{self._key}", self._key) from error
 
 
 class Store:
@@ -153,7 +153,7 @@ class Store:
     Everything written is marked with the ``session``, of which each store has its own unless one is given.
     ``create=False``: ``RequestError`` where nothing is stored yet.
     ``fresh`` hides whatever another session wrote; writing still replaces it.
-    ``say`` is told, in a line, of every damaged result that will be computed again, and of storage in trouble.
+    ``log`` is told, in a line, of every damaged result that will be computed again, and of storage in trouble.
     What fails for a while only is tried again (``files``); ``RunError`` where it goes on.
     """
 
@@ -164,24 +164,24 @@ class Store:
         fresh: bool = False,
         session: str | None = None,
         create: bool = True,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self.uri, self.fresh = os.fspath(uri), fresh
-        if (shown := without_secrets(self.uri)) != self.uri:
+        if (shown := redacted(self.uri)) != self.uri:
             raise RequestError(f"--storage {shown}: a URI is shown and stored, so it holds no secrets; {CREDENTIALS}")
         self.session = session or uuid.uuid4().hex
-        self.say = say or (lambda text: None)
+        self.log = log or (lambda text: None)
         self.used: set[str] = set()  #: keys of the results that were found or stored here
         try:
             self._files = Files(*open_uri(self.uri))
-            self._files.say = lambda text: self.say(f"{self.uri}: {text}")
-            if not create and not self._opening().exists():
+            self._files.log = lambda text: self.log(f"{self.uri}: {text}")
+            if not create and not self._impatient_files().exists():
                 raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
             if self._files.local:
                 os.makedirs(self._files.root, exist_ok=True)
             self._leases = Leases(self._files)
         except (OSError, ValueError, NotImplementedError) as error:
-            raise self._refuse(error) from None
+            raise self._request_error(error) from None
 
     @property
     def local_root(self) -> Path | None:
@@ -198,13 +198,13 @@ class Store:
         """Who computes what right now."""
         return self._leases
 
-    def _opening(self) -> Files:
+    def _impatient_files(self) -> Files:
         """The same files with little patience: what fails at first is more often the request than the storage."""
         return Files(self._files.filesystem, self._files.root, OPENING_SECONDS)
 
     def check_writable(self) -> None:
         """``RequestError`` unless a file of 1 MiB can be written and removed, and a local disk has room for more."""
-        files = self._opening()
+        files = self._impatient_files()
         probe = f"{OBJECTS}/.probe-{uuid.uuid4().hex}"
         try:
             if self._files.local and (free := shutil.disk_usage(self._files.root).free) < MIN_FREE_BYTES:
@@ -215,7 +215,7 @@ class Store:
             files.put(probe, bytes(1 << 20))
             files.delete(probe)
         except OSError as error:
-            raise self._refuse(error) from None
+            raise self._request_error(error) from None
 
     def get(self, key: str) -> StageResult | None:
         """The result under ``key`` with every byte verified; None where it is absent or damaged (said, and removed)."""
@@ -235,18 +235,18 @@ class Store:
     def discard(self, key: str) -> None:
         """Remove the result under ``key``, so that it is computed again."""
         try:
-            self._forget(f"{OBJECTS}/{key}")
+            self._delete_manifest(f"{OBJECTS}/{key}")
         except OSError as error:
-            raise self._failure(error, f"removing {OBJECTS}/{key}", key) from error
+            raise self._run_error(error, f"removing {OBJECTS}/{key}", key) from error
 
     def try_lease(self, key: str) -> Lease | None:
         """The sole right to compute ``key``, across threads, processes and machines; None where somebody has it."""
         try:
             lease = self._leases.take(_name(key))
         except OSError as error:
-            raise self._failure(error, f"leasing {key}", key) from error
+            raise self._run_error(error, f"leasing {key}", key) from error
         if lease:
-            self._files.tidy(f"{OBJECTS}/{key}")
+            self._files.remove_abandoned(f"{OBJECTS}/{key}")
         return lease
 
     def get_or_lease(self, key: str) -> StageResult | Lease | None:
@@ -289,7 +289,7 @@ class Store:
 
     def where(self, name: str) -> str:
         """The path or the URI of a file or folder here, for others to open: a URI's query stays at its end."""
-        return str(self.local_root / name) if self.local_root else below(self.uri, name)
+        return str(self.local_root / name) if self.local_root else join(self.uri, name)
 
     def save_checkpoint(self, key: str, facts: Mapping[str, Any], parts: Parts) -> None:
         """Replace the checkpoint under ``key``: until the new one is whole, the old one stands."""
@@ -309,29 +309,29 @@ class Store:
         with contextlib.suppress(OSError):  # a leftover checkpoint is only disk space: its stage's result comes first
             self._files.delete_folder(f"{CHECKPOINTS}/{key}")
 
-    def manifest(self, room: str, key: str) -> dict[str, Any] | None:
-        """What is recorded of a result or checkpoint, its checksum verified (``Damage``); None where there is none."""
-        folder = f"{room}/{key}"
+    def manifest(self, kind: str, key: str) -> dict[str, Any] | None:
+        """What is recorded of a result or checkpoint, its checksum verified (``DamagedFile``); None where absent."""
+        folder = f"{kind}/{key}"
         try:
             manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
             seal = manifest.pop("sha256")
-            sound = seal == hashlib.sha256(canonical(manifest)).hexdigest()
+            sound = seal == hashlib.sha256(canonical_json(manifest)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            self._unless_damaged(error, folder, key)
-            raise Damage(MANIFEST, reason(error)) from None
+            self._raise_if_storage_down(error, folder, key)
+            raise DamagedFile(MANIFEST, reason(error)) from None
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            raise Damage(MANIFEST, "not a whole manifest") from None
+            raise DamagedFile(MANIFEST, "not a whole manifest") from None
         if not sound:
-            raise Damage(MANIFEST, "its SHA-256 differs")
+            raise DamagedFile(MANIFEST, "its SHA-256 differs")
         if (manifest["key"], manifest["version"]) != (key, FORMAT):
-            raise Damage(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
+            raise DamagedFile(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
         return manifest
 
-    def verify(self, room: str, manifest: Mapping[str, Any]) -> None:
-        """Hash every byte that belongs to ``manifest``; ``Damage`` where it is not what was written."""
-        folder = f"{room}/{manifest['key']}"
+    def verify(self, kind: str, manifest: Mapping[str, Any]) -> None:
+        """Hash every byte that belongs to ``manifest``; ``DamagedFile`` where it is not what was written."""
+        folder = f"{kind}/{manifest['key']}"
         for entry in manifest["files"].values():
             self._verify(folder, entry)
 
@@ -339,14 +339,14 @@ class Store:
         try:
             size, digest = self._files.digest(f"{folder}/{entry['name']}")
         except FileNotFoundError:
-            raise Damage(entry["name"], "it is missing") from None
+            raise DamagedFile(entry["name"], "it is missing") from None
         except OSError as error:
-            self._unless_damaged(error, folder, folder.rpartition("/")[2])
-            raise Damage(entry["name"], reason(error)) from None
+            self._raise_if_storage_down(error, folder, folder.rpartition("/")[2])
+            raise DamagedFile(entry["name"], reason(error)) from None
         if size != entry["size"]:
-            raise Damage(entry["name"], f"{size} bytes instead of {entry['size']}")
+            raise DamagedFile(entry["name"], f"{size} bytes instead of {entry['size']}")
         if digest != entry["sha256"]:
-            raise Damage(entry["name"], "its SHA-256 differs")
+            raise DamagedFile(entry["name"], "its SHA-256 differs")
 
     @staticmethod
     def _fill(writer: StageWriter, facts: Mapping[str, Any], parts: Parts) -> StageResult:
@@ -354,39 +354,39 @@ class Store:
             writer.add(part, arrays)
         return writer.commit(facts)
 
-    def _get(self, room: str, key: str, complaint: str) -> StageResult | None:
-        folder = f"{room}/{key}"
+    def _get(self, kind: str, key: str, complaint: str) -> StageResult | None:
+        folder = f"{kind}/{key}"
         try:
-            manifest = self.manifest(room, key)
+            manifest = self.manifest(kind, key)
             if manifest is None or (self.fresh and manifest.get("session") != self.session):
                 return None
-            self.verify(room, manifest)
-        except Damage as damage:
-            self.say(complaint.format(key, *damage.args))
+            self.verify(kind, manifest)
+        except DamagedFile as damage:
+            self.log(complaint.format(key, *damage.args))
             with contextlib.suppress(OSError):
-                self._forget(folder)
+                self._delete_manifest(folder)
             return None
         return StageResult(self, folder, manifest)
 
-    def _forget(self, folder: str) -> None:
+    def _delete_manifest(self, folder: str) -> None:
         # Only the manifest goes: a neighbour may be putting or reading the same payload right at this moment.
         self._files.delete(f"{folder}/{MANIFEST}")
 
-    def _unless_damaged(self, error: OSError, folder: str, key: str) -> None:
+    def _raise_if_storage_down(self, error: OSError, folder: str, key: str) -> None:
         """``RunError`` where not one file but the storage is what fails."""
         one_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
         if self._files.local:  # a disk has bad sectors, and files that others own
-            one_file |= error.errno == errno.EIO or not self._files.may_pass(error)
+            one_file |= error.errno == errno.EIO or not self._files.is_transient(error)
         if not one_file:
-            raise self._failure(error, f"reading {folder}", key) from error
+            raise self._run_error(error, f"reading {folder}", key) from error
 
-    def _failure(self, error: OSError, doing: str, key: str) -> RunError:
+    def _run_error(self, error: OSError, doing: str, key: str) -> RunError:
         why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
         return RunError(
             f"storage {self.uri}: {why} while {doing}; mend it and give the same command again to resume",
             stage=key.rpartition("-")[0] or None,
         )
 
-    def _refuse(self, error: Exception) -> RequestError:
+    def _request_error(self, error: Exception) -> RequestError:
         why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
         return RequestError(f"--storage {self.uri}: {why}; {remedy(error)}")

@@ -12,7 +12,7 @@ from pyarrow import fs
 #: Google's client tries for so long by itself, for 15 minutes where nobody says otherwise.
 GOOGLE_SECONDS = 4
 
-_PASSING = {
+_TRANSIENT = {
     getattr(errno, name)
     for name in (
         "EIO", "EAGAIN", "EINTR", "EBUSY", "ETIMEDOUT", "ESTALE", "EREMOTEIO", "EPIPE", "ECONNRESET", "ECONNREFUSED",
@@ -26,41 +26,41 @@ _CREDENTIALS = re.compile(
     "|MISSING_AUTHENTICATION|PERMISSION_DENIED|UNAUTHENTICATED|OAuth2|[Cc]redential|HTTP status 40[13]"
 )
 #: It is as wrong the next time.
-_LASTING = re.compile(
+_PERMANENT = re.compile(
     "ACCESS_DENIED|AccessDenied|INVALID_|MISSING_|MALFORMED|SIGNATURE|UNRECOGNIZED_CLIENT|EXPIRED|expired|OPT_IN"
     "|NO_SUCH_[BK]|NOT_FOUND|not found|VALIDATION|TOO_SKEWED|PERMISSION_DENIED|UNAUTHENTICATED|FAILED_PRECONDITION"
     r"|ALREADY_EXISTS|UNIMPLEMENTED|OUT_OF_RANGE|HTTP status (3\d\d|40[0-7]|41\d)|Redirect|Not a regular file"
     "|is a directory"
 )
 #: It helps nobody here.
-_WORDY = re.compile(
+_NOISE = re.compile(
     r"^When .*?: (?=AWS Error)|: No response body\.|\s*\(Request ID:.*| error_info=.*|\. The request was not sent.*"
     r"|google::cloud::Status\(|Retry policy exhausted, with a last message of "
 )
 
-ASKED_FOR = "it takes a folder that can be written, or a file://, s3:// or gs:// URI"
+ACCEPTED_URIS = "it takes a folder that can be written, or a file://, s3:// or gs:// URI"
 CREDENTIALS = (
     "credentials come from the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for gs:// "
     "GOOGLE_APPLICATION_CREDENTIALS) or from the machine's role"
 )
 
 
-def may_pass(error: OSError) -> bool:
+def is_transient(error: OSError) -> bool:
     """Whether the same may succeed in a moment: by the error's number, where it has none by its text."""
-    return error.errno in _PASSING if error.errno else not _LASTING.search(str(error))
+    return error.errno in _TRANSIENT if error.errno else not _PERMANENT.search(str(error))
 
 
 def reason(error: OSError) -> str:
     """One line for an operating system's or a cloud's error."""
     if error.errno:
         return os.strerror(error.errno)
-    return _WORDY.sub("", (str(error).splitlines() or [type(error).__name__])[0]).strip()
+    return _NOISE.sub("", (str(error).splitlines() or [type(error).__name__])[0]).strip()
 
 
 def remedy(error: Exception) -> str:
     """What a user may do about storage that cannot be opened."""
     if not isinstance(error, OSError) or error.errno:
-        return ASKED_FOR
+        return ACCEPTED_URIS
     if re.search("NO_SUCH_BUCKET|Bucket .* not found", str(error)):
         return "make the bucket first, or name another"
     if _CREDENTIALS.search(str(error)):
@@ -68,7 +68,7 @@ def remedy(error: Exception) -> str:
     return "check the network and the URI; storage that is not the cloud's own takes ?endpoint_override=HOST:PORT"
 
 
-def without_secrets(uri: str) -> str:
+def redacted(uri: str) -> str:
     """``uri``, less a password in it."""
     return re.sub("(?<=://)[^/@]*:[^/@]*@", "...@", uri)
 
@@ -92,7 +92,7 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     return filesystem, root
 
 
-def below(uri: str, name: str) -> str:
+def join(uri: str, name: str) -> str:
     """The URI of ``name`` below ``uri``, whose query stays at the end."""
     head, mark, query = uri.partition("?")
     return f"{head.rstrip('/')}/{name}{mark}{query}"

@@ -16,11 +16,11 @@ from torch import nn
 
 from mosaic_ray.config.resolve import KNOBS, override
 from mosaic_ray.core import health
-from mosaic_ray.core.health import generator_findings, in_one_line, partition_findings, prototype_findings
+from mosaic_ray.core.health import format_finding, generator_findings, partition_findings, prototype_findings
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Finding
 from mosaic_ray.distillation.client_tasks import generate
-from mosaic_ray.distillation.generator_training import compare_with_real, moments, train_generator
+from mosaic_ray.distillation.generator_training import compare_with_real, snapshot_steps, train_generator
 from mosaic_ray.federated.client import ClientContext
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.models.classifiers import build_classifier
@@ -105,9 +105,9 @@ def test_images_are_compared_in_the_range_in_which_the_game_is_played(classifier
     figures = compare_with_real(Still(), classifier, shard, TINY.generator, FACTS, (0, 0))
     assert figures["out_of_range"] == 0
     raw = dataclasses.replace(TINY.generator, gan_range="model_norm")
-    beyond = ((shard.images / 255 - FACTS.mean[0]) / FACTS.std[0]).abs() > 1
+    out_of_range = ((shard.images / 255 - FACTS.mean[0]) / FACTS.std[0]).abs() > 1
     found = compare_with_real(Still(), classifier, shard, raw, FACTS, (0, 0))["out_of_range"]
-    assert found == pytest.approx(float(beyond.float().mean()), abs=0.01)
+    assert found == pytest.approx(float(out_of_range.float().mean()), abs=0.01)
 
 
 # --- generators, by figures -------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_progress_shows_the_same_latents_on_the_way_and_changes_no_number(classi
     made = generate(
         ClientContext(config, FACTS, torch.device("cpu")), shard, 1, {"models": {"cnn": weights}}, {"weights": weights}
     )
-    assert made.progress["steps"].tolist() == list(moments(20)) == [1, 2, 4, 9, 20]
+    assert made.progress["steps"].tolist() == list(snapshot_steps(20)) == [1, 2, 4, 9, 20]
     images = made.progress["images"]
     assert images.shape == (5, 8, 1, 8, 8) and images.dtype == np.uint8
     assert not np.array_equal(images[0], images[-1])
@@ -162,7 +162,7 @@ def test_progress_shows_the_same_latents_on_the_way_and_changes_no_number(classi
 
 @given(st.integers(1, 10_000))
 def test_moments_end_at_the_end(steps):
-    found = moments(steps)
+    found = snapshot_steps(steps)
     assert found[-1] == steps and found[0] >= 1 and len(found) <= 5 and list(found) == sorted(set(found))
 
 
@@ -180,7 +180,7 @@ def test_a_class_without_owner_and_one_without_prototype():
 
 def test_a_finding_says_itself_in_one_line_and_in_json():
     finding = Finding("a.b", "error", "teacher", "it broke", 2, None, 4.6, "mend it")
-    assert in_one_line(finding) == "a.b: it broke (value not finite, threshold 4.6); mend it"
+    assert format_finding(finding) == "a.b: it broke (value not finite, threshold 4.6); mend it"
     assert finding.as_dict() == {
         "code": "a.b", "severity": "error", "stage": "teacher", "client": 2, "value": None, "threshold": 4.6,
         "message": "it broke", "advice": "mend it",
@@ -189,7 +189,7 @@ def test_a_finding_says_itself_in_one_line_and_in_json():
 
 
 def test_a_value_that_is_not_finite_can_be_stored():
-    assert health.DIVERGED.finding("m", math.nan).value is None
+    assert health.META_DIVERGED.finding("m", math.nan).value is None
 
 
 @pytest.mark.parametrize("rule", health.RULES, ids=lambda rule: f"{rule.code}-{rule.stage}")

@@ -17,7 +17,7 @@ from mosaic_ray.distillation.client_tasks import prototypes
 from mosaic_ray.distillation.experts import form_experts
 from mosaic_ray.distillation.generator_training import classifier_view, latents, load_generator
 from mosaic_ray.distillation.prototypes import split_held_out
-from mosaic_ray.distillation.teacher_training import experts_vote, make_teacher, synthetic_set
+from mosaic_ray.distillation.teacher_training import expert_mean_logits, make_teacher, synthetic_prototypes
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.methods.mosaic.graph import teacher_key
@@ -78,7 +78,8 @@ def teach(data: str, knobs: dict | None = None, found: Prototypes = FOUND):
 def synthetic(data: str, sources=SOURCES, knobs: dict | None = None, **options) -> Prototypes:
     context = replace(BENCH, config=override(TINY, {"meta.data": data} | (knobs or {})))
     experts, index = form_experts([(k, own) for k, own, _ in SOURCES], COUNTS, None)
-    return synthetic_set(context, GLOBAL, sources, experts_vote(context, tuple(experts), index), KEPT, **options)
+    ensemble = expert_mean_logits(context, tuple(experts), index)
+    return synthetic_prototypes(context, GLOBAL, sources, ensemble, KEPT, **options)
 
 
 def images_of(k: int) -> torch.Tensor:
@@ -134,7 +135,7 @@ def test_the_experts_vote_is_the_mean_of_the_class_experts_logits(path):
     with torch.no_grad():
         networks = [BENCH.classifier(experts[e]).eval() for e in index]
         rows = [network.head(features) if path == "head" else network(images) for network in networks]
-        torch.testing.assert_close(experts_vote(context, tuple(experts), index)(images, features), sum(rows) / 3)
+        torch.testing.assert_close(expert_mean_logits(context, tuple(experts), index)(images, features), sum(rows) / 3)
 
 
 def test_synthetic_vote_labels_by_the_vote():
@@ -142,7 +143,7 @@ def test_synthetic_vote_labels_by_the_vote():
         return images.flatten(1)[:, :3] + features[:, :3]
 
     context = replace(BENCH, config=override(TINY, {"meta.data": "synthetic_vote"}))
-    made = synthetic_set(context, GLOBAL, SOURCES, vote, KEPT)
+    made = synthetic_prototypes(context, GLOBAL, SOURCES, vote, KEPT)
     for k in range(3):
         mine = made.clients == k
         assert made.labels[mine].tolist() == vote(images_of(k), torch.tensor(made.vectors[mine])).argmax(1).tolist()

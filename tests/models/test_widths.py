@@ -21,7 +21,15 @@ from mosaic_ray.federated.aggregation import PartialAverage
 from mosaic_ray.federated.strategies.submodel import SCHEMES, channel_indices
 from mosaic_ray.models.classifiers import Classifier, build_classifier
 from mosaic_ray.models.state_dict import to_weights
-from mosaic_ray.models.submodel import Channels, channels_of, check_width, extract, fit, num_kept, scale_activations
+from mosaic_ray.models.submodel import (
+    ChannelLayout,
+    channel_layout,
+    check_width,
+    extract,
+    fit,
+    num_kept,
+    scale_activations,
+)
 
 each_network = pytest.mark.parametrize("name", CLASSIFIERS)
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES)
@@ -39,12 +47,12 @@ def network(name: str, width: int = 8) -> Classifier:
     return model
 
 
-def held_by(channels: Channels, width: float, scheme: str, round_num: int = 6, client_id: int = 3):
+def held_by(channels: ChannelLayout, width: float, scheme: str, round_num: int = 6, client_id: int = 3):
     return channel_indices(channels, width, scheme, round_num=round_num, seed=1, client_id=client_id)
 
 
-def one_space(size: int) -> Channels:
-    return Channels((size,), ("layer",), {}, ())
+def one_space(size: int) -> ChannelLayout:
+    return ChannelLayout((size,), ("layer",), {}, ())
 
 
 # --- index sets ------------------------------------------------------------------------------------------------------
@@ -86,7 +94,7 @@ def test_o24_dropout_holds_each_channel_equally_often_on_average():
 
 
 def test_dropout_draws_anew_for_each_space_client_and_round_and_the_same_again():
-    channels = Channels((64, 64), ("a", "b"), {}, ())
+    channels = ChannelLayout((64, 64), ("a", "b"), {}, ())
     draws = [held_by(channels, 0.5, "feddropout", t, k) for t in (0, 1) for k in (0, 1)]
     assert len({held.tobytes() for sets in draws for held in sets}) == 8
     again = held_by(channels, 0.5, "feddropout", 0, 0)
@@ -110,7 +118,7 @@ def test_55_hundredths_of_a_hundred_channels_are_55():
 
 
 def test_a_width_that_rounds_to_no_channel_names_the_layer():
-    channels = channels_of(network("cnn", width=4))
+    channels = channel_layout(network("cnn", width=4))
     check_width(channels, 0.25)
     with pytest.raises(RequestError, match=r"^federation\.widths = 0\.125: of the 4 channels of trunk\.0 [^\n]*0\.25"):
         check_width(channels, 0.125)
@@ -120,7 +128,7 @@ def test_a_width_that_rounds_to_no_channel_names_the_layer():
 
 
 def test_spaces_are_numbered_from_the_image_to_the_head():
-    channels = channels_of(network("cnn"))
+    channels = channel_layout(network("cnn"))
     assert channels.sizes == (8, 8, 16, 16, 32, 32)
     assert channels.layers == ("trunk.0", "trunk.3", "trunk.7", "trunk.10", "trunk.14", "trunk.17")
     assert channels.entries["trunk.0.weight"] == ((0, 1), None, None, None)
@@ -132,11 +140,11 @@ def test_spaces_are_numbered_from_the_image_to_the_head():
 
 
 def test_a_resnet_has_a_space_for_each_stage_and_one_inside_each_block():
-    assert channels_of(network("resnet18")).sizes == (8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
+    assert channel_layout(network("resnet18")).sizes == (8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
 
 
 def test_depthwise_convolutions_stay_in_the_space_that_they_read():
-    entries = channels_of(network("mobilenet")).entries
+    entries = channel_layout(network("mobilenet")).entries
     depthwise = [n for n, m in network("mobilenet").named_modules() if getattr(m, "groups", 1) > 1]
     assert depthwise
     for name in depthwise:
@@ -148,7 +156,7 @@ def test_depthwise_convolutions_stay_in_the_space_that_they_read():
 @each_network
 def test_every_entry_has_an_item_for_each_of_its_dimensions(name):
     model = network(name)
-    channels = channels_of(model)
+    channels = channel_layout(model)
     assert pickle.loads(pickle.dumps(channels)) == channels
     assert channels.entries.keys() == model.state_dict().keys()
     for entry, value in model.state_dict().items():
@@ -162,7 +170,7 @@ def test_every_entry_has_an_item_for_each_of_its_dimensions(name):
 @each_network
 def test_o25_both_inputs_of_every_residual_addition_hold_the_same_channels(name):
     model = network(name)
-    entries = channels_of(model).entries
+    entries = channel_layout(model).entries
 
     def sources(node: fx.Node) -> set:
         """Spaces of the layers whose outputs come here unchanged in their channels."""
@@ -180,7 +188,7 @@ def test_o25_both_inputs_of_every_residual_addition_hold_the_same_channels(name)
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def without_the_rest(weights: Weights, channels: Channels, sets) -> Weights:
+def without_the_rest(weights: Weights, channels: ChannelLayout, sets) -> Weights:
     """``weights`` in which no layer reads a channel outside ``sets``."""
     kept = {name: array.copy() for name, array in weights.items()}
     for name, axes in channels.entries.items():
@@ -195,7 +203,7 @@ def without_the_rest(weights: Weights, channels: Channels, sets) -> Weights:
 @each_scheme
 def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(name, scheme):
     model, images = network(name), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     with torch.no_grad():
         everything = model(images)
         for width in (0.5, 0.3):
@@ -210,7 +218,7 @@ def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(name
 @each_scheme
 def test_o25_parts_put_back_untrained_change_nothing(name, scheme):
     model = network(name).float()
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     average = PartialAverage(weights, channels)
     for client_id, width in enumerate((0.5, 0.25)):
         sets = held_by(channels, width, scheme, client_id=client_id)
@@ -222,7 +230,7 @@ def test_o25_parts_put_back_untrained_change_nothing(name, scheme):
 @each_scheme
 def test_o25_coordinates_outside_every_part_stay_as_they_are(name, scheme):
     model = network(name).float()
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     numbered = {n: np.arange(a.size).reshape(a.shape) for n, a in weights.items()}
     average, touched = PartialAverage(weights, channels), {n: np.zeros(a.size, bool) for n, a in weights.items()}
     for client_id in range(2):
@@ -239,10 +247,10 @@ def test_o25_coordinates_outside_every_part_stay_as_they_are(name, scheme):
 @each_scheme
 def test_width_1_is_the_whole_network(scheme):
     model = network("resnet18")
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     sets = held_by(channels, 1.0, scheme)
     assert_same(extract(weights, channels, sets), weights)
-    assert all(channels.place(name, array.shape, sets) is None for name, array in weights.items())
+    assert all(channels.part_index(name, array.shape, sets) is None for name, array in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +259,7 @@ def test_width_1_is_the_whole_network(scheme):
 def test_o26_parameters_of_narrow_resnet18s(width, parameters):
     with torch.device("meta"):
         model = build_classifier(ModelConfig("resnet18", width=64), 10, 3, 32)
-    channels = channels_of(model)
+    channels = channel_layout(model)
     sets = held_by(channels, width, "fedrolex")
     part = fit(
         model, extract({n: np.zeros(v.shape, np.float32) for n, v in model.state_dict().items()}, channels, sets)
@@ -263,7 +271,7 @@ def test_o26_parameters_of_narrow_resnet18s(width, parameters):
 
 def test_a_part_is_of_fresh_arrays():
     model = network("cnn")
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     for width in (0.5, 1.0):
         part = extract(weights, channels, held_by(channels, width, "heterofl"))
         assert not any(np.shares_memory(part[name], weights[name]) for name in part)
@@ -276,7 +284,7 @@ def test_a_part_is_of_fresh_arrays():
 @each_network
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_fitted_network_has_a_copy_of_the_part_and_learns(name, device):
-    channels = channels_of(network(name))
+    channels = channel_layout(network(name))
     part = extract(to_weights(network(name).float()), channels, held_by(channels, 0.25, "fedrolex"))
     for array in part.values():
         array.setflags(write=False)  # as arrays in an object store are

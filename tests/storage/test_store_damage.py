@@ -37,13 +37,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("room", ["objects", "checkpoints"])
-def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], damage: str, room: str) -> None:
-    put: Any = {"objects": store.put, "checkpoints": store.save_checkpoint}[room]
-    get = {"objects": store.get, "checkpoints": store.load_checkpoint}[room]
+@pytest.mark.parametrize("kind", ["objects", "checkpoints"])
+def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], damage: str, kind: str) -> None:
+    put: Any = {"objects": store.put, "checkpoints": store.save_checkpoint}[kind]
+    get = {"objects": store.get, "checkpoints": store.load_checkpoint}[kind]
     put(KEY, FACTS, {"p": arrays()})
     do, why = DAMAGES[damage]
-    path = payload(store, room)
+    path = payload(store, kind)
     do(path)
     assert get(KEY) is None
     (line,) = said

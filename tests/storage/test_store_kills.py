@@ -149,7 +149,7 @@ def test_O12_a_really_killed_process_leaves_something_whole(tmp_path: Path, said
         return subprocess.run(argv, env=os.environ | {"PYTHONPATH": path}, capture_output=True).returncode
 
     assert child(at) == -signal.SIGKILL
-    store = Store(str(tmp_path), say=said.append)
+    store = Store(str(tmp_path), log=said.append)
     checkpoint = store.load_checkpoint("k-1")
     assert (None if checkpoint is None else checkpoint.facts["n"]) == {3: None, 7: 0, 14: 2}[at]
     if checkpoint is not None:
@@ -207,7 +207,7 @@ def test_two_processes_committing_one_key_both_succeed(tmp_path: Path, said: lis
     for child in children:
         child.communicate(b"g")
     assert [child.returncode for child in children] == [0, 0]
-    got = Store(str(tmp_path), say=said.append).get("k-1")
+    got = Store(str(tmp_path), log=said.append).get("k-1")
     assert got is not None and not said and (got.load("p")["w"] == int(got.facts["n"])).all()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ...core.seeding import numpy_stream
-from ...models.submodel import ChannelIndices, Channels, num_kept
+from ...models.submodel import ChannelIndices, ChannelLayout, num_kept
 
 
 def _first(size: int, kept: int, round_num: int, address: tuple[int, ...]) -> np.ndarray:
@@ -32,7 +32,7 @@ SCHEMES: dict[str, Callable[[int, int, int, tuple[int, ...]], np.ndarray]] = {
 
 
 def channel_indices(
-    channels: Channels, width: float, scheme: str, *, round_num: int, seed: int, client_id: int
+    channels: ChannelLayout, width: float, scheme: str, *, round_num: int, seed: int, client_id: int
 ) -> ChannelIndices:
     """The channels of each space that a client of ``width`` holds in a round.
 
