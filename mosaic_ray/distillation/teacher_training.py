@@ -1,4 +1,4 @@
-"""Mosaic (arXiv 2505.19699): class experts, a meta model trained on prototypes, distillation on generators' images."""
+"""Train Mosaic's teacher (arXiv 2505.19699): class experts, and a meta model on prototypes."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .meta_model import Teacher, gates, teacher_logits, train_meta
 from .prototypes import split_held_out
 from .teacher import TeacherState, head_logits, heads_only
 
-#: (client, its model, its generator), in client order, one client in memory at a time.
+#: Yields (client, its model, its generator) in client order, so that one client is in memory at a time.
 Sources = Iterable[tuple[int, Weights, Weights]]
 
-#: Prototypes, at most, that the meta model's gates are read off.
+#: Largest number of prototypes from which the meta model's gates are computed.
 MAX_READ = 1024
 
 
 def expert_mean_logits(
     context: ClientContext, experts: tuple[Weights, ...], index: np.ndarray
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(images, features) -> the mean of the class experts' logits [B, C]: the "model group" without a meta model.
+    """Return a function: (images, features) -> mean of the class experts' logits [B, C], without a meta model.
 
-    Experts speak as ``meta.input`` has it: heads on features, or whole models on images.
+    ``meta.input`` selects the experts: heads applied to features, or full models applied to images.
     """
     if context.config.meta.input == "head":
         logits = head_logits(experts, index)
@@ -54,11 +54,11 @@ def synthetic_prototypes(
     kept: Prototypes,
     chunk: int = 500,
 ) -> Prototypes:
-    """Features of synthetic images in the place of ``kept`` prototypes (ALGORITHM 4.2, seed experiment 3).
+    """Compute features of synthetic images that replace the ``kept`` prototypes (docs/algorithm.md 4.2).
 
-    Each generator draws as many images as its client has prototypes, and each image stands for their mean size: the
-    sets are alike in number and in each client's weight, and differ in vectors and labels alone. Features are of the
-    model that made the prototypes; labels are the argmax of the client's model, or of ``ensemble``.
+    Each generator draws as many images as its client has prototypes, each with their mean size, so the two sets have
+    equal counts and client weights. Features are of the model that computed the prototypes; labels are the predictions
+    of the client's model, or of ``ensemble``. Raises ``RunError`` if a feature is not finite.
     """
     config, parts = context.config, []
     counts = np.bincount(kept.clients, minlength=config.partition.num_clients)
@@ -99,14 +99,14 @@ def make_teacher(
     device: torch.device | str = "cpu",
     channels: ChannelLayout | None = None,
 ) -> tuple[TeacherState, dict[str, float]]:
-    """Experts from the clients' models, and the meta model trained on three quarters of the prototypes.
+    """Average the clients' models to experts and train the meta model on the prototypes that are not held out.
 
-    With ``meta.data`` = synthetic or synthetic_vote it is trained on images from ``sources`` instead, made on
-    ``device``; the last quarter of the prototypes judges and selects all the same.
+    With ``meta.data`` = synthetic or synthetic_vote it is trained on images of ``sources``, generated on ``device``;
+    held-out prototypes still select and evaluate it.
 
-    ``counts`` int64 [K, C]. With ``meta.input = head`` only heads are averaged: the experts read the global model's
-    features, the very space the prototypes live in; with ``full`` whole models are (M6 has what that costs). Narrow
-    clients' weights come with the channels that they hold, and ``channels`` are the network's.
+    ``counts`` int64 [K, C]: images per client and class. With ``meta.input = head`` only heads are averaged, which read
+    the global model's features like the prototypes; with ``full`` full models are (see M6). Weights of partial-width
+    clients come with their channels, and ``channels`` is the network's layout.
     """
     whole = global_weights
     if config.meta.input == "head":
@@ -150,11 +150,11 @@ def make_teacher(
 def inspect_teacher(
     config: ExperimentConfig, facts: DataFacts, state: TeacherState, counts: np.ndarray, prototypes: Prototypes
 ) -> tuple[dict[str, float], Weights]:
-    """(figures, arrays) of a teacher that ``make_teacher`` made of the same ``counts`` and ``prototypes`` (4.2).
+    """Return figures and arrays of a teacher made from the same ``counts`` and ``prototypes`` (docs/algorithm.md 4.2).
 
-    Arrays: ``expert_weights`` float32 [K, C], client k's share in class c's expert; ``expert_of_class`` int64 [C],
-    which of the distinct experts is its own; ``meta_gates`` float32 [C, C] as ``gates`` has them, of class experts, on
-    the prototypes held out (on all, where none is).
+    Arrays: ``expert_weights`` float32 [K, C], client k's weight in class c's expert; ``expert_of_class`` int64 [C],
+    index of its distinct expert; ``meta_gates`` float32 [C, C], see ``gates``, on held-out prototypes (on all if none
+    is held out).
     """
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     evaluated = held_out if len(held_out) else kept

@@ -1,8 +1,9 @@
-"""Which dimensions of a network's weights run over the same channels, read off its graph (``torch.fx``).
+"""Find the axes of a network's weights that share channels, by propagating channel groups through its graph.
 
-The graph is walked once with channels in place of tensors. A layer's outputs are new channels; where the graph needs
-two runs of channels to agree (a residual addition, a gate, a layer that is used twice) they are united. A grouped
-convolution, a flattened map and group norm tie *blocks* of neighbouring channels together.
+``torch.fx`` traces the graph. Each node is then evaluated once on ``TensorLayout`` values instead of tensors. A layer's
+outputs form a new channel group. Where two groups must agree (a residual addition, a gate, a layer that is used twice)
+they are merged with union-find. Grouped convolutions, flattened maps and group norm tie *blocks* of neighbouring
+channels together.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ from ..core.errors import RequestError
 
 
 class ChannelGroup:
-    """Channels that stand or fall together, ``size`` units of them: a node of a union-find.
+    """``size`` channels (or blocks of channels) that are kept or dropped one by one everywhere: a union-find node.
 
-    ``layer`` made them and is number ``depth`` from the image; ``full``: everybody has to hold all of them.
+    ``layer`` is the first layer that outputs them, ``depth`` its number counted from the image. ``full``: every client
+    holds all of them, as for image channels and classes.
     """
 
     def __init__(self, size: int, layer: str, depth: int, full: bool = False) -> None:
         self.size, self.layer, self.depth, self.full = size, layer, depth, full
         self.parent: ChannelGroup | None = None
-        self.factor = 1  # own units in one of the parent's
+        self.factor = 1  # units of this group in one unit of the parent
 
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """A dimension of an array: ``block`` neighbours for each unit of ``group``."""
+    """The channels along one axis of an array: ``block`` neighbours for each unit of ``group``."""
 
     group: ChannelGroup
     block: int = 1
 
     def find(self) -> AxisGroup:
-        """The same dimension over the root of its group."""
+        """Return the same axis in units of the root of its group."""
         group, block = self.group, self.block
         while group.parent is not None:
             group, block = group.parent, block * group.factor
@@ -48,11 +50,11 @@ class AxisGroup:
 
     @property
     def size(self) -> int:
-        """Channels along it."""
+        """Return the number of channels along the axis."""
         return self.group.size * self.block
 
     def split_into_blocks(self, block: int) -> AxisGroup:
-        """The same dimension, its group in units of as many as ``block`` neighbours here, or a multiple of that."""
+        """Merge the units of the group into blocks that hold ``block`` neighbours of this axis, or a multiple."""
         dim = self.find()
         factor = math.lcm(dim.block, block) // dim.block
         if factor > 1:
@@ -62,7 +64,7 @@ class AxisGroup:
 
 
 def union(left: AxisGroup, right: AxisGroup) -> None:
-    """From now on both, of one size, run over the same channels in the same order."""
+    """Merge the groups of two axes of equal size: from now on both run over the same channels in the same order."""
     right = right.split_into_blocks(left.find().block)
     left = left.split_into_blocks(right.block)
     first, second = sorted((left.group, right.group), key=lambda group: group.depth)
@@ -73,10 +75,10 @@ def union(left: AxisGroup, right: AxisGroup) -> None:
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """What stands for a tensor: its number of dimensions and the channels of dimension 1.
+    """The stand-in for a tensor: its number of dimensions and the channels of axis 1.
 
-    ``unresolved``: an unknown number of neighbours for each channel (positions of a flattened map, image channels),
-    which the next layer tells.
+    ``unresolved``: the number of neighbours per channel is unknown (positions of a flattened map, image channels) until
+    the next layer fixes it.
     """
 
     dim: AxisGroup
@@ -84,7 +86,7 @@ class TensorLayout:
     unresolved: bool = False
 
     def resolved(self, size: int) -> TensorLayout:
-        """With ``size`` channels, which a layer or an addend has told."""
+        """Return the layout with ``size`` channels, as a layer or an addend requires."""
         if not self.unresolved:
             return self
         return replace(self, dim=AxisGroup(self.dim.group, self.dim.block * (size // self.dim.size)), unresolved=False)
@@ -92,7 +94,7 @@ class TensorLayout:
 
 @dataclass(frozen=True)
 class _Shape:
-    """``x.size()``."""
+    """The result of ``x.size()`` or ``x.shape``."""
 
     layout: TensorLayout
 
@@ -105,20 +107,20 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _AxisSize:
-    """``x.size(axis)``."""
+    """The result of ``x.size(axis)``."""
 
     layout: TensorLayout
     axis: int
 
 
-#: Functions and methods that leave channels where they are, by name.
+#: Names of functions and methods that do not mix or move channels.
 _CHANNELWISE = {
     "abs", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "celu", "clamp", "clone", "contiguous",
     "dropout", "dropout2d", "elu", "exp", "float", "gelu", "hardsigmoid", "hardswish", "hardtanh", "interpolate",
     "leaky_relu", "logsigmoid", "max_pool2d", "mish", "neg", "pow", "relu", "relu6", "relu_", "selu", "sigmoid", "silu",
     "softplus", "softsign", "sqrt", "square", "tanh",
 }  # fmt: skip
-#: Functions and methods of two tensors, element by element.
+#: Names of elementwise functions and methods of two tensors.
 _ELEMENTWISE = {
     "add", "add_", "div", "div_", "iadd", "imul", "isub", "itruediv", "maximum", "minimum", "mul", "mul_", "sub",
     "sub_", "truediv",
@@ -129,28 +131,30 @@ _LAYERS_WITHOUT_WEIGHTS = tuple(
 
 
 def _refuse(why: str) -> NoReturn:
-    """The one line for networks whose channels cannot be followed."""
+    """Raise the ``RequestError`` for a network whose channels cannot be followed."""
     raise RequestError(
         f"federation.widths: narrow clients need a network whose channels can be followed, and {why}; take width 1.0"
     )
 
 
 def trace_channels(model: nn.Module) -> tuple[dict[str, tuple[AxisGroup, ...]], AxisGroup]:
-    """For each entry of the state dict that has channels its leading dimensions, and the dimension of the classes.
+    """Return the leading axes of each state-dict entry that has channels, and the axis of the classes.
 
-    ``RequestError`` where a step is not understood.
+    Raises ``RequestError`` if the model cannot be traced, shares parameters, or uses an unsupported operation.
     """
     if len(list(model.named_parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
         _refuse("this one has layers that share a parameter")
     try:
         graph = fx.Tracer().trace(model)
-    except Exception as error:  # whatever a user's forward does with a stand-in for a tensor
+    except Exception as error:  # a user's forward may raise anything on a proxy tensor
         reason = (str(error).splitlines() or [""])[0]
         _refuse(f"this one cannot be traced ({type(error).__name__}: {reason})")
     return _Propagation(model).run(graph)
 
 
 class _Propagation:
+    """Evaluate a traced graph on layouts and record the axes of every state-dict entry."""
+
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.entries: dict[str, tuple[AxisGroup, ...]] = {}
@@ -170,7 +174,7 @@ class _Propagation:
 
     def step(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "placeholder":
-            # One unit whatever their number: image channels are held whole.
+            # Image channels are never cut, so one unit stands for all of them.
             return TensorLayout(AxisGroup(ChannelGroup(1, "the image", 0, full=True)), 4, unresolved=True)
         if node.op == "get_attr":
             _refuse(f"{node.target} is used outside a layer")
@@ -219,7 +223,8 @@ class _Propagation:
             out = self._new_group(name, module.out_channels)
             self._record(name, module, weight=(out, x.dim), bias=(out,))
         else:
-            read = x.dim.split_into_blocks(module.in_channels // module.groups)  # each group stands or falls as one
+            # A group of the convolution is kept or dropped as one.
+            read = x.dim.split_into_blocks(module.in_channels // module.groups)
             out = AxisGroup(read.group, module.out_channels // read.group.size)
             self._record(name, module, weight=(out,), bias=(out,))
         return TensorLayout(out, x.ndim)
@@ -232,7 +237,7 @@ class _Propagation:
             if getattr(module, entry) is None:
                 continue
             known = self.entries.setdefault(f"{name}.{entry}", dims)
-            for left, right in zip(known, dims, strict=True):  # a layer that is used twice
+            for left, right in zip(known, dims, strict=True):  # they differ if a layer is used twice
                 union(left, right)
 
 
@@ -240,7 +245,7 @@ class _Propagation:
 
 
 def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a function or method makes of its arguments, a tensor first; None where it is not understood."""
+    """Return the layout that function or method ``name`` gives for ``args``; None if it is not supported."""
     others = dict(kwargs)
     first = args[0] if args else others.pop("input", None)
     if name in _ELEMENTWISE:
@@ -254,12 +259,12 @@ def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     handler = _HANDLERS.get(name)
     try:
         return None if handler is None else handler(first, *args[1:], **others)
-    except (TypeError, ValueError):  # arguments that the handler does not know
+    except (TypeError, ValueError):  # arguments that the handler does not support
         return None
 
 
 def _elementwise(left: Any, right: Any) -> TensorLayout | None:
-    """``left`` and ``right`` element by element; one channel, or a number, goes with many."""
+    """Combine two tensors, or a tensor and a number, elementwise; one channel is broadcast over many."""
     if not isinstance(left, TensorLayout):
         left, right = right, left
     if isinstance(right, int | float):
@@ -285,7 +290,7 @@ def _flatten(x: TensorLayout, start_dim: int = 0, end_dim: int = -1) -> TensorLa
 
 
 def _view(x: TensorLayout, *shape: Any) -> TensorLayout | None:
-    """[B, -1], or [B, channels] and ones."""
+    """Handle ``view`` and ``reshape`` to [B, -1], or to [B, channels, 1, ...]."""
     batch, second, *rest = shape[0] if len(shape) == 1 else shape
     if not (isinstance(batch, _AxisSize) and batch.axis == 0):
         return None
@@ -315,7 +320,7 @@ def _unsqueeze(x: TensorLayout, dim: int) -> TensorLayout | None:
 
 
 def _getitem(x: TensorLayout, index: Any) -> TensorLayout | None:
-    """[:, :, None, None] and the like."""
+    """Handle indices such as [:, :, None, None]."""
     everything = slice(None)
     if not isinstance(index, tuple) or index[:2] != (everything, everything):
         return None

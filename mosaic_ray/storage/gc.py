@@ -1,4 +1,4 @@
-"""What a storage holds, who uses it, what of it may go, and whether it is sound: behind `mosaic store`."""
+"""List the content of a storage and its owners, collect garbage, verify checksums: the backend of `mosaic store`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .locks import LEASES, key_of
 from .store import CHECKPOINTS, MANIFEST, OBJECTS, DamagedFile, Store
 from .uri import reason
 
-#: ``(summary.json, the store, the keys in it)`` -> the keys that it speaks of, and whether these are all.
+#: (content of a summary.json, store, stored keys) -> the keys that the run uses, and whether the list is complete.
 Trace = Callable[[Mapping[str, Any], Store, Container[str]], tuple[set[str], bool]]
 
-_WORKERS = 8  # reads at once: hashing leaves the interpreter to others, and so does waiting for a network
-_ATTEMPTS = 3  # at a result that a living writer replaces meanwhile
-_GC = "gc"  # its own lease: one at a time
+_WORKERS = 8  # threads that read; hashing and network waits release the GIL
+_ATTEMPTS = 3  # at reading a result that a living writer replaces meanwhile
+_GC = "gc"  # key of the lease that garbage collection holds
 
 T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage's result, or a checkpoint: its files by name, relative to the storage."""
+    """A stage result or a checkpoint, with its files by name relative to the storage."""
 
     kind: str
     key: str
@@ -47,18 +47,18 @@ class Entry:
 
     @property
     def modified(self) -> float:
-        """When it was last written to, seconds since 1970."""
+        """Time of the last write, in seconds since 1970."""
         return max(file.modified for file in self.files.values())
 
     @property
     def finished(self) -> bool:
-        """Whether it has been finished."""
+        """Whether its manifest exists."""
         return f"{self.folder}/{MANIFEST}" in self.files
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A run, a trial or an experiment: what its summary says, and the ``keys`` behind it, all where ``complete``."""
+    """A run, trial or experiment that uses the results ``keys``; ``complete``: its summary names all of them."""
 
     name: str
     status: str
@@ -68,17 +68,17 @@ class Owner:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that lies in a storage."""
+    """The content of a storage."""
 
     entries: list[Entry]
     owners: list[Owner]
-    others: dict[str, Stored]  # files of runs and sweeps, and what was left by killed writers
+    others: dict[str, Stored]  # files of runs and sweeps, and leftovers of killed writers
 
     def of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.kind == kind]
 
     def used_by(self) -> dict[str, list[str]]:
-        """Key -> the names of its owners."""
+        """Map each used key to the names of its owners."""
         found: dict[str, list[str]] = {}
         for owner in self.owners:
             for key in owner.keys:
@@ -88,7 +88,7 @@ class Inventory:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that may go: ``what`` it is, the ``names`` of its files or folder, and why."""
+    """Something to delete: its kind ``what``, the ``name`` of its file or folder, the reason, its size in bytes."""
 
     what: str
     name: str
@@ -99,17 +99,17 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What may go, and what no run needs but stays for now: the reason -> its entries."""
+    """Garbage to delete, and by reason the unused entries that are kept for now."""
 
     free: list[Garbage]
     kept: dict[str, list[Entry]]
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# --- inventory -------------------------------------------------------------------------------------------------------
 
 
 def scan(store: Store, trace: Trace) -> Inventory:
-    """Everything in ``store``; ``RequestError`` for a summary.json that is not whole."""
+    """List everything in ``store``; ``RequestError`` for a summary.json that cannot be parsed."""
     files: dict[str, Stored] = {}
     for kind in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps", "experiments") if store.local_root else ())):
         files |= _or_run_error(store, kind, lambda kind=kind: store.files.tree(kind))
@@ -153,7 +153,7 @@ def _names(store: Store, folder: str) -> list[str]:
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
         summary = json.loads(_or_run_error(store, place, lambda: store.read(f"{place}/{file}")))
-    except (FileNotFoundError, NotADirectoryError):  # not ended yet, or killed
+    except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
     except (ValueError, RecursionError):
         summary = None
@@ -170,7 +170,7 @@ def _invalid(store: Store, place: str, file: str = "summary.json") -> RequestErr
 
 
 def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
-    """``work``'s answer; a failure of the storage in one line."""
+    """Return the result of ``work``; turn a storage error into ``RunError``, but not a missing file."""
     try:
         return work()
     except (FileNotFoundError, NotADirectoryError):
@@ -180,12 +180,12 @@ def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
 
 
 def _map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """``work`` of every item, in order."""
+    """Map ``work`` over ``items`` with threads, in order."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         return list(pool.map(work, items))
 
 
-# --- what may go -----------------------------------------------------------------------------------------------------
+# --- garbage ---------------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -195,10 +195,10 @@ def plan(
     older_than: float,
     now: float,
 ) -> Plan:
-    """What may go, as a pure function.
+    """Decide what to delete; a pure function.
 
-    ``leases``: files of leases, and whether their holders live. ``named``: folder -> the files that its manifest names.
-    ``older_than``: seconds for which the results of unfinished runs are kept.
+    ``leases``: lease files, and whether their holders live. ``named``: folder -> files that its manifest names.
+    ``older_than``: age in seconds up to which results without an owner are kept. ``now``: seconds since 1970.
     """
     used = set().union(*(owner.keys for owner in inventory.owners)) if inventory.owners else set()
     incomplete = [owner.name for owner in inventory.owners if not owner.complete]
@@ -220,7 +220,7 @@ def plan(
             continue
         elif now - entry.modified < older_than:
             why = "younger than --older-than; an unfinished run may need it"
-        elif held:  # whose earlier results have no name yet
+        elif held:  # earlier results of running runs are in no summary yet
             why = f"runs are at work in this storage ({', '.join(sorted(held)[:2])}) and may need it"
         elif incomplete and entry.stage in ("generator", "judged"):
             why = f"{incomplete[0]} may use it: its summary.json does not tell"
@@ -242,7 +242,7 @@ def plan(
 
 
 def _unnamed(entry: Entry, named: Container[str] | None, before: float) -> list[str]:
-    """Payloads of a result that its manifest has not, written long ago."""
+    """Return the payloads of a result that its manifest does not name, last written ``before`` (seconds since 1970)."""
     if named is None:
         return []
     return [
@@ -258,7 +258,7 @@ def _is_leftover(name: str) -> bool:
 
 
 def collect_garbage(store: Store, trace: Trace, older_than: float, *, dry_run: bool) -> Plan:
-    """Free what no run or trial needs, or (``dry_run``) only say what that is; returns what was freed."""
+    """Delete what no run or trial needs and return it; with ``dry_run`` only return it."""
     if dry_run:
         return _make_plan(store, trace, older_than)
     lease = store.try_lease(_GC)
@@ -274,7 +274,7 @@ def collect_garbage(store: Store, trace: Trace, older_than: float, *, dry_run: b
 
 
 def _make_plan(store: Store, trace: Trace, older_than: float) -> Plan:
-    # Leases first: who lets go of one afterwards has stored a result, which is then young.
+    # Leases first: a lease that is released later means a new result, which is then young enough to be kept.
     leases = {name: lives for name, lives in store.leases.scan().items() if not (lives and key_of(name) == _GC)}
     inventory = scan(store, trace)
     used = inventory.used_by()
@@ -285,7 +285,7 @@ def _make_plan(store: Store, trace: Trace, older_than: float) -> Plan:
 
 
 def _named(store: Store, entry: Entry) -> set[str] | None:
-    """Files that an entry's manifest names; None where it is damaged or gone."""
+    """Return the files that an entry's manifest names; None if the manifest is damaged or missing."""
     try:
         manifest = store.manifest(entry.kind, entry.key)
     except DamagedFile:
@@ -294,7 +294,7 @@ def _named(store: Store, entry: Entry) -> set[str] | None:
 
 
 def _remove(store: Store, item: Garbage, older_than: float) -> bool:
-    """Whether it could be removed: nobody took it up in the meantime."""
+    """Delete ``item``; False if its key was leased or its files changed since the inventory."""
     if item.what == "lease":
         store.leases.clear(item.name.partition("/")[2])
         return True
@@ -312,17 +312,17 @@ def _remove(store: Store, item: Garbage, older_than: float) -> bool:
             for name in _unnamed(entry, _named(store, entry), time.time() - older_than):
                 store.files.delete(name)
         else:
-            store.files.delete(f"{entry.folder}/{MANIFEST}")  # first: without it nobody takes the rest for a result
+            store.files.delete(f"{entry.folder}/{MANIFEST}")  # first: without a manifest the rest is no result
             store.files.delete_folder(entry.folder)
     return True
 
 
-# --- whether it is sound ---------------------------------------------------------------------------------------------
+# --- verification ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How much was hashed, and what is wrong: folder -> why."""
+    """Number of entries and bytes that were hashed, and damaged folders with the reason."""
 
     results: int
     size: int
@@ -349,11 +349,11 @@ def _damage(store: Store, entry: Entry) -> str | None:
             why = "{}: {}".format(*damage.args)
         if _bytes(store, entry) == before:
             return why
-    return None  # a living writer replaces it again and again, as it does a checkpoint
+    return None  # a living writer keeps replacing it, like a checkpoint
 
 
 def _bytes(store: Store, entry: Entry) -> bytes | None:
-    """The manifest as it lies there; None where it cannot be read."""
+    """Return the bytes of the manifest; None if it cannot be read."""
     try:
         return store.files.read(f"{entry.folder}/{MANIFEST}")
     except OSError:

@@ -1,4 +1,4 @@
-"""Health of partitions, generators and prototypes: rules provoked by what causes them, and silent where all is well."""
+"""Health of partitions, generators and prototypes: every rule fires for its cause and is silent otherwise."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def codes(figures: dict[str, float]) -> list[str]:
     return [f"{finding.code} {finding.severity}" for finding in generator_findings(0, figures)]
 
 
-# --- generators, trained so that it happens ---------------------------------------------------------------------------
+# --- generators, trained so that it happens --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_classifier_that_knows_nothing_makes_a_generator_of_low_coverage():
 
 
 class Still(nn.Module):
-    """One image, whatever the latent."""
+    """Generates the same image for every latent."""
 
     num_classes, latent_dim = 0, 2
 
@@ -110,7 +110,7 @@ def test_images_are_compared_in_the_range_in_which_the_game_is_played(classifier
     assert found == pytest.approx(float(out_of_range.float().mean()), abs=0.01)
 
 
-# --- generators, by figures -------------------------------------------------------------------------------------------
+# --- generators, by figures ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_images_are_compared_in_the_range_in_which_the_game_is_played(classifier
         ({"owned_classes": 1.0, "marginal_entropy": 0.0, "label_entropy": 0.0}, []),
         ({"marginal_entropy": 0.05, "label_entropy": 0.05}, []),
         ({"owned_classes": 10.0, "coverage": 0.4, "image_coverage": 0.95}, []),
-        # a conditional one is judged by what it was asked for
+        # conditional generators are evaluated by label agreement
         ({"label_agreement": 0.9, "marginal_entropy": 0.1, "coverage": 0.1, "image_coverage": 0.1}, []),
         ({"label_agreement": 0.4}, ["generator.label_agreement"]),
     ],
@@ -140,7 +140,7 @@ def test_rules_take_figures_of_an_older_result():
     assert generator_findings(0, {"owned_classes": 1.0, "marginal_entropy": 0.0, "coverage": 1.0}) == []
 
 
-# --- what is kept to look at ------------------------------------------------------------------------------------------
+# --- stored images ---------------------------------------------------------------------------------------------------
 
 
 def test_progress_shows_the_same_latents_on_the_way_and_changes_no_number(classifier):
@@ -166,7 +166,7 @@ def test_moments_end_at_the_end(steps):
     assert found[-1] == steps and found[0] >= 1 and len(found) <= 5 and list(found) == sorted(set(found))
 
 
-# --- partition, prototypes, and what is said --------------------------------------------------------------------------
+# --- partition, prototypes, output -----------------------------------------------------------------------------------
 
 
 def test_a_class_without_owner_and_one_without_prototype():

@@ -1,4 +1,4 @@
-"""The class-conditional generator: the labels it is asked for, what steers it, how it is judged, who draws from it."""
+"""The class-conditional generator: drawn labels, loss, evaluation and use."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_images_show_the_class_asked_for():
 
 
 class Painter(nn.Module):
-    """Images of one pixel whose value is the class shown: ``shown[label]``, or of a plain one classes in turn."""
+    """Generates one-pixel images with the shown class as value: ``shown[label]``, unconditional ones in turn."""
 
     latent_dim = 1
 

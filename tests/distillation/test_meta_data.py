@@ -128,7 +128,7 @@ def test_synthetic_labels_are_the_clients_own():
 @pytest.mark.parametrize("path", ["head", "full"])
 def test_the_experts_vote_is_the_mean_of_the_class_experts_logits(path):
     context = replace(BENCH, config=override(TINY, {"meta.input": path, "meta.init": "random"}))
-    counts = np.array([[28, 1, 28], [2, 1, 2], [0, 44, 0]])  # classes 0 and 2 share an expert, who speaks twice
+    counts = np.array([[28, 1, 28], [2, 1, 2], [0, 44, 0]])  # classes 0 and 2 share an expert, which counts twice
     experts, index = form_experts([(k, own) for k, own, _ in SOURCES], counts, None)
     assert len(experts) == 2
     images, features = images_of(1), torch.tensor(KEPT.vectors[: len(images_of(1))])
@@ -174,7 +174,7 @@ def test_arms_share_judge_number_and_start_of_training():
     for name in ("student_held_out_accuracy", "num_experts", "num_prototypes", "num_held_out"):
         assert len({figures[name] for figures in arms.values()}) == 1, name
     assert ["domain_auc" in figures for figures in arms.values()] == [False, True, True]
-    assert arms["synthetic"]["domain_auc"] > 0.8, "noise images are told from real ones"
+    assert arms["synthetic"]["domain_auc"] > 0.8, "noise images differ from real ones"
     fitted = [arms[data]["head_held_out_loss"] for data in ARMS]
     assert fitted[0] < min(fitted[1:]), "each arm's head is re-fitted on its own set"
 

@@ -1,4 +1,4 @@
-"""Classifier-FID and classifier-IS against their formulas, and what stands beside them."""
+"""Classifier-FID and classifier-IS against their formulas, and the figures reported with them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_network_is_the_classifier_as_it_judges_test_images():
 
 
 class Given(nn.Module):
-    """The logits that were given, whatever the images: their first pixel is the row."""
+    """Returns given logits; an image's first pixel is the row."""
 
     def __init__(self, logits: np.ndarray) -> None:
         super().__init__()

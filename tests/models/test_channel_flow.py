@@ -1,4 +1,4 @@
-"""Channels followed through networks of all sorts (O25), and networks whose channels cannot be."""
+"""Channel groups of many kinds of networks (O25), and networks that are refused."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(kind
     without = {name: array.copy() for name, array in weights.items()}
     for name, axes in channels.entries.items():
         if len(axes) > 1 and axes[1] is not None:
-            space, block = axes[1]
-            without[name][:, ~np.repeat(np.isin(np.arange(channels.sizes[space]), sets[space]), block)] = 0
+            group, block = axes[1]
+            without[name][:, ~np.repeat(np.isin(np.arange(channels.sizes[group]), sets[group]), block)] = 0
     with torch.no_grad():
         partial_width = fit(built(kind), part)(images)
         torch.testing.assert_close(partial_width, fit(built(kind), without)(images), rtol=1e-9, atol=1e-9)

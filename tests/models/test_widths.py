@@ -1,4 +1,4 @@
-"""Narrow clients: index sets (O24), the part that each holds and that part as a model (O25, O26)."""
+"""Partial-width clients: index sets (O24), the part that each holds, and its model (O25, O26)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def held_by(channels: ChannelLayout, width: float, scheme: str, round_num: int =
     return channel_indices(channels, width, scheme, round_num=round_num, seed=1, client_id=client_id)
 
 
-def one_space(size: int) -> ChannelLayout:
+def one_group(size: int) -> ChannelLayout:
     return ChannelLayout((size,), ("layer",), {}, ())
 
 
@@ -60,7 +60,7 @@ def one_space(size: int) -> ChannelLayout:
 
 @pytest.mark.parametrize("size", [5, 8, 16, 64])
 def test_o24_how_often_a_rolling_window_holds_each_channel(size):
-    channels = one_space(size)
+    channels = one_group(size)
     for kept in range(1, size + 1):
         counts = np.zeros(size, np.int64)
         for rounds in range(3 * size):
@@ -74,19 +74,19 @@ def test_o24_how_often_a_rolling_window_holds_each_channel(size):
 
 
 def test_o24_a_window_of_neighbours_moves_up_by_one_channel_a_round_for_all_clients_alike():
-    held = [held_by(one_space(5), 0.6, "fedrolex", t, k)[0].tolist() for t in range(6) for k in (0, 7)]
+    held = [held_by(one_group(5), 0.6, "fedrolex", t, k)[0].tolist() for t in range(6) for k in (0, 7)]
     assert held[::2] == held[1::2] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 3, 4], [0, 1, 4], [0, 1, 2]]
 
 
 def test_o24_heterofl_always_holds_the_first_channels():
     for rounds in range(7):
-        assert held_by(one_space(8), 0.375, "heterofl", rounds)[0].tolist() == [0, 1, 2]
+        assert held_by(one_group(8), 0.375, "heterofl", rounds)[0].tolist() == [0, 1, 2]
 
 
 def test_o24_dropout_holds_each_channel_equally_often_on_average():
     counts, rounds = np.zeros(8), 1000
     for round_num in range(rounds):
-        (held,) = held_by(one_space(8), 0.375, "feddropout", round_num)
+        (held,) = held_by(one_group(8), 0.375, "feddropout", round_num)
         assert len(held) == 3 and (np.diff(held) > 0).all()
         counts[held] += 1
     spread = np.sqrt(rounds * 0.375 * 0.625)
@@ -124,7 +124,7 @@ def test_a_width_that_rounds_to_no_channel_names_the_layer():
         check_width(channels, 0.125)
 
 
-# --- spaces ----------------------------------------------------------------------------------------------------------
+# --- groups ----------------------------------------------------------------------------------------------------------
 
 
 def test_spaces_are_numbered_from_the_image_to_the_head():
@@ -148,9 +148,9 @@ def test_depthwise_convolutions_stay_in_the_space_that_they_read():
     depthwise = [n for n, m in network("mobilenet").named_modules() if getattr(m, "groups", 1) > 1]
     assert depthwise
     for name in depthwise:
-        space, *rest = entries[f"{name}.weight"]
-        assert space is not None and rest == [None] * 3
-        assert sum(entry[:1] == (space,) and n.endswith(".weight") for n, entry in entries.items()) >= 3
+        group, *rest = entries[f"{name}.weight"]
+        assert group is not None and rest == [None] * 3
+        assert sum(entry[:1] == (group,) and n.endswith(".weight") for n, entry in entries.items()) >= 3
 
 
 @each_network
@@ -164,7 +164,7 @@ def test_every_entry_has_an_item_for_each_of_its_dimensions(name):
         for size, held in zip(value.shape, channels.entries[entry], strict=True):
             assert held is None or size == channels.sizes[held[0]] * held[1]
     whole = {n for n, axes in channels.entries.items() if axes and not any(axes)}
-    assert whole == {"head.bias"}, "all but the classes is in a space"
+    assert whole == {"head.bias"}, "all but the classes is in a group"
 
 
 @each_network
@@ -173,7 +173,7 @@ def test_o25_both_inputs_of_every_residual_addition_hold_the_same_channels(name)
     entries = channel_layout(model).entries
 
     def sources(node: fx.Node) -> set:
-        """Spaces of the layers whose outputs come here unchanged in their channels."""
+        """Return the groups of the layers that feed this one without mixing channels."""
         if f"{node.target}.weight" in entries:
             return {entries[f"{node.target}.weight"][0]}
         return set().union(*map(sources, node.all_input_nodes))
@@ -193,8 +193,8 @@ def without_the_rest(weights: Weights, channels: ChannelLayout, sets) -> Weights
     kept = {name: array.copy() for name, array in weights.items()}
     for name, axes in channels.entries.items():
         if len(axes) > 1 and axes[1] is not None:
-            space, block = axes[1]
-            read = np.repeat(np.isin(np.arange(channels.sizes[space]), sets[space]), block)
+            group, block = axes[1]
+            read = np.repeat(np.isin(np.arange(channels.sizes[group]), sets[group]), block)
             kept[name][:, ~read] = 0
     return kept
 

@@ -1,4 +1,4 @@
-"""Storage that fails now and then is tried again; storage that stays down ends a run in one line, and it resumes."""
+"""Retries of transient storage errors; lasting ones end a run with one line, and it resumes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flaky:
     return made
 
 
-# ---------------------------------------------------------------- what is tried again
+# ---------------------------------------------------------------- retries
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_watcher_does_not_take_an_owner_for_dead_because_its_own_storage_was_a
 def test_an_owner_that_was_cut_off_is_taken_over_and_both_store_the_same(
     flaky: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lease's loss is not noticed; the result is whole all the same, and nobody lets go of what is another's."""
+    """The loss of the lease is not noticed; the result is complete, and no owner releases another's lease."""
     monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(leases_module, "TTL_SECONDS", 0.1)
     monkeypatch.setattr(files_module, "PATIENCE_SECONDS", 0.02)

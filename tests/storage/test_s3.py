@@ -1,4 +1,4 @@
-"""Object storage as pyarrow really speaks to it: s3:// against moto's server, gs:// as far as that goes offline."""
+"""Object storage through pyarrow: s3:// against moto's server, gs:// as far as possible offline."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_run_on_s3_ends_as_on_a_disk_and_resumes(
     assert any(name.startswith("events") for name in store.names("runs/one/tensorboard"))
 
 
-# ---------------------------------------------------------------- what is refused, before anything starts
+# ---------------------------------------------------------------- refusals before a run starts
 
 
 @pytest.mark.usefixtures("two_cpus")

@@ -1,4 +1,4 @@
-"""What a store says of results that were damaged or moved."""
+"""Results that were damaged or moved: what the store logs and returns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], 
     assert get(KEY) is None
     (line,) = said
     assert KEY in line and "damaged" in line and path.name in line and why in line and "\n" not in line
-    assert get(KEY) is None and len(said) == 1, "it is removed, so said once"
+    assert get(KEY) is None and len(said) == 1, "it is removed, so it is logged once"
     if path.is_dir():
         path.rmdir()
     put(KEY, FACTS, {"p": arrays()})
