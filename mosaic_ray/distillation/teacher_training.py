@@ -14,11 +14,11 @@ from ..core.health import SINGLE_OWNER_BELOW
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Prototypes, Weights
 from ..federated.client import ClientContext
-from ..federated.evaluation import domain_auc
 from ..models.state_dict import freeze, head_of, load_weights, to_weights, use_precision
 from ..models.submodel import ChannelIndices, ChannelLayout
 from .experts import effective_owners, expert_weights, form_experts, redundancy
 from .generator_training import classifier_view, draw, load_generator
+from .image_quality import domain_auc
 from .linear_head import fit_head, scores
 from .meta_model import Teacher, gates, teacher_logits, train_meta
 from .prototypes import split_held_out
