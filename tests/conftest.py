@@ -96,7 +96,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def store(tmp_path: Path, said: list[str]) -> Store:
-    return Store(str(tmp_path / "s"), say=said.append)
+    return Store(str(tmp_path / "s"), log=said.append)
 
 
 @pytest.fixture(params=["local", "other"])
@@ -106,7 +106,7 @@ def any_store(
     """A local store, and one whose file system the store cannot know to be local."""
     if request.param == "other":
         monkeypatch.setattr(store_module, "open_uri", lambda uri: bucket(str(tmp_path / "bucket")))
-    return Store(str(tmp_path / "s"), say=said.append)
+    return Store(str(tmp_path / "s"), log=said.append)
 
 
 @pytest.fixture(params=["local", "other"])
@@ -114,9 +114,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     """Where stores lie: on a local disk, or where there are no locks (there no slow one is taken for dead)."""
     if request.param == "other":
         monkeypatch.setattr(store_module, "open_uri", bucket)
-    monkeypatch.setattr(leases_module, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 0.02)
     monkeypatch.setattr(leases_module, "TTL_SECONDS", float("inf"))
-    monkeypatch.setattr(leases_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(leases_module, "_CHECK_SECONDS", 0.01)
     return tmp_path / request.param
 
 
@@ -124,7 +124,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 def bucket_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where stores lie: where there are no locks."""
     monkeypatch.setattr(store_module, "open_uri", bucket)
-    monkeypatch.setattr(leases_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(leases_module, "_CHECK_SECONDS", 0.01)
     return tmp_path / "other"
 
 

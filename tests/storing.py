@@ -37,8 +37,8 @@ OTHER_KEY = "warmup-ffffffffffffffffffff"
 PATIENCE_SECONDS = 60.0
 
 
-def payload(store: Store, room: str = "objects") -> Path:
-    (found,) = Path(store.local_root or "").glob(f"{room}/{KEY}/part-*.safetensors")
+def payload(store: Store, kind: str = "objects") -> Path:
+    (found,) = Path(store.local_root or "").glob(f"{kind}/{KEY}/part-*.safetensors")
     return found
 
 
@@ -77,7 +77,7 @@ import mosaic_ray.storage.store as store_module
 folder = Path(sys.argv[1])
 if folder.name == "other":
     store_module.open_uri = lambda uri: (fs.SubTreeFileSystem(uri, fs.LocalFileSystem()), "prefix")
-leases_module.BEAT_SECONDS, leases_module.TTL_SECONDS = 0.02, float("inf")
+leases_module.HEARTBEAT_SECONDS, leases_module.TTL_SECONDS = 0.02, float("inf")
 store, key, notes = store_module.Store(str(folder)), "warmup-0123456789abcdef0123", folder.parent
 """
 

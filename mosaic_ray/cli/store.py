@@ -44,9 +44,9 @@ def _list(storage: str, as_json: bool) -> None:
     store = _open(storage)
     from ..report.store_tables import listed, listing
     from ..runs.provenance import keys_used
-    from ..storage.gc import survey
+    from ..storage.gc import scan
 
-    holdings = survey(store, keys_used)
+    holdings = scan(store, keys_used)
     _say(store, as_json, lambda: listed(holdings), lambda: listing(holdings))
 
 
@@ -70,9 +70,9 @@ def _free(storage: str, older_than: str, dry_run: bool, as_json: bool) -> None:
     store = _open(storage)
     from ..report.store_tables import freed, freed_facts
     from ..runs.provenance import keys_used
-    from ..storage.gc import collect
+    from ..storage.gc import collect_garbage
 
-    plan = collect(store, keys_used, int(age[1]) * _UNITS[age[2]], dry_run=dry_run)
+    plan = collect_garbage(store, keys_used, int(age[1]) * _UNITS[age[2]], dry_run=dry_run)
     _say(store, as_json, lambda: freed_facts(plan, dry_run), lambda: freed(plan, dry_run))
 
 
@@ -95,7 +95,7 @@ def _verify(ctx: click.Context, storage: str, as_json: bool) -> None:
 def _open(storage: str) -> Store:
     from ..storage.store import Store
 
-    return Store(storage, create=False, say=lambda text: click.echo(f"warning: {text}", err=True))
+    return Store(storage, create=False, log=lambda text: click.echo(f"warning: {text}", err=True))
 
 
 def _say(store: Store, as_json: bool, facts: Callable[[], dict[str, Any]], parts: Callable[[], Sequence[Any]]) -> None:

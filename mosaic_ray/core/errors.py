@@ -1,38 +1,36 @@
-"""The two ways in which a request ends badly, each with an address.
-
-``RequestError`` is the user's to mend (exit status 2); ``RunError`` is a failure met while computing (exit status 1).
-"""
+"""Errors that end a command: ``RequestError`` (exit status 2) and ``RunError`` (exit status 1)."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class RequestError(Exception):
-    """A wrong request: one line that names the knob or file, its value, and what it may be."""
+    """A wrong request of the user: one line that names the option, knob or file, its value, and allowed values."""
 
 
 class RunError(Exception):
-    """A run that failed: carries the stage, and where they apply the round and the client."""
+    """A failure of a run, with its stage and, where they apply, its round and client."""
 
     def __init__(
         self,
         message: str,
         *,
         stage: str | None = None,
-        round: int | None = None,  # the field's word; shadows a builtin on purpose
+        round: int | None = None,  # shadows the builtin
         client: int | None = None,
     ) -> None:
         self.stage, self.round, self.client = stage, round, client
         self.message = message
         super().__init__(message)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return _run_error, (self.message, self.stage, self.round, self.client)
 
     def at(self, stage: str) -> RunError:
-        """The same failure with its stage, where that was not known yet."""
+        """Return the same error with ``stage``, unless it has a stage already."""
         return RunError(self.message, stage=self.stage or stage, round=self.round, client=self.client)
 
     def __str__(self) -> str:
@@ -46,7 +44,7 @@ def _run_error(message: str, stage: str | None, round: int | None, client: int |
 
 
 def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:
-    """``'did you mean "x" or "y"?'``, or the whole list where nothing is near."""
+    """Return ``'did you mean "x" or "y"?'`` with up to ``limit`` names close to ``word``, else a list of all names."""
     known = sorted(known)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(word, known, limit, 0.6)

@@ -1,7 +1,7 @@
-"""Streams: every random draw has an address.
+"""Random generators that are derived from a seed and an address.
 
-``stream(seed, "local", round, client)`` names a generator whose numbers depend on nothing but that address, so a
-client's work gives the same numbers on any host, in any order, resumed or not.
+The draws of ``stream(seed, "local", round, client)`` depend only on these arguments, so a client's work gives the same
+numbers on any host, in any order, and after a resume.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ Address = int | str
 
 
 def derive(seed: int, *address: Address) -> int:
-    """A 63-bit seed for ``address`` under ``seed``: the head of a SHA-256, equal on every machine."""
+    """Return a 63-bit seed for ``address`` under ``seed``, the first bytes of a SHA-256; equal on every machine."""
     text = json.dumps([int(seed), *[a if isinstance(a, str) else int(a) for a in address]])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def numpy_stream(seed: int, *address: Address) -> np.random.Generator:
-    """A numpy generator at ``address``."""
+    """Return a numpy generator (PCG64) for ``address``."""
     return np.random.Generator(np.random.PCG64(derive(seed, *address)))
 
 
 def stream(seed: int, *address: Address, device: str = "cpu") -> torch.Generator:
-    """A torch generator at ``address`` (on ``device``; CPU and CUDA streams differ)."""
+    """Return a torch generator for ``address`` on ``device``; CPU and CUDA draws differ."""
     import torch
 
     generator = torch.Generator(device=device)
@@ -42,9 +42,9 @@ def stream(seed: int, *address: Address, device: str = "cpu") -> torch.Generator
 
 @contextlib.contextmanager
 def seeded(seed: int, *address: Address) -> Iterator[None]:
-    """Torch's *global* stream set to ``address`` inside the block and put back after it.
+    """Seed torch's *global* generators for ``address`` inside the block and restore them afterwards.
 
-    For the code that can draw from nowhere else: module initialisers and dropout.
+    Use it for code that takes no generator: module initialisers and dropout.
     """
     import torch
 

@@ -15,7 +15,7 @@ from ..federated.client_models import Models
 from ..federated.local_training import LocalTrainingConfig, Shard, train_locally
 from ..models.state_dict import to_weights
 from ..models.submodel import ChannelIndices
-from .generator_training import NUM_WATCHED, train_generator
+from .generator_training import NUM_SNAPSHOT_IMAGES, train_generator
 from .prototypes import client_prototypes
 
 
@@ -79,7 +79,7 @@ class GeneratorTask(Task[Models, GeneratorInput, GeneratorResult]):
         if not all(map(math.isfinite, figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
         if not seen:  # no step was taken (drop_class0_bug): only the images of the start exist
-            seen.append((0, samples[:NUM_WATCHED]))
+            seen.append((0, samples[:NUM_SNAPSHOT_IMAGES]))
         progress = {"images": np.stack([i for _, i in seen]), "steps": np.array([s for s, _ in seen], np.int64)}
         return GeneratorResult(weights, samples, figures, curve, progress)
 

@@ -1,4 +1,4 @@
-"""Class experts: for each class, the clients' models averaged by who holds that class (ALGORITHM stage A)."""
+"""Class experts: for each class, the average of the clients' models weighted by class (docs/algorithm.md stage A)."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..core.health import ONE_OWNER
+from ..core.health import SINGLE_OWNER_BELOW
 from ..core.types import Weights
 from ..federated.aggregation import PartialAverage, RunningAverage
-from ..models.submodel import ChannelIndices, Channels
+from ..models.submodel import ChannelIndices, ChannelLayout
 
-#: Relative distance below which two experts are one (ALGORITHM 4.2).
+#: Relative distance below which two experts count as the same model (docs/algorithm.md 4.2).
 SAME = 1e-3
 
 
 def expert_weights(counts: np.ndarray) -> np.ndarray:
-    """float64 [K, C]: n_{k,c} / sum_k n_{k,c}; the column of a class that nobody holds is zero."""
+    """Return float64 [K, C]: n_{k,c} / sum_k n_{k,c}; the column of a class that no client holds is zero."""
     totals = counts.sum(0)
     return counts / np.where(totals == 0, 1, totals)
 
 
 def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """(representatives, index): classes whose experts differ, and for each class which of those is its own.
+    """Return (representatives, index int64 [C]): classes with different experts, and each class's place among them.
 
-    Two classes have the same expert when their columns of weights are equal (one client owns both, say): the
-    teacher evaluates it once.
+    Classes with equal columns of weights, such as two that one client holds alone, share an expert, which the teacher
+    evaluates once.
     """
     representatives: list[int] = []
     index = np.zeros(counts.shape[1], np.int64)
@@ -40,22 +40,22 @@ def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
 
 
 def effective_owners(counts: np.ndarray) -> np.ndarray:
-    """float64 [C]: exp of the entropy of a class's weights, 1 where one client has it alone; 0 where nobody has it."""
+    """Return float64 [C]: exp of the entropy of a class's weights; 1 if one client holds it alone, 0 if none does."""
     weights = expert_weights(counts)
     entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(0)
     return np.where(counts.sum(0) > 0, np.exp(entropy), 0.0)
 
 
 def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray) -> float:
-    """Share of the pairs of classes whose experts are one model: the same, or nearer than ``SAME`` in their parameters.
+    """Return the share of pairs of classes whose experts are equal or closer than ``SAME`` in their parameters.
 
-    The distance is relative to the experts' mean norm. Classes that nobody holds are not counted, nor two that the same
-    client all but owns: their experts can be nothing else. 0 where no pair is left.
+    The distance is relative to the experts' mean norm. Classes that no client holds are not counted, nor pairs that one
+    client holds nearly alone, whose experts must be equal. 0 if no pair is left.
     """
     squares, norms = _distances(experts)
     near = np.sqrt(squares) < SAME * norms.mean()
     np.fill_diagonal(near, True)
-    owner, alone = counts.argmax(0), effective_owners(counts) < ONE_OWNER
+    owner, alone = counts.argmax(0), effective_owners(counts) < SINGLE_OWNER_BELOW
     held = np.flatnonzero(counts.sum(0) > 0)
     pairs = [
         near[index[a], index[b]]
@@ -67,7 +67,7 @@ def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray
 
 
 def _distances(experts: Sequence[Weights], chunk: int = 2**18) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances [E, E] of parameters, and their norms [E]; a part of the parameters in memory at a time."""
+    """Return squared distances [E, E] and norms [E] of the parameters, with ``chunk`` of them in memory at a time."""
     squares, norms = np.zeros((len(experts),) * 2), np.zeros(len(experts))
     for name, value in experts[0].items():
         if value.dtype.kind != "f" or "running_" in name:
@@ -75,7 +75,7 @@ def _distances(experts: Sequence[Weights], chunk: int = 2**18) -> tuple[np.ndarr
         for start in range(0, value.size, chunk):
             rows = np.stack([e[name].reshape(-1)[start : start + chunk] for e in experts]).astype(np.float64)
             norms += np.square(rows).sum(1)
-            rows -= rows.mean(0)  # what they share would swallow what they differ in
+            rows -= rows.mean(0)  # against cancellation: experts share most of their value
             products = rows @ rows.T
             squares += np.diag(products)[:, None] + np.diag(products) - 2 * products
     return np.maximum(squares, 0), np.sqrt(norms)
@@ -87,16 +87,16 @@ def form_experts(
     fallback: Weights | None,
     *,
     whole: Weights | None = None,
-    channels: Channels | None = None,
+    channels: ChannelLayout | None = None,
 ) -> tuple[list[Weights], np.ndarray]:
-    """Distinct experts theta_{E_c} = sum_k n_{k,c} theta_k / sum_k n_{k,c}, and the class -> expert index [C].
+    """Return distinct experts theta_{E_c} = sum_k n_{k,c} theta_k / sum_k n_{k,c}, and the class -> expert index [C].
 
     ``client_weights`` yields (client, weights) once, in client order, so one client's model is in memory at a time.
-    A class that nobody holds gets ``fallback`` (F2), or ``ValueError`` where that is None.
+    A class that no client holds gets ``fallback`` (F2); raises ``ValueError`` if that is None.
 
-    With narrow clients it yields (client, part, its channels), with None for a whole client's channels; ``channels``
-    and ``whole``, the global model theta_g, are then given. Each coordinate is averaged over the clients that hold both
-    it and the class, and where there is none it is theta_g's (ALGORITHM 1.6).
+    With partial-width clients it yields (client, part, channels), with None for the channels of a full client, and
+    ``channels`` and ``whole``, the global model theta_g, are required. Each coordinate is averaged over the clients
+    that hold both it and the class; if there is none it is taken from theta_g (docs/algorithm.md 1.6).
     """
     representatives, index = distinct_experts(counts)
     averages: list[RunningAverage | PartialAverage] = [

@@ -1,17 +1,16 @@
-"""A client's generator: a small GAN on local data, steered by the local classifier (ALGORITHM stage G).
+"""Train a client's generator: a small GAN on local data, steered by the local classifier (docs/algorithm.md stage G).
 
-With ``generator.conditional`` it is asked for classes. Labels y are drawn as the client owns them, q_c = n_{k,c} / n_k,
-and both players are told them. L_ent + L_div is minus the mutual information of an image and the class predicted for
-it. That of an image and the class asked for is at least H(q) - L_y, with L_y the classifier's cross-entropy on y
-(Barber & Agakov 2003): L_y stands in the place of both terms, weighed by lambda_e; lambda_d and div_support have no
-part. For a batch with label frequencies q and mean prediction ybar, KL(q || ybar) <= L_y by convexity: as L_y falls,
-predictions spread as q does, and none are left for classes that the client lacks.
+With ``generator.conditional`` generator and discriminator also get labels y, drawn with the client's label frequencies
+q_c = n_{k,c} / n_k. L_ent + L_div is minus the mutual information of an image and its predicted class. The mutual
+information of an image and its label is at least H(q) - L_y, with L_y the classifier's cross-entropy on y (Barber &
+Agakov 2003). So L_y with weight lambda_e replaces both terms; lambda_d and div_support are not used. For a batch with
+label frequencies q and mean prediction ybar, KL(q || ybar) <= L_y by convexity: as L_y falls, the distribution of
+predictions approaches q, without classes that the client lacks.
 
-What was measured, by the share of images that show the class asked for to a classifier with no part in the game
-(Fashion-MNIST at 16x16, ngf 16, 400 steps, one seed): L_y weighed by 1, 0.55; by 5, 0.40; by 1 and KL(q || ybar) by
-5 beside it, 0.31: those images fool the client's classifier. With 300 to 10 images a class, q proportional 0.75 and
-q ~ sqrt(n_{k,c}) 0.57: where fakes have other label frequencies than real images, the discriminator can go by the
-label, which teaches a generator nothing.
+Measured share of images whose label an independent classifier predicts (Fashion-MNIST at 16x16, ngf 16, 400 steps, one
+seed): L_y with weight 1, 0.55; weight 5, 0.40; weight 1 plus 5 KL(q || ybar), 0.31, as such images only fool the
+client's classifier. With 10 to 300 images per class: q proportional 0.75, q ~ sqrt(n_{k,c}) 0.57. If synthetic images
+have other label frequencies than real ones, the discriminator can rely on the label alone.
 """
 
 from __future__ import annotations
@@ -33,23 +32,24 @@ from ..models.generator import build_generator
 from ..models.state_dict import freeze, load_weights, to_weights, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
-NUM_SAMPLES = 64  # images kept for people to look at
-NUM_JUDGED = 512  # images behind the health figures, and of them at least
-NUM_JUDGED_PER_CLASS = 16  # for each class that a client owns
-NUM_COMPARED = 256  # synthetic images, and real ones, of which the variety is compared
-NUM_WATCHED, NUM_MOMENTS = 8, 5  # images of fixed latents, and how often they are drawn while a generator trains
+NUM_SAMPLES = 64  # sample images that are stored
+NUM_EVALUATED = 512  # images for the health figures, at least
+NUM_EVALUATED_PER_CLASS = 16  # the same per class that the client owns
+NUM_COMPARED = 256  # synthetic and real images whose variety is compared
+NUM_SNAPSHOT_IMAGES, NUM_SNAPSHOTS = 8, 5  # images of fixed latents, and snapshots of them during training
 
 
 def classifier_view(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
-    """A generator's output [-1, 1] as a classifier's input (D11).
+    """Convert a generator's output in [-1, 1] to classifier input (D11).
 
-    ``model_norm``: as it is, the game was played on normalised images (whose tails tanh cannot reach).
+    With ``gan_range`` = ``model_norm`` the output is used unchanged: the GAN is trained on normalised images, whose
+    values beyond [-1, 1] tanh cannot reach.
     """
     return fake if gan_range == "model_norm" else pm1_to_normalised(fake, facts.mean, facts.std)
 
 
 def to_pixels(fake: Tensor, gan_range: str, facts: DataFacts) -> np.ndarray:
-    """A generator's output as uint8 images to look at."""
+    """Convert a generator's output to uint8 images [B, channels, H, W]."""
     if gan_range == "model_norm":
         shape = (1, -1, 1, 1)
         mean, std = fake.new_tensor(facts.mean).view(shape), fake.new_tensor(facts.std).view(shape)
@@ -60,25 +60,25 @@ def to_pixels(fake: Tensor, gan_range: str, facts: DataFacts) -> np.ndarray:
 
 
 def num_steps(config: GeneratorConfig, num_samples: int) -> int:
-    """Steps for a client with ``num_samples`` images."""
+    """Return the number of training steps for a client with ``num_samples`` images."""
     return config.epochs * max(1, -(-num_samples // config.batch_size)) if config.epochs else config.steps
 
 
 def latents(generator: nn.Module, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
-    """z ~ N(0, I) [count, latent_dim], drawn on the CPU so that devices agree."""
+    """Draw z ~ N(0, I) [count, latent_dim] on the CPU, so that all devices get the same numbers."""
     return torch.randn(count, generator.latent_dim, generator=draws).to(device)
 
 
 def label_cdf(labels: Tensor, num_classes: int) -> Tensor:
-    """Cumulative shares of the classes in ``labels`` [n], float64 [C]."""
+    """Return the cumulative shares of the classes in ``labels`` [n], float64 [C]."""
     return torch.bincount(labels, minlength=num_classes).cumsum(0).double() / len(labels)
 
 
 def draw(generator: nn.Module, count: int, draws: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
-    """What ``generator`` takes: (latents,), or (latents, labels int64 [count]) where it is conditional.
+    """Draw the generator's inputs: (latents,), or (latents, labels int64 [count]) if it is conditional.
 
-    Labels are a systematic sample of its label distribution, in random order: each class comes up within one of its
-    expected number of times. Drawn on the CPU, and compared as float64, so that devices agree.
+    Labels are a systematic sample of its label distribution in random order: the count of each class differs from its
+    expectation by less than one. Drawn on the CPU and compared as float64, so that all devices agree.
     """
     z = latents(generator, count, draws, device)
     if not generator.num_classes:
@@ -89,7 +89,7 @@ def draw(generator: nn.Module, count: int, draws: torch.Generator, device: torch
 
 
 def sample(generator: nn.Module, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
-    """``count`` images float32 [count, channels, H, W] in [-1, 1]; a conditional one draws their labels too."""
+    """Generate ``count`` images float32 [count, channels, H, W] in [-1, 1], with drawn labels if conditional."""
     images: Tensor = generator(*draw(generator, count, draws, device))
     return images.float()
 
@@ -97,7 +97,7 @@ def sample(generator: nn.Module, count: int, draws: torch.Generator, device: tor
 def real_batches(
     shard: Shard, config: GeneratorConfig, facts: DataFacts, address: tuple[int, int], steps: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The game's real images, in the range that ``gan_range`` asks for, and labels; nothing where none may play."""
+    """Yield ``steps`` batches of real images, in the range ``gan_range``, and labels; none if no image is usable."""
     seed, client_id = address
     usable = torch.arange(len(shard), device=shard.labels.device)
     if config.drop_class0_bug:
@@ -122,17 +122,15 @@ def train_generator(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
-    log_validation: Callable[[int, np.ndarray], None] | None = None,
+    on_snapshot: Callable[[int, np.ndarray], None] | None = None,
 ) -> tuple[Weights, np.ndarray, dict[str, float], list[list[float]]]:
     """Train one client's generator; ``address`` is (seed, client).
 
-    L_G = L_adv + lambda_e L_ent + lambda_d L_div + lambda_i 1[n_k < tau] scale L_inv, one discriminator and one
-    generator step per batch, Adam for both; where ``conditional``, lambda_e L_y for the two terms in the middle.
-    ``classifier`` is the client's (frozen, eval) unless ``classifier_mode`` is train (the authors' way, whose batch
-    statistics come from the fakes). ``bn_targets`` are the global model's running statistics for L_inv.
-    ``watch(steps done, images)`` gets uint8 images of the same latents at a few ``moments``, the end among them.
-
-    Returns (weights, sample images uint8, health figures, curve rows [step, loss_g, loss_d, entropy, diversity]).
+    Minimises L_G = L_adv + lambda_e L_ent + lambda_d L_div + lambda_i 1[n_k < tau] scale L_inv (if ``conditional``
+    lambda_e L_y replaces the two middle terms) with one discriminator and one generator step per batch, Adam for both.
+    ``classifier`` is the client's, frozen and in eval mode unless ``classifier_mode`` is train (as the authors': batch
+    statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv.
+    ``on_snapshot(steps done, images uint8)`` gets images of fixed latents at ``snapshot_steps``.
     """
     seed, client_id = address
     device = shard.images.device
@@ -154,27 +152,28 @@ def train_generator(
     adam_g = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=betas)
     adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=config.lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
-    steps, curve, seen_through = num_steps(config, len(shard)), [], []
-    looks = moments(steps) if log_validation else ()
-    watched = (
-        draw(generator, NUM_WATCHED, stream(seed, "generator/watched", client_id), device) if log_validation else ()
-    )
+    steps, curve, discriminator_hits = num_steps(config, len(shard)), [], []
+    snapshots = snapshot_steps(steps) if on_snapshot else ()
+    snapshot_draws = stream(seed, "generator/watched", client_id)
+    snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, snapshot_draws, device) if on_snapshot else ()
     shared = config.discriminator == "shared_trunk"
 
-    def judge(images: Tensor, told: Sequence[Tensor] = ()) -> Tensor:
-        # the shared trunk is a classifier: it reads classifier inputs whatever range the game is played in
+    def discriminate(images: Tensor, labels: Sequence[Tensor] = ()) -> Tensor:
+        # A shared trunk belongs to a classifier, so it always reads classifier inputs.
+        images = classifier_view(images, config.gan_range, facts) if shared else images
         with use_precision(precision, device):
-            return discriminator(classifier_view(images, config.gan_range, facts) if shared else images, *told).float()
+            return discriminator(images, *labels).float()
 
     for step, (real, labels) in enumerate(real_batches(shard, config, facts, address, steps)):
         z, *asked = draw(generator, config.batch_size, draws, device)
         with use_precision(precision, device):
             fake = generator(z, *asked)
         fake = fake.float()
-        on_real, on_fake = judge(real, [labels] if asked else []), judge(fake.detach(), asked)
+        on_real, on_fake = discriminate(real, [labels] if asked else []), discriminate(fake.detach(), asked)
         loss_d = discriminator_loss(on_real, on_fake)
         if step >= steps - -(-steps // 4):
-            seen_through.append(torch.stack([(on_real > 0).float().mean(), (on_fake < 0).float().mean()]).detach())
+            hits = torch.stack([(on_real > 0).float().mean(), (on_fake < 0).float().mean()])
+            discriminator_hits.append(hits.detach())
         adam_d.zero_grad(set_to_none=True)
         loss_d.backward()
         adam_d.step()
@@ -191,38 +190,39 @@ def train_generator(
         entropy, diversity = entropy_loss(logits), diversity_loss(logits, support)
         if asked:
             steering = config.lambda_e * nn.functional.cross_entropy(logits, *asked)
-            loss_g = adversarial_loss(judge(fake, asked)) + steering + inversion
+            loss_g = adversarial_loss(discriminate(fake, asked)) + steering + inversion
         else:
-            loss_g = adversarial_loss(judge(fake)) + config.lambda_e * entropy + config.lambda_d * diversity + inversion
+            steering = config.lambda_e * entropy + config.lambda_d * diversity
+            loss_g = adversarial_loss(discriminate(fake)) + steering + inversion
         adam_g.zero_grad(set_to_none=True)
         loss_g.backward()
         adam_g.step()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             curve.append([step, *(float(x.detach()) for x in (loss_g, loss_d, entropy, diversity))])
-        if log_validation and step + 1 in looks:
-            log_validation(step + 1, watched_images(generator, watched, config, facts))
+        if on_snapshot and step + 1 in snapshots:
+            on_snapshot(step + 1, snapshot_images(generator, snapshot_input, config, facts))
 
     freeze(generator)
     freeze(classifier)
-    figures, pixels = judge_generator(generator, classifier, counts, config, facts, address)
-    if seen_through:
-        real_known, fake_known = torch.stack(seen_through).mean(0).tolist()
+    figures, pixels = evaluate_generator(generator, classifier, counts, config, facts, address)
+    if discriminator_hits:
+        real_known, fake_known = torch.stack(discriminator_hits).mean(0).tolist()
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
     return to_weights(generator), pixels, figures, curve
 
 
-def moments(steps: int) -> tuple[int, ...]:
-    """Steps after which a generator is looked at: ever farther apart, from a sixteenth of the way to the end."""
-    return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_MOMENTS).round().astype(int)).tolist())
+def snapshot_steps(steps: int) -> tuple[int, ...]:
+    """Return the steps after which snapshots are taken: geometric from a sixteenth of ``steps`` to ``steps``."""
+    return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_SNAPSHOTS).round().astype(int)).tolist())
 
 
 @torch.no_grad()
-def watched_images(
+def snapshot_images(
     generator: nn.Module, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
 ) -> np.ndarray:
-    """uint8 [n, C, H, W] of what ``draw`` gave, as the generator would be used; it goes on as it was."""
+    """Generate uint8 images [n, channels, H, W] from the inputs ``latent`` in eval mode, then restore the mode."""
     training = generator.training
     images = to_pixels(generator.eval()(*latent).float(), config.gan_range, facts)
     generator.train(training)
@@ -230,7 +230,7 @@ def watched_images(
 
 
 @torch.no_grad()
-def judge_generator(
+def evaluate_generator(
     generator: nn.Module,
     classifier: nn.Module,
     counts: Tensor,
@@ -238,22 +238,22 @@ def judge_generator(
     facts: DataFacts,
     address: tuple[int, int],
 ) -> tuple[dict[str, float], np.ndarray]:
-    """(figures, sample images): how well a generator covers the classes that its client owns (ALGORITHM 4.1).
+    """Measure how well a generator covers its client's classes (docs/algorithm.md 4.1); returns figures and samples.
 
-    ``counts`` [C]: the client's label counts. ``coverage``: share of owned classes that get at least 1 % of the
-    predictions, or a tenth of an equal share where the client owns more than ten, and ``image_coverage`` of the
-    client's images those in such classes; ``owned_mass``: share of predictions on owned classes; ``marginal_entropy``:
-    entropy of the mean prediction over log |owned| (0 with one owned class), and ``label_entropy`` that of the client's
-    labels; ``confidence``: mean largest probability; and of a conditional one ``label_agreement``: share of images that
-    show the classifier the class asked for.
+    ``counts`` [C]: the client's label counts; a class with images is owned. Figures, each in [0, 1]: ``coverage``,
+    share of owned classes with at least 1 % of the predictions (a tenth of an equal share for more than ten classes);
+    ``image_coverage``, share of the client's images in such classes; ``owned_mass``, share of predictions of owned
+    classes; ``marginal_entropy``, entropy of the mean prediction over log |owned| (0 with one owned class), and
+    ``label_entropy``, the same of the client's labels; ``confidence``, mean largest probability; if conditional
+    ``label_agreement``, share of images that are predicted as their label.
     """
     seed, client_id = address
     owned = counts > 0
     num_owned = int(owned.sum())
-    count = max(NUM_JUDGED, NUM_JUDGED_PER_CLASS * num_owned)
+    count = max(NUM_EVALUATED, NUM_EVALUATED_PER_CLASS * num_owned)
     drawn = draw(generator, count, stream(seed, "generator/judge", client_id), owned.device)
     logits, pixels = [], np.empty(0)
-    for part in zip(*(x.split(NUM_JUDGED) for x in drawn), strict=True):
+    for part in zip(*(x.split(NUM_EVALUATED) for x in drawn), strict=True):
         fake = generator(*part).float()
         pixels = pixels if logits else to_pixels(fake[:NUM_SAMPLES], config.gan_range, facts)
         logits.append(classifier(classifier_view(fake, config.gan_range, facts)).float())
@@ -289,11 +289,11 @@ def compare_with_real(
     facts: DataFacts,
     address: tuple[int, int],
 ) -> dict[str, float]:
-    """How a client's synthetic images differ from its real ones (ALGORITHM 4.1).
+    """Compare a client's synthetic images with its real ones (docs/algorithm.md 4.1).
 
-    ``variety``: variance of the classifier's features, summed over them, as a share of real images' (1 where those have
-    none); ``bn_gap``: L_inv of synthetic images over that of real ones, where the classifier has batch norm;
-    ``out_of_range``: share of the real images' values that tanh cannot reach (D11).
+    ``variety`` >= 0: total variance of the classifier's features, relative to real images (1 if those have none);
+    ``bn_gap`` >= 0: L_inv of synthetic images over L_inv of real ones, if the classifier has batch norm;
+    ``out_of_range`` in [0, 1]: share of the real images' values outside the range of tanh (D11).
     """
     seed, client_id = address
     rows = torch.linspace(0, len(shard) - 1, min(len(shard), NUM_COMPARED)).long()
@@ -317,12 +317,12 @@ def compare_with_real(
 
 
 def sampling_shares(config_sampling: str, sizes: np.ndarray, figures: list[dict[str, float]]) -> np.ndarray:
-    """float64 [K] of sum 1: each generator's share of a synthetic batch (K4).
+    """Return float64 [K] of sum 1: each generator's share of a synthetic batch (K4).
 
-    ``uniform``: alike (the authors). ``proportional``: by n_k. ``quality``: by sqrt(n_k) x coverage x owned mass, so
-    that neither a client of a dozen images nor a collapsed generator fills the batch (ours). For a conditional one
-    label agreement stands in the place of both: it is never above owned mass, falls with each class asked for and not
-    shown, and does not mind the classes that a client hardly has, for which it is hardly asked.
+    ``uniform``: equal (the authors). ``proportional``: by n_k. ``quality`` (ours): by sqrt(n_k) x coverage x owned
+    mass, so that neither a client with few images nor a collapsed generator dominates. If conditional, label agreement
+    replaces coverage x owned mass: it is at most the owned mass, falls with every class that is not shown, and classes
+    with few images hardly change it.
     """
     if config_sampling == "uniform":
         shares = np.ones(len(sizes))
@@ -335,7 +335,7 @@ def sampling_shares(config_sampling: str, sizes: np.ndarray, figures: list[dict[
 
 
 def allocate(shares: np.ndarray, total: int) -> np.ndarray:
-    """int64 [K] summing to ``total``: largest remainders of shares * total (ties to the lower client)."""
+    """Distribute ``total`` by ``shares``: int64 [K] of that sum, by largest remainders (ties to the lower client)."""
     exact = shares * total
     counts = np.floor(exact).astype(np.int64)
     for k in np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]:
@@ -344,5 +344,5 @@ def allocate(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> nn.Module:
-    """A frozen generator with ``weights``."""
+    """Build a frozen generator with ``weights``."""
     return freeze(load_weights(build_generator(config, facts.channels, facts.image_size, facts.num_classes), weights))

@@ -1,9 +1,9 @@
-"""How good synthetic images are: classifier-FID and classifier-IS (ALGORITHM 4.1), through torchmetrics.
+"""Quality of synthetic images: classifier-FID, classifier-IS and domain AUC (docs/algorithm.md 4.1, 4.2).
 
-Both are known with Inception v3 (Heusel et al. 2017; Salimans et al. 2016). Here a classifier of the experiment's own
-stands in its place: the Fréchet distance is taken between its features, the score is of its logits. Such values
-compare within one classifier only, so a distance always comes beside its floor, that between two sets of real images
-of the same size.
+FID and IS are defined with Inception v3 (Heusel et al. 2017; Salimans et al. 2016). Here a classifier of the experiment
+replaces it: the Fréchet distance uses its features, the score its logits. Values are comparable for one classifier
+only, so a distance is always reported with its floor, the distance between two sets of real images of equal size.
+torchmetrics computes both.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..core.types import DataFacts
 from ..data.transforms import normalise
 from ..models.state_dict import freeze
 
-#: The inception score is the mean over so many parts of the images (Salimans et al. 2016) of so many a class at least:
-#: in smaller ones it is too low by much, even of real images.
+#: Largest number of parts for the inception score (Salimans et al. 2016), and fewest images per class in a part: the
+#: score of smaller parts is much too low, even for real images.
 SPLITS, SPLIT_PER_CLASS = 10, 20
-FOLDS = 5
+FOLDS = 5  # of the cross-validation of `domain_auc`
 _CHUNK = 500
 
-#: What torch-fidelity calls the weights that published Inception-FIDs were taken with.
+#: File name in torch-fidelity of the weights that published FIDs use.
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
 class Network(nn.Module):
-    """uint8 images [B, C, H, W] to a classifier's features, or with ``logits`` to its logits: float64 [B, d]."""
+    """Maps uint8 images to a classifier's features, or with ``logits`` to its logits: float64 [B, d]."""
 
     def __init__(self, classifier: nn.Module, facts: DataFacts, *, logits: bool = False) -> None:
         super().__init__()
         self.classifier, self.facts, self.logits = freeze(classifier), facts, logits
-        self.num_features: int = facts.num_classes if logits else classifier.feature_dim  # torchmetrics asks for it
+        self.num_features: int = facts.num_classes if logits else classifier.feature_dim  # read by torchmetrics
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Network(nn.Module):
 
 
 class _LogProbabilities(nn.Module):
-    """Of a network's logits; none so small that its exponential is 0, for torchmetrics has 0 log 0 = NaN."""
+    """Maps images to log probabilities of at least -700, so that torchmetrics computes no 0 log 0 = NaN."""
 
     def __init__(self, logits: nn.Module) -> None:
         super().__init__()
@@ -72,18 +72,18 @@ def frechet_distance(network: nn.Module | Path, first: np.ndarray, second: np.nd
     for images, real in ((first, True), (second, False)):
         for part in _chunks(images):
             metric.update(part.to(device), real=real)
-    return max(0.0, float(metric.compute()))  # equal sets: rounding may end below 0
+    return max(0.0, float(metric.compute()))  # rounding can give less than 0 for equal sets
 
 
 def inception_score(network: Network, images: np.ndarray, seed: int, device: str = "cpu") -> tuple[float, float | None]:
-    """(mean, sd) over ten parts of exp E_x KL(p(y|x) || p(y)), each within [1, C], of uint8 images [N, C, H, W].
+    """Return mean and sd of exp E_x KL(p(y|x) || p(y)), in [1, C], over up to ten parts of uint8 ``images``.
 
-    ``network`` maps images to logits [B, C]. ``seed``: which image falls into which part. Of few images there are fewer
-    parts; of one there is no sd.
+    ``images`` [N, channels, H, W]; ``network`` maps them to logits [B, C]. ``seed`` sets the random parts. Few images
+    give fewer parts; the sd is None for one part.
     """
     from torchmetrics.image.inception import InceptionScore
 
-    with warnings.catch_warnings():  # it keeps all logits, which are few here
+    with warnings.catch_warnings():  # warns that it keeps all logits, which are few here
         warnings.filterwarnings("ignore", "Metric `InceptionScore`", UserWarning)
         splits = max(1, min(SPLITS, len(images) // (SPLIT_PER_CLASS * network.num_features)))
         metric = InceptionScore(_LogProbabilities(network), splits=splits).to(device)
@@ -97,25 +97,25 @@ def inception_score(network: Network, images: np.ndarray, seed: int, device: str
 
 @torch.no_grad()
 def predicted(network: nn.Module, images: np.ndarray, device: str = "cpu") -> np.ndarray:
-    """The class that ``network`` (to logits) names in each of uint8 ``images`` [N, C, H, W]: int64 [N]."""
+    """Return the classes int64 [N] that ``network`` predicts for uint8 ``images`` [N, channels, H, W]."""
     return np.concatenate([network(part.to(device)).argmax(1).cpu().numpy() for part in _chunks(images)])
 
 
 def class_shares(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """float64 [C]: share of each class in ``labels`` [N]."""
+    """Return float64 [C]: the share of each class in ``labels`` [N]."""
     return np.bincount(labels, minlength=num_classes) / len(labels)
 
 
 def coverage(shares: np.ndarray) -> float:
-    """Share of the classes that get 1 % of the images, or a tenth of an equal share where there are more than ten."""
+    """Return the share of classes with at least 1 % of the images (a tenth of an equal share for more than ten)."""
     return float((shares >= min(0.01, 0.1 / len(shares))).mean())
 
 
 def domain_auc(real: np.ndarray, synthetic: np.ndarray, seed: int) -> float:
-    """How well a linear classifier tells ``synthetic`` [m, d] from ``real`` [n, d]: 0.5 not at all, 1 always.
+    """Return the AUC in [0, 1] of a linear classifier of ``synthetic`` [m, d] against ``real`` [n, d]; 0.5 is chance.
 
-    Logistic regression on standardised features; the mean over five stratified folds of the AUC on the fold that was
-    left out. 0.5 where either has fewer vectors than there are folds.
+    Uses logistic regression on standardised features; the mean over five stratified folds of the AUC on the fold left
+    out. 0.5 if either set has fewer vectors than folds.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -129,14 +129,14 @@ def domain_auc(real: np.ndarray, synthetic: np.ndarray, seed: int) -> float:
     truth = np.repeat([0, 1], [len(real), len(synthetic)])
     order = numpy_stream(seed, "quality", "domain").permutation(len(truth))
     vectors, truth = np.concatenate([real, synthetic])[order], truth[order]
-    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    with threadpool_limits(1), warnings.catch_warnings():  # one thread, as for the prototypes: the last bit
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    with threadpool_limits(1), warnings.catch_warnings():  # one thread: same last bit on all hosts
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return float(cross_val_score(judge, vectors, truth, cv=StratifiedKFold(FOLDS), scoring="roc_auc").mean())
+        return float(cross_val_score(classifier, vectors, truth, cv=StratifiedKFold(FOLDS), scoring="roc_auc").mean())
 
 
 def inception_weights() -> Path:
-    """The file of Inception v3's weights; ``RequestError`` where it or torch-fidelity is missing. Fetches nothing."""
+    """Return the file of Inception v3's weights; ``RequestError`` if it or torch-fidelity is missing. No download."""
     from importlib.util import find_spec
 
     place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
@@ -151,5 +151,5 @@ def inception_weights() -> Path:
 
 
 def _chunks(images: np.ndarray) -> list[Tensor]:
-    """Pieces that are copied one at a time: arrays from elsewhere may be read-only."""
+    """Split images into tensors, by copy: the arrays may be read-only."""
     return [torch.tensor(images[start : start + _CHUNK]) for start in range(0, len(images), _CHUNK)]

@@ -1,4 +1,4 @@
-"""A linear head re-fitted on prototypes: the ablation ``prototype_head``, and where the teacher may start."""
+"""Refit a linear head on prototypes: the ablation ``prototype_head``, and a starting point of the teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIT_STEPS, FIT_LR, PATIENCE = 1000, 1e-2, 200
 
 
 def scores(logits: Tensor, prototypes: Prototypes) -> tuple[float, float]:
-    """(accuracy, cross-entropy) of logits [P, C] on prototypes, weighted by cluster size."""
+    """Return (accuracy in [0, 1], mean cross-entropy) of logits [P, C] on prototypes, weighted by cluster size."""
     labels = torch.as_tensor(prototypes.labels)
     sizes = torch.as_tensor(prototypes.sizes).double()
     sizes = sizes / sizes.sum()
@@ -25,10 +25,10 @@ def scores(logits: Tensor, prototypes: Prototypes) -> tuple[float, float]:
 def fit_head(
     kept: Prototypes, held_out: Prototypes, start: tuple[np.ndarray, np.ndarray], weighting: str
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
-    """(V [C, d], b [C], metrics): weighted logistic regression on ``kept``, begun at ``start``.
+    """Fit weighted logistic regression to ``kept`` from the head ``start``; returns V [C, d], b [C] and metrics.
 
-    Full-batch Adam, stopped by the cross-entropy of ``held_out`` (the start included, so never worse on it).
-    Deterministic: no draw is made.
+    Uses full-batch Adam and returns the state of lowest cross-entropy on ``held_out`` (on ``kept`` if that is empty),
+    ``start`` included. Draws no random numbers.
     """
     vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
     weights = torch.tensor(prototype_weights(kept, weighting))

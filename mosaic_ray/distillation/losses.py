@@ -1,7 +1,7 @@
 """Losses of generators, discriminators and students.
 
-Logits are [B, C] and unnormalised unless said; softmaxes stay in log space, so that logits of +-1e4 give finite values
-and gradients. Half-precision logits are taken up to float32 first. y is softmax(logits), ybar its mean over the batch.
+Logits are [B, C] and unnormalised unless stated. Softmaxes stay in log space, so that logits of +-1e4 give finite
+values and gradients. Half-precision logits are converted to float32 first. y is softmax(logits), ybar its batch mean.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def diversity_loss(logits: Tensor, support: Tensor | None = None) -> Tensor:
 
 
 class InversionProbe:
-    """What ``inversion_probe`` hands out: the terms of one forward pass, a layer each."""
+    """Collects one term of L_inv per batch norm during one forward pass (see ``inversion_probe``)."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self._terms: list[Tensor] = []
 
     def reader(self, mean: Tensor, var: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """A forward pre-hook for a batch norm whose input should have this mean and variance, each [channels]."""
+        """Return a forward pre-hook for a batch norm with target mean and variance, each [channels]."""
 
         def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = _full(inputs[0])
@@ -72,7 +72,7 @@ class InversionProbe:
         return read
 
     def loss(self) -> Tensor:
-        """L_inv of the forward pass: a scalar in [0, inf). Inside the block or after it."""
+        """Return L_inv of the forward pass: a scalar in [0, inf). Call it inside the block or after it."""
         if not self._terms or len(self._terms) != self._num_layers:
             read = f"{len(self._terms)} readings of {self._num_layers} batch norms"
             raise ValueError(f"the inversion loss wants one forward pass: {read}")
@@ -81,12 +81,12 @@ class InversionProbe:
 
 @contextlib.contextmanager
 def inversion_probe(model: nn.Module, targets: Weights | None = None) -> Iterator[InversionProbe]:
-    """Reads L_inv off a forward pass that is made anyway (DeepInversion, Yin et al. 2020; the sum as Mosaic has it).
+    """Compute L_inv during a forward pass inside the block (DeepInversion, Yin et al. 2020; summed as in Mosaic).
 
     L_inv = sum over batch norms of ||mean - running mean||_2 + ||variance - running variance||_2, population
     statistics over (N, H, W) of each batch norm's *input*. Gradients flow to the images. Inside the block the model is
     in eval mode, so running statistics stay as they are; modes and hooks are put back after it.
-    ``targets`` takes the running statistics of another model, the global one say::
+    ``targets``: state dict of another model, such as the global one, whose running statistics are the targets::
 
         with inversion_probe(model) as probe:
             logits = model(images)
@@ -163,7 +163,7 @@ def distillation_loss(
     """L_KD: weighted mean of alpha T^2 KL(t || s) + (1 - alpha) CE(s, argmax t) + beta JS(s/T, t/T), and its parts.
 
     ``weights`` [B] >= 0 count samples; all zero gives loss 0. ``normaliser`` replaces their sum (or B) as the divisor:
-    with the sum over all workers' batches there, the workers' losses add up to that of the joined batch.
+    given the sum over all workers' batches, the workers' losses add up to the loss of the joined batch.
     Parts ``soft`` (KL with its T^2), ``hard`` and ``js`` are detached scalars before alpha and beta.
     """
     student, teacher, t = _full(student_logits), _full(teacher_logits), config.temperature

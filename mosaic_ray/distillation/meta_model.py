@@ -1,4 +1,4 @@
-"""The meta model: a small transformer that reads every expert's logits and speaks for all (ALGORITHM stage M)."""
+"""The meta model: a small transformer that combines the experts' logits (docs/algorithm.md stage M)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..core.types import Prototypes
 from .linear_head import scores
 from .prototypes import prototype_weights
 
-#: Numbers that one tensor of the meta model may hold: 16 MiB of float32, and there are tens of them. With ten classes
-#: that is two hundred rows; with a hundred and the authors' heads, each row takes a million numbers in attention alone.
+#: Largest number of elements in one tensor of the meta model, 16 MiB of float32; there are tens of such tensors. It
+#: allows 200 rows with 10 classes; with 100 and the authors' heads, attention takes a million elements per row.
 MAX_NUMBERS = 2**22
 
-#: Updates by which the end of training is told from a bad batch.
+#: Number of last updates over which the training loss is the median.
 RECENT = 25
 
 
 def token_size(token_dim: int, num_classes: int) -> tuple[int, int]:
-    """(size of a token, attention heads) that ``meta.token_dim`` stands for."""
+    """Return (size of a token, number of attention heads) for ``meta.token_dim``: -1 the authors', 0 ours."""
     if token_dim < 0:
         return 10 * num_classes, num_classes
     dim, most = token_dim or 10 * min(num_classes, 20), min(num_classes, 10)
@@ -32,13 +32,13 @@ def token_size(token_dim: int, num_classes: int) -> tuple[int, int]:
 
 
 class MetaModel(nn.Module):
-    """Logits [B, E, C] of E experts to logits [B, C].
+    """Maps logits [B, E, C] of E experts to logits [B, C].
 
-    Each expert's logit row becomes a token (shared linear C -> d), tokens pass an encoder-decoder transformer used
-    with source = target, are pooled over experts, and a linear map gives logits. The authors have d = 10 C with C
-    heads (948,206 parameters at C = 10; attention alone is 4 MB a row at C = 100): token_dim = -1. Ours stays at ten
-    heads and d = 200 where classes are many, and is the same up to ten. Without ``expert_embedding`` the output does
-    not depend on the order of the experts (M3).
+    Each expert's logits become a token (shared linear map C -> d). Tokens pass an encoder-decoder transformer with
+    source = target and are pooled over experts; a linear map gives logits. The authors use d = 10 C and C heads
+    (948,206 parameters at C = 10; attention takes 4 MB per row at C = 100): token_dim = -1. Ours is equal up to ten
+    classes and has at most ten heads and d = 200. Without ``expert_embedding`` the output does not depend on the order
+    of the experts (M3).
     """
 
     def __init__(self, num_experts: int, num_classes: int, config: MetaConfig) -> None:
@@ -46,7 +46,7 @@ class MetaModel(nn.Module):
         dim, heads = token_size(config.token_dim, num_classes)
         self.expand = nn.Linear(num_classes, dim)
         layer = nn.TransformerEncoderLayer(dim, heads, config.feedforward, config.dropout, batch_first=True)
-        # torch's own encoder, said in full to decline nested tensors: there is no padding here
+        # As nn.Transformer builds it, but without nested tensors, because nothing is padded.
         encoder = nn.TransformerEncoder(layer, 1, nn.LayerNorm(dim), enable_nested_tensor=False)
         self.transformer = nn.Transformer(
             dim, heads, 1, 1, config.feedforward, config.dropout, batch_first=True, custom_encoder=encoder
@@ -65,10 +65,9 @@ class MetaModel(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Meta model, and where asked a head on features that it corrects: logits = H phi + h + g * meta(experts).
+    """The meta model, for ``meta.init = prototype_head`` as a correction of a linear head: H phi + h + g meta(experts).
 
-    ``skip`` starts at the re-fitted head and g at 0, so training begins at that head's answer and can only be kept
-    where held-out prototypes say that it improved.
+    ``skip`` (H, h) starts at the refitted head and the gain g at 0, so training starts from that head's logits.
     """
 
     def __init__(self, num_experts: int, num_classes: int, config: MetaConfig, feature_dim: int) -> None:
@@ -86,17 +85,17 @@ class Teacher(nn.Module):
 
 
 @torch.no_grad()
-def answers(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
-    """Logits [B, C] for features [B, d], a few rows at a time."""
+def teacher_logits(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Compute logits [B, C] for features [B, d], in batches that fit ``MAX_NUMBERS``."""
     return torch.cat([teacher(expert_logits(part), part) for part in features.split(teacher.meta.max_rows)])
 
 
 def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor) -> np.ndarray:
-    """float32 [E, C]: how much the teacher listens to expert e on class c, in units of its logits.
+    """Return float32 [E, C]: the influence of expert e on the teacher's logit of class c, in units of logits.
 
-    The mean over the prototypes of class c (``features`` [P, d], ``labels`` [P]) of |sum_j (x_ej - mean_j x_ej)
-    dt_c / dx_ej|, with x_e the expert's logits and t_c the teacher's for c: what, to first order, c's logit would
-    change if expert e had no opinion. 0 for a class without prototypes, and where the meta model has no say (g = 0).
+    It is the mean over the prototypes of class c (``features`` [P, d], ``labels`` [P]) of |sum_j (x_ej - mean_j x_ej)
+    dt_c / dx_ej|, with x_e the expert's logits and t_c the teacher's logit of c: to first order, the change of t_c if
+    expert e's logits were constant. 0 for a class without prototypes, and if the gain g is 0.
     """
     parts, counts = [], torch.bincount(labels, minlength=teacher.meta.out.out_features)
     for rows in torch.arange(len(labels)).split(teacher.meta.max_rows):
@@ -110,15 +109,17 @@ def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features:
 
 
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * parameters, in place."""
+    """Update in place: average <- decay * average + (1 - decay) * parameters."""
     for name, parameter in model.named_parameters():
         average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
 
 
-def ema_weights(average: dict[str, Tensor], start: dict[str, Tensor], decay: float, updates: int, correct: bool):
-    """The averaged parameters; corrected, the start's share decay^n is taken out (M2): it holds 22 % at n = 150, .99.
+def ema_weights(
+    average: dict[str, Tensor], start: dict[str, Tensor], decay: float, updates: int, correct: bool
+) -> dict[str, Tensor]:
+    """Return the averaged parameters; with ``correct`` (A_n - decay^n theta_0) / (1 - decay^n) (M2).
 
-    (A_n - decay^n theta_0) / (1 - decay^n), the average of what was visited alone.
+    The correction removes the weight decay^n of ``start``, 22 % at n = 150 and decay .99.
     """
     if not correct or updates == 0:
         return average
@@ -136,17 +137,18 @@ def train_meta(
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
 ) -> tuple[Teacher, dict[str, float]]:
-    """Train on ``kept`` prototypes; the teacher is the EMA copy (the best on ``held_out``, where ``select``).
+    """Train on ``kept`` prototypes; returns the EMA copy (with ``select`` the best one on ``held_out``) and figures.
 
-    Returns it with figures: its own on the prototypes that judge, and of training's end, diverged or not,
-    ``train_loss`` (the median of the last ``RECENT`` updates) and ``raw_held_out_accuracy`` (without averaging).
-    ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C] through their heads. ``teacher`` should be
-    built under a seeded stream; batches and dropout draw from streams of their own.
+    ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C]. ``progress(update, metrics)`` is called
+    every 25 updates. Figures are the accuracy and loss of the returned teacher on ``held_out`` (on ``kept`` if that is
+    empty), and of the end of training ``train_loss`` (median of the last ``RECENT`` updates) and
+    ``raw_held_out_accuracy`` (without averaging). Build ``teacher`` inside ``seeded``; batches and dropout draw from
+    their own addresses.
     """
     vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
     weights = torch.tensor(prototype_weights(kept, weighting))
     evaluated = held_out if len(held_out) else kept
-    judged_features = torch.tensor(evaluated.vectors)
+    eval_features = torch.tensor(evaluated.vectors)
     averaged = copy.deepcopy(teacher).eval()
     start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     average = {name: value.clone() for name, value in start.items()}
@@ -155,17 +157,17 @@ def train_meta(
     best: tuple[float, float] | None = None
     best_state, best_update = copy.deepcopy(averaged.state_dict()), 0
 
-    def look(update: int, loss: dict[str, float]) -> None:
+    def evaluate(update: int, loss: dict[str, float]) -> None:
         nonlocal best, best_state, best_update
         decay, correct = config.ema, config.ema_bias_correction
         averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
-        accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), evaluated)
-        progress(update, {"held_out_accuracy": accuracy, "held_out_loss": judged_loss} | loss)
-        if not config.select or best is None or (accuracy, -judged_loss) > best:
-            best = (accuracy, -judged_loss)
+        accuracy, eval_loss = scores(teacher_logits(averaged, expert_logits, eval_features), evaluated)
+        progress(update, {"held_out_accuracy": accuracy, "held_out_loss": eval_loss} | loss)
+        if not config.select or best is None or (accuracy, -eval_loss) > best:
+            best = (accuracy, -eval_loss)
             best_state, best_update = copy.deepcopy(averaged.state_dict()), update
 
-    look(0, {})
+    evaluate(0, {})
     recent: list[float] = []
     teacher.train()
     batch = min(config.batch_size, len(kept))
@@ -184,13 +186,14 @@ def train_meta(
             recent = [*recent[1 - RECENT :], loss]
             ema_update(average, teacher, config.ema)
             if update % 25 == 0 or update == config.updates:
-                look(update, {"loss": loss})
+                evaluate(update, {"loss": loss})
                 if config.select and config.patience and update - best_update >= config.patience:
                     break
     averaged.load_state_dict(best_state)
-    accuracy, judged_loss = scores(answers(averaged, expert_logits, judged_features), evaluated)
-    figures = {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": judged_loss}
+    accuracy, eval_loss = scores(teacher_logits(averaged, expert_logits, eval_features), evaluated)
+    figures = {"update": best_update, "held_out_accuracy": accuracy, "held_out_loss": eval_loss}
     if recent:
         figures["train_loss"] = float(np.median(recent))
-        figures["raw_held_out_accuracy"] = scores(answers(teacher.eval(), expert_logits, judged_features), evaluated)[0]
+        raw = teacher_logits(teacher.eval(), expert_logits, eval_features)
+        figures["raw_held_out_accuracy"] = scores(raw, evaluated)[0]
     return averaged, figures

@@ -1,4 +1,4 @@
-"""Prototypes: class centroids in feature space (ALGORITHM stage Q; Tan et al. 2022 for the idea)."""
+"""Prototypes: class centroids in feature space (docs/algorithm.md stage Q; idea of Tan et al. 2022)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..data.transforms import augment, normalise
 from ..federated.local_training import Shard, batches
 from ..models.state_dict import use_precision
 
-KMEANS_SEED = 42  # the authors' own; the clustering needs no address of its own, it is a function of the features
+KMEANS_SEED = 42  # as in the authors' code; fixed, so centroids depend only on the features
 
 
 def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """``k`` k-means centres of features [n, d] and their cluster sizes; the single mean where n < k.
+    """Return ``k`` k-means centres [k, d] of features [n, d] and cluster sizes [k]; the single mean if n < k.
 
-    Each centre is the mean of its cluster, so the size-weighted mean of the centres is the class mean. Where points
-    coincide there may be clusters of size 0; their centre is a copy of the nearest real one.
+    Each centre is the mean of its cluster, so the size-weighted mean of the centres is the class mean. If points
+    coincide, clusters can be empty; their centre is a copy of another one.
     """
     if len(features) < k or k == 1:
         return features.mean(0, keepdims=True, dtype=np.float64).astype(np.float32), np.array(
@@ -32,7 +32,7 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # one thread: the reduction order, and so the last bit, must not depend on the host
+    # One thread, so that the order of summation and the last bit do not depend on the host.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         labels = KMeans(k, random_state=KMEANS_SEED, n_init=1).fit_predict(features)
@@ -46,7 +46,7 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 @torch.no_grad()
 def extract_features(model: nn.Module, shard: Shard, facts: DataFacts, precision: str, chunk: int = 500) -> np.ndarray:
-    """Penultimate features float32 [n, d] of a shard, without augmentation, ``model`` in eval mode."""
+    """Return penultimate features float32 [n, d] of a shard without augmentation; sets ``model`` to eval mode."""
     model.eval()
     parts = []
     for rows in torch.arange(len(shard)).split(chunk):
@@ -63,7 +63,7 @@ def client_prototypes(
     address: tuple[int, int, int],
     precision: str,
 ) -> Prototypes:
-    """One client's prototypes under ``model``; ``address`` is (seed, round, client)."""
+    """Compute one client's prototypes in the features of ``model``; ``address`` is (seed, round, client)."""
     seed, round_num, client_id = address
     if config.samples:
         draws = stream(seed, "prototypes", round_num, client_id)
@@ -76,7 +76,7 @@ def client_prototypes(
     vectors, classes, sizes = [], [], []
     for label in np.unique(labels):
         centres, counts = centroids(features[labels == label], config.k)
-        sent = min(config.cap, len(centres)) if config.cap else len(centres)  # P2: the first few, whichever they are
+        sent = min(config.cap, len(centres)) if config.cap else len(centres)  # P2: the first, in arbitrary order
         vectors.append(centres[:sent])
         sizes.append(counts[:sent])
         classes.append(np.full(sent, label, np.int64))
@@ -85,9 +85,9 @@ def client_prototypes(
 
 
 def split_held_out(prototypes: Prototypes, fraction: float, seed: int) -> tuple[Prototypes, Prototypes]:
-    """(kept, held out): floor(fraction * n_c) prototypes of every class are held out, never a class's last one.
+    """Return (kept, held out), with floor(fraction * n_c) of the n_c prototypes of each class held out.
 
-    Empty clusters (size 0) are nobody's prototype and are dropped.
+    ``fraction`` in [0, 1), so every class keeps one. Prototypes of empty clusters (size 0) are dropped.
     """
     draws = numpy_stream(seed, "prototypes", "held-out")
     prototypes = prototypes.take(np.flatnonzero(prototypes.sizes > 0))
@@ -99,6 +99,6 @@ def split_held_out(prototypes: Prototypes, fraction: float, seed: int) -> tuple[
 
 
 def prototype_weights(prototypes: Prototypes, weighting: str) -> np.ndarray:
-    """Training weights float32 [P] of mean 1: cluster sizes, or all alike."""
+    """Return training weights float32 [P] with mean 1: by cluster size if ``weighting`` is ``size``, else equal."""
     sizes = prototypes.sizes if weighting == "size" else np.ones(len(prototypes), np.float32)
     return (sizes / sizes.mean()).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Distillation: the student learns from the teacher on synthetic batches (ALGORITHM stage KD)."""
+"""Distillation: train the student on the teacher's outputs for synthetic images (docs/algorithm.md stage KD)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import ExperimentConfig
-from ..core.health import PLATEAU_LEAST, PLATEAU_WINDOW
+from ..core.health import PLATEAU_MIN_WINDOW, PLATEAU_WINDOW
 from ..core.seeding import stream
 from ..core.types import DataFacts, Prototypes, Weights
 from ..models.classifiers import build_classifier
@@ -26,21 +26,21 @@ from .teacher import MixedTeacher, TeacherState, build_teacher, shift
 
 @dataclass(frozen=True)
 class DistillTask:
-    """Everything that distillation reads; plain arrays, so that it travels to Ray Train workers as it is."""
+    """All inputs of distillation, as arrays, so that they can be sent to Ray Train workers."""
 
     config: ExperimentConfig
     facts: DataFacts
     student: Weights
     teacher: TeacherState | MixedTeacher
     generators: tuple[Weights, ...]
-    counts: np.ndarray  # int64 [K], images of each generator in a step
+    counts: np.ndarray  # int64 [K], images per generator and step
     kept: Prototypes
     held_out: Prototypes
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """The other workers: this one's rank, how many there are, and a sum over all of them (in place)."""
+    """Rank of this worker, number of workers, and an in-place sum of a tensor over all workers."""
 
     rank: int = 0
     size: int = 1
@@ -48,9 +48,9 @@ class DistContext:
 
 
 class Batcher:
-    """Synthetic batches: ``counts[k]`` images of every generator k, from a stream per step and generator.
+    """Generates synthetic batches of ``counts[k]`` images of each generator k, from one stream per step and generator.
 
-    With n workers, worker r draws the generators k = r mod n, so the union is the batch of a single process.
+    With n workers, worker r uses the generators k with k mod n = r, so the union is the batch of a single process.
     """
 
     def __init__(self, task: DistillTask, dist: DistContext, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Batcher:
 
     @torch.no_grad()
     def __call__(self, step: int) -> Tensor:
-        """Classifier inputs float32 [B, C, H, W] of ``step``, generators in client order; no graph is kept (K3)."""
+        """Return classifier inputs float32 [B, channels, H, W] of ``step``, in client order, without gradients (K3)."""
         task, config = self.task, self.task.config
         images = [torch.empty(0, task.facts.channels, task.facts.image_size, task.facts.image_size, device=self.device)]
         for k, generator in self.generators.items():
@@ -74,9 +74,9 @@ class Batcher:
 
 
 def sample_weights(teacher_logits: Tensor, confidence: float, class_balance: bool, dist: DistContext) -> Tensor:
-    """[B] >= 0: 0 below the teacher confidence asked for; balanced, each class the teacher sees counts alike.
+    """Return weights [B] >= 0: 0 below the teacher ``confidence``; with ``class_balance`` equal totals per class.
 
-    Class counts are taken over all workers.
+    Classes are the teacher's predictions, counted over all workers.
     """
     probabilities = teacher_logits.softmax(1)
     top, labels = probabilities.max(1)
@@ -94,15 +94,15 @@ def distil(
     dist: DistContext,
     report: Callable[[int, dict[str, float]], None],
 ) -> tuple[Weights, dict[str, float]]:
-    """Teach the student; returns its weights and figures, equal on all workers.
+    """Train the student; returns its weights and figures, equal on all workers.
 
-    Per step: loss = sum_i w_i (alpha T^2 KL + (1 - alpha) CE + beta JS)_i / sum_i w_i over the synthetic batch, plus
-    ``anchor_weight`` times the head's cross-entropy on prototypes. With ``guard`` the state that is best on held-out
-    prototypes is handed back, the one that went in included. While the backbone moves, prototypes (taken before) only
-    judge the head.
+    The loss of a step is sum_i w_i (alpha T^2 KL + (1 - alpha) CE + beta JS)_i / sum_i w_i over the synthetic batch,
+    plus ``anchor_weight`` times the head's cross-entropy on prototypes. With ``guard`` the state that is best on
+    held-out prototypes is returned, the initial one included. Prototypes are features of the initial backbone, so they
+    measure only the head if the backbone is trained. ``report(step, metrics)`` is called every ``check_steps``.
 
-    Of the figures, ``improvement`` is 1 less the mean loss (without the anchor) of the last steps over that of as many
-    before them, and ``late_agreement`` how often student and teacher named the same class in those.
+    Figures: ``improvement``, 1 minus the ratio of the mean losses (without anchor) of the last window of steps and the
+    window before it; ``late_agreement``, share of the last window's images on which student and teacher agree.
     """
     config, distill = task.config, task.config.distill
     student = build_classifier(config.model, task.facts.num_classes, task.facts.channels, task.facts.image_size)
@@ -114,7 +114,7 @@ def distil(
     moving = distill.backbone_lr > 0
     for parameter in backbone:
         parameter.requires_grad_(moving)
-    # a frozen student that shares the teacher's backbone needs one pass for both
+    # A frozen backbone that student and teacher share is evaluated once for both.
     shared = not moving and distill.student_bn == "frozen" and teacher.reads_student_features(task.student)
     groups = [{"params": head, "lr": distill.lr}]
     if moving:
@@ -123,14 +123,14 @@ def distil(
     anchors, labels = torch.tensor(task.kept.vectors, device=device), torch.tensor(task.kept.labels, device=device)
     weights_of_anchors = torch.tensor(prototype_weights(task.kept, config.prototypes.weighting), device=device)
     evaluated = task.held_out if len(task.held_out) else task.kept
-    judged_vectors = torch.tensor(evaluated.vectors, device=device)
+    eval_vectors = torch.tensor(evaluated.vectors, device=device)
 
-    def standing() -> tuple[float, float]:
+    def score_head() -> tuple[float, float]:
         with torch.no_grad():
-            accuracy, loss = scores(student.head(judged_vectors), evaluated)
+            accuracy, loss = scores(student.head(eval_vectors), evaluated)
         return accuracy, -loss
 
-    best, best_step = standing(), 0
+    best, best_step = score_head(), 0
     entered, best_state = best, copy.deepcopy(student.state_dict())
     seen = torch.zeros(task.facts.num_classes, device=device)
     window, late = min(PLATEAU_WINDOW, distill.steps // 2), torch.zeros(4, device=device)
@@ -165,7 +165,7 @@ def distil(
         optimiser.step()
         seen += torch.bincount(target.argmax(1), minlength=len(seen))
         if step % distill.check_steps == 0 or step == distill.steps:
-            now = standing()
+            now = score_head()
             if now > best:
                 best, best_step, best_state = now, step, copy.deepcopy(student.state_dict())
             agreement = (logits.argmax(1) == target.argmax(1)).float().mean() if len(logits) else torch.ones(())
@@ -180,11 +180,11 @@ def distil(
         student.load_state_dict(best_state)
     figures = {
         "held_out_before": entered[0],
-        "held_out_after": standing()[0],
+        "held_out_after": score_head()[0],
         "step": float(best_step if distill.guard else distill.steps),
         "class_coverage": float((seen / seen.sum().clamp(min=1) >= 0.1 / len(seen)).float().mean()),
     }
-    if window >= PLATEAU_LEAST:
+    if window >= PLATEAU_MIN_WINDOW:
         before, after, agreed, count = late.tolist()
         figures["improvement"] = 1 - after / before if before > 0 else 0.0
         figures["late_agreement"] = agreed / max(count, 1.0)
@@ -193,14 +193,15 @@ def distil(
 
 @torch.no_grad()
 def inspect_student(task: DistillTask, student: Weights, device: torch.device) -> tuple[dict[str, float], np.ndarray]:
-    """(figures, int64 [C] classes that the teacher names) of one synthetic batch that nobody learnt from (4.3).
+    """Measure teacher and student on one synthetic batch that is not trained on (docs/algorithm.md 4.3).
 
-    ``teacher_entropy``: mean entropy of the teacher's answers over log C, ``teacher_confidence`` their mean largest
-    probability; ``class_entropy``: entropy of the classes that it names over log C; ``agreement``: how often the
-    student names the same; ``shift`` as in ``teacher.shift``.
+    Returns figures and int64 [C], how often the teacher predicts each class. ``teacher_entropy``: mean entropy of the
+    teacher's probabilities over log C; ``teacher_confidence``: mean largest probability; ``class_entropy``: entropy of
+    its predicted classes over log C; ``agreement``: share of equal predictions of the student; ``shift``: see
+    ``teacher.shift``.
     """
     config, num_classes = task.config, task.facts.num_classes
-    images = Batcher(task, DistContext(), device)(0)  # distillation begins with 1
+    images = Batcher(task, DistContext(), device)(0)  # training uses steps from 1
     teacher = build_teacher(config, task.facts, task.teacher).to(device)
     network = build_classifier(config.model, num_classes, task.facts.channels, task.facts.image_size)
     load_weights(network, student).to(device).eval()
@@ -231,7 +232,7 @@ def make_task(
     client_sizes: np.ndarray,
     prototypes: Prototypes,
 ) -> DistillTask:
-    """What distillation reads: the student that goes in is the global model (stage KD)."""
+    """Assemble the inputs of distillation; the student starts as the global model."""
     shares = sampling_shares(config.distill.gen_sampling, client_sizes, generator_figures)
     counts = allocate(shares, config.distill.samples_per_generator * len(generators))
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)

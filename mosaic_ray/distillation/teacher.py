@@ -13,15 +13,15 @@ from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts, Weights
 from ..models.classifiers import build_classifier
 from ..models.state_dict import freeze, head_of, load_weights
-from .meta_model import Teacher, answers
+from .meta_model import Teacher, teacher_logits
 
 
 @dataclass(frozen=True)
 class TeacherState:
-    """A teacher as arrays. ``experts`` are the distinct ones: whole models for ``meta.input = full``, else heads.
+    """A teacher as arrays. ``experts`` are the distinct ones: full models for ``meta.input = full``, else heads.
 
-    ``index`` int64 [C] maps each class to its expert; ``backbone`` is the model whose features the heads read, of the
-    architecture ``classifier`` (empty: the student's).
+    ``index`` int64 [C] maps each class to its expert. ``backbone`` is the model whose features the heads read, of
+    architecture ``classifier`` (empty: the student's). ``meta`` is the state dict of ``Teacher``.
     """
 
     backbone: Weights
@@ -33,13 +33,13 @@ class TeacherState:
 
 @dataclass(frozen=True)
 class MixedTeacher:
-    """A teacher for each architecture among the clients, speaking together.
+    """One teacher per architecture of the clients, combined.
 
-    A meta model reads features of one network only, so each architecture has its own, trained on the prototypes of its
-    own clients. They are joined at the logits: t_c = sum_g s_{g,c} log softmax(t_g)_c with ``shares`` [G, C], the part
-    of class c's samples that architecture g's clients hold, as FedFTG and DFRD weigh clients (ALGORITHM 3.9, 3.10). An
-    architecture that never saw a class has no say in it, and with one architecture the teacher is that architecture's.
-    ``student``: which of ``groups`` has the student's architecture.
+    A meta model reads features of one network, so each architecture has its own, trained on the prototypes of its
+    clients. Their logits are combined as t_c = sum_g s_{g,c} log softmax(t_g)_c with ``shares`` [G, C], the share of
+    class c's samples that clients of architecture g hold, as FedFTG and DFRD weight clients (docs/algorithm.md 3.9,
+    3.10). An architecture without samples of a class has no influence on it.
+    ``student``: index of the student's architecture in ``groups``.
     """
 
     groups: tuple[TeacherState, ...]
@@ -48,19 +48,19 @@ class MixedTeacher:
 
 
 def group_shares(counts: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:
-    """float64 [G, C] of columns that sum to 1: n_{g,c} / n_c, or n_g / n for a class that nobody holds."""
+    """Return float64 [G, C] with columns of sum 1: n_{g,c} / n_c, or n_g / n for a class that no client holds."""
     held = np.stack([counts[list(clients)].sum(0) for clients in groups]).astype(np.float64)
     held[:, held.sum(0) == 0] = held.sum(1, keepdims=True)
     return held / held.sum(0)
 
 
 def heads_only(weights: Weights) -> Weights:
-    """The head's entries alone."""
+    """Return only the entries of the head."""
     return {name: value for name, value in weights.items() if name.startswith("head.")}
 
 
 def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """features [B, d] -> the class experts' logits V_c phi + b_c, [B, C experts, C classes]."""
+    """Return a function: features phi [B, d] -> logits V_e phi + b_e of the class experts, [B, C experts, C]."""
     heads = [head_of(e) for e in experts]
     matrices = torch.tensor(np.stack([v for v, _ in heads]))
     biases = torch.tensor(np.stack([b for _, b in heads]))
@@ -74,7 +74,7 @@ def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Te
 
 
 class TeacherNet(nn.Module):
-    """Images (classifier inputs) to the teacher's logits; frozen."""
+    """The frozen teacher network: maps classifier inputs [B, channels, H, W] to logits [B, C]."""
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, state: TeacherState) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class TeacherNet(nn.Module):
         freeze(self)
 
     def reads_student_features(self, student: Weights) -> bool:
-        """Whether the student's features are the very input that this teacher reads."""
+        """Check whether the teacher reads features that the backbone of ``student`` computes equally."""
         return not self.full and all(
             np.array_equal(student[name], value)
             for name, value in self._backbone.items()
@@ -104,21 +104,21 @@ class TeacherNet(nn.Module):
         )
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
-        """[B, C]; ``features`` of the backbone may be handed in where they are known."""
+        """Map images to logits [B, C]; pass ``features`` [B, d] of the backbone if they are known."""
         if self.full:
             rows = torch.stack([expert(images) for expert in self.experts], 1)[:, self.index]
             return self.meta(rows.float())
         return self.by_heads(images, features)
 
     def by_heads(self, images: Tensor, features: Tensor | None = None) -> Tensor:
-        """[B, C] of the experts' heads on the backbone's features, the input that prototypes are."""
+        """Compute logits [B, C] with the experts' heads on the backbone's features, the input used in training."""
         features = self.backbone.features(images) if features is None else features
         features = features.float()
-        return answers(self.meta, self.head_logits, features)
+        return teacher_logits(self.meta, self.head_logits, features)
 
 
 class MixedTeacherNet(nn.Module):
-    """Images to the joint logits of a ``MixedTeacher``; frozen."""
+    """The frozen network of a ``MixedTeacher``: maps images to combined logits [B, C]."""
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, state: MixedTeacher) -> None:
         super().__init__()
@@ -127,11 +127,11 @@ class MixedTeacherNet(nn.Module):
         self.register_buffer("shares", torch.tensor(state.shares, dtype=torch.float32))
 
     def reads_student_features(self, student: Weights) -> bool:
-        """Whether one of the groups reads the student's features."""
+        """Check whether the teacher of the student's architecture reads the student's features."""
         return self.groups[self.student].reads_student_features(student)
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
-        """[B, C]; ``features`` of the student's backbone may be handed in where they are known."""
+        """Map images to logits [B, C]; pass ``features`` [B, d] of the student's backbone if they are known."""
         logits = images.new_zeros(len(images), self.shares.shape[1], dtype=torch.float32)
         for number, (group, shares) in enumerate(zip(self.groups, self.shares, strict=True)):
             own = group(images, features if number == self.student else None)
@@ -141,10 +141,10 @@ class MixedTeacherNet(nn.Module):
 
 @torch.no_grad()
 def shift(teacher: TeacherNet | MixedTeacherNet, images: Tensor) -> float:
-    """Share of ``images`` on which a teacher names another class than on the input that its meta model learnt from.
+    """Return the share of ``images`` on which the teacher's class differs from that on the input used in training.
 
-    A meta model learns from the experts' heads on features (prototypes); with ``meta.input = full`` it is then shown
-    whole experts (M6). Images of any kind will do, for no label is asked for; of several architectures the largest.
+    A meta model is trained on the experts' heads applied to features (prototypes). With ``meta.input = full`` it is
+    then applied to full experts (M6). Needs no labels. With several architectures the largest share is returned.
     """
     parts = teacher.groups if isinstance(teacher, MixedTeacherNet) else [teacher]
     if not any(part.full for part in parts):
@@ -155,5 +155,5 @@ def shift(teacher: TeacherNet | MixedTeacherNet, images: Tensor) -> float:
 def build_teacher(
     config: ExperimentConfig, facts: DataFacts, state: TeacherState | MixedTeacher
 ) -> TeacherNet | MixedTeacherNet:
-    """The frozen teacher network of ``state``."""
+    """Build the frozen teacher network of ``state``."""
     return (MixedTeacherNet if isinstance(state, MixedTeacher) else TeacherNet)(config, facts, state)

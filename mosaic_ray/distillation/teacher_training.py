@@ -1,4 +1,4 @@
-"""Mosaic (arXiv 2505.19699): class experts, a meta model trained on prototypes, distillation on generators' images."""
+"""Train Mosaic's teacher (arXiv 2505.19699): class experts, and a meta model on prototypes."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
-from ..core.health import ONE_OWNER
+from ..core.health import SINGLE_OWNER_BELOW
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Prototypes, Weights
 from ..federated.client import ClientContext
-from ..federated.evaluation import domain_auc
 from ..models.state_dict import freeze, head_of, load_weights, to_weights, use_precision
-from ..models.submodel import ChannelIndices, Channels
+from ..models.submodel import ChannelIndices, ChannelLayout
 from .experts import effective_owners, expert_weights, form_experts, redundancy
 from .generator_training import classifier_view, draw, load_generator
+from .image_quality import domain_auc
 from .linear_head import fit_head, scores
-from .meta_model import Teacher, answers, gates, train_meta
+from .meta_model import Teacher, gates, teacher_logits, train_meta
 from .prototypes import split_held_out
 from .teacher import TeacherState, head_logits, heads_only
 
-#: (client, its model, its generator), in client order, one client in memory at a time.
+#: Yields (client, its model, its generator) in client order, so that one client is in memory at a time.
 Sources = Iterable[tuple[int, Weights, Weights]]
 
-#: Prototypes, at most, that the meta model's gates are read off.
+#: Largest number of prototypes from which the meta model's gates are computed.
 MAX_READ = 1024
 
 
-def experts_vote(
+def expert_mean_logits(
     context: ClientContext, experts: tuple[Weights, ...], index: np.ndarray
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(images, features) -> the mean of the class experts' logits [B, C]: the "model group" without a meta model.
+    """Return a function: (images, features) -> mean of the class experts' logits [B, C], without a meta model.
 
-    Experts speak as ``meta.input`` has it: heads on features, or whole models on images.
+    ``meta.input`` selects the experts: heads applied to features, or full models applied to images.
     """
     if context.config.meta.input == "head":
         logits = head_logits(experts, index)
@@ -46,19 +46,19 @@ def experts_vote(
 
 
 @torch.no_grad()
-def synthetic_set(
+def synthetic_prototypes(
     context: ClientContext,
     global_weights: Weights,
     sources: Sources,
-    vote: Callable[[Tensor, Tensor], Tensor],
+    ensemble: Callable[[Tensor, Tensor], Tensor],
     kept: Prototypes,
     chunk: int = 500,
 ) -> Prototypes:
-    """Features of synthetic images in the place of ``kept`` prototypes (ALGORITHM 4.2, seed experiment 3).
+    """Compute features of synthetic images that replace the ``kept`` prototypes (docs/algorithm.md 4.2).
 
-    Each generator draws as many images as its client has prototypes, and each image stands for their mean size: the
-    sets are alike in number and in each client's weight, and differ in vectors and labels alone. Features are of the
-    model that made the prototypes; labels are the argmax of the client's model, or of ``vote``.
+    Each generator draws as many images as its client has prototypes, each with their mean size, so the two sets have
+    equal counts and client weights. Features are of the model that computed the prototypes; labels are the predictions
+    of the client's model, or of ``ensemble``. Raises ``RunError`` if a feature is not finite.
     """
     config, parts = context.config, []
     counts = np.bincount(kept.clients, minlength=config.partition.num_clients)
@@ -77,7 +77,7 @@ def synthetic_set(
             with use_precision(config.runtime.precision, context.device):
                 images = classifier_view(generator(*part).float(), config.generator.gan_range, context.facts)
                 features = (own if by_client else backbone).features(images).float()
-                logits = vote(images, features) if config.meta.data == "synthetic_vote" else own(images)
+                logits = ensemble(images, features) if config.meta.data == "synthetic_vote" else own(images)
             vectors.append(features.cpu().numpy())
             labels.append(logits.argmax(1).cpu().numpy())
         size = np.full(count, totals[client_id] / count, np.float32)
@@ -97,16 +97,16 @@ def make_teacher(
     progress: Callable[[int, dict[str, float]], None],
     sources: Sources = (),
     device: torch.device | str = "cpu",
-    channels: Channels | None = None,
+    channels: ChannelLayout | None = None,
 ) -> tuple[TeacherState, dict[str, float]]:
-    """Experts from the clients' models, and the meta model trained on three quarters of the prototypes.
+    """Average the clients' models to experts and train the meta model on the prototypes that are not held out.
 
-    With ``meta.data`` = synthetic or synthetic_vote it is trained on images from ``sources`` instead, made on
-    ``device``; the last quarter of the prototypes judges and selects all the same.
+    With ``meta.data`` = synthetic or synthetic_vote it is trained on images of ``sources``, generated on ``device``;
+    held-out prototypes still select and evaluate it.
 
-    ``counts`` int64 [K, C]. With ``meta.input = head`` only heads are averaged: the experts read the global model's
-    features, the very space the prototypes live in; with ``full`` whole models are (M6 has what that costs). Narrow
-    clients' weights come with the channels that they hold, and ``channels`` are the network's.
+    ``counts`` int64 [K, C]: images per client and class. With ``meta.input = head`` only heads are averaged, which read
+    the global model's features like the prototypes; with ``full`` full models are (see M6). Weights of partial-width
+    clients come with their channels, and ``channels`` is the network's layout.
     """
     whole = global_weights
     if config.meta.input == "head":
@@ -118,7 +118,8 @@ def make_teacher(
     figures: dict[str, float] = {}
     if config.meta.data != "prototypes":
         context, real = ClientContext(config, facts, torch.device(device)), kept
-        kept = synthetic_set(context, global_weights, sources, experts_vote(context, tuple(experts), index), real)
+        ensemble = expert_mean_logits(context, tuple(experts), index)
+        kept = synthetic_prototypes(context, global_weights, sources, ensemble, real)
         figures["domain_auc"] = domain_auc(real.vectors, kept.vectors, config.seed)
     head = head_of(global_weights)
     with seeded(config.seed, "init", "meta"):
@@ -149,11 +150,11 @@ def make_teacher(
 def inspect_teacher(
     config: ExperimentConfig, facts: DataFacts, state: TeacherState, counts: np.ndarray, prototypes: Prototypes
 ) -> tuple[dict[str, float], Weights]:
-    """(figures, arrays) of a teacher that ``make_teacher`` made of the same ``counts`` and ``prototypes`` (4.2).
+    """Return figures and arrays of a teacher made from the same ``counts`` and ``prototypes`` (docs/algorithm.md 4.2).
 
-    Arrays: ``expert_weights`` float32 [K, C], client k's share in class c's expert; ``expert_of_class`` int64 [C],
-    which of the distinct experts is its own; ``meta_gates`` float32 [C, C] as ``gates`` has them, of class experts, on
-    the prototypes held out (on all, where none is).
+    Arrays: ``expert_weights`` float32 [K, C], client k's weight in class c's expert; ``expert_of_class`` int64 [C],
+    index of its distinct expert; ``meta_gates`` float32 [C, C], see ``gates``, on held-out prototypes (on all if none
+    is held out).
     """
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     evaluated = held_out if len(held_out) else kept
@@ -161,7 +162,7 @@ def inspect_teacher(
     freeze(load_weights(teacher, state.meta))
     expert_logits = head_logits(state.experts, state.index)
     features, labels = torch.tensor(evaluated.vectors), torch.tensor(evaluated.labels)
-    named = answers(teacher, expert_logits, features).argmax(1)
+    named = teacher_logits(teacher, expert_logits, features).argmax(1)
     votes = torch.cat([expert_logits(part).mean(1) for part in features.split(teacher.meta.max_rows)])
     read = torch.linspace(0, len(evaluated) - 1, min(len(evaluated), MAX_READ)).long()
     owners = effective_owners(counts)
@@ -171,7 +172,7 @@ def inspect_teacher(
         "classes_judged": float(len(labels.unique())),
         "experts_held_out_accuracy": scores(votes, evaluated)[0],
         "expert_redundancy": redundancy(state.experts, state.index, counts),
-        "single_owner_classes": float((owners < ONE_OWNER).sum()),
+        "single_owner_classes": float((owners < SINGLE_OWNER_BELOW).sum()),
         "effective_owners": float(owners.mean()),
     }
     arrays = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ..core.types import Weights
-from ..models.submodel import ChannelIndices, Channels
+from ..models.submodel import ChannelIndices, ChannelLayout
 
 
 class RunningAverage:
@@ -62,7 +62,7 @@ class PartialAverage:
     Otherwise like ``RunningAverage``, whose result it has to the last bit where everybody held everything.
     """
 
-    def __init__(self, previous: Weights, channels: Channels) -> None:
+    def __init__(self, previous: Weights, channels: ChannelLayout) -> None:
         self._previous, self._channels = previous, channels
         self._sums: Weights = {name: np.full(np.shape(array), -0.0) for name, array in previous.items()}
         # sum_k w_k: a number while all held an entry whole, then an array with 1 for the dimensions that nobody parts
@@ -79,7 +79,7 @@ class PartialAverage:
         weight = _checked(weight)
         _check_names(weights, self._previous)
         places = {
-            name: self._channels.place(name, np.shape(previous), sets) for name, previous in self._previous.items()
+            name: self._channels.part_index(name, np.shape(previous), sets) for name, previous in self._previous.items()
         }
         for name, place in places.items():
             shape = _shape_at(self._previous[name], place)
@@ -90,7 +90,7 @@ class PartialAverage:
         for name, place in places.items():
             array = weights[name]
             if classes is not None and name in self._channels.heads:
-                place, array = self._channels.place(name, self._sums[name].shape, sets, classes), array[classes]
+                place, array = self._channels.part_index(name, self._sums[name].shape, sets, classes), array[classes]
             term = np.multiply(array, weight, dtype=np.float64)
             if place is None:
                 self._sums[name] += term
@@ -103,7 +103,7 @@ class PartialAverage:
     def _held_array(self, name: str) -> np.ndarray:
         held = self._held[name]
         if not isinstance(held, np.ndarray):
-            shape, reach = self._sums[name].shape, self._channels.reach(name)
+            shape, reach = self._sums[name].shape, self._channels.num_cut_axes(name)
             held = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], held)
         return held
 

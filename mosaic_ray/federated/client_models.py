@@ -19,7 +19,7 @@ from ..config.schema import ExperimentConfig, ModelConfig
 from ..core.seeding import derive, seeded
 from ..core.types import DataFacts, Update, Weights
 from ..models.classifiers import CLASSIFIERS, build_classifier, norm_depths
-from ..models.submodel import ChannelIndices, Channels, channels_of, check_width, extract, num_kept
+from ..models.submodel import ChannelIndices, ChannelLayout, channel_layout, check_width, extract, num_kept
 from .aggregation import PartialAverage, RunningAverage
 from .communication import Entries, entries_of
 from .static_batch_norm import passes
@@ -29,8 +29,8 @@ Models = dict[str, Weights]
 
 
 @lru_cache(maxsize=32)
-def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Channels:
-    return channels_of(build_classifier(model, num_classes, channels, image_size, name))
+def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> ChannelLayout:
+    return channel_layout(build_classifier(model, num_classes, channels, image_size, name))
 
 
 @lru_cache(maxsize=32)
@@ -71,7 +71,7 @@ class Federation:
         """Whether some client trains a part of its network only; batch-norm statistics are then static (3.6)."""
         return any_partial_width(self.config)
 
-    def channels(self, name: str) -> Channels:
+    def channels(self, name: str) -> ChannelLayout:
         """Which dimensions of an architecture's weights are which channels."""
         facts = self.facts
         return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.seeding import numpy_stream
 from ..core.types import DataFacts, ImageSet
 from ..data.transforms import normalise
 from ..models.state_dict import use_precision
@@ -70,30 +68,3 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | Non
         "nll": float(-log_p[np.arange(len(labels)), labels].mean()),
         "ece": float(np.abs(gaps).sum() / len(labels)),
     }
-
-
-def domain_auc(real: np.ndarray, synthetic: np.ndarray, seed: int) -> float:
-    """How well a linear classifier tells ``synthetic`` [n, d] from ``real`` [n, d]: 0.5 not at all, 1 always.
-
-    Logistic regression on standardised features, fitted to one half of each, its AUC taken on the other (ALGORITHM
-    4.2). 0.5 where there are fewer than two of each.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
-    half = len(real) // 2
-    if not half:
-        return 0.5
-    draws = numpy_stream(seed, "meta", "domain")
-    sides = [side[draws.permutation(len(side))] for side in (real, synthetic)]
-    judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    with threadpool_limits(1), warnings.catch_warnings():  # one thread, as for the prototypes: the last bit
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        judge.fit(np.concatenate([side[:half] for side in sides]), np.repeat([0, 1], half))
-    unseen = [side[half:] for side in sides]
-    truth = np.repeat([0, 1], [len(side) for side in unseen])
-    return float(roc_auc_score(truth, judge.decision_function(np.concatenate(unseen))))

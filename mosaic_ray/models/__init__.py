@@ -1,1 +1,1 @@
-"""Networks and their weights: classifiers, generators, discriminators, and the way in and out of numpy."""
+"""Classifiers, generators, discriminators, sub-models of partial width, and conversion of weights to and from numpy."""

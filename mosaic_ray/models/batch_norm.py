@@ -1,4 +1,4 @@
-"""Batch-norm statistics of a network."""
+"""Read the running statistics of a network's batch norms."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..core.types import Weights
 
 
 def bn_statistics(model: nn.Module, weights: Weights | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Running mean and variance, each [channels], of every batch norm of ``model`` by the module's name.
+    """Return running mean and variance, each [channels], of every batch norm of ``model`` by module name.
 
-    Read from ``weights`` (another model's, of the same architecture) where given; else the model's live buffers.
+    ``weights``: state dict of another model of the same architecture to read from, instead of the model's buffers.
     """
     found = {}
     for name, module in model.named_modules():

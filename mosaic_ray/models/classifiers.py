@@ -1,6 +1,6 @@
-"""Classifiers: a trunk that gives features and one linear head on top, ``f(x) = head(features(x))``.
+"""Classifiers: a trunk that computes features and a linear head, ``f(x) = head(features(x))``.
 
-Initialisers draw from torch's global stream, so build inside ``seeding.seeded(...)``.
+Initialisers draw from torch's global generator, so build networks inside ``seeding.seeded(...)``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_IMAGE_SIZE = 8
 
 
 class Classifier(nn.Module):
-    """``trunk`` maps images [B, channels, H, W] to features [B, d]; ``head`` maps those to logits [B, C]."""
+    """A trunk that maps images [B, channels, H, W] to features [B, d], and a head that maps those to logits [B, C]."""
 
     def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class Classifier(nn.Module):
         self.feature_dim = head.in_features
 
     def features(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] to penultimate features [B, d]."""
+        """Map images [B, channels, H, W] to penultimate features [B, d]."""
         features: Tensor = self.trunk(x)
         return features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, channels, H, W] to logits [B, C]."""
+        """Map images [B, channels, H, W] to logits [B, C]."""
         logits: Tensor = self.head(self.features(x))
         return logits
 
@@ -48,9 +48,10 @@ class Classifier(nn.Module):
 def build_classifier(
     model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str | None = None
 ) -> Classifier:
-    """A fresh classifier for square images of ``image_size`` pixels; ``name``: another than ``model.classifier``.
+    """Build a fresh classifier for square images with sides of ``image_size`` pixels.
 
-    The networks of this house take 8 pixels or more; module:function makes one of the user's (``user_networks``).
+    ``name`` overrides ``model.classifier``: one of ``CLASSIFIERS``, which take 8 pixels or more (else
+    ``RequestError``), or ``module:function`` for a network of the user's (see ``user_models``).
     """
     name = name or model.classifier
     if name not in CLASSIFIERS:
@@ -66,15 +67,16 @@ def build_classifier(
 def norm_depths(
     model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str | None = None
 ) -> dict[str, int]:
-    """Of each batch norm with running statistics, how many lie on the longest way from the images to it, with itself.
+    """Return the depth of each batch norm that has running statistics, in the order of the forward pass.
 
-    Read off the graph of a forward pass (a way that a network detaches is not seen); in the order of the pass.
+    The depth is the number of batch norms on the longest path from the images to this one, itself included. Paths are
+    read off the autograd graph of a forward pass, so a detached path is not counted.
     """
     with seeded(0, "norm depths"), torch.enable_grad():
         network = build_classifier(model, num_classes, channels, image_size, name).eval()
         images = torch.zeros(2, channels, image_size, image_size, requires_grad=True)
         depths: dict[str, int] = {}
-        depth_of: dict[Any, int] = {}  # a batch norm's node in the graph -> its depth
+        depth_of: dict[Any, int] = {}  # autograd node of a batch norm -> its depth
 
         def enter(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             depths[name] = max(depths.get(name, 0), 1 + _depth_before(inputs[0].grad_fn, depth_of))
@@ -91,7 +93,7 @@ def norm_depths(
 
 
 def _depth_before(node: Any, depth_of: Mapping[Any, int]) -> int:
-    """The largest depth among the nodes nearest to ``node`` that have one."""
+    """Return the largest depth among the nearest ancestors of ``node`` that have one, 0 if none has."""
     largest, seen, ahead = 0, {None}, [node]
     while ahead:
         node = ahead.pop()
@@ -109,7 +111,7 @@ def _depth_before(node: Any, depth_of: Mapping[Any, int]) -> int:
 
 
 def _cnn(width: int, channels: int) -> tuple[nn.Module, int]:
-    """Six 3x3 convolutions (widths w, w | 2w, 2w | 4w, 4w), each with batch norm; torch's default initialisation."""
+    """Build six 3x3 convolutions (widths w, w | 2w, 2w | 4w, 4w) with batch norm and torch's default initialisation."""
     layers: list[nn.Module] = []
     for stage, multiple in enumerate((1, 2, 4)):
         layers += [nn.MaxPool2d(2)] if stage else []
@@ -120,7 +122,7 @@ def _cnn(width: int, channels: int) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
 
 
-#: name -> (width, channels) -> (trunk, feature_dim); ``config.registry.CLASSIFIERS`` says what each is
+#: name -> (width, channels) -> (trunk, feature_dim); ``config.registry.CLASSIFIERS`` describes each
 CLASSIFIERS: dict[str, Callable[[int, int], tuple[nn.Module, int]]] = {
     "cnn": _cnn,
     "resnet18": partial(resnet, BasicBlock, (2, 2, 2, 2)),

@@ -1,6 +1,6 @@
-"""Generators: DCGAN-like nets (Radford et al. 2016) that end in a 1x1 convolution and tanh, as the authors' do.
+"""Generators: DCGAN networks (Radford et al. 2016) that end in a 1x1 convolution and tanh, like the authors'.
 
-Initialisers draw from torch's global stream, so build inside ``seeding.seeded(...)``.
+Initialisers draw from torch's global generator, so build networks inside ``seeding.seeded(...)``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .state_dict import channels_last
 
 
 class Generator(nn.Module):
-    """Latents z [B, latent_dim], or [B, latent_dim, 1, 1], to images [B, channels, H, W] in [-1, 1].
+    """Maps latents z [B, latent_dim] or [B, latent_dim, 1, 1] to images [B, channels, H, W] in [-1, 1].
 
-    With ``num_classes`` it takes labels int64 [B] too, and draws the image from z + e_y: latents are a mixture of C
-    Gaussians, one around the embedding e of each class (N(0, 1) at the start, as z is). The buffer ``label_cdf``,
-    float64 [C], is then the cumulative distribution of the labels that it was trained with, for whoever draws images.
+    With ``num_classes`` > 0 it is conditional: it also takes labels int64 [B] and maps z + e_y, so latents are a
+    mixture of C Gaussians around the class embeddings e (initialised N(0, 1), like z). The buffer ``label_cdf``
+    float64 [C] then holds the cumulative distribution of the training labels, from which callers draw labels.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class Generator(nn.Module):
 
 
 def build_generator(config: GeneratorConfig, channels: int, image_size: int, num_classes: int = 0) -> Generator:
-    """A fresh generator; 3,573,824 parameters (the paper's 3.57 M) at 32x32x3 with the paper's 100 latents, ngf 64.
+    """Build a fresh generator: 3,573,824 parameters (3.57 M in the paper) at 32x32x3 with 100 latents and ngf 64.
 
     With m_i ngf channels in stage i that is ngf (16 (latent_dim m_1 + ngf sum m_i m_{i+1}) + 2 sum m_i + channels
     m_last); ``num_classes`` C adds latent_dim C where ``config.conditional``, 20,000 for 200 classes.
     """
     check_image_size(image_size)
-    told = num_classes if config.conditional else 0
-    return channels_last(Generator(config.latent_dim, config.ngf, channels, STAGES[image_size], told))
+    conditioned = num_classes if config.conditional else 0
+    return channels_last(Generator(config.latent_dim, config.ngf, channels, STAGES[image_size], conditioned))
 
 
 def check_image_size(image_size: int) -> None:
-    """``RequestError`` unless the image game can be played at this size."""
+    """Raise ``RequestError`` unless there are a generator and a discriminator for this image size."""
     if image_size not in STAGES:
         raise RequestError(
             f"data.image_size = {image_size}: generators draw {', '.join(map(str, STAGES))} pixels a side"
@@ -69,7 +69,7 @@ def check_image_size(image_size: int) -> None:
 
 
 def initialise_dcgan(module: nn.Module) -> None:
-    """In place: convolutions N(0, 0.02), batch norm gamma N(1, 0.02) and beta 0 (Radford et al. 2016)."""
+    """Initialise in place: convolutions N(0, 0.02), batch norm gamma N(1, 0.02) and beta 0 (Radford et al. 2016)."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(part.weight, 0.0, 0.02)
@@ -78,11 +78,11 @@ def initialise_dcgan(module: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
-#: image size -> (channels in units of ngf, padding) of each 4x4 stage; the first gives 4x4 pixels, each other doubles.
+#: image size -> (channels in units of ngf, padding) of each 4x4 stage; the first gives 4x4 pixels, others double.
 STAGES: dict[int, tuple[tuple[int, int], ...]] = {
     8: ((2, 0), (1, 1)),
     16: ((4, 0), (2, 1), (1, 1)),
-    28: ((8, 0), (4, 1), (2, 2), (1, 1)),  # padding 2 takes 8 to 14
+    28: ((8, 0), (4, 1), (2, 2), (1, 1)),  # padding 2: from 8 to 14 pixels
     32: ((8, 0), (4, 1), (2, 1), (1, 1)),
     64: ((8, 0), (4, 1), (2, 1), (1, 1), (1, 1)),
 }

@@ -1,14 +1,14 @@
-"""A light network for images of 28 to 64 pixels, after MobileNetV2 (Sandler et al. 2018)."""
+"""MobileNetV2 (Sandler et al. 2018) reduced for images of 28 to 64 pixels."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-#: A stage each: expansion, channels in units of the width, blocks, stride of the first. The paper, for images of 224
-#: pixels, has seven stages, five halvings and expansion 6.
+#: Stages as (expansion, channels in units of the width, blocks, stride of the first block). The paper has seven stages,
+#: five halvings and expansion 6, for images of 224 pixels.
 STAGES = ((1, 1, 1, 1), (4, 2, 2, 2), (4, 3, 2, 2), (4, 4, 2, 2))
 
-#: Features in units of the width: as many as resnet18 has.
+#: Features in units of the width, as in resnet18.
 FEATURES = 8
 
 
@@ -18,7 +18,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups
 
 
 class InvertedResidual(nn.Module):
-    """1x1 up, depthwise 3x3, 1x1 down without activation; around a shortcut where the shape stays."""
+    """1x1 expansion, depthwise 3x3, 1x1 projection without activation; with a shortcut if the shape does not change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -35,10 +35,11 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet(width: int, channels: int) -> tuple[nn.Module, int]:
-    """At width 16 for 32x32x3 and 10 classes: 117,930 parameters (resnet18: 701,466), 9 million multiply-adds (35).
+    """Build the trunk; returns it and its number of features.
 
-    Memory bounds it on a CPU: there a training step takes about as long as resnet18's (265 against 245 ms of CPU time,
-    64 images of 28x28, one run on a shared machine).
+    At width 16 for 32x32x3 and 10 classes it has 117,930 parameters (resnet18: 701,466) and 9 million multiply-adds
+    (resnet18: 35). On a CPU it is bound by memory: a training step takes about as long as with resnet18 (265 against
+    245 ms of CPU time, 64 images of 28x28, one run on a shared machine).
     """
     layers, inputs = _convolution(channels, width, 3), width
     for expansion, multiple, depth, stride in STAGES:

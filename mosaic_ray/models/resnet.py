@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Nothing where the shape stays; else a 1x1 convolution with batch norm (option B)."""
+    """Build the shortcut: empty if the shape does not change, else a 1x1 convolution with batch norm (option B)."""
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -36,9 +36,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down to ``width``, 3x3, 1x1 up to four times that, around a shortcut.
+    """1x1 down to ``width``, 3x3, 1x1 up to 4 ``width``, around a shortcut.
 
-    The 3x3 convolution strides, as in torchvision and all later code; in the paper the first 1x1 does.
+    The 3x3 convolution has the stride, as in torchvision; in the paper the first 1x1 has it.
     """
 
     expansion = 4
@@ -63,7 +63,10 @@ class Bottleneck(nn.Module):
 def resnet(
     block: type[BasicBlock] | type[Bottleneck], depths: Sequence[int], width: int, channels: int
 ) -> tuple[nn.Module, int]:
-    """``depths`` blocks in stages of width w, 2w, 4w, 8w; convolutions Kaiming-normal over fan-out."""
+    """Build the trunk and return it with its number of features.
+
+    Stages have ``depths`` blocks and widths w, 2w, 4w, 8w. Convolutions are initialised Kaiming-normal over fan-out.
+    """
     layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     inputs = width
     for stage, depth in enumerate(depths):

@@ -1,4 +1,4 @@
-"""Weights in and out of modules, always by copy: arrays that arrive may be shared memory that others read."""
+"""Copy weights between modules and numpy arrays. Arrays are never aliased: they may be shared read-only memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def to_weights(module: nn.Module) -> Weights:
-    """The state dict (parameters and buffers) as fresh numpy arrays."""
+    """Return the state dict (parameters and buffers) as fresh numpy arrays."""
     return {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format).numpy()
         for name, value in module.state_dict().items()
@@ -23,7 +23,7 @@ def to_weights(module: nn.Module) -> Weights:
 
 
 def load_weights(module: ModuleT, weights: Weights) -> ModuleT:
-    """``weights`` copied into the module's own storage; ``ValueError`` unless names and shapes are the same."""
+    """Copy ``weights`` into the module in place and return it; ``ValueError`` unless names and shapes are equal."""
     state = module.state_dict()
     if state.keys() != weights.keys():
         raise ValueError(f"weights do not fit: names differ in {sorted(state.keys() ^ weights.keys())[:3]}")
@@ -32,18 +32,18 @@ def load_weights(module: ModuleT, weights: Weights) -> ModuleT:
             raise ValueError(f"weights do not fit: {name} is {np.shape(weights[name])}, not {tuple(target.shape)}")
     with torch.no_grad():
         for name, target in state.items():
-            # The copy is numpy's: torch warns of arrays that it may not write, as those in an object store are.
+            # Copied by numpy: torch warns about read-only arrays, such as those of an object store.
             target.copy_(torch.from_numpy(np.array(weights[name])))
     return module
 
 
 def channels_last(module: ModuleT) -> ModuleT:
-    """In place: the arrays of convolutions stored pixel by pixel, the layout that they are fastest in.
+    """Convert the module in place to channels-last memory format, in which convolutions are fastest.
 
-    Values and the state dict's shapes stay as they are; sums are taken in another order. Not for networks of users:
-    ``view`` on what such a convolution gives fails where it would go through otherwise. A network with a strided 1x1
-    convolution (the ResNets' shortcuts) is left as it is: on a CPU, with fewer than 16 channels, oneDNN writes its
-    gradient past the end of a buffer in this layout (uxlfoundation/oneDNN issue 6035).
+    Values and shapes of the state dict do not change; the order of summation does. Not for networks of users: ``view``
+    can fail on the output of such a convolution. A network with a strided 1x1 convolution (the shortcuts of ResNets)
+    is left unchanged: on a CPU, with fewer than 16 channels, oneDNN writes its gradient past the end of a buffer in
+    this format (uxlfoundation/oneDNN issue 6035).
     """
     if any(isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) != part.stride for part in module.modules()):
         return module
@@ -51,22 +51,22 @@ def channels_last(module: ModuleT) -> ModuleT:
 
 
 def freeze(module: ModuleT) -> ModuleT:
-    """In place: eval mode, and no parameter asks for gradients (gradients still flow through to the input)."""
+    """Set eval mode and disable gradients of all parameters in place (gradients still flow to the input)."""
     return module.eval().requires_grad_(False)
 
 
 def head_of(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
-    """A classifier's linear head: V [C, d] and b [C]."""
+    """Return a classifier's linear head: V [C, d] and b [C]."""
     return weights["head.weight"], weights["head.bias"]
 
 
 def num_bytes(weights: Weights) -> int:
-    """Bytes on the wire."""
+    """Return the size of all arrays in bytes, as they are sent."""
     return sum(array.nbytes for array in weights.values())
 
 
 def use_precision(precision: str, device: str | torch.device) -> contextlib.AbstractContextManager[None]:
-    """bf16 autocast on ``device``, or nothing for fp32 (``auto`` has to be resolved before it comes here)."""
+    """Return a context of bf16 autocast on ``device``, or a null context for fp32. Resolve ``auto`` beforehand."""
     if precision == "bf16":
         return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
     if precision == "fp32":

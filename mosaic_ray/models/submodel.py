@@ -1,10 +1,10 @@
-"""Narrow clients: which channels of a network belong together, the part that a client holds, and that part as a model.
+"""Sub-models of partial-width clients: channel groups of a network, the part that a client holds, and its model.
 
-A *space* is a run of channels that are kept or dropped together wherever they occur. Residual additions, batch norm,
-depthwise convolutions and gates make one space of several layers' channels, as ``channel_flow`` reads off the network's
-graph. Image channels and classes are in no space: every client holds them whole. A width r keeps s = ceil(r n) of a
-space's n channels, and the federated optimisers differ in which. One set per space rather than per layer keeps both
-sides of every residual addition aligned.
+A channel group is a set of channels that are kept or dropped together wherever they occur. Residual additions, batch
+norm, depthwise convolutions and gates put channels of several layers into one group; ``channel_graph`` derives this
+from the network's graph. Image channels and classes are in no group: every client holds all of them. A width r keeps
+s = ceil(r n) of a group's n channels; strategies differ in which ones. One index set per group, instead of one per
+layer, keeps both sides of every residual addition aligned.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.errors import RequestError
 from ..core.types import Weights
-from .channel_graph import follow
+from .channel_graph import trace_channels
 from .classifiers import Classifier
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-#: What a client holds: for each space the channels that it keeps, int64 [ceil(width * n)], rising.
+#: The channels that a client holds of each group: int64 [ceil(width * n)] in ascending order.
 ChannelIndices = tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
-class Channels:
-    """The spaces of a network, numbered from the image to the head, and where its weights have them.
+class ChannelLayout:
+    """The channel groups of a network, numbered from the image to the head, and the axes of its weights.
 
-    ``sizes`` counts their channels, ``layers`` names the first layer of each. ``entries`` has, for every entry of the
-    state dict, an item for each dimension: None where it is held whole, else (space, block): index i belongs to channel
-    i // block. ``heads`` are the entries whose first dimension is the classes.
+    ``sizes`` [groups] are the numbers of channels, ``layers`` the names of the first layer of each group. ``entries``
+    maps each state-dict entry to one item per axis: None if the axis is never cut, else (group, block), where index i
+    belongs to channel i // block. ``heads`` are the entries whose first axis is the classes.
     """
 
     sizes: tuple[int, ...]
@@ -46,56 +46,56 @@ class Channels:
     entries: Mapping[str, tuple[tuple[int, int] | None, ...]]
     heads: tuple[str, ...]
 
-    def reach(self, name: str) -> int:
-        """How many leading dimensions of an entry include all that a client may hold in part."""
-        parted = [axis + 1 for axis, held in enumerate(self.entries[name]) if held is not None]
-        return max(*parted, int(name in self.heads), 0)
+    def num_cut_axes(self, name: str) -> int:
+        """Return the number of leading axes of an entry up to the last one that can be cut (by channel or class)."""
+        cut = [axis + 1 for axis, held in enumerate(self.entries[name]) if held is not None]
+        return max(*cut, int(name in self.heads), 0)
 
-    def place(
+    def part_index(
         self, name: str, shape: Sequence[int], sets: ChannelIndices | None, classes: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...] | None:
-        """Where in the whole entry ``name``, of ``shape``, a client's part of it lies; None: everywhere.
+        """Return the index of a client's part in the full entry ``name`` of ``shape``; None if it is all of it.
 
-        An open mesh (``np.ix_``) over its first ``reach(name)`` dimensions. ``classes`` bool [C] leaves those rows of
-        the head.
+        The index is an open mesh (``np.ix_``) over the first ``num_cut_axes(name)`` axes. ``sets`` are the client's
+        channels, None for all; ``classes`` bool [C] selects rows of the head.
         """
-        reach = self.reach(name)
-        indices = [np.arange(size) for size in shape[:reach]]
-        for axis, held in enumerate(self.entries[name][:reach]):
+        cut = self.num_cut_axes(name)
+        indices = [np.arange(size) for size in shape[:cut]]
+        for axis, held in enumerate(self.entries[name][:cut]):
             if sets is not None and held is not None:
-                space, block = held
-                indices[axis] = (sets[space][:, None] * block + np.arange(block)).ravel()
+                group, block = held
+                indices[axis] = (sets[group][:, None] * block + np.arange(block)).ravel()
         if classes is not None and name in self.heads:
             indices[0] = np.flatnonzero(classes)
-        whole = all(len(index) == size for index, size in zip(indices, shape[:reach], strict=True))
+        whole = all(len(index) == size for index, size in zip(indices, shape[:cut], strict=True))
         return None if whole else np.ix_(*indices)
 
 
-def channels_of(model: nn.Module) -> Channels:
-    """The spaces of ``model``, which may be on the meta device; ``RequestError`` where its graph cannot be followed."""
-    found, logits = follow(model)
-    dims = {name: tuple(dim.settled() for dim in entry) for name, entry in found.items()}
-    partial_width = {dim.space for entry in dims.values() for dim in entry if not dim.space.whole}
-    spaces = sorted(partial_width, key=lambda space: space.depth)
-    number = {space: index for index, space in enumerate(spaces)}
+def channel_layout(model: nn.Module) -> ChannelLayout:
+    """Return the layout of ``model`` (meta device allowed); ``RequestError`` if its graph cannot be followed."""
+    found, logits = trace_channels(model)
+    dims = {name: tuple(dim.find() for dim in entry) for name, entry in found.items()}
+    partial = {dim.group for entry in dims.values() for dim in entry if not dim.group.full}
+    groups = sorted(partial, key=lambda group: group.depth)
+    number = {group: index for index, group in enumerate(groups)}
     entries: dict[str, tuple[tuple[int, int] | None, ...]] = {}
     for name, value in model.state_dict().items():
-        held = [(number[dim.space], dim.block) if dim.space in number else None for dim in dims.get(name, ())]
+        held = [(number[dim.group], dim.block) if dim.group in number else None for dim in dims.get(name, ())]
         entries[name] = (*held, *[None] * (value.ndim - len(held)))
-    heads = tuple(name for name, entry in dims.items() if entry[0].space is logits.space)
-    return Channels(tuple(s.size for s in spaces), tuple(s.layer for s in spaces), entries, heads)
+    heads = tuple(name for name, entry in dims.items() if entry[0].group is logits.group)
+    return ChannelLayout(tuple(s.size for s in groups), tuple(s.layer for s in groups), entries, heads)
 
 
 # --- the part that a client holds ------------------------------------------------------------------------------------
 
 
 def num_kept(width: float, size: int) -> int:
-    """ceil(width * size), but for the dust of floating point: 0.55 of 100 is 55."""
+    """Return ceil(width * size), less rounding errors of floating point: 0.55 of 100 is 55."""
     return math.ceil(width * size - 1e-9)
 
 
-def check_width(channels: Channels, width: float) -> None:
-    """``RequestError`` where ``width`` leaves a layer without channels: where width * n rounds to zero."""
+def check_width(channels: ChannelLayout, width: float) -> None:
+    """Raise ``RequestError`` if ``width`` leaves a layer without channels, that is if width * n rounds to zero."""
     for size, layer in zip(channels.sizes, channels.layers, strict=True):
         if round(width * size) == 0:
             raise RequestError(
@@ -104,12 +104,12 @@ def check_width(channels: Channels, width: float) -> None:
             )
 
 
-def extract(weights: Weights, channels: Channels, sets: ChannelIndices) -> Weights:
-    """The part of whole ``weights`` at ``sets``, as fresh arrays."""
+def extract(weights: Weights, channels: ChannelLayout, sets: ChannelIndices) -> Weights:
+    """Return the part of full ``weights`` at channels ``sets``, as fresh arrays."""
     part = {}
     for name, array in weights.items():
-        place = channels.place(name, array.shape, sets)
-        part[name] = np.array(array) if place is None else np.ascontiguousarray(array[place])
+        index = channels.part_index(name, array.shape, sets)
+        part[name] = np.array(array) if index is None else np.ascontiguousarray(array[index])
     return part
 
 
@@ -117,9 +117,10 @@ def extract(weights: Weights, channels: Channels, sets: ChannelIndices) -> Weigh
 
 
 def fit(model: ModelT, weights: Weights) -> ModelT:
-    """In place: ``model``, whole and freshly built, cut to the shapes of ``weights`` and loaded with a copy of them.
+    """Cut a freshly built full ``model`` in place to the shapes of ``weights``, load a copy of them, and return it.
 
-    On the CPU, also where the model was built on the meta device. ``ValueError`` unless the names are the same.
+    The result is on the CPU, also if the model was built on the meta device. Raises ``ValueError`` unless the names of
+    the entries are equal.
     """
     state = model.state_dict()
     if state.keys() != weights.keys():
@@ -140,13 +141,13 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
     if old is None:
         module._buffers[name] = value
     else:
-        if old.dim() == 4 and not old.is_contiguous():  # laid out by pixel, as `channels_last` has it
+        if old.dim() == 4 and not old.is_contiguous():  # in channels-last format, see `state_dict.channels_last`
             value = value.contiguous(memory_format=torch.channels_last)
         module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 
 def _resize(module: Any) -> None:
-    """A layer's own record of its sizes, after its arrays."""
+    """Set a layer's size attributes to the shapes of its arrays."""
     if isinstance(module, _ConvNd):
         outputs, inputs = module.weight.shape[:2]
         if module.groups > 1:
@@ -165,9 +166,9 @@ def _resize(module: Any) -> None:
 
 @contextlib.contextmanager
 def scale_activations(model: nn.Module, width: float) -> Iterator[None]:
-    """Within the block the outputs of convolutions in training mode are divided by ``width`` (HeteroFL's Scaler).
+    """Divide the outputs of convolutions in training mode by ``width`` inside the block (HeteroFL's Scaler).
 
-    A narrow network then passes on activations of the whole one's size. Nothing is done at width 1.
+    The activations of a partial-width network then have the scale of the full network's. No effect at width 1.
     """
 
     def scale(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:

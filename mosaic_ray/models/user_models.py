@@ -1,4 +1,4 @@
-"""Networks of the user's own: ``model.classifier = my_lab.nets:build``.
+"""Load networks that users define: ``model.classifier = my_lab.nets:build``.
 
 ``build(num_classes, channels, image_size, width)`` is called with these names and returns an ``nn.Module`` that maps
 images [B, channels, H, W] to logits [B, num_classes], with an ``nn.Linear`` as its last step (no softmax after it)::
@@ -7,8 +7,8 @@ images [B, channels, H, W] to logits [B, num_classes], with an ``nn.Linear`` as 
         return nn.Sequential(nn.Conv2d(channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(),
                              nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
-Every process calls it by its name. Ray tells its workers the directory that the command was started in; on a cluster of
-several machines the module has to be there too, or installed.
+Every process imports the function by its name. Ray passes the working directory of the command to its workers; on a
+cluster of several machines the module must exist there too, or be installed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..config.user_code import load_function, users_code
 from ..core.errors import RequestError
 from ..core.seeding import seeded
 
-#: Images of the pass that shows where the head is; batch norm cannot train on one.
+#: Batch size of the forward pass that finds the head; batch norm cannot train on one image.
 NUM_TRIED = 2
 
 
 def user_network(name: str, **asked: int) -> tuple[nn.Module, nn.Linear]:
-    """A fresh network of the function ``name``, as its trunk and its head; ``asked``: the arguments of ``build``."""
+    """Build a fresh network with function ``name`` and arguments ``asked``; returns its trunk and its head."""
     return _split(_built(name, **asked), _head_path(name, **asked))
 
 
@@ -45,7 +45,7 @@ def _built(name: str, **asked: int) -> nn.Module:
 
 
 def _split(network: nn.Module, path: str) -> tuple[nn.Module, nn.Linear]:
-    """``network`` without its last step, and that step; in place."""
+    """Replace the linear layer at ``path`` by the identity in place; returns the network and that layer."""
     head = network.get_submodule(path)
     assert isinstance(head, nn.Linear)
     for alias, module in list(network.named_modules(remove_duplicate=False)):
@@ -56,9 +56,9 @@ def _split(network: nn.Module, path: str) -> tuple[nn.Module, nn.Linear]:
 
 @functools.cache
 def _head_path(name: str, **asked: int) -> str:
-    """Where the network keeps its head: the ``nn.Linear`` whose output is the network's, as a pass of images shows.
+    """Return the module path of the head: the ``nn.Linear`` whose output is the network's, found by a forward pass.
 
-    ``RequestError`` where it has none, or cannot take the images.
+    Raises ``RequestError`` if there is none, or if the network fails on images of this shape.
     """
     what, shape = f"model.classifier = {name}", (NUM_TRIED, asked["num_classes"])
     with seeded(0, "user network"), torch.no_grad():

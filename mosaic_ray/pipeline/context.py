@@ -15,7 +15,7 @@ import numpy as np
 from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
-from ..core.health import in_one_line
+from ..core.health import format_finding
 from ..core.types import Dataset, Finding, ImageSet
 from ..distillation.student_training import DistillTask
 from ..execution.actor_pool import ClientFailure
@@ -245,7 +245,7 @@ class RunContext:
         worst = next((finding for finding in found if finding.severity == "error"), None)
         if self.strict and worst:
             raise RunError(
-                f"{in_one_line(worst)}; --strict-health stops here, the same command without it goes on from here",
+                f"{format_finding(worst)}; --strict-health stops here, the same command without it goes on from here",
                 stage=name, client=worst.client if worst.client >= 0 else None,
             )  # fmt: skip
 

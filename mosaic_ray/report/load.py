@@ -18,7 +18,7 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
 from ..runs.provenance import client_keys, joint_keys
-from ..storage.store import OBJECTS, Damage, StageResult, Store
+from ..storage.store import OBJECTS, DamagedFile, StageResult, Store
 from ..sweeps.results import SCHEMA, read_results
 from ..sweeps.space import conditions
 from .schema import check_plan, check_summary
@@ -171,7 +171,7 @@ class RunReport:
             raise NotAvailable(f'"{key}" names no stage result')
         try:
             manifest = self.store.manifest(OBJECTS, key)
-        except (Damage, RunError) as error:
+        except (DamagedFile, RunError) as error:
             raise NotAvailable(f"the stored result {key} cannot be read: {' '.join(map(str, error.args))}") from None
         if manifest is None:
             raise NotAvailable(f"the store no longer holds {key}; the same command makes it again")

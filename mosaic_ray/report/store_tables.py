@@ -43,16 +43,16 @@ def listing(holdings: Inventory) -> list[RenderableType | str]:
         rows.setdefault(together, []).append(entry)
     table = _table("result", "size", "when")
     table.add_column("used by")
-    for entries in sorted(rows.values(), key=lambda found: max(entry.when for entry in found)):
+    for entries in sorted(rows.values(), key=lambda found: max(entry.modified for entry in found)):
         first = entries[0]
         name = first.key if len(entries) == 1 else f"{first.stage}-... ({len(entries)} of them)"
-        when = datetime.fromtimestamp(max(entry.when for entry in entries)).strftime("%Y-%m-%d %H:%M")
+        when = datetime.fromtimestamp(max(entry.modified for entry in entries)).strftime("%Y-%m-%d %H:%M")
         table.add_row(Text(name), in_words(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
     return [table, "", _totals(holdings)] if rows else ["no results"]
 
 
 def _whose(entry: Entry, users: dict[str, list[str]]) -> str:
-    if not entry.whole:
+    if not entry.finished:
         return "unfinished"
     if entry.kind == CHECKPOINTS:
         return "checkpoint"
@@ -64,9 +64,9 @@ def _whose(entry: Entry, users: dict[str, list[str]]) -> str:
 def _totals(holdings: Inventory) -> str:
     used, results, checkpoints = holdings.used_by(), holdings.of(OBJECTS), holdings.of(CHECKPOINTS)
     idle = [entry for entry in results if entry.key not in used]
-    runs = sum(user.name.startswith("run ") for user in holdings.users)
+    runs = sum(owner.name.startswith("run ") for owner in holdings.owners)
     said = [
-        f"{_sum(results, 'result')}, used by {_count(runs, 'run')} and {_count(len(holdings.users) - runs, 'trial')}"
+        f"{_sum(results, 'result')}, used by {_count(runs, 'run')} and {_count(len(holdings.owners) - runs, 'trial')}"
     ]
     if idle:
         said.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
@@ -85,15 +85,15 @@ def listed(holdings: Inventory) -> dict[str, Any]:
     return {
         "results": [_facts(entry) | {"used_by": users.get(entry.key, [])} for entry in holdings.of(OBJECTS)],
         "checkpoints": [_facts(entry) for entry in holdings.of(CHECKPOINTS)],
-        "users": [{"name": user.name, "status": user.status, "traced": user.sure} for user in holdings.users],
+        "users": [{"name": owner.name, "status": owner.status, "traced": owner.complete} for owner in holdings.owners],
         "bytes": sum(entry.size for entry in holdings.entries),
     }
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
     return {
-        "key": entry.key, "stage": entry.stage, "bytes": entry.size, "whole": entry.whole,
-        "when": datetime.fromtimestamp(entry.when).astimezone().isoformat(timespec="seconds"),
+        "key": entry.key, "stage": entry.stage, "bytes": entry.size, "whole": entry.finished,
+        "when": datetime.fromtimestamp(entry.modified).astimezone().isoformat(timespec="seconds"),
     }  # fmt: skip
 
 
@@ -107,8 +107,8 @@ def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
     if plan.free:
         table = _table(word, "size")
         table.add_column("why")
-        for leftover in plan.free:
-            table.add_row(Text(f"{leftover.what} {leftover.name}"), in_words(leftover.size), Text(leftover.why))
+        for item in plan.free:
+            table.add_row(Text(f"{item.what} {item.name}"), in_words(item.size), Text(item.why))
         parts += [table, ""]
     parts.append(f"{word} {in_words(_bytes(plan.free))} in {_count(len(plan.free), 'place')}")
     parts += [f"stays: {_sum(entries, 'result')}: {why}" for why, entries in _sorted(plan)]
@@ -116,11 +116,11 @@ def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
 
 
 def _bytes(leftovers: Iterable[Garbage]) -> int:
-    return sum(leftover.size for leftover in leftovers)
+    return sum(item.size for item in leftovers)
 
 
 def _sorted(plan: Plan) -> list[tuple[str, list[Entry]]]:
-    return sorted(plan.stay.items(), key=lambda item: -sum(entry.size for entry in item[1]))
+    return sorted(plan.kept.items(), key=lambda item: -sum(entry.size for entry in item[1]))
 
 
 def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def default_name(config: ExperimentConfig) -> str:
     changed = {name: value for name, value in flatten(config).items() if value != KNOBS[name].default}
     tail = stage_key("run", 2, changed, []).rpartition("-")[2][:8]
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
-    return f"{data}-{load("methods", config.method).name}-{config.algorithm}-s{config.seed}-{tail}"
+    method = load("methods", config.method).name
+    return f"{data}-{method}-{config.algorithm}-s{config.seed}-{tail}"
 
 
 def run(
@@ -151,7 +152,7 @@ def execute(
                         folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
                     ) as tracker,
                 ):
-                    store.say = tracker.warn
+                    store.log = tracker.warn
                     if command:
                         tracker.text("run/command", f"    {shlex.join(command)}")
                     train = str(folder / "train") if local else store.where(f"{place}/train")

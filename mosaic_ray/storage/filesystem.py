@@ -1,7 +1,7 @@
-"""The few file operations a store needs, on a local disk or on any other storage that ``pyarrow.fs`` opens.
+"""File operations of a store, on a local disk or any storage that ``pyarrow.fs`` opens, with retries.
 
-Each is tried again while its error is one that may pass: a network that stumbles, a cloud that is busy. Pauses grow and
-jitter; the jitter has no address as other draws have, for it shows in no result.
+Each operation is retried while its error is transient, such as a network failure or a busy cloud. Pauses grow and have
+random jitter, drawn from no seeded stream because it affects no result.
 """
 
 from __future__ import annotations
@@ -20,44 +20,44 @@ from typing import NamedTuple, TypeVar
 
 from pyarrow import ArrowException, fs
 
-from .uri import may_pass, reason
+from .uri import is_transient, reason
 
-#: A temporary file that nobody has written to for so long was left by a writer that was killed.
+#: Seconds without a write after which a temporary file counts as left by a killed writer.
 ABANDONED_SECONDS = 3600.0
-#: How long one operation is tried again; storage that has failed for so long is down.
+#: Seconds for which one operation is retried; storage that fails for longer counts as down.
 PATIENCE_SECONDS = 120.0
-#: The same before anything has started: what is wrong then is more often the request.
+#: The same while storage is opened, when an error is more often a wrong request.
 OPENING_SECONDS = 4.0
-#: An operation that has been tried for so long is worth a word to the user.
+#: Seconds of retries after which the user gets a message.
 TROUBLE_SECONDS = 5.0
-_PAUSES = (0.1, 5.0)  # seconds: the first, the longest
+_PAUSES = (0.1, 5.0)  # seconds: first and longest pause
 _jitter = random.Random()
 _CHUNK = 4 << 20
-_LISTINGS = 10  # so often is a listing made again that neighbours confuse
+_MAX_LISTINGS = 10  # attempts at a listing that concurrent writers disturb
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp$")
 
 T = TypeVar("T")
 
 
 class Stored(NamedTuple):
-    """A file as a listing has it: bytes, and seconds since 1970 by the storage's clock."""
+    """A listed file: size in bytes, and time of the last change in seconds since 1970 by the storage's clock."""
 
     size: int
-    when: float
+    modified: float
 
 
 class Files:
     """Files below a root; names are relative to it. Errors are ``OSError``.
 
-    ``say`` is told once of every operation that has been tried again for a while. ``recovered`` is when the last such
-    one succeeded (``time.monotonic``).
+    ``log`` gets one message for every operation that is retried for longer than ``TROUBLE_SECONDS``. ``recovered`` is
+    the time at which the last such operation succeeded (``time.monotonic``).
     """
 
     def __init__(self, filesystem: fs.FileSystem, root: str, patience: float | None = None) -> None:
-        """``patience``: seconds for which an operation is tried again, instead of ``PATIENCE_SECONDS``."""
+        """``patience``: seconds for which an operation is retried, by default ``PATIENCE_SECONDS``."""
         self.filesystem, self.root = filesystem, root.rstrip("/") or "/"
         self.local = isinstance(filesystem, fs.LocalFileSystem)
-        self.say: Callable[[str], None] = lambda text: None
+        self.log: Callable[[str], None] = lambda text: None
         self.recovered = -math.inf
         self._patience = patience
         self._down = False
@@ -65,48 +65,48 @@ class Files:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def again(self, work: Callable[[], T]) -> T:
-        """What ``work`` answers, tried again while its error may pass, for as long as there is patience.
+    def retry(self, work: Callable[[], T]) -> T:
+        """Return the result of ``work``; retry transient errors until the patience is used up, then raise the last.
 
-        Once that is used up storage counts as down: until something succeeds again, everything is tried once only, so
-        that a run whose storage is gone can end.
+        After that storage counts as down: until an operation succeeds again, each is tried only once, so that a run
+        whose storage is gone can end.
         """
         patience = PATIENCE_SECONDS if self._patience is None else self._patience
-        begun, (pause, longest), troubled = time.monotonic(), _PAUSES, False
+        started, (pause, longest), reported = time.monotonic(), _PAUSES, False
         while True:
             try:
                 found = work()
             except OSError as error:
-                spent = time.monotonic() - begun
-                if not self.may_pass(error):
-                    self._down = False  # an answer, if not the one that was wished for
+                spent = time.monotonic() - started
+                if not self.is_transient(error):
+                    self._down = False  # the storage did answer
                     raise
                 if self._down or spent + pause > patience:
                     self._down = True
                     raise
-                if spent > TROUBLE_SECONDS and not troubled:
-                    troubled = True
-                    self.say(f"storage fails ({reason(error)}); trying again for up to {patience:.0f} s")
-            except ArrowException as error:  # one that pyarrow takes for no file's
+                if spent > TROUBLE_SECONDS and not reported:
+                    reported = True
+                    self.log(f"storage fails ({reason(error)}); trying again for up to {patience:.0f} s")
+            except ArrowException as error:  # a file error that pyarrow raises as another type
                 raise OSError(str(error)) from error
             else:
                 self._down = False
-                if troubled:
+                if reported:
                     self.recovered = time.monotonic()
                 return found
             time.sleep(pause * _jitter.uniform(0.5, 1.0))
             pause = min(2 * pause, longest)
 
-    def may_pass(self, error: OSError) -> bool:
-        """Whether the same may succeed in a moment. A disk's passing errors have numbers."""
-        return bool(error.errno or not self.local) and may_pass(error)
+    def is_transient(self, error: OSError) -> bool:
+        """Check whether a retry may succeed. Transient errors of a local disk always have numbers."""
+        return bool(error.errno or not self.local) and is_transient(error)
 
     def read(self, name: str) -> bytes:
-        """All of a file; what fails half way begins again."""
-        return self.again(lambda: b"".join(self._chunks(name)))
+        """Return the content of a file; a failed read starts over."""
+        return self.retry(lambda: b"".join(self._chunks(name)))
 
     def digest(self, name: str) -> tuple[int, str]:
-        """A file's size and SHA-256, without holding it in memory; what fails half way begins again."""
+        """Return a file's size and SHA-256 without holding it in memory; a failed read starts over."""
 
         def scan() -> tuple[int, str]:
             digest, size = hashlib.sha256(), 0
@@ -115,25 +115,25 @@ class Files:
                 size += len(chunk)
             return size, digest.hexdigest()
 
-        return self.again(scan)
+        return self.retry(scan)
 
     def put(self, name: str, data: bytes) -> None:
-        """``data`` under ``name``: whole or, after an error or a kill, not at all (locally and in object storage)."""
-        self.again(lambda: self._put(self.path(name), data))
+        """Write ``data`` to ``name`` atomically: an error or a kill leaves no partial file (disk or object storage)."""
+        self.retry(lambda: self._put(self.path(name), data))
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.again(lambda: self.filesystem.delete_file(self.path(name)))
+            self.retry(lambda: self.filesystem.delete_file(self.path(name)))
 
     def delete_folder(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self.again(lambda: self.filesystem.delete_dir(self.path(name)))
+            self.retry(lambda: self.filesystem.delete_dir(self.path(name)))
 
     def move(self, folder: str, to: str) -> None:
         """Rename a folder."""
         try:
-            self.again(lambda: self.filesystem.move(self.path(folder), self.path(to)))
-        except FileNotFoundError:  # it was done, though an error came back
+            self.retry(lambda: self.filesystem.move(self.path(folder), self.path(to)))
+        except FileNotFoundError:  # an earlier attempt moved it although it returned an error
             if not self.names(to):
                 raise
 
@@ -141,21 +141,21 @@ class Files:
         return [info.base_name for info in self._list(folder, recursive=False)]
 
     def tree(self, folder: str) -> dict[str, Stored]:
-        """Every file below ``folder``, by its name relative to the root."""
+        """Return every file below ``folder`` by its name relative to the root."""
         files = [info for info in self._list(folder, recursive=True) if info.type == fs.FileType.File]
         start = 0 if self.root == "/" else len(self.root) + 1
         return {info.path[start:]: Stored(info.size, (info.mtime_ns or 0) / 1e9) for info in files}
 
     def exists(self) -> bool:
-        """Whether there is anything at the root."""
-        return self.again(lambda: self.filesystem.get_file_info(self.root)).type != fs.FileType.NotFound
+        """Check whether the root exists."""
+        return self.retry(lambda: self.filesystem.get_file_info(self.root)).type != fs.FileType.NotFound
 
-    def tidy(self, folder: str) -> None:
-        """Remove the temporary files that killed writers left in a local ``folder``; a living writer's are younger."""
+    def remove_abandoned(self, folder: str) -> None:
+        """Remove temporary files older than ``ABANDONED_SECONDS`` from a local ``folder``."""
         if not self.local:
-            return  # there nothing is written beside
+            return  # other storage has no temporary files
         for path in Path(self.path(folder)).glob("*.tmp"):
-            with contextlib.suppress(OSError):  # gone already, or nothing that can be mended here
+            with contextlib.suppress(OSError):  # removed already, or not removable
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
                     path.unlink()
 
@@ -168,39 +168,39 @@ class Files:
         write = write_whole if self.local else self._write_elsewhere
         try:
             write(target, data)
-        except FileNotFoundError:  # a neighbour dropped this checkpoint folder in between; elsewhere, there is none yet
+        except FileNotFoundError:  # the folder was removed meanwhile, or does not exist yet
             if not self.local:
                 self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             write(target, data)
 
     def _write_elsewhere(self, target: str, data: bytes) -> None:
-        # Object storage shows an object when its stream is closed, and pyarrow closes it after an exception too. So
-        # nothing stands between opening and closing but one write of all; where that fails, closing fails as well.
+        # An object appears when its stream is closed, and pyarrow also closes it after an exception. So there is one
+        # write between opening and closing; if that fails, closing fails too.
         with self.filesystem.open_output_stream(target) as sink:
             sink.write(data)
 
     def _list(self, folder: str, recursive: bool) -> list[fs.FileInfo]:
         wanted = fs.FileSelector(self.path(folder), allow_not_found=True, recursive=recursive)
-        for _ in range(_LISTINGS):
+        for _ in range(_MAX_LISTINGS):
             try:
-                return self.again(lambda: self.filesystem.get_file_info(wanted))
-            except FileNotFoundError:  # a neighbour made or removed a folder meanwhile, which confuses pyarrow
+                return self.retry(lambda: self.filesystem.get_file_info(wanted))
+            except FileNotFoundError:  # a concurrent writer added or removed a folder
                 continue
         return []
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is written beside another, to take its place once it is whole."""
+    """Check whether ``name`` is that of a temporary file of ``write_whole``."""
     return bool(_TEMPORARY.search(name))
 
 
 def write_whole(target: str | Path, data: bytes) -> None:
-    """Make the folder, write beside, flush to the disk, rename into place."""
+    """Write a local file atomically: create the folder, write and sync a temporary file, rename it into place."""
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
-    beside = f"{target}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    temporary = f"{target}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             view = memoryview(data)
             while view:
@@ -208,12 +208,12 @@ def write_whole(target: str | Path, data: bytes) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.replace(beside, target)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(beside)
+            os.unlink(temporary)
         raise
-    descriptor = os.open(folder, os.O_RDONLY)  # the rename itself must outlive a power cut
+    descriptor = os.open(folder, os.O_RDONLY)  # sync the rename too, against a power cut
     try:
         os.fsync(descriptor)
     finally:

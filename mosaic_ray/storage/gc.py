@@ -1,4 +1,4 @@
-"""What a storage holds, who uses it, what of it may go, and whether it is sound: behind `mosaic store`."""
+"""List the content of a storage and its owners, collect garbage, verify checksums: the backend of `mosaic store`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any, TypeVar
 from ..core.errors import RequestError, RunError
 from .filesystem import ABANDONED_SECONDS, Stored, is_temporary
 from .locks import LEASES, key_of
-from .store import CHECKPOINTS, MANIFEST, OBJECTS, Damage, Store
+from .store import CHECKPOINTS, MANIFEST, OBJECTS, DamagedFile, Store
 from .uri import reason
 
-#: ``(summary.json, the store, the keys in it)`` -> the keys that it speaks of, and whether these are all.
+#: (content of a summary.json, store, stored keys) -> the keys that the run uses, and whether the list is complete.
 Trace = Callable[[Mapping[str, Any], Store, Container[str]], tuple[set[str], bool]]
 
-_WORKERS = 8  # reads at once: hashing leaves the interpreter to others, and so does waiting for a network
-_LOOKS = 3  # at a result that a living writer replaces meanwhile
-_GC = "gc"  # its own lease: one at a time
+_WORKERS = 8  # threads that read; hashing and network waits release the GIL
+_ATTEMPTS = 3  # at reading a result that a living writer replaces meanwhile
+_GC = "gc"  # key of the lease that garbage collection holds
 
 T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stage's result, or a checkpoint: its files by name, relative to the storage."""
+    """A stage result or a checkpoint, with its files by name relative to the storage."""
 
     kind: str
     key: str
@@ -46,49 +46,49 @@ class Entry:
         return sum(file.size for file in self.files.values())
 
     @property
-    def when(self) -> float:
-        """When it was last written to, seconds since 1970."""
-        return max(file.when for file in self.files.values())
+    def modified(self) -> float:
+        """Time of the last write, in seconds since 1970."""
+        return max(file.modified for file in self.files.values())
 
     @property
-    def whole(self) -> bool:
-        """Whether it has been finished."""
+    def finished(self) -> bool:
+        """Whether its manifest exists."""
         return f"{self.folder}/{MANIFEST}" in self.files
 
 
 @dataclass(frozen=True)
-class User:
-    """A run, a trial or an experiment: what its summary says, and the ``keys`` behind it, all where ``sure``."""
+class Owner:
+    """A run, trial or experiment that uses the results ``keys``; ``complete``: its summary names all of them."""
 
     name: str
     status: str
     keys: frozenset[str]
-    sure: bool
+    complete: bool
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that lies in a storage."""
+    """The content of a storage."""
 
     entries: list[Entry]
-    users: list[User]
-    others: dict[str, Stored]  # files of runs and sweeps, and what was left by killed writers
+    owners: list[Owner]
+    others: dict[str, Stored]  # files of runs and sweeps, and leftovers of killed writers
 
     def of(self, kind: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.kind == kind]
 
     def used_by(self) -> dict[str, list[str]]:
-        """Key -> the names of its users."""
+        """Map each used key to the names of its owners."""
         found: dict[str, list[str]] = {}
-        for user in self.users:
-            for key in user.keys:
-                found.setdefault(key, []).append(user.name)
+        for owner in self.owners:
+            for key in owner.keys:
+                found.setdefault(key, []).append(owner.name)
         return found
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that may go: ``what`` it is, the ``names`` of its files or folder, and why."""
+    """Something to delete: its kind ``what``, the ``name`` of its file or folder, the reason, its size in bytes."""
 
     what: str
     name: str
@@ -99,20 +99,20 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What may go, and what no run needs but stays for now: the reason -> its entries."""
+    """Garbage to delete, and by reason the unused entries that are kept for now."""
 
     free: list[Garbage]
-    stay: dict[str, list[Entry]]
+    kept: dict[str, list[Entry]]
 
 
-# --- what is there ---------------------------------------------------------------------------------------------------
+# --- inventory -------------------------------------------------------------------------------------------------------
 
 
-def survey(store: Store, trace: Trace) -> Inventory:
-    """Everything in ``store``; ``RequestError`` for a summary.json that is not whole."""
+def scan(store: Store, trace: Trace) -> Inventory:
+    """List everything in ``store``; ``RequestError`` for a summary.json that cannot be parsed."""
     files: dict[str, Stored] = {}
     for kind in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps", "experiments") if store.local_root else ())):
-        files |= _told(store, kind, lambda kind=kind: store.files.tree(kind))
+        files |= _or_run_error(store, kind, lambda kind=kind: store.files.tree(kind))
     folders: dict[tuple[str, str], dict[str, Stored]] = {}
     others = {}
     for name, file in files.items():
@@ -122,55 +122,55 @@ def survey(store: Store, trace: Trace) -> Inventory:
         else:
             others[name] = file
     entries = [Entry(kind, key, found) for (kind, key), found in sorted(folders.items())]
-    stored = {entry.key for entry in entries if entry.kind == OBJECTS and entry.whole}
-    return Inventory(entries, _users(store, trace, stored), others)
+    stored = {entry.key for entry in entries if entry.kind == OBJECTS and entry.finished}
+    return Inventory(entries, _owners(store, trace, stored), others)
 
 
-def _users(store: Store, trace: Trace, stored: Container[str]) -> list[User]:
+def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
     places = {f"run {name}": f"runs/{name}" for name in _names(store, "runs")}
     for sweep in _names(store, "sweeps"):
         trials = f"sweeps/{sweep}/trials"
         places |= {f"sweep {sweep}, trial {trial}": f"{trials}/{trial}" for trial in _names(store, trials)}
-    users = []
-    for name, summary in zip(places, _all(lambda place: _summary(store, place), places.values()), strict=True):
+    owners = []
+    for name, summary in zip(places, _map(lambda place: _summary(store, place), places.values()), strict=True):
         if summary is not None:
             try:
-                keys, sure = trace(summary, store, stored)
+                keys, complete = trace(summary, store, stored)
             except (TypeError, KeyError, AttributeError, ValueError):
-                raise _not_whole(store, places[name]) from None
-            users.append(User(name, str(summary.get("status")), frozenset(keys), sure))
+                raise _invalid(store, places[name]) from None
+            owners.append(Owner(name, str(summary.get("status")), frozenset(keys), complete))
     for name in _names(store, "experiments"):
         results = _summary(store, f"experiments/{name}", "results.json")
         if results is not None:
-            users.append(User(f"experiment {name}", "done", frozenset(results.get("keys", ())), True))
-    return users
+            owners.append(Owner(f"experiment {name}", "done", frozenset(results.get("keys", ())), True))
+    return owners
 
 
 def _names(store: Store, folder: str) -> list[str]:
-    return sorted(_told(store, folder, lambda: store.names(folder)))
+    return sorted(_or_run_error(store, folder, lambda: store.names(folder)))
 
 
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
-        summary = json.loads(_told(store, place, lambda: store.read(f"{place}/{file}")))
-    except (FileNotFoundError, NotADirectoryError):  # not ended yet, or killed
+        summary = json.loads(_or_run_error(store, place, lambda: store.read(f"{place}/{file}")))
+    except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
     except (ValueError, RecursionError):
         summary = None
     if not isinstance(summary, dict):
-        raise _not_whole(store, place, file)
+        raise _invalid(store, place, file)
     return summary
 
 
-def _not_whole(store: Store, place: str, file: str = "summary.json") -> RequestError:
+def _invalid(store: Store, place: str, file: str = "summary.json") -> RequestError:
     return RequestError(
         f"--storage {store.uri}: {place}/{file} is not whole, so what that run uses cannot be told; run it "
         "again, or remove its folder"
     )
 
 
-def _told(store: Store, what: str, work: Callable[[], T]) -> T:
-    """``work``'s answer; a failure of the storage in one line."""
+def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
+    """Return the result of ``work``; turn a storage error into ``RunError``, but not a missing file."""
     try:
         return work()
     except (FileNotFoundError, NotADirectoryError):
@@ -179,38 +179,38 @@ def _told(store: Store, what: str, work: Callable[[], T]) -> T:
         raise RunError(f"storage {store.uri}: {reason(error)} while reading {what}") from error
 
 
-def _all(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """``work`` of every item, in order."""
+def _map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Map ``work`` over ``items`` with threads, in order."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         return list(pool.map(work, items))
 
 
-# --- what may go -----------------------------------------------------------------------------------------------------
+# --- garbage ---------------------------------------------------------------------------------------------------------
 
 
 def plan(
-    holdings: Inventory,
+    inventory: Inventory,
     leases: Mapping[str, bool],
     named: Mapping[str, Container[str]],
     older_than: float,
     now: float,
 ) -> Plan:
-    """What may go, as a pure function.
+    """Decide what to delete; a pure function.
 
-    ``leases``: files of leases, and whether their holders live. ``named``: folder -> the files that its manifest names.
-    ``older_than``: seconds for which the results of unfinished runs are kept.
+    ``leases``: lease files, and whether their holders live. ``named``: folder -> files that its manifest names.
+    ``older_than``: age in seconds up to which results without an owner are kept. ``now``: seconds since 1970.
     """
-    used = set().union(*(user.keys for user in holdings.users)) if holdings.users else set()
-    unsure = [user.name for user in holdings.users if not user.sure]
+    used = set().union(*(owner.keys for owner in inventory.owners)) if inventory.owners else set()
+    incomplete = [owner.name for owner in inventory.owners if not owner.complete]
     held = {key_of(name) for name, lives in leases.items() if lives} - {"", _GC}
-    finished = {entry.key for entry in holdings.of(OBJECTS) if entry.whole}
+    finished = {entry.key for entry in inventory.of(OBJECTS) if entry.finished}
     free: list[Garbage] = []
-    stay: dict[str, list[Entry]] = {}
-    for entry in holdings.entries:
+    kept: dict[str, list[Entry]] = {}
+    for entry in inventory.entries:
         is_result = entry.kind == OBJECTS
         if entry.key in held:
             why = "somebody computes it right now"
-        elif is_result and entry.whole and entry.key in used:
+        elif is_result and entry.finished and entry.key in used:
             if old := _unnamed(entry, named.get(entry.folder), now - older_than):
                 size = sum(entry.files[name].size for name in old)
                 free.append(Garbage("files", entry.folder, f"{len(old)} that its manifest does not name", size, entry))
@@ -218,89 +218,89 @@ def plan(
         elif not is_result and entry.key in finished:
             free.append(Garbage("checkpoint", entry.folder, "its stage is finished", entry.size, entry))
             continue
-        elif now - entry.when < older_than:
+        elif now - entry.modified < older_than:
             why = "younger than --older-than; an unfinished run may need it"
-        elif held:  # whose earlier results have no name yet
+        elif held:  # earlier results of running runs are in no summary yet
             why = f"runs are at work in this storage ({', '.join(sorted(held)[:2])}) and may need it"
-        elif unsure and entry.stage in ("generator", "judged"):
-            why = f"{unsure[0]} may use it: its summary.json does not tell"
+        elif incomplete and entry.stage in ("generator", "judged"):
+            why = f"{incomplete[0]} may use it: its summary.json does not tell"
         else:
             what = "result" if is_result else "checkpoint"
-            why = "no run or trial uses it" if entry.whole else "it was never finished"
+            why = "no run or trial uses it" if entry.finished else "it was never finished"
             free.append(Garbage(what, entry.folder, why, entry.size, entry))
             continue
-        stay.setdefault(why, []).append(entry)
-    gone = {name for leftover in free if leftover.entry and leftover.what != "files" for name in leftover.entry.files}
-    inside = {name: file for entry in holdings.entries for name, file in entry.files.items() if name not in gone}
-    for name, file in (inside | holdings.others).items():
-        if _left_behind(name) and now - file.when > ABANDONED_SECONDS:
+        kept.setdefault(why, []).append(entry)
+    gone = {name for item in free if item.entry and item.what != "files" for name in item.entry.files}
+    inside = {name: file for entry in inventory.entries for name, file in entry.files.items() if name not in gone}
+    for name, file in (inside | inventory.others).items():
+        if _is_leftover(name) and now - file.modified > ABANDONED_SECONDS:
             free.append(Garbage("temporary file", name, "its writer was killed", file.size))
     free += [
         Garbage("lease", f"{LEASES}/{name}", "its holder is gone", 0) for name, lives in leases.items() if not lives
     ]
-    return Plan(free, stay)
+    return Plan(free, kept)
 
 
 def _unnamed(entry: Entry, named: Container[str] | None, before: float) -> list[str]:
-    """Payloads of a result that its manifest has not, written long ago."""
+    """Return the payloads of a result that its manifest does not name, last written ``before`` (seconds since 1970)."""
     if named is None:
         return []
     return [
         name
         for name, file in entry.files.items()
         if name.rpartition("/")[2].startswith("part-") and not is_temporary(name) and name not in named
-        if file.when < before
+        if file.modified < before
     ]
 
 
-def _left_behind(name: str) -> bool:
+def _is_leftover(name: str) -> bool:
     return is_temporary(name) or name.startswith(f"{OBJECTS}/.probe-")
 
 
-def collect(store: Store, trace: Trace, older_than: float, *, dry_run: bool) -> Plan:
-    """Free what no run or trial needs, or (``dry_run``) only say what that is; returns what was freed."""
+def collect_garbage(store: Store, trace: Trace, older_than: float, *, dry_run: bool) -> Plan:
+    """Delete what no run or trial needs and return it; with ``dry_run`` only return it."""
     if dry_run:
-        return _planned(store, trace, older_than)
+        return _make_plan(store, trace, older_than)
     lease = store.try_lease(_GC)
     if lease is None:
         raise RequestError(f"--storage {store.uri}: another `mosaic store gc` is at work in it; wait for it to end")
     with lease:
-        planned = _planned(store, trace, older_than)
+        made = _make_plan(store, trace, older_than)
         try:
-            freed = [leftover for leftover in planned.free if _remove(store, leftover, older_than)]
+            freed = [item for item in made.free if _remove(store, item, older_than)]
         except OSError as error:
             raise RunError(f"storage {store.uri}: {reason(error)} while freeing") from error
-    return Plan(freed, planned.stay)
+    return Plan(freed, made.kept)
 
 
-def _planned(store: Store, trace: Trace, older_than: float) -> Plan:
-    # Leases first: who lets go of one afterwards has stored a result, which is then young.
-    leases = {name: lives for name, lives in store.leases.survey().items() if not (lives and key_of(name) == _GC)}
-    holdings = survey(store, trace)
-    used = holdings.used_by()
-    asked = [entry for entry in holdings.of(OBJECTS) if entry.whole and entry.key in used]
-    named = dict(zip((entry.folder for entry in asked), _all(lambda e: _named(store, e), asked), strict=True))
-    sure = {folder: names for folder, names in named.items() if names is not None}
-    return plan(holdings, leases, sure, older_than, time.time())
+def _make_plan(store: Store, trace: Trace, older_than: float) -> Plan:
+    # Leases first: a lease that is released later means a new result, which is then young enough to be kept.
+    leases = {name: lives for name, lives in store.leases.scan().items() if not (lives and key_of(name) == _GC)}
+    inventory = scan(store, trace)
+    used = inventory.used_by()
+    asked = [entry for entry in inventory.of(OBJECTS) if entry.finished and entry.key in used]
+    named = dict(zip((entry.folder for entry in asked), _map(lambda e: _named(store, e), asked), strict=True))
+    complete = {folder: names for folder, names in named.items() if names is not None}
+    return plan(inventory, leases, complete, older_than, time.time())
 
 
 def _named(store: Store, entry: Entry) -> set[str] | None:
-    """Files that an entry's manifest names; None where it is damaged or gone."""
+    """Return the files that an entry's manifest names; None if the manifest is damaged or missing."""
     try:
         manifest = store.manifest(entry.kind, entry.key)
-    except Damage:
+    except DamagedFile:
         return None
     return None if manifest is None else {f"{entry.folder}/{file['name']}" for file in manifest["files"].values()}
 
 
-def _remove(store: Store, leftover: Garbage, older_than: float) -> bool:
-    """Whether it could be removed: nobody took it up in the meantime."""
-    if leftover.what == "lease":
-        store.leases.clear(leftover.name.partition("/")[2])
+def _remove(store: Store, item: Garbage, older_than: float) -> bool:
+    """Delete ``item``; False if its key was leased or its files changed since the inventory."""
+    if item.what == "lease":
+        store.leases.clear(item.name.partition("/")[2])
         return True
-    entry = leftover.entry
+    entry = item.entry
     if entry is None:
-        store.files.delete(leftover.name)
+        store.files.delete(item.name)
         return True
     lease = store.try_lease(entry.key)
     if lease is None:
@@ -308,21 +308,21 @@ def _remove(store: Store, leftover: Garbage, older_than: float) -> bool:
     with lease:
         if store.files.tree(entry.folder) != entry.files:
             return False
-        if leftover.what == "files":
+        if item.what == "files":
             for name in _unnamed(entry, _named(store, entry), time.time() - older_than):
                 store.files.delete(name)
         else:
-            store.files.delete(f"{entry.folder}/{MANIFEST}")  # first: without it nobody takes the rest for a result
+            store.files.delete(f"{entry.folder}/{MANIFEST}")  # first: without a manifest the rest is no result
             store.files.delete_folder(entry.folder)
     return True
 
 
-# --- whether it is sound ---------------------------------------------------------------------------------------------
+# --- verification ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How much was hashed, and what is wrong: folder -> why."""
+    """Number of entries and bytes that were hashed, and damaged folders with the reason."""
 
     results: int
     size: int
@@ -331,29 +331,29 @@ class Verdict:
 
 def verify(store: Store) -> Verdict:
     """Hash every byte of every finished result and checkpoint."""
-    holdings = survey(store, lambda summary, store, stored: (set(), True))
-    asked = [entry for entry in holdings.entries if entry.whole]
-    whys = _all(lambda entry: _damage(store, entry), asked)
-    damaged = {entry.folder: why for entry, why in zip(asked, whys, strict=True) if why}
+    inventory = scan(store, lambda summary, store, stored: (set(), True))
+    asked = [entry for entry in inventory.entries if entry.finished]
+    reasons = _map(lambda entry: _damage(store, entry), asked)
+    damaged = {entry.folder: why for entry, why in zip(asked, reasons, strict=True) if why}
     return Verdict(len(asked), sum(entry.size for entry in asked), damaged)
 
 
 def _damage(store: Store, entry: Entry) -> str | None:
-    for _ in range(_LOOKS):
+    for _ in range(_ATTEMPTS):
         before = _bytes(store, entry)
         try:
             if manifest := store.manifest(entry.kind, entry.key):
                 store.verify(entry.kind, manifest)
             return None
-        except Damage as damage:
+        except DamagedFile as damage:
             why = "{}: {}".format(*damage.args)
         if _bytes(store, entry) == before:
             return why
-    return None  # a living writer replaces it again and again, as it does a checkpoint
+    return None  # a living writer keeps replacing it, like a checkpoint
 
 
 def _bytes(store: Store, entry: Entry) -> bytes | None:
-    """The manifest as it lies there; None where it cannot be read."""
+    """Return the bytes of the manifest; None if it cannot be read."""
     try:
         return store.files.read(f"{entry.folder}/{MANIFEST}")
     except OSError:

@@ -1,4 +1,4 @@
-"""Plain values in one JSON spelling, and the keys made of it."""
+"""Canonical JSON of plain values, and the stage keys that are hashes of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 
-def plain(value: Any, where: str) -> Any:
-    """``value`` as JSON holds it, losing nothing; ``ValueError`` names the place of what would be lost."""
+def to_json_value(value: Any, where: str) -> Any:
+    """Convert ``value`` to JSON types without loss (numpy scalars and tuples are allowed).
+
+    Raises ``ValueError`` for anything else, such as NaN, naming its place below ``where``.
+    """
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, bool | int | str):
@@ -25,21 +28,23 @@ def plain(value: Any, where: str) -> Any:
         for name in value:
             if not isinstance(name, str):
                 raise ValueError(f"{where}: key {name!r} is not a word")
-        return {name: plain(item, f"{where}.{name}") for name, item in value.items()}
+        return {name: to_json_value(item, f"{where}.{name}") for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [to_json_value(item, f"{where}[{index}]") for index, item in enumerate(value)]
     raise ValueError(f"{where}: a {type(value).__name__} is no fact; arrays belong into parts")
 
 
-def canonical(value: Any) -> bytes:
-    """The one JSON spelling of a plain value: sorted keys, floats by ``repr``, ASCII."""
+def canonical_json(value: Any) -> bytes:
+    """Encode a plain value as JSON with sorted keys, floats by ``repr``, in ASCII: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def stage_key(stage: str, version: int, knobs: Mapping[str, Any], upstream: Sequence[str]) -> str:
-    """``stage-`` and 20 hex digits that change with any of the arguments; equal on every machine.
+    """Return ``stage-`` and 20 hex digits of the SHA-256 of the arguments; equal on every machine.
 
-    Knobs may nest and hold numpy scalars; tuples count as lists; the order of ``upstream`` counts, that of knobs not.
+    Knobs may nest and hold numpy scalars; tuples count as lists. The order of ``upstream`` matters, the order of knobs
+    does not.
     """
-    asked = {"stage": stage, "version": int(version), "knobs": plain(knobs, "knobs"), "upstream": list(upstream)}
-    return f"{stage}-{hashlib.sha256(canonical(asked)).hexdigest()[:20]}"
+    values = to_json_value(knobs, "knobs")
+    asked = {"stage": stage, "version": int(version), "knobs": values, "upstream": list(upstream)}
+    return f"{stage}-{hashlib.sha256(canonical_json(asked)).hexdigest()[:20]}"

@@ -1,13 +1,15 @@
-"""Leases: of several runs that miss one stage result, one computes it and the others wait for that one.
+"""Leases: one of several runs computes a missing stage result while the others wait for it.
 
-On a local disk, shared ones too, a lease is a lock of the kernel's on ``leases/<key>``, gone in the moment in which
-its holder is. Other storage knows no locks. There a lease is two small objects that nobody else writes: the claim,
-``leases/<key>~<owner>``, and the owner's beat, ``leases/~<owner>``, a counter that grows as long as the owner lives.
-A watcher takes an owner for dead when it has seen the same beat for ``TTL_SECONDS`` of its own clock; the clocks of
-two machines are never compared, and a watcher whose own storage failed for a while begins to count anew. This is as
-good as the storage is consistent and the network quick: an owner that stalls for longer, or that alone cannot reach the
-storage, loses its lease without knowing. Then a result is computed twice, which costs time and nothing else, since
-results are deterministic and writers of one key cannot spoil each other; the two may drop each other's checkpoints.
+On a local or shared disk a lease is a kernel lock on ``leases/<key>``, which ends with the process that holds it.
+Other storage has no locks. There a lease is two small objects that only their owner writes: the claim,
+``leases/<key>~<owner>``, and the owner's heartbeat, ``leases/~<owner>``, a counter that grows while the owner lives.
+A process takes an owner for dead after it has read the same heartbeat for ``TTL_SECONDS`` of its own clock. Clocks of
+two machines are never compared, and a process starts counting again after its own storage failed for a while.
+
+This needs consistent storage and a quick network: an owner that stalls for longer than ``TTL_SECONDS``, or that alone
+cannot reach the storage, loses its lease without noticing. Then a result is computed twice. That costs time only:
+results are deterministic, and writers of one key cannot damage each other's files. The two may delete each other's
+checkpoints.
 """
 
 from __future__ import annotations
@@ -28,33 +30,33 @@ from types import TracebackType
 from .filesystem import Files
 
 LEASES = "leases"
-BEAT_SECONDS = 2.0
+HEARTBEAT_SECONDS = 2.0
 TTL_SECONDS = 12.0
-#: Looks at, and seconds between them, whether all others that claimed in the same moment have withdrawn.
-_LOOKS, _LOOK_SECONDS = 10, 0.1
+#: Number of checks for rivals that claimed at the same moment, and seconds between them.
+_CHECKS, _CHECK_SECONDS = 10, 0.1
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-#: A claim's or a beat's name: the key, and the owner.
+#: File name of a claim (key~owner) or a heartbeat (~owner).
 _CLAIM = re.compile("(.*)~([0-9a-f]{32})")
 _now = time.monotonic
 
 
 def key_of(name: str) -> str:
-    """The key that a file of a lease is about; "" for an owner's beat."""
+    """Return the key that a lease file belongs to; "" for an owner's heartbeat."""
     claim = _CLAIM.fullmatch(name)
     return claim[1] if claim else name
 
 
 class Lease:
-    """The sole right to compute a key, until ``release``, the end of the ``with`` block, or the holder's death."""
+    """The exclusive right to compute a key until ``release``, the end of the ``with`` block, or the process's death."""
 
-    def __init__(self, let_go: Callable[[], None]) -> None:
-        self._let_go: Callable[[], None] | None = let_go
+    def __init__(self, on_release: Callable[[], None]) -> None:
+        self._on_release: Callable[[], None] | None = on_release
 
     def release(self) -> None:
-        """Let the next one have it; again is harmless."""
-        let_go, self._let_go = self._let_go, None
-        if let_go:
-            let_go()
+        """Give up the lease. Further calls have no effect."""
+        on_release, self._on_release = self._on_release, None
+        if on_release:
+            on_release()
 
     def __enter__(self) -> Lease:
         return self
@@ -66,27 +68,27 @@ class Lease:
 
 
 class Leases:
-    """One store's leases. Neither two stores nor two threads of one store can hold the same key."""
+    """The leases of one store. A key is held by at most one thread of one store at a time."""
 
     def __init__(self, files: Files) -> None:
         self._files = files
         self._claims = None if files.local else _Claims(files)
 
     def take(self, key: str) -> Lease | None:
-        """The lease on ``key``; None where somebody holds it. Does not wait for them."""
+        """Try to acquire the lease on ``key`` without waiting; None if another holder has it."""
         if self._claims is None:
             try:
-                return self._files.again(lambda: _lock(self._path(key)))
+                return self._files.retry(lambda: _lock(self._path(key)))
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
                 self._claims = _Claims(self._files)  # a file system without locks, as some clusters mount theirs
         return self._claims.take(key)
 
-    def survey(self) -> dict[str, bool]:
-        """Every file that leases are made of, by name, and whether its holder lives.
+    def scan(self) -> dict[str, bool]:
+        """Return every lease file by name, and whether its holder lives.
 
-        Where there are claims this takes as long as one of their owners is silent, at most ``TTL_SECONDS``.
+        With claims of other owners this waits for their heartbeats, ``TTL_SECONDS`` at most.
         """
         claims = {name: _CLAIM.fullmatch(name) for name in self._files.names(LEASES)}
         own = {self._claims.owner} if self._claims else set()
@@ -97,7 +99,7 @@ class Leases:
         }
 
     def clear(self, name: str) -> None:
-        """Remove a file that ``survey`` found without a holder."""
+        """Remove a lease file that ``scan`` reported without a living holder."""
         if self._claims or _CLAIM.fullmatch(name):
             self._files.delete(f"{LEASES}/{name}")
         elif lease := _lock(self._path(name)):
@@ -108,7 +110,7 @@ class Leases:
 
 
 def _lock(path: Path) -> Lease | None:
-    """The kernel's lock on ``path``; the file is there only as long as somebody holds or wants it."""
+    """Lock ``path`` with ``flock``, creating the file; None if it is locked. Releasing removes the file."""
     while True:
         os.makedirs(path.parent, exist_ok=True)
         with contextlib.ExitStack() as undo:
@@ -118,7 +120,7 @@ def _lock(path: Path) -> Lease | None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return None
-            # The last holder may have removed the file after it was opened here: such a lock excludes nobody.
+            # The previous holder may have removed the file after it was opened here: such a lock excludes nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     undo.pop_all()
@@ -126,13 +128,13 @@ def _lock(path: Path) -> Lease | None:
 
 
 def _unlock(path: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # a file that stays is locked by the next one as it is
+    with contextlib.suppress(OSError):  # a remaining file does not block the next lock
         os.unlink(path)
     os.close(descriptor)
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether somebody holds the kernel's lock on ``path``."""
+    """Check whether ``path`` is locked."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -145,66 +147,66 @@ def _is_locked(path: Path) -> bool:
 
 
 def _living_owners(files: Files, owners: set[str]) -> set[str]:
-    """Those whose beat changes within ``TTL_SECONDS``."""
+    """Return the owners whose heartbeat changes within ``TTL_SECONDS``."""
 
-    def beat(owner: str) -> bytes | None:
+    def heartbeat(owner: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
             return files.read(f"{LEASES}/~{owner}")
         return None
 
-    first, living, begun = {owner: beat(owner) for owner in owners}, set(), _now()
-    silent = {owner for owner, found in first.items() if found is not None}  # without a beat nobody lives
-    while silent and _now() - max(begun, files.recovered) < TTL_SECONDS:
-        time.sleep(BEAT_SECONDS / 4)
-        living |= {owner for owner in silent if beat(owner) not in (first[owner], None)}
+    first, living, started = {owner: heartbeat(owner) for owner in owners}, set(), _now()
+    silent = {owner for owner, found in first.items() if found is not None}  # no heartbeat: dead
+    while silent and _now() - max(started, files.recovered) < TTL_SECONDS:
+        time.sleep(HEARTBEAT_SECONDS / 4)
+        living |= {owner for owner in silent if heartbeat(owner) not in (first[owner], None)}
         silent -= living
     return living
 
 
 class _Claims:
-    """Leases where there are no locks: see the module's head."""
+    """Leases for storage without locks, made of claims and heartbeats (see the module docstring)."""
 
     def __init__(self, files: Files) -> None:
         self._files, self.owner = files, uuid.uuid4().hex
-        self._guard = threading.Lock()  # one thread at a time; the beat goes on without it
+        self._guard = threading.Lock()  # not taken by the heartbeat thread
         self._held: set[str] = set()
-        self._count = 0  # never begins anew: an equal count means that no beat came in between
+        self._count = 0  # never reset: equal counts mean that no heartbeat came in between
         self._stop = threading.Event()
-        self._beating: threading.Thread | None = None
-        self._seen: dict[str, tuple[bytes, float]] = {}  # another owner's beat, and when it was first seen so
+        self._heartbeat: threading.Thread | None = None
+        self._seen: dict[str, tuple[bytes, float]] = {}  # owner -> (heartbeat, time it was first seen)
 
     def take(self, key: str) -> Lease | None:
         with self._guard:
             if key in self._held or self._rivals(key):
                 return None
             with contextlib.ExitStack() as undo:
-                undo.callback(self._rest)
-                self._wake()
+                undo.callback(self._stop_heartbeat)
+                self._start_heartbeat()
                 undo.callback(self._withdraw, key)
                 self._files.put(f"{LEASES}/{key}~{self.owner}", b"")
-                if not self._alone(key):
+                if not self._is_sole_claimant(key):
                     return None
                 self._held.add(key)
                 undo.pop_all()
-                return Lease(partial(self._let_go, key))
+                return Lease(partial(self._on_release, key))
 
-    def _alone(self, key: str) -> bool:
-        """Whether nobody else claims ``key`` now that the own claim is there for them to see.
+    def _is_sole_claimant(self, key: str) -> bool:
+        """Check for rival claims of ``key`` after ours was written; True if there are none.
 
-        Each puts first and looks then, so of two at least one sees the other, and no two are ever alone. The smallest
-        name looks again while the others withdraw, so that in the end somebody is.
+        Every owner writes its claim before it checks, so of two rivals at least one sees the other and never do both
+        win. The owner with the smallest name repeats the check while the others withdraw, so that one wins in the end.
         """
-        for _ in range(_LOOKS):
+        for _ in range(_CHECKS):
             rivals = self._rivals(key)
             if not rivals:
                 return True
             if min(rivals) < self.owner:
                 return False
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_CHECK_SECONDS)
         return False
 
     def _rivals(self, key: str) -> list[str]:
-        """Other owners, alive as far as can be seen, that claim ``key``; dead ones' claims are removed."""
+        """Return the other living owners that claim ``key``, and remove the claims of dead ones."""
         alive = []
         for name in self._files.names(LEASES):
             claimed, _, owner = name.rpartition("~")
@@ -218,47 +220,47 @@ class _Claims:
 
     def _is_alive(self, owner: str) -> bool:
         try:
-            beat = self._files.read(f"{LEASES}/~{owner}")
-        except FileNotFoundError:  # the beat comes before the first claim and goes after the last
+            heartbeat = self._files.read(f"{LEASES}/~{owner}")
+        except FileNotFoundError:  # written before the first claim, removed after the last
             return False
         before, since = self._seen.get(owner, (None, 0.0))
-        if beat != before:
-            self._seen[owner] = beat, _now()
+        if heartbeat != before:
+            self._seen[owner] = heartbeat, _now()
             return True
         return _now() - max(since, self._files.recovered) < TTL_SECONDS
 
-    def _wake(self) -> None:
-        """Begin to beat, unless it goes on already."""
-        if self._beating is None:
-            self._put_beat()
+    def _start_heartbeat(self) -> None:
+        """Start the heartbeat thread unless it runs."""
+        if self._heartbeat is None:
+            self._write_heartbeat()
             self._stop.clear()
-            self._beating = threading.Thread(target=self._beat, daemon=True, name="lease-beat")
-            self._beating.start()
+            self._heartbeat = threading.Thread(target=self._run_heartbeat, daemon=True, name="lease-heartbeat")
+            self._heartbeat.start()
 
-    def _beat(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # tried again for long already; others may have taken over
-                self._put_beat()
+    def _run_heartbeat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):  # retried for long already; another owner may have taken over
+                self._write_heartbeat()
 
-    def _put_beat(self) -> None:
+    def _write_heartbeat(self) -> None:
         self._count += 1
         self._files.put(f"{LEASES}/~{self.owner}", str(self._count).encode())
 
-    def _rest(self) -> None:
-        """Stop beating where there is nothing to hold."""
-        if self._beating and not self._held:
+    def _stop_heartbeat(self) -> None:
+        """Stop the heartbeat thread and remove the heartbeat unless a lease is held."""
+        if self._heartbeat and not self._held:
             self._stop.set()
-            self._beating.join()  # a beat under way would come back after its removal
-            self._beating = None
+            self._heartbeat.join()  # a write under way would restore the file
+            self._heartbeat = None
             with contextlib.suppress(OSError):
                 self._files.delete(f"{LEASES}/~{self.owner}")
 
     def _withdraw(self, key: str) -> None:
-        with contextlib.suppress(OSError):  # the claim is worth nothing without its beat
+        with contextlib.suppress(OSError):  # a claim without a heartbeat has no effect
             self._files.delete(f"{LEASES}/{key}~{self.owner}")
 
-    def _let_go(self, key: str) -> None:
+    def _on_release(self, key: str) -> None:
         with self._guard:
             self._held.discard(key)
             self._withdraw(key)
-            self._rest()
+            self._stop_heartbeat()

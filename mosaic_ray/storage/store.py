@@ -1,15 +1,15 @@
-"""Stage results under the hash of what they depend on, so that a killed run resumes and a sweep pays once.
+"""Store stage results under a hash of their inputs, so that killed runs resume and trials of a sweep share results.
 
-Layout under the storage path, local or any URI that ``pyarrow.fs`` opens::
+Layout below the storage path, which is local or any URI that ``pyarrow.fs`` opens::
 
     objects/<key>/manifest.json                      facts, session, and each payload's name, size and SHA-256
     objects/<key>/part-<12 hex of SHA-256>.safetensors
     checkpoints/<key>/...                            the same format; a new save replaces the old one
-    leases/...                                       who computes what right now; see ``leases``
+    leases/...                                       keys that are being computed; see ``locks``
 
-A result exists once its manifest does. The manifest is written last and appears whole (locally a temporary file is
-renamed into place, elsewhere it is a single put), and payloads are named by content, so a kill at any moment leaves
-the old result or the new one, and writers of one key cannot spoil each other. What a killed writer leaves is not read.
+A result exists once its manifest does. The manifest is written last and atomically (a temporary file that is renamed,
+or a single put), and payloads are named by content. So a kill at any moment leaves the old result or the new one, and
+writers of one key cannot damage each other's files. Leftovers of killed writers are never read.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import safetensors.numpy
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
 from .filesystem import OPENING_SECONDS, Files
-from .hashing import canonical, plain
-from .hashing import stage_key as stage_key  # where others look for it
+from .hashing import canonical_json, to_json_value
+from .hashing import stage_key as stage_key  # part of this module's interface
 from .locks import Lease, Leases
-from .uri import CREDENTIALS, below, open_uri, reason, remedy, without_secrets
+from .uri import CREDENTIALS, join, open_uri, reason, redacted, remedy
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -47,33 +47,33 @@ Parts = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class CorruptResult(RunError):
-    """A payload vanished or changed after ``Store.get`` verified it; asking ``get`` again gives None."""
+    """A payload vanished or changed after ``Store.get`` verified it; the next ``get`` returns None."""
 
     def __init__(self, key: str, part: str, why: str) -> None:
         super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}')
         self.key, self.part, self.why = key, part, why
 
     def at(self, stage: str) -> CorruptResult:
-        """See ``RunError``; stays what it is, so that the run can begin again."""
+        """Add the stage as ``RunError.at`` does, keeping the type, so that the run can start over."""
         located = CorruptResult(self.key, self.part, self.why)
         located.stage = self.stage or stage
         return located
 
 
-class Damage(Exception):
-    """``(file name, why)``: a stored file is not what its manifest says."""
+class DamagedFile(Exception):
+    """A stored file differs from its manifest; the arguments are (file name, reason)."""
 
 
 def _name(key: str) -> str:
-    """``key``, if it can be the name of a file."""
+    """Return ``key`` if it is a valid file name, else raise ``ValueError``."""
     if not key or key.startswith(".") or "/" in key:
         raise ValueError(f"{key!r} cannot name a stage result")
     return key
 
 
 def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """``arrays`` as safetensors."""
-    # safetensors writes the buffer as it lies in memory, so a transposed view would silently come back shuffled
+    """Encode ``arrays`` as safetensors; ``ValueError`` for an unsupported dtype."""
+    # safetensors writes the buffer in memory order, so a transposed view would silently be stored wrong.
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     try:
         return safetensors.numpy.save(whole)
@@ -83,7 +83,7 @@ def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 class StageResult:
-    """A finished stage: ``facts`` (plain JSON) and named ``parts`` of arrays, read from the store when asked for."""
+    """A finished stage: ``facts`` (plain JSON), and named ``parts`` of arrays that ``load`` reads from the store."""
 
     def __init__(self, store: Store, folder: str, manifest: Mapping[str, Any]) -> None:
         self._store, self._folder, self._entries = store, folder, manifest["files"]
@@ -92,16 +92,16 @@ class StageResult:
         self.parts: tuple[str, ...] = tuple(self._entries)
 
     def load(self, part: str) -> Weights:
-        """The arrays of ``part``, in the order in which they were added: fresh, writable copies.
+        """Return fresh, writable arrays of ``part``, in the order in which they were added.
 
-        The bytes are hashed again here; ``CorruptResult`` where they vanished or changed since ``get``, ``RunError``
-        where the storage fails.
+        The bytes are hashed again. Raises ``CorruptResult`` if they vanished or changed since ``get``, ``RunError`` if
+        the storage fails.
         """
         entry = self._entries[part]
         try:
             data = self._store._files.read(f"{self._folder}/{entry['name']}")
         except OSError as error:
-            self._store._unless_damaged(error, self._folder, self.key)
+            self._store._raise_if_storage_down(error, self._folder, self.key)
             raise CorruptResult(self.key, part, reason(error)) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptResult(self.key, part, "its SHA-256 differs")
@@ -110,14 +110,14 @@ class StageResult:
 
 
 class StageWriter:
-    """A result in the making; nothing of it can be seen until ``commit``."""
+    """Writes a result part by part; it becomes visible at ``commit``."""
 
-    def __init__(self, store: Store, room: str, key: str) -> None:
-        self._store, self._room, self._key = store, room, _name(key)
+    def __init__(self, store: Store, kind: str, key: str) -> None:
+        self._store, self._kind, self._key = store, kind, _name(key)
         self._entries: dict[str, dict[str, Any]] = {}
 
     def add(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write ``arrays`` (numbers of any shape) as one file now, so that nothing of them need stay in memory."""
+        """Write numeric ``arrays`` of any shape as one file immediately, so that the caller can free them."""
         data = _encode(part, arrays)
         digest = hashlib.sha256(data).hexdigest()
         name = f"part-{digest[:12]}.safetensors"
@@ -125,36 +125,36 @@ class StageWriter:
         self._entries[part] = {"name": name, "size": len(data), "sha256": digest, "arrays": list(arrays)}
 
     def commit(self, facts: Mapping[str, Any]) -> StageResult:
-        """Make the result visible, all at once. ``facts`` come back as JSON holds them (tuples as lists)."""
+        """Make the result visible atomically. ``facts`` are converted to JSON types (tuples become lists)."""
         manifest = {
             "key": self._key,
             "version": FORMAT,
             "session": self._store.session,
-            "facts": plain(facts, "facts"),
+            "facts": to_json_value(facts, "facts"),
             "files": dict(self._entries),
         }
         # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
-        sealed = manifest | {"sha256": hashlib.sha256(canonical(manifest)).hexdigest()}
+        sealed = manifest | {"sha256": hashlib.sha256(canonical_json(manifest)).hexdigest()}
         self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
-        if self._room == OBJECTS:
+        if self._kind == OBJECTS:
             self._store.used.add(self._key)
-        return StageResult(self._store, f"{self._room}/{self._key}", manifest)
+        return StageResult(self._store, f"{self._kind}/{self._key}", manifest)
 
     def _put(self, name: str, data: bytes) -> None:
         try:
-            self._store._files.put(f"{self._room}/{self._key}/{name}", data)
+            self._store._files.put(f"{self._kind}/{self._key}/{name}", data)
         except OSError as error:
-            raise self._store._failure(error, f"writing {self._room}/{self._key}", self._key) from error
+            raise self._store._run_error(error, f"writing {self._kind}/{self._key}", self._key) from error
 
 
 class Store:
-    """Results and checkpoints under ``uri``: a local path, or file://, s3://, gs:// and what else pyarrow.fs knows.
+    """Results and checkpoints below ``uri``: a local path, file://, s3://, gs:// or another URI of ``pyarrow.fs``.
 
-    Everything written is marked with the ``session``, of which each store has its own unless one is given.
-    ``create=False``: ``RequestError`` where nothing is stored yet.
-    ``fresh`` hides whatever another session wrote; writing still replaces it.
-    ``say`` is told, in a line, of every damaged result that will be computed again, and of storage in trouble.
-    What fails for a while only is tried again (``files``); ``RunError`` where it goes on.
+    Everything written is marked with ``session``, a new name for each store unless given.
+    ``create=False``: raise ``RequestError`` if nothing is stored there yet.
+    ``fresh``: ignore results of other sessions; writing still replaces them.
+    ``log`` gets one line for every damaged result that will be computed again, and for storage that keeps failing.
+    Transient errors are retried (see ``filesystem``); ``RunError`` if they last.
     """
 
     def __init__(
@@ -164,28 +164,28 @@ class Store:
         fresh: bool = False,
         session: str | None = None,
         create: bool = True,
-        say: Callable[[str], None] | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self.uri, self.fresh = os.fspath(uri), fresh
-        if (shown := without_secrets(self.uri)) != self.uri:
+        if (shown := redacted(self.uri)) != self.uri:
             raise RequestError(f"--storage {shown}: a URI is shown and stored, so it holds no secrets; {CREDENTIALS}")
         self.session = session or uuid.uuid4().hex
-        self.say = say or (lambda text: None)
-        self.used: set[str] = set()  #: keys of the results that were found or stored here
+        self.log = log or (lambda text: None)
+        self.used: set[str] = set()  #: keys of results that this store found or wrote
         try:
             self._files = Files(*open_uri(self.uri))
-            self._files.say = lambda text: self.say(f"{self.uri}: {text}")
-            if not create and not self._opening().exists():
+            self._files.log = lambda text: self.log(f"{self.uri}: {text}")
+            if not create and not self._impatient_files().exists():
                 raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
             if self._files.local:
                 os.makedirs(self._files.root, exist_ok=True)
             self._leases = Leases(self._files)
         except (OSError, ValueError, NotImplementedError) as error:
-            raise self._refuse(error) from None
+            raise self._request_error(error) from None
 
     @property
     def local_root(self) -> Path | None:
-        """The storage folder where it is a local one."""
+        """The storage folder if it is local, else None."""
         return Path(self._files.root) if self._files.local else None
 
     @property
@@ -195,16 +195,16 @@ class Store:
 
     @property
     def leases(self) -> Leases:
-        """Who computes what right now."""
+        """The leases on keys that are being computed."""
         return self._leases
 
-    def _opening(self) -> Files:
-        """The same files with little patience: what fails at first is more often the request than the storage."""
+    def _impatient_files(self) -> Files:
+        """Return the same files with few retries: an error at the start is more often a wrong request."""
         return Files(self._files.filesystem, self._files.root, OPENING_SECONDS)
 
     def check_writable(self) -> None:
-        """``RequestError`` unless a file of 1 MiB can be written and removed, and a local disk has room for more."""
-        files = self._opening()
+        """Raise ``RequestError`` unless a 1 MiB file can be written and a local disk has ``MIN_FREE_BYTES`` free."""
+        files = self._impatient_files()
         probe = f"{OBJECTS}/.probe-{uuid.uuid4().hex}"
         try:
             if self._files.local and (free := shutil.disk_usage(self._files.root).free) < MIN_FREE_BYTES:
@@ -215,72 +215,72 @@ class Store:
             files.put(probe, bytes(1 << 20))
             files.delete(probe)
         except OSError as error:
-            raise self._refuse(error) from None
+            raise self._request_error(error) from None
 
     def get(self, key: str) -> StageResult | None:
-        """The result under ``key`` with every byte verified; None where it is absent or damaged (said, and removed)."""
+        """Return the result under ``key``, every byte verified; None if absent or damaged (logged and removed)."""
         found = self._get(OBJECTS, key, "stage result {} is damaged ({}: {}); computing it again")
         if found is not None:
             self.used.add(key)
         return found
 
     def writer(self, key: str) -> StageWriter:
-        """A result to be filled part by part."""
+        """Return a writer for a result under ``key``."""
         return StageWriter(self, OBJECTS, key)
 
     def put(self, key: str, facts: Mapping[str, Any], parts: Parts | None = None) -> StageResult:
-        """A whole result at once."""
+        """Write a complete result."""
         return self._fill(self.writer(key), facts, parts or {})
 
     def discard(self, key: str) -> None:
         """Remove the result under ``key``, so that it is computed again."""
         try:
-            self._forget(f"{OBJECTS}/{key}")
+            self._delete_manifest(f"{OBJECTS}/{key}")
         except OSError as error:
-            raise self._failure(error, f"removing {OBJECTS}/{key}", key) from error
+            raise self._run_error(error, f"removing {OBJECTS}/{key}", key) from error
 
     def try_lease(self, key: str) -> Lease | None:
-        """The sole right to compute ``key``, across threads, processes and machines; None where somebody has it."""
+        """Try to lease ``key``, exclusively across threads, processes and machines; None if it is leased."""
         try:
             lease = self._leases.take(_name(key))
         except OSError as error:
-            raise self._failure(error, f"leasing {key}", key) from error
+            raise self._run_error(error, f"leasing {key}", key) from error
         if lease:
-            self._files.tidy(f"{OBJECTS}/{key}")
+            self._files.remove_abandoned(f"{OBJECTS}/{key}")
         return lease
 
     def get_or_lease(self, key: str) -> StageResult | Lease | None:
-        """The result under ``key``, else the lease to compute it; None while somebody else computes it: ask again."""
+        """Return the result under ``key``, else a lease to compute it, else (another holder computes it) None."""
         found = self.get(key)
         lease = None if found else self.try_lease(key)
         if lease is None:
             return found
         with contextlib.ExitStack() as release:
             release.enter_context(lease)
-            found = self.get(key)  # it may have been finished between the look and the lease
+            found = self.get(key)  # it may have been finished before the lease
             if found is None:
                 release.pop_all()
                 return lease
         return found
 
     def upload(self, folder: Path, name: str) -> None:
-        """Copy a local folder's files below ``name`` in this storage (for storage that is not a local path)."""
+        """Copy the files of a local folder to ``name`` in this storage (for storage that is not local)."""
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             self._files.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def read(self, name: str) -> bytes:
-        """A file beside the results, such as a sweep's plan; ``name`` is relative to the storage."""
+        """Read a file that is no result, such as a sweep's plan; ``name`` is relative to the storage."""
         return self._files.read(name)
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace such a file: whole or not at all."""
+        """Replace such a file atomically."""
         try:
             self._files.put(name, data)
         except OSError as error:
             raise RunError(f"storage {self.uri}: {reason(error)} while writing {name}") from error
 
     def names(self, folder: str) -> list[str]:
-        """What lies in ``folder``; nothing where there is none."""
+        """Return the names in ``folder``; [] if it does not exist."""
         return self._files.names(folder)
 
     def move(self, folder: str, to: str) -> None:
@@ -288,50 +288,50 @@ class Store:
         self._files.move(folder, to)
 
     def where(self, name: str) -> str:
-        """The path or the URI of a file or folder here, for others to open: a URI's query stays at its end."""
-        return str(self.local_root / name) if self.local_root else below(self.uri, name)
+        """Return the path or URI of a file or folder here; a query of the URI stays at its end."""
+        return str(self.local_root / name) if self.local_root else join(self.uri, name)
 
     def save_checkpoint(self, key: str, facts: Mapping[str, Any], parts: Parts) -> None:
-        """Replace the checkpoint under ``key``: until the new one is whole, the old one stands."""
+        """Replace the checkpoint under ``key``; the old one is valid until the new one is complete."""
         kept = self._fill(StageWriter(self, CHECKPOINTS, key), facts, parts)
         current = {entry["name"] for entry in kept._entries.values()}
-        with contextlib.suppress(OSError):  # what cannot be tidied now is tidied by the next save or the drop
+        with contextlib.suppress(OSError):  # the next save or drop removes them
             for name in self._files.names(f"{CHECKPOINTS}/{key}"):
                 if name.startswith("part-") and name.endswith(".safetensors") and name not in current:
                     self._files.delete(f"{CHECKPOINTS}/{key}/{name}")
 
     def load_checkpoint(self, key: str) -> StageResult | None:
-        """The newest whole checkpoint under ``key``, verified; None where there is none, or a damaged one (said)."""
+        """Return the verified checkpoint under ``key``; None if absent or damaged (logged and removed)."""
         return self._get(CHECKPOINTS, key, "checkpoint {} is damaged ({}: {}); starting its stage again")
 
     def drop_checkpoint(self, key: str) -> None:
-        """Remove the checkpoint under ``key``, if there is one."""
-        with contextlib.suppress(OSError):  # a leftover checkpoint is only disk space: its stage's result comes first
+        """Remove the checkpoint under ``key`` if it exists."""
+        with contextlib.suppress(OSError):  # a leftover checkpoint only takes disk space
             self._files.delete_folder(f"{CHECKPOINTS}/{key}")
 
-    def manifest(self, room: str, key: str) -> dict[str, Any] | None:
-        """What is recorded of a result or checkpoint, its checksum verified (``Damage``); None where there is none."""
-        folder = f"{room}/{key}"
+    def manifest(self, kind: str, key: str) -> dict[str, Any] | None:
+        """Return the manifest of a result or checkpoint; None if absent, ``DamagedFile`` if its checksum differs."""
+        folder = f"{kind}/{key}"
         try:
             manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
             seal = manifest.pop("sha256")
-            sound = seal == hashlib.sha256(canonical(manifest)).hexdigest()
+            sound = seal == hashlib.sha256(canonical_json(manifest)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            self._unless_damaged(error, folder, key)
-            raise Damage(MANIFEST, reason(error)) from None
+            self._raise_if_storage_down(error, folder, key)
+            raise DamagedFile(MANIFEST, reason(error)) from None
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            raise Damage(MANIFEST, "not a whole manifest") from None
+            raise DamagedFile(MANIFEST, "not a whole manifest") from None
         if not sound:
-            raise Damage(MANIFEST, "its SHA-256 differs")
+            raise DamagedFile(MANIFEST, "its SHA-256 differs")
         if (manifest["key"], manifest["version"]) != (key, FORMAT):
-            raise Damage(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
+            raise DamagedFile(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
         return manifest
 
-    def verify(self, room: str, manifest: Mapping[str, Any]) -> None:
-        """Hash every byte that belongs to ``manifest``; ``Damage`` where it is not what was written."""
-        folder = f"{room}/{manifest['key']}"
+    def verify(self, kind: str, manifest: Mapping[str, Any]) -> None:
+        """Hash every payload of ``manifest``; ``DamagedFile`` if one is missing or differs."""
+        folder = f"{kind}/{manifest['key']}"
         for entry in manifest["files"].values():
             self._verify(folder, entry)
 
@@ -339,14 +339,14 @@ class Store:
         try:
             size, digest = self._files.digest(f"{folder}/{entry['name']}")
         except FileNotFoundError:
-            raise Damage(entry["name"], "it is missing") from None
+            raise DamagedFile(entry["name"], "it is missing") from None
         except OSError as error:
-            self._unless_damaged(error, folder, folder.rpartition("/")[2])
-            raise Damage(entry["name"], reason(error)) from None
+            self._raise_if_storage_down(error, folder, folder.rpartition("/")[2])
+            raise DamagedFile(entry["name"], reason(error)) from None
         if size != entry["size"]:
-            raise Damage(entry["name"], f"{size} bytes instead of {entry['size']}")
+            raise DamagedFile(entry["name"], f"{size} bytes instead of {entry['size']}")
         if digest != entry["sha256"]:
-            raise Damage(entry["name"], "its SHA-256 differs")
+            raise DamagedFile(entry["name"], "its SHA-256 differs")
 
     @staticmethod
     def _fill(writer: StageWriter, facts: Mapping[str, Any], parts: Parts) -> StageResult:
@@ -354,39 +354,39 @@ class Store:
             writer.add(part, arrays)
         return writer.commit(facts)
 
-    def _get(self, room: str, key: str, complaint: str) -> StageResult | None:
-        folder = f"{room}/{key}"
+    def _get(self, kind: str, key: str, complaint: str) -> StageResult | None:
+        folder = f"{kind}/{key}"
         try:
-            manifest = self.manifest(room, key)
+            manifest = self.manifest(kind, key)
             if manifest is None or (self.fresh and manifest.get("session") != self.session):
                 return None
-            self.verify(room, manifest)
-        except Damage as damage:
-            self.say(complaint.format(key, *damage.args))
+            self.verify(kind, manifest)
+        except DamagedFile as damage:
+            self.log(complaint.format(key, *damage.args))
             with contextlib.suppress(OSError):
-                self._forget(folder)
+                self._delete_manifest(folder)
             return None
         return StageResult(self, folder, manifest)
 
-    def _forget(self, folder: str) -> None:
-        # Only the manifest goes: a neighbour may be putting or reading the same payload right at this moment.
+    def _delete_manifest(self, folder: str) -> None:
+        # Only the manifest: another process may be writing or reading the same payload.
         self._files.delete(f"{folder}/{MANIFEST}")
 
-    def _unless_damaged(self, error: OSError, folder: str, key: str) -> None:
-        """``RunError`` where not one file but the storage is what fails."""
+    def _raise_if_storage_down(self, error: OSError, folder: str, key: str) -> None:
+        """Raise ``RunError`` unless ``error`` concerns only one file."""
         one_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-        if self._files.local:  # a disk has bad sectors, and files that others own
-            one_file |= error.errno == errno.EIO or not self._files.may_pass(error)
+        if self._files.local:  # bad sectors, or files of other users
+            one_file |= error.errno == errno.EIO or not self._files.is_transient(error)
         if not one_file:
-            raise self._failure(error, f"reading {folder}", key) from error
+            raise self._run_error(error, f"reading {folder}", key) from error
 
-    def _failure(self, error: OSError, doing: str, key: str) -> RunError:
+    def _run_error(self, error: OSError, doing: str, key: str) -> RunError:
         why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
         return RunError(
             f"storage {self.uri}: {why} while {doing}; mend it and give the same command again to resume",
             stage=key.rpartition("-")[0] or None,
         )
 
-    def _refuse(self, error: Exception) -> RequestError:
+    def _request_error(self, error: Exception) -> RequestError:
         why = reason(error) if isinstance(error, OSError) else str(error).splitlines()[0]
         return RequestError(f"--storage {self.uri}: {why}; {remedy(error)}")

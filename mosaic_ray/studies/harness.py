@@ -146,7 +146,7 @@ def run_study(
     config = settle_precision(config)
     place = f"experiments/{name or default_name(study, config, seeds, options)}"
     with Tracker(None, progress=progress) as tracker:
-        store.say = tracker.warn
+        store.log = tracker.warn
         study_context = StudyContext(dataset, store, tracker, Placement(address), options)
         results = [_one_seed(study, study_context, override(config, {"seed": seed})) for seed in seeds]
     rows: list[Row] = [{"seed": seed, **row} for seed, r in zip(seeds, results, strict=True) for row in r.facts["rows"]]

@@ -97,12 +97,12 @@ def _kept(run: RunContext, prototypes: Prototypes) -> Prototypes:
 
 def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
     """The vectors and labels that an arm's meta model learnt from in the place of ``kept``, drawn again."""
-    from ..distillation.teacher_training import experts_vote, synthetic_set
+    from ..distillation.teacher_training import expert_mean_logits, synthetic_prototypes
 
     makers = zip(generators.clients, generators.results, strict=True)
     sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
-    vote = experts_vote(run.client_context, teacher.experts, teacher.index)
-    return synthetic_set(run.client_context, warmup.weights, sources, vote, kept)
+    vote = expert_mean_logits(run.client_context, teacher.experts, teacher.index)
+    return synthetic_prototypes(run.client_context, warmup.weights, sources, vote, kept)
 
 
 def _bias(run: RunContext, kept: Prototypes, made: Prototypes) -> dict[str, float]:

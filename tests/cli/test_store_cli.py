@@ -27,7 +27,7 @@ from mosaic_ray.runs import runner
 from mosaic_ray.runs.plan import stage_keys
 from mosaic_ray.storage import gc as keeping
 from mosaic_ray.storage.filesystem import Stored
-from mosaic_ray.storage.gc import Entry, Inventory, User, plan
+from mosaic_ray.storage.gc import Entry, Inventory, Owner, plan
 from mosaic_ray.storage.store import Store
 
 DAY = 86400.0
@@ -193,15 +193,15 @@ def test_what_somebody_computes_stays_and_while_runs_are_at_work_all_that_has_no
 def test_what_somebody_takes_up_between_the_look_and_the_removal_stays(
     storage: Path, root: Path, full: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, writer = keeping._planned, Store(storage)
+    real, writer = keeping._make_plan, Store(storage)
 
     def planned(*words: Any) -> keeping.Plan:
         made = real(*words)
         writer.put(KEY, {"n": 2}, {"p": arrays()})
-        monkeypatch.setattr(keeping, "_planned", real)
+        monkeypatch.setattr(keeping, "_make_plan", real)
         return made
 
-    monkeypatch.setattr(keeping, "_planned", planned)
+    monkeypatch.setattr(keeping, "_make_plan", planned)
     lease = held(writer.try_lease("elsewhere-1"))
     lease.release()
     freed = gc(storage)
@@ -324,22 +324,22 @@ def test_nothing_that_is_used_or_held_or_young_is_ever_planned(
     older_than: float,
 ) -> None:
     entries = [
-        Entry(room, key, {f"{room}/{key}/{'manifest.json' if whole else 'part-0'}": Stored(1, 10 - old)})
-        for (room, key), (whole, old) in lie.items()
+        Entry(kind, key, {f"{kind}/{key}/{'manifest.json' if whole else 'part-0'}": Stored(1, 10 - old)})
+        for (kind, key), (whole, old) in lie.items()
     ]
-    users = [User(str(n), "done", keys, sure) for n, (keys, sure) in enumerate(uses)]
+    users = [Owner(str(n), "done", keys, sure) for n, (keys, sure) in enumerate(uses)]
     made = plan(Inventory(entries, users, {}), leases, {}, older_than, 10)
     used, held_now = {key for keys, _ in uses for key in keys}, {key for key, lives in leases.items() if lives}
     free = {leftover.entry.folder for leftover in made.free if leftover.entry}
-    stay = {entry.folder for kept in made.stay.values() for entry in kept}
-    finished = {entry.key for entry in entries if entry.kind == "objects" and entry.whole}
+    stay = {entry.folder for kept in made.kept.values() for entry in kept}
+    finished = {entry.key for entry in entries if entry.kind == "objects" and entry.finished}
     for entry in entries:
-        safe = entry.kind == "objects" and entry.whole and entry.key in used
+        safe = entry.kind == "objects" and entry.finished and entry.key in used
         assert (entry.folder in free) + (entry.folder in stay) + (safe and entry.key not in held_now) == 1
         if entry.folder in free:
             assert not safe and entry.key not in held_now
             if entry.kind == "objects" or entry.key not in finished:
-                assert 10 - entry.when >= older_than and not held_now
+                assert 10 - entry.modified >= older_than and not held_now
                 assert all(sure for _, sure in uses) or entry.stage not in ("generator", "judged")
     dead = {f"leases/{key}" for key, lives in leases.items() if not lives}
     assert {leftover.name for leftover in made.free if leftover.what == "lease"} == dead
@@ -376,9 +376,9 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_damaged(
 ) -> None:
     writer, real, rounds = Store(storage), Store.manifest, []
 
-    def manifest(self: Store, room: str, key: str) -> Any:
-        found = real(self, room, key)
-        if room == "checkpoints" and key == OTHER_KEY and len(rounds) < 2:
+    def manifest(self: Store, kind: str, key: str) -> Any:
+        found = real(self, kind, key)
+        if kind == "checkpoints" and key == OTHER_KEY and len(rounds) < 2:
             rounds.append(1)
             writer.save_checkpoint(key, {"round": len(rounds)}, {"p": arrays(len(rounds) + 5.0)})
         return found

@@ -1,4 +1,4 @@
-"""Health of partitions, generators and prototypes: rules provoked by what causes them, and silent where all is well."""
+"""Health of partitions, generators and prototypes: every rule fires for its cause and is silent otherwise."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import nn
 
 from mosaic_ray.config.resolve import KNOBS, override
 from mosaic_ray.core import health
-from mosaic_ray.core.health import generator_findings, in_one_line, partition_findings, prototype_findings
+from mosaic_ray.core.health import format_finding, generator_findings, partition_findings, prototype_findings
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Finding
-from mosaic_ray.distillation.generator_training import compare_with_real, moments, train_generator
+from mosaic_ray.distillation.generator_training import compare_with_real, snapshot_steps, train_generator
 from mosaic_ray.federated.client import ClientContext
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.models.classifiers import build_classifier
@@ -48,7 +48,7 @@ def codes(figures: dict[str, float]) -> list[str]:
     return [f"{finding.code} {finding.severity}" for finding in generator_findings(0, figures)]
 
 
-# --- generators, trained so that it happens ---------------------------------------------------------------------------
+# --- generators, trained so that it happens --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_classifier_that_knows_nothing_makes_a_generator_of_low_coverage():
 
 
 class Still(nn.Module):
-    """One image, whatever the latent."""
+    """Generates the same image for every latent."""
 
     num_classes, latent_dim = 0, 2
 
@@ -104,12 +104,12 @@ def test_images_are_compared_in_the_range_in_which_the_game_is_played(classifier
     figures = compare_with_real(Still(), classifier, shard, TINY.generator, FACTS, (0, 0))
     assert figures["out_of_range"] == 0
     raw = dataclasses.replace(TINY.generator, gan_range="model_norm")
-    beyond = ((shard.images / 255 - FACTS.mean[0]) / FACTS.std[0]).abs() > 1
+    out_of_range = ((shard.images / 255 - FACTS.mean[0]) / FACTS.std[0]).abs() > 1
     found = compare_with_real(Still(), classifier, shard, raw, FACTS, (0, 0))["out_of_range"]
-    assert found == pytest.approx(float(beyond.float().mean()), abs=0.01)
+    assert found == pytest.approx(float(out_of_range.float().mean()), abs=0.01)
 
 
-# --- generators, by figures -------------------------------------------------------------------------------------------
+# --- generators, by figures ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_images_are_compared_in_the_range_in_which_the_game_is_played(classifier
         ({"owned_classes": 1.0, "marginal_entropy": 0.0, "label_entropy": 0.0}, []),
         ({"marginal_entropy": 0.05, "label_entropy": 0.05}, []),
         ({"owned_classes": 10.0, "coverage": 0.4, "image_coverage": 0.95}, []),
-        # a conditional one is judged by what it was asked for
+        # conditional generators are evaluated by label agreement
         ({"label_agreement": 0.9, "marginal_entropy": 0.1, "coverage": 0.1, "image_coverage": 0.1}, []),
         ({"label_agreement": 0.4}, ["generator.label_agreement"]),
     ],
@@ -139,14 +139,14 @@ def test_rules_take_figures_of_an_older_result():
     assert generator_findings(0, {"owned_classes": 1.0, "marginal_entropy": 0.0, "coverage": 1.0}) == []
 
 
-# --- what is kept to look at ------------------------------------------------------------------------------------------
+# --- stored images ---------------------------------------------------------------------------------------------------
 
 
 def test_progress_shows_the_same_latents_on_the_way_and_changes_no_number(classifier):
     config, shard = override(TINY, {"generator.steps": 20}), shard_of(stripes(40))
     weights = to_weights(classifier)
     made = generate(ClientContext(config, FACTS, torch.device("cpu")), shard, 1, weights, weights)
-    assert made.progress["steps"].tolist() == list(moments(20)) == [1, 2, 4, 9, 20]
+    assert made.progress["steps"].tolist() == list(snapshot_steps(20)) == [1, 2, 4, 9, 20]
     images = made.progress["images"]
     assert images.shape == (5, 8, 1, 8, 8) and images.dtype == np.uint8
     assert not np.array_equal(images[0], images[-1])
@@ -159,11 +159,11 @@ def test_progress_shows_the_same_latents_on_the_way_and_changes_no_number(classi
 
 @given(st.integers(1, 10_000))
 def test_moments_end_at_the_end(steps):
-    found = moments(steps)
+    found = snapshot_steps(steps)
     assert found[-1] == steps and found[0] >= 1 and len(found) <= 5 and list(found) == sorted(set(found))
 
 
-# --- partition, prototypes, and what is said --------------------------------------------------------------------------
+# --- partition, prototypes, output -----------------------------------------------------------------------------------
 
 
 def test_a_class_without_owner_and_one_without_prototype():
@@ -177,7 +177,7 @@ def test_a_class_without_owner_and_one_without_prototype():
 
 def test_a_finding_says_itself_in_one_line_and_in_json():
     finding = Finding("a.b", "error", "teacher", "it broke", 2, None, 4.6, "mend it")
-    assert in_one_line(finding) == "a.b: it broke (value not finite, threshold 4.6); mend it"
+    assert format_finding(finding) == "a.b: it broke (value not finite, threshold 4.6); mend it"
     assert finding.as_dict() == {
         "code": "a.b", "severity": "error", "stage": "teacher", "client": 2, "value": None, "threshold": 4.6,
         "message": "it broke", "advice": "mend it",
@@ -186,7 +186,7 @@ def test_a_finding_says_itself_in_one_line_and_in_json():
 
 
 def test_a_value_that_is_not_finite_can_be_stored():
-    assert health.DIVERGED.finding("m", math.nan).value is None
+    assert health.META_DIVERGED.finding("m", math.nan).value is None
 
 
 @pytest.mark.parametrize("rule", health.RULES, ids=lambda rule: f"{rule.code}-{rule.stage}")

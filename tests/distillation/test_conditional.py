@@ -1,4 +1,4 @@
-"""The class-conditional generator: the labels it is asked for, what steers it, how it is judged, who draws from it."""
+"""The class-conditional generator: drawn labels, loss, evaluation and use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mosaic_ray.core.types import DataFacts, Weights
 from mosaic_ray.distillation import generator_training
 from mosaic_ray.distillation.generator_training import (
     draw,
-    judge_generator,
+    evaluate_generator,
     label_cdf,
     latents,
     load_generator,
@@ -257,7 +257,7 @@ def test_images_show_the_class_asked_for():
 
 
 class Painter(nn.Module):
-    """Images of one pixel whose value is the class shown: ``shown[label]``, or of a plain one classes in turn."""
+    """Generates one-pixel images with the shown class as value: ``shown[label]``, unconditional ones in turn."""
 
     latent_dim = 1
 
@@ -289,7 +289,7 @@ def evaluated(painter: Painter, num_classes: int, owned: list[int]) -> dict[str,
     config = dataclasses.replace(ASKED, gan_range="model_norm")
     mask = torch.zeros(num_classes, dtype=torch.bool)
     mask[owned] = True
-    return judge_generator(painter, Reader(num_classes), mask, config, facts, (0, 0))[0]
+    return evaluate_generator(painter, Reader(num_classes), mask, config, facts, (0, 0))[0]
 
 
 def test_figures_of_a_conditional_generator_by_hand():

@@ -1,4 +1,4 @@
-"""Distillation: what goes into a batch (O29), the guard, and equal results whatever the number of workers."""
+"""Distillation: batches (O29), the guard, and equal results for any number of workers."""
 
 from __future__ import annotations
 

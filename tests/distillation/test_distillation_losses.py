@@ -1,4 +1,4 @@
-"""Laws of the divergences and of the distillation loss (O16 to O18)."""
+"""Properties of the divergences and of the distillation loss (O16 to O18)."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_o31_a_teacher_is_a_function_of_its_seed(init):
 
 
 def test_m6_the_head_path_sees_on_images_what_it_was_trained_on():
-    """The teacher's logits on images are those of its meta model on the experts' heads over the same features."""
+    """The teacher's logits on images equal its meta model applied to the experts' heads on the same features."""
     weights, state, _, _, _ = make(TINY)
     net = build_teacher(TINY, FACTS, state)
     images = normalise(shard_of(stripes(9)).images, FACTS.mean, FACTS.std)

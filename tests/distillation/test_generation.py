@@ -1,4 +1,4 @@
-"""Generators (O15, O30, O32), how a synthetic batch is shared out, and what is said of bad ones."""
+"""Generators (O15, O30, O32), shares of a synthetic batch, and findings of bad generators."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_o31_a_generator_is_a_function_of_its_address():
 
 @pytest.mark.parametrize("tau, active", [(60, False), (61, True)])
 def test_o15_inversion_speaks_only_below_tau(tau, active):
-    """60 images: with tau = 60 the term is off, whatever its weight; with 61 it changes the generator."""
+    """60 images: with tau = 60 the term is off for any weight; with 61 it changes the generator."""
     without = make({"generator.tau": tau, "generator.lambda_i": 0.0})
     with_it = make({"generator.tau": tau, "generator.lambda_i": 10.0, "generator.inversion_scale": 1.0})
     same = all(np.array_equal(without.weights[n], with_it.weights[n]) for n in without.weights)

@@ -1,4 +1,4 @@
-"""Laws of the losses (O12 to O19 but O15, which is a law of training)."""
+"""Properties of the losses (O12 to O19, but O15, a property of training)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def small_net() -> nn.Module:
 
 
 def match_running_statistics(net: nn.Module, x: Tensor) -> None:
-    """Each batch norm's running statistics become those of its input on ``x``, first layer first."""
+    """Set each batch norm's running statistics to those of its input on ``x``, first layer first."""
 
     def write(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         channels_first = inputs[0].transpose(0, 1).flatten(1)

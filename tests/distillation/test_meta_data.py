@@ -16,7 +16,7 @@ from mosaic_ray.core.types import Prototypes, Weights
 from mosaic_ray.distillation.experts import form_experts
 from mosaic_ray.distillation.generator_training import classifier_view, latents, load_generator
 from mosaic_ray.distillation.prototypes import split_held_out
-from mosaic_ray.distillation.teacher_training import experts_vote, make_teacher, synthetic_set
+from mosaic_ray.distillation.teacher_training import expert_mean_logits, make_teacher, synthetic_prototypes
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.methods.mosaic.graph import TEACHER
@@ -75,7 +75,8 @@ def teach(data: str, knobs: dict | None = None, found: Prototypes = FOUND):
 def synthetic(data: str, sources=SOURCES, knobs: dict | None = None, **options) -> Prototypes:
     context = replace(BENCH, config=override(TINY, {"meta.data": data} | (knobs or {})))
     experts, index = form_experts([(k, own) for k, own, _ in SOURCES], COUNTS, None)
-    return synthetic_set(context, GLOBAL, sources, experts_vote(context, tuple(experts), index), KEPT, **options)
+    ensemble = expert_mean_logits(context, tuple(experts), index)
+    return synthetic_prototypes(context, GLOBAL, sources, ensemble, KEPT, **options)
 
 
 def images_of(k: int) -> torch.Tensor:
@@ -124,14 +125,14 @@ def test_synthetic_labels_are_the_clients_own():
 @pytest.mark.parametrize("path", ["head", "full"])
 def test_the_experts_vote_is_the_mean_of_the_class_experts_logits(path):
     context = replace(BENCH, config=override(TINY, {"meta.input": path, "meta.init": "random"}))
-    counts = np.array([[28, 1, 28], [2, 1, 2], [0, 44, 0]])  # classes 0 and 2 share an expert, who speaks twice
+    counts = np.array([[28, 1, 28], [2, 1, 2], [0, 44, 0]])  # classes 0 and 2 share an expert, which counts twice
     experts, index = form_experts([(k, own) for k, own, _ in SOURCES], counts, None)
     assert len(experts) == 2
     images, features = images_of(1), torch.tensor(KEPT.vectors[: len(images_of(1))])
     with torch.no_grad():
         networks = [BENCH.classifier(experts[e]).eval() for e in index]
         rows = [network.head(features) if path == "head" else network(images) for network in networks]
-        torch.testing.assert_close(experts_vote(context, tuple(experts), index)(images, features), sum(rows) / 3)
+        torch.testing.assert_close(expert_mean_logits(context, tuple(experts), index)(images, features), sum(rows) / 3)
 
 
 def test_synthetic_vote_labels_by_the_vote():
@@ -139,7 +140,7 @@ def test_synthetic_vote_labels_by_the_vote():
         return images.flatten(1)[:, :3] + features[:, :3]
 
     context = replace(BENCH, config=override(TINY, {"meta.data": "synthetic_vote"}))
-    made = synthetic_set(context, GLOBAL, SOURCES, vote, KEPT)
+    made = synthetic_prototypes(context, GLOBAL, SOURCES, vote, KEPT)
     for k in range(3):
         mine = made.clients == k
         assert made.labels[mine].tolist() == vote(images_of(k), torch.tensor(made.vectors[mine])).argmax(1).tolist()
@@ -170,7 +171,7 @@ def test_arms_share_judge_number_and_start_of_training():
     for name in ("student_held_out_accuracy", "num_experts", "num_prototypes", "num_held_out"):
         assert len({figures[name] for figures in arms.values()}) == 1, name
     assert ["domain_auc" in figures for figures in arms.values()] == [False, True, True]
-    assert arms["synthetic"]["domain_auc"] > 0.8, "noise images are told from real ones"
+    assert arms["synthetic"]["domain_auc"] > 0.8, "noise images differ from real ones"
     fitted = [arms[data]["head_held_out_loss"] for data in ARMS]
     assert fitted[0] < min(fitted[1:]), "each arm's head is re-fitted on its own set"
 

@@ -1,4 +1,4 @@
-"""Prototypes (O28), how they are split, and the head re-fitted on them."""
+"""Prototypes (O28), their split, and the head refitted on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classifier-FID and classifier-IS against their formulas, and what stands beside them."""
+"""Classifier-FID and classifier-IS against their formulas, and the figures reported with them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_network_is_the_classifier_as_it_judges_test_images():
 
 
 class Given(nn.Module):
-    """The logits that were given, whatever the images: their first pixel is the row."""
+    """Returns given logits; an image's first pixel is the row."""
 
     def __init__(self, logits: np.ndarray) -> None:
         super().__init__()
@@ -151,11 +151,13 @@ def test_predictions_shares_and_coverage():
     assert coverage(np.full(200, 1 / 200)) == 1
 
 
-def test_a_linear_judge_tells_domains_apart_where_they_differ():
+def test_domain_auc_is_half_for_equal_sets_and_one_for_separate_sets():
     draws = np.random.default_rng(0)
     real, other = draws.normal(size=(200, 5)), draws.normal(size=(150, 5))
     assert abs(domain_auc(real, other, 0) - 0.5) < 0.1
     assert domain_auc(real, other + 5, 0) > 0.99
+    assert 0.6 < domain_auc(real, other + 0.5, 0) < 0.95
+    assert domain_auc(real, other[::-1] + 5, 1) > 0.99
     assert domain_auc(real[:4], other + 5, 0) == 0.5
     assert domain_auc(real, other + 1, 0) == domain_auc(real, other + 1, 0) != domain_auc(real, other + 1, 1)
 

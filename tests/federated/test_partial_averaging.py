@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mosaic_ray.core.types import Weights
 from mosaic_ray.distillation.experts import form_experts
 from mosaic_ray.federated.aggregation import PartialAverage, RunningAverage
-from mosaic_ray.models.submodel import ChannelIndices, Channels, extract
+from mosaic_ray.models.submodel import ChannelIndices, ChannelLayout, extract
 
 #: Two spaces; the head reads blocks of two neighbours for each channel of the second, as of flattened maps.
-CHANNELS = Channels(
+CHANNELS = ChannelLayout(
     (4, 3),
     ("first", "second"),
     {
@@ -165,7 +165,7 @@ def test_counts_by_coordinate_are_kept_where_clients_differ_alone():
 
 @pytest.mark.parametrize("weight", [1e-3, 0.1, 1 / 3, 7.0])
 def test_equal_counters_survive_fractional_weights(weight):
-    channels, counter = Channels((), (), {"n": ()}, ()), {"n": np.array(2**40 + 1)}
+    channels, counter = ChannelLayout((), (), {"n": ()}, ()), {"n": np.array(2**40 + 1)}
     average = PartialAverage(counter, channels)
     for client_id in range(1000):
         average.add(counter, weight * (client_id + 1))

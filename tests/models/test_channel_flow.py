@@ -1,4 +1,4 @@
-"""Channels followed through networks of all sorts (O25), and networks whose channels cannot be."""
+"""Channel groups of many kinds of networks (O25), and networks that are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mosaic_ray.config.plugins import load
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.models.classifiers import Classifier
 from mosaic_ray.models.state_dict import to_weights
-from mosaic_ray.models.submodel import channels_of, extract, fit
+from mosaic_ray.models.submodel import channel_layout, extract, fit
 
 
 class Stem(nn.Module):
@@ -122,14 +122,14 @@ def built(kind: type[nn.Module]) -> Classifier:
 def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(kind, scheme):
     images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
     model = built(kind)
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     sets = load("strategies", scheme).channel_indices(channels, 0.5, round_num=3, seed=0, client_id=0)
     part = extract(weights, channels, sets)
     without = {name: array.copy() for name, array in weights.items()}
     for name, axes in channels.entries.items():
         if len(axes) > 1 and axes[1] is not None:
-            space, block = axes[1]
-            without[name][:, ~np.repeat(np.isin(np.arange(channels.sizes[space]), sets[space]), block)] = 0
+            group, block = axes[1]
+            without[name][:, ~np.repeat(np.isin(np.arange(channels.sizes[group]), sets[group]), block)] = 0
     with torch.no_grad():
         partial_width = fit(built(kind), part)(images)
         torch.testing.assert_close(partial_width, fit(built(kind), without)(images), rtol=1e-9, atol=1e-9)
@@ -138,14 +138,14 @@ def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(kind
 
 
 def test_blocks_of_channels_that_stand_or_fall_together():
-    groups = channels_of(built(Groups))
+    groups = channel_layout(built(Groups))
     assert groups.sizes == (2,)
     assert groups.entries["trunk.stem.weight"][0] == groups.entries["trunk.two.weight"][0] == (0, 4)
     assert groups.entries["trunk.four.weight"] == ((0, 8), None, None, None)
     assert groups.entries["trunk.deep.weight"] == ((0, 16), None, None, None)
     assert groups.entries["trunk.back.weight"][:2] == ((0, 4), (0, 16))
-    assert channels_of(built(GroupNorms)).sizes == (2,)
-    flattened = channels_of(built(Flattened))
+    assert channel_layout(built(GroupNorms)).sizes == (2,)
+    flattened = channel_layout(built(Flattened))
     assert flattened.sizes == (8, 12)
     assert flattened.entries["trunk.norm.weight"] == ((0, 4),)
     assert flattened.entries["trunk.hidden.weight"] == ((1, 1), (0, 4))
@@ -160,11 +160,11 @@ def test_a_sum_with_the_image_and_a_gate_of_one_channel_are_held_whole():
             return F.relu(self.back(F.relu(self.stem(x))) + x).mean((2, 3))
 
     model = Classifier(Sum(), nn.Linear(3, 5))
-    channels = channels_of(model)
+    channels = channel_layout(model)
     assert channels.sizes == (8,)
     assert channels.entries["trunk.back.weight"][:2] == (None, (0, 1))
     assert channels.entries["head.weight"] == (None, None)
-    assert channels_of(built(ConvGate)).entries["trunk.place.weight"][:2] == (None, (0, 1))
+    assert channel_layout(built(ConvGate)).entries["trunk.place.weight"][:2] == (None, (0, 1))
 
 
 def test_one_channel_that_is_a_gate_and_an_addend_is_held_whole():
@@ -176,7 +176,7 @@ def test_one_channel_that_is_a_gate_and_an_addend_is_held_whole():
             first, second = self.first(x), self.second(x)
             return (x * second + self.back(first + second)).mean((2, 3))
 
-    assert channels_of(Classifier(Ones(), nn.Linear(8, 5))).sizes == (8,)
+    assert channel_layout(Classifier(Ones(), nn.Linear(8, 5))).sizes == (8,)
 
 
 def test_a_view_with_the_size_of_other_channels_keeps_as_many():
@@ -188,7 +188,7 @@ def test_a_view_with_the_size_of_other_channels_keeps_as_many():
             b, c = x.shape[0], x.shape[1]
             return self.up(F.avg_pool2d(self.grouped(x), x.shape[2:]).reshape(b, c)).view(b, c)
 
-    entries = channels_of(Classifier(Viewed(), nn.Linear(8, 5))).entries
+    entries = channel_layout(Classifier(Viewed(), nn.Linear(8, 5))).entries
     assert entries["trunk.up.weight"] == (entries["trunk.stem.weight"][0], (0, 4)) == ((0, 4), (0, 4))
 
 
@@ -237,7 +237,7 @@ class Tied(Stem):
 def test_what_cannot_be_followed_is_refused_in_one_line(case):
     kind, word = REFUSED[case]
     with pytest.raises(RequestError, match=rf"^federation\.widths: [^\n]*{word}[^\n]*; take width 1\.0$"):
-        channels_of(kind() if case == "pair" else Classifier(kind(), nn.Linear(8, 5)))
+        channel_layout(kind() if case == "pair" else Classifier(kind(), nn.Linear(8, 5)))
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,9 @@ def test_what_cannot_be_followed_is_refused_in_one_line(case):
 )
 def test_a_layer_that_is_not_understood_is_named(layer):
     with pytest.raises(RequestError, match=rf"trunk\.odd \({type(layer).__name__}\)[^\n]*; take width 1\.0$"):
-        channels_of(Classifier(Odd(layer), nn.Linear(8, 5)))
+        channel_layout(Classifier(Odd(layer), nn.Linear(8, 5)))
 
 
 def test_shared_parameters_are_refused():
     with pytest.raises(RequestError, match="share a parameter"):
-        channels_of(Classifier(Tied(), nn.Linear(8, 5)))
+        channel_layout(Classifier(Tied(), nn.Linear(8, 5)))

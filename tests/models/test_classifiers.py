@@ -1,4 +1,4 @@
-"""Classifiers: sizes (O6), shapes, gradients, torchvision's numbers, and graphs that can be read."""
+"""Classifiers: sizes (O6), shapes, gradients, equality with torchvision, traceable graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks of the class-conditional game: sizes (O6), capacity knobs, and where a label acts."""
+"""Class-conditional generators and discriminators: sizes (O6), capacity knobs, effect of labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generators and discriminators: sizes, shapes, gradients (O6); weights that are copied, never shared."""
+"""Generators and discriminators: sizes, shapes, gradients (O6); weights are copied, never shared."""
 
 from __future__ import annotations
 

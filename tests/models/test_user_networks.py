@@ -1,4 +1,4 @@
-"""Networks of the user's own, model.classifier = module:function: what they become, and what is said of bad ones."""
+"""Networks of users (model.classifier = module:function): how they are built, and errors for bad ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lab(tmp_path, monkeypatch):
 
 
 def sequential(*layers: str) -> str:
-    """A module whose ``build`` puts these layers one after the other."""
+    """Source of a module with a ``build`` that chains these layers."""
     return (
         HEAD + f"def build(num_classes, channels, image_size, width):\n    return nn.Sequential({', '.join(layers)})\n"
     )

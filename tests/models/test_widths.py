@@ -1,4 +1,4 @@
-"""Narrow clients: index sets (O24), the part that each holds and that part as a model (O25, O26)."""
+"""Partial-width clients: index sets (O24), the part that each holds, and its model (O25, O26)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,15 @@ from mosaic_ray.core.types import Weights
 from mosaic_ray.federated.aggregation import PartialAverage
 from mosaic_ray.models.classifiers import Classifier, build_classifier
 from mosaic_ray.models.state_dict import to_weights
-from mosaic_ray.models.submodel import Channels, channels_of, check_width, extract, fit, num_kept, scale_activations
+from mosaic_ray.models.submodel import (
+    ChannelLayout,
+    channel_layout,
+    check_width,
+    extract,
+    fit,
+    num_kept,
+    scale_activations,
+)
 
 each_network = pytest.mark.parametrize("name", CLASSIFIERS)
 each_scheme = pytest.mark.parametrize("scheme", ["heterofl", "fedrolex", "feddropout"])
@@ -39,12 +47,12 @@ def network(name: str, width: int = 8) -> Classifier:
     return model
 
 
-def held_by(channels: Channels, width: float, scheme: str, round_num: int = 6, client_id: int = 3):
+def held_by(channels: ChannelLayout, width: float, scheme: str, round_num: int = 6, client_id: int = 3):
     return load("strategies", scheme).channel_indices(channels, width, round_num=round_num, seed=1, client_id=client_id)
 
 
-def one_space(size: int) -> Channels:
-    return Channels((size,), ("layer",), {}, ())
+def one_group(size: int) -> ChannelLayout:
+    return ChannelLayout((size,), ("layer",), {}, ())
 
 
 # --- index sets ------------------------------------------------------------------------------------------------------
@@ -52,7 +60,7 @@ def one_space(size: int) -> Channels:
 
 @pytest.mark.parametrize("size", [5, 8, 16, 64])
 def test_o24_how_often_a_rolling_window_holds_each_channel(size):
-    channels = one_space(size)
+    channels = one_group(size)
     for kept in range(1, size + 1):
         counts = np.zeros(size, np.int64)
         for rounds in range(3 * size):
@@ -66,19 +74,19 @@ def test_o24_how_often_a_rolling_window_holds_each_channel(size):
 
 
 def test_o24_a_window_of_neighbours_moves_up_by_one_channel_a_round_for_all_clients_alike():
-    held = [held_by(one_space(5), 0.6, "fedrolex", t, k)[0].tolist() for t in range(6) for k in (0, 7)]
+    held = [held_by(one_group(5), 0.6, "fedrolex", t, k)[0].tolist() for t in range(6) for k in (0, 7)]
     assert held[::2] == held[1::2] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 3, 4], [0, 1, 4], [0, 1, 2]]
 
 
 def test_o24_heterofl_always_holds_the_first_channels():
     for rounds in range(7):
-        assert held_by(one_space(8), 0.375, "heterofl", rounds)[0].tolist() == [0, 1, 2]
+        assert held_by(one_group(8), 0.375, "heterofl", rounds)[0].tolist() == [0, 1, 2]
 
 
 def test_o24_dropout_holds_each_channel_equally_often_on_average():
     counts, rounds = np.zeros(8), 1000
     for round_num in range(rounds):
-        (held,) = held_by(one_space(8), 0.375, "feddropout", round_num)
+        (held,) = held_by(one_group(8), 0.375, "feddropout", round_num)
         assert len(held) == 3 and (np.diff(held) > 0).all()
         counts[held] += 1
     spread = np.sqrt(rounds * 0.375 * 0.625)
@@ -86,7 +94,7 @@ def test_o24_dropout_holds_each_channel_equally_often_on_average():
 
 
 def test_dropout_draws_anew_for_each_space_client_and_round_and_the_same_again():
-    channels = Channels((64, 64), ("a", "b"), {}, ())
+    channels = ChannelLayout((64, 64), ("a", "b"), {}, ())
     draws = [held_by(channels, 0.5, "feddropout", t, k) for t in (0, 1) for k in (0, 1)]
     assert len({held.tobytes() for sets in draws for held in sets}) == 8
     again = held_by(channels, 0.5, "feddropout", 0, 0)
@@ -110,17 +118,17 @@ def test_55_hundredths_of_a_hundred_channels_are_55():
 
 
 def test_a_width_that_rounds_to_no_channel_names_the_layer():
-    channels = channels_of(network("cnn", width=4))
+    channels = channel_layout(network("cnn", width=4))
     check_width(channels, 0.25)
     with pytest.raises(RequestError, match=r"^federation\.widths = 0\.125: of the 4 channels of trunk\.0 [^\n]*0\.25"):
         check_width(channels, 0.125)
 
 
-# --- spaces ----------------------------------------------------------------------------------------------------------
+# --- groups ----------------------------------------------------------------------------------------------------------
 
 
 def test_spaces_are_numbered_from_the_image_to_the_head():
-    channels = channels_of(network("cnn"))
+    channels = channel_layout(network("cnn"))
     assert channels.sizes == (8, 8, 16, 16, 32, 32)
     assert channels.layers == ("trunk.0", "trunk.3", "trunk.7", "trunk.10", "trunk.14", "trunk.17")
     assert channels.entries["trunk.0.weight"] == ((0, 1), None, None, None)
@@ -132,23 +140,23 @@ def test_spaces_are_numbered_from_the_image_to_the_head():
 
 
 def test_a_resnet_has_a_space_for_each_stage_and_one_inside_each_block():
-    assert channels_of(network("resnet18")).sizes == (8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
+    assert channel_layout(network("resnet18")).sizes == (8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
 
 
 def test_depthwise_convolutions_stay_in_the_space_that_they_read():
-    entries = channels_of(network("mobilenet")).entries
+    entries = channel_layout(network("mobilenet")).entries
     depthwise = [n for n, m in network("mobilenet").named_modules() if getattr(m, "groups", 1) > 1]
     assert depthwise
     for name in depthwise:
-        space, *rest = entries[f"{name}.weight"]
-        assert space is not None and rest == [None] * 3
-        assert sum(entry[:1] == (space,) and n.endswith(".weight") for n, entry in entries.items()) >= 3
+        group, *rest = entries[f"{name}.weight"]
+        assert group is not None and rest == [None] * 3
+        assert sum(entry[:1] == (group,) and n.endswith(".weight") for n, entry in entries.items()) >= 3
 
 
 @each_network
 def test_every_entry_has_an_item_for_each_of_its_dimensions(name):
     model = network(name)
-    channels = channels_of(model)
+    channels = channel_layout(model)
     assert pickle.loads(pickle.dumps(channels)) == channels
     assert channels.entries.keys() == model.state_dict().keys()
     for entry, value in model.state_dict().items():
@@ -156,16 +164,16 @@ def test_every_entry_has_an_item_for_each_of_its_dimensions(name):
         for size, held in zip(value.shape, channels.entries[entry], strict=True):
             assert held is None or size == channels.sizes[held[0]] * held[1]
     whole = {n for n, axes in channels.entries.items() if axes and not any(axes)}
-    assert whole == {"head.bias"}, "all but the classes is in a space"
+    assert whole == {"head.bias"}, "all but the classes is in a group"
 
 
 @each_network
 def test_o25_both_inputs_of_every_residual_addition_hold_the_same_channels(name):
     model = network(name)
-    entries = channels_of(model).entries
+    entries = channel_layout(model).entries
 
     def sources(node: fx.Node) -> set:
-        """Spaces of the layers whose outputs come here unchanged in their channels."""
+        """Return the groups of the layers that feed this one without mixing channels."""
         if f"{node.target}.weight" in entries:
             return {entries[f"{node.target}.weight"][0]}
         return set().union(*map(sources, node.all_input_nodes))
@@ -180,13 +188,13 @@ def test_o25_both_inputs_of_every_residual_addition_hold_the_same_channels(name)
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def without_the_rest(weights: Weights, channels: Channels, sets) -> Weights:
+def without_the_rest(weights: Weights, channels: ChannelLayout, sets) -> Weights:
     """``weights`` in which no layer reads a channel outside ``sets``."""
     kept = {name: array.copy() for name, array in weights.items()}
     for name, axes in channels.entries.items():
         if len(axes) > 1 and axes[1] is not None:
-            space, block = axes[1]
-            read = np.repeat(np.isin(np.arange(channels.sizes[space]), sets[space]), block)
+            group, block = axes[1]
+            read = np.repeat(np.isin(np.arange(channels.sizes[group]), sets[group]), block)
             kept[name][:, ~read] = 0
     return kept
 
@@ -195,7 +203,7 @@ def without_the_rest(weights: Weights, channels: Channels, sets) -> Weights:
 @each_scheme
 def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(name, scheme):
     model, images = network(name), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     with torch.no_grad():
         everything = model(images)
         for width in (0.5, 0.3):
@@ -210,7 +218,7 @@ def test_o25_a_part_computes_what_the_whole_does_without_the_other_channels(name
 @each_scheme
 def test_o25_parts_put_back_untrained_change_nothing(name, scheme):
     model = network(name).float()
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     average = PartialAverage(weights, channels)
     for client_id, width in enumerate((0.5, 0.25)):
         sets = held_by(channels, width, scheme, client_id=client_id)
@@ -222,7 +230,7 @@ def test_o25_parts_put_back_untrained_change_nothing(name, scheme):
 @each_scheme
 def test_o25_coordinates_outside_every_part_stay_as_they_are(name, scheme):
     model = network(name).float()
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     numbered = {n: np.arange(a.size).reshape(a.shape) for n, a in weights.items()}
     average, touched = PartialAverage(weights, channels), {n: np.zeros(a.size, bool) for n, a in weights.items()}
     for client_id in range(2):
@@ -239,10 +247,10 @@ def test_o25_coordinates_outside_every_part_stay_as_they_are(name, scheme):
 @each_scheme
 def test_width_1_is_the_whole_network(scheme):
     model = network("resnet18")
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     sets = held_by(channels, 1.0, scheme)
     assert_same(extract(weights, channels, sets), weights)
-    assert all(channels.place(name, array.shape, sets) is None for name, array in weights.items())
+    assert all(channels.part_index(name, array.shape, sets) is None for name, array in weights.items())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +259,7 @@ def test_width_1_is_the_whole_network(scheme):
 def test_o26_parameters_of_narrow_resnet18s(width, parameters):
     with torch.device("meta"):
         model = build_classifier(ModelConfig("resnet18", width=64), 10, 3, 32)
-    channels = channels_of(model)
+    channels = channel_layout(model)
     sets = held_by(channels, width, "fedrolex")
     part = fit(
         model, extract({n: np.zeros(v.shape, np.float32) for n, v in model.state_dict().items()}, channels, sets)
@@ -263,7 +271,7 @@ def test_o26_parameters_of_narrow_resnet18s(width, parameters):
 
 def test_a_part_is_of_fresh_arrays():
     model = network("cnn")
-    weights, channels = to_weights(model), channels_of(model)
+    weights, channels = to_weights(model), channel_layout(model)
     for width in (0.5, 1.0):
         part = extract(weights, channels, held_by(channels, width, "heterofl"))
         assert not any(np.shares_memory(part[name], weights[name]) for name in part)
@@ -276,7 +284,7 @@ def test_a_part_is_of_fresh_arrays():
 @each_network
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_fitted_network_has_a_copy_of_the_part_and_learns(name, device):
-    channels = channels_of(network(name))
+    channels = channel_layout(network(name))
     part = extract(to_weights(network(name).float()), channels, held_by(channels, 0.25, "fedrolex"))
     for array in part.values():
         array.setflags(write=False)  # as arrays in an object store are

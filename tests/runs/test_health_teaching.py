@@ -11,7 +11,7 @@ from helpers import FACTS, TINY, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
-from mosaic_ray.core.health import ONE_OWNER, distill_findings, teacher_findings
+from mosaic_ray.core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Finding, Prototypes, Weights
 from mosaic_ray.distillation.experts import effective_owners, form_experts, redundancy
@@ -63,7 +63,7 @@ def taught(federation: Federation, knobs: dict, counts: np.ndarray = COUNTS, fou
     state, figures = make_teacher(config, FACTS, federation.whole, clients, counts, found, _quiet)
     looked, arrays = inspect_teacher(config, FACTS, state, counts, found)
     owners = effective_owners(counts)
-    alone = [int(c) for c in np.flatnonzero((owners > 0) & (owners < ONE_OWNER))]
+    alone = [int(c) for c in np.flatnonzero((owners > 0) & (owners < SINGLE_OWNER_BELOW))]
     return config, state, teacher_findings(figures | looked, 3, alone), arrays
 
 

@@ -14,7 +14,7 @@ from storing import KEY, OTHER_KEY, PATIENCE_SECONDS, held, remains, until
 
 import mosaic_ray.storage.locks as leases_module
 from mosaic_ray.core.errors import RunError
-from mosaic_ray.storage.locks import BEAT_SECONDS, TTL_SECONDS, Lease
+from mosaic_ray.storage.locks import HEARTBEAT_SECONDS, TTL_SECONDS, Lease
 from mosaic_ray.storage.store import Store
 
 # ---------------------------------------------------------------- where there are no locks
@@ -29,23 +29,23 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         now[0] += seconds
 
     monkeypatch.setattr(leases_module, "_now", lambda: now[0])
-    monkeypatch.setattr(leases_module, "BEAT_SECONDS", 1e6)
+    monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 1e6)
     return advance
 
 
 def test_an_owner_is_dead_when_its_beat_has_stood_still_for_a_watchers_ttl(
     bucket_only: Path, clock: Callable[[float], None]
 ) -> None:
-    assert BEAT_SECONDS * 4 < TTL_SECONDS
+    assert HEARTBEAT_SECONDS * 4 < TTL_SECONDS
     owner, watcher, third = Store(bucket_only), Store(bucket_only), Store(bucket_only)
     lost = held(owner.try_lease(KEY))
     clock(10 * TTL_SECONDS)
     assert watcher.try_lease(KEY) is None, "seen for the first time"
     clock(TTL_SECONDS - 0.1)
     assert watcher.try_lease(KEY) is None
-    owner._leases._claims._put_beat()
+    owner._leases._claims._write_heartbeat()
     clock(10 * TTL_SECONDS)
-    assert watcher.try_lease(KEY) is None, "another beat than the last time"
+    assert watcher.try_lease(KEY) is None, "another heartbeat than the last time"
     clock(TTL_SECONDS - 0.1)
     assert watcher.try_lease(KEY) is None, "which counts from when it was seen"
     clock(0.2)
@@ -60,7 +60,7 @@ def test_an_owner_is_dead_when_its_beat_has_stood_still_for_a_watchers_ttl(
 
 
 def test_an_owner_at_rest_does_not_come_back_as_dead(bucket_only: Path, clock: Callable[[float], None]) -> None:
-    """Its beat goes on counting: one that began anew would look to an early watcher as if it had stood still."""
+    """Its heartbeat goes on counting: one that began anew would look to an early watcher as if it had stood still."""
     owner, watcher = Store(bucket_only), Store(bucket_only)
     for _ in range(2):
         with held(owner.try_lease(KEY)):
@@ -80,11 +80,11 @@ def test_a_dead_owners_leases_are_all_free_at_once(bucket_only: Path, clock: Cal
 
 
 def beats() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "lease-beat"]
+    return [thread for thread in threading.enumerate() if thread.name == "lease-heartbeat"]
 
 
 def test_the_heart_beats_while_anything_is_held(bucket_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases_module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 0.01)
     store = Store(bucket_only)
     one, two = held(store.try_lease(KEY)), held(store.try_lease(OTHER_KEY))
     (name,) = [name for name in remains(store) if name.startswith("~")]
@@ -101,7 +101,7 @@ def test_of_several_that_claim_in_the_same_moment_one_gets_it(
     bucket_only: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """All have found the key free, and all put their claims before any of them looks again."""
-    monkeypatch.setattr(leases_module, "_LOOKS", 10_000)
+    monkeypatch.setattr(leases_module, "_CHECKS", 10_000)
     stores, together = [Store(bucket_only) for _ in range(count)], threading.Barrier(count)
     got: list[Lease | None] = []
 

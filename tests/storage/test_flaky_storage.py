@@ -1,4 +1,4 @@
-"""Storage that fails now and then is tried again; storage that stays down ends a run in one line, and it resumes."""
+"""Retries of transient storage errors; lasting ones end a run with one line, and it resumes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mosaic_ray.runs import runner
 from mosaic_ray.storage.filesystem import Files
 from mosaic_ray.storage.gc import verify
 from mosaic_ray.storage.store import Store
-from mosaic_ray.storage.uri import may_pass, reason
+from mosaic_ray.storage.uri import is_transient, reason
 
 URI = "s3://bucket/results"
 
@@ -64,7 +64,7 @@ def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flaky:
     return made
 
 
-# ---------------------------------------------------------------- what is tried again
+# ---------------------------------------------------------------- retries
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flaky:
     ids=str,
 )  # fmt: skip
 def test_what_may_pass_is_told_by_number_or_by_text(error: OSError, passes: bool) -> None:
-    assert may_pass(error) is passes
+    assert is_transient(error) is passes
 
 
 def test_a_clouds_error_is_told_without_its_ballast() -> None:
@@ -120,7 +120,7 @@ def local(folder: Path) -> Files:
 
 def test_pauses_double_and_jitter_up_to_a_bound(tmp_path: Path, clock: Clock) -> None:
     work, calls = failing(OSError(errno.EIO, "x"), 10)
-    assert local(tmp_path).again(work) == "done" and len(calls) == 11
+    assert local(tmp_path).retry(work) == "done" and len(calls) == 11
     first, longest = files_module._PAUSES
     for number, slept in enumerate(clock.slept):
         whole = min(first * 2**number, longest)
@@ -131,7 +131,7 @@ def test_pauses_double_and_jitter_up_to_a_bound(tmp_path: Path, clock: Clock) ->
 def test_what_does_not_pass_is_raised_at_once(tmp_path: Path, clock: Clock) -> None:
     work, calls = failing(OSError(errno.ENOSPC, "x"), 1)
     with pytest.raises(OSError, match="x"):
-        local(tmp_path).again(work)
+        local(tmp_path).retry(work)
     assert len(calls) == 1 and clock.slept == []
 
 
@@ -140,25 +140,25 @@ def test_patience_is_bounded_and_storage_that_is_down_is_tried_once_until_it_ans
 ) -> None:
     files, error = local(tmp_path), TimeoutError(errno.ETIMEDOUT, "x")
     said: list[str] = []
-    files.say = said.append
+    files.log = said.append
     begun = clock.now
     with pytest.raises(TimeoutError):
-        files.again(failing(error, float("inf"))[0])
+        files.retry(failing(error, float("inf"))[0])
     assert files_module.PATIENCE_SECONDS / 2 < clock.now - begun <= files_module.PATIENCE_SECONDS
     assert said == ["storage fails (Connection timed out); trying again for up to 120 s"]
     clock.slept.clear()
     with pytest.raises(TimeoutError):
-        files.again(failing(error, float("inf"))[0])
+        files.retry(failing(error, float("inf"))[0])
     assert clock.slept == [] and len(said) == 1, "it is known to be down"
     with pytest.raises(FileNotFoundError):
         files.read("absent")
-    assert files.again(failing(error, 3)[0]) == "done", "an answer, if only that there is no such file: up again"
+    assert files.retry(failing(error, 3)[0]) == "done", "an answer, if only that there is no such file: up again"
 
 
 def test_before_a_run_there_is_little_patience(tmp_path: Path, clock: Clock) -> None:
     hasty, begun = Files(fs.LocalFileSystem(), str(tmp_path), files_module.OPENING_SECONDS), clock.now
     with pytest.raises(OSError, match="x"):
-        hasty.again(failing(OSError(errno.EIO, "x"), float("inf"))[0])
+        hasty.retry(failing(OSError(errno.EIO, "x"), float("inf"))[0])
     assert clock.now - begun <= files_module.OPENING_SECONDS
 
 
@@ -220,7 +220,7 @@ def test_a_put_that_fails_for_good_shows_nothing_and_spares_what_was_there(
 def test_the_stores_contract_where_a_fifth_of_all_calls_fails(flaky: Flaky, seed: int, said: list[str]) -> None:
     flaky.share = 0.2
     flaky._draws.seed(seed)
-    one, two = Store(URI, say=said.append), Store(URI)
+    one, two = Store(URI, log=said.append), Store(URI)
     one.check_writable()
     for number in range(8):
         key = f"warmup-{number:020d}"
@@ -249,7 +249,7 @@ def test_storage_that_is_down_is_not_taken_for_damage(
     flaky: Flaky, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     monkeypatch.setattr(files_module, "PATIENCE_SECONDS", 0.02)
-    store = Store(URI, say=said.append)
+    store = Store(URI, log=said.append)
     made = store.put(KEY, FACTS, {"p": arrays()})
     flaky.down = True
     works = (lambda: store.get(KEY), lambda: made.load("p"), lambda: store.discard(KEY), lambda: store.put(KEY, {}))
@@ -270,7 +270,7 @@ def test_a_watcher_does_not_take_an_owner_for_dead_because_its_own_storage_was_a
 ) -> None:
     """Both were cut off for longer than the lease lives; the watcher is back first."""
     monkeypatch.setattr(files_module, "TROUBLE_SECONDS", 0.01)
-    monkeypatch.setattr(leases_module, "BEAT_SECONDS", 1e6)
+    monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 1e6)
     owner, watcher = Store(URI), Store(URI)
     lease = held(owner.try_lease(KEY))
     assert watcher.try_lease(KEY) is None
@@ -285,8 +285,8 @@ def test_a_watcher_does_not_take_an_owner_for_dead_because_its_own_storage_was_a
 def test_an_owner_that_was_cut_off_is_taken_over_and_both_store_the_same(
     flaky: Flaky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lease's loss is not noticed; the result is whole all the same, and nobody lets go of what is another's."""
-    monkeypatch.setattr(leases_module, "BEAT_SECONDS", 0.01)
+    """The loss of the lease is not noticed; the result is complete, and no owner releases another's lease."""
+    monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(leases_module, "TTL_SECONDS", 0.1)
     monkeypatch.setattr(files_module, "PATIENCE_SECONDS", 0.02)
     owner = Store(URI)

@@ -1,4 +1,4 @@
-"""Leases: of several that miss a result one computes it, whoever dies."""
+"""Leases: of several runs that miss a result one computes it, also if a holder dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Object storage as pyarrow really speaks to it: s3:// against moto's server, gs:// as far as that goes offline."""
+"""Object storage through pyarrow: s3:// against moto's server, gs:// as far as possible offline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mosaic_ray.runs import runner
 from mosaic_ray.storage.filesystem import Files
 from mosaic_ray.storage.gc import verify
 from mosaic_ray.storage.store import Store
-from mosaic_ray.storage.uri import below, open_uri
+from mosaic_ray.storage.uri import join, open_uri
 
 pytest.importorskip("moto", reason="moto[server,s3] is not installed")
 
@@ -90,7 +90,7 @@ def s3(server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> S3:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(files_module, "_PAUSES", (0.005, 0.05))
-    monkeypatch.setattr(leases_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(leases_module, "_CHECK_SECONDS", 0.01)
     monkeypatch.chdir(tmp_path)
     server.fix()
     endpoint = f"127.0.0.1:{server.port}"
@@ -111,7 +111,7 @@ def is_part(request: Request) -> bool:
 
 
 def test_the_stores_contract_on_s3(s3: S3, said: list[str], tmp_path: Path) -> None:
-    one, two = Store(s3.uri("bucket/some/prefix"), say=said.append), Store(s3.uri("bucket/some/prefix"))
+    one, two = Store(s3.uri("bucket/some/prefix"), log=said.append), Store(s3.uri("bucket/some/prefix"))
     one.check_writable()
     assert one.local_root is None and one.get(KEY) is None and one.names("objects") == []
     big = {"w": np.random.default_rng(0).normal(size=(13 << 20) // 8)}  # more than one part of an upload
@@ -159,7 +159,7 @@ def test_two_processes_that_write_one_key_never_spoil_it(s3: S3, said: list[str]
         for process in writers:
             process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 0
-    store = Store(uri, say=said.append)
+    store = Store(uri, log=said.append)
     found = store.get(KEY)
     assert found is not None and (found.load("p")["w"] == found.facts["n"]).all() and not said
     assert not verify(store).damaged
@@ -168,7 +168,7 @@ def test_two_processes_that_write_one_key_never_spoil_it(s3: S3, said: list[str]
 def test_a_third_of_all_requests_refused_as_by_a_busy_s3_changes_nothing(s3: S3, said: list[str]) -> None:
     draws = random.Random(0)
     s3.fails = lambda request: draws.random() < 0.3
-    store = Store(s3.uri("bucket/p"), say=said.append)
+    store = Store(s3.uri("bucket/p"), log=said.append)
     for number in range(6):
         key = f"warmup-{number:020d}"
         with held(store.try_lease(key)):
@@ -207,8 +207,8 @@ def test_what_a_bucket_holds_is_listed_verified_and_freed(s3: S3, monkeypatch: p
 
 
 def test_names_are_joined_before_the_query() -> None:
-    assert below("s3://b/p/?a=1&b=2", "runs/x") == "s3://b/p/runs/x?a=1&b=2"
-    assert below("gs://b", "runs/x") == "gs://b/runs/x"
+    assert join("s3://b/p/?a=1&b=2", "runs/x") == "s3://b/p/runs/x?a=1&b=2"
+    assert join("gs://b", "runs/x") == "gs://b/runs/x"
     store = Store("s3://b/p?endpoint_override=127.0.0.1:9&scheme=http")
     assert store.where("runs/x") == "s3://b/p/runs/x?endpoint_override=127.0.0.1:9&scheme=http"
     assert open_uri(store.where("runs/x"))[1] == "b/p/runs/x"
@@ -254,7 +254,7 @@ def test_a_run_on_s3_ends_as_on_a_disk_and_resumes(
     assert any(name.startswith("events") for name in store.names("runs/one/tensorboard"))
 
 
-# ---------------------------------------------------------------- what is refused, before anything starts
+# ---------------------------------------------------------------- refusals before a run starts
 
 
 @pytest.mark.usefixtures("two_cpus")

@@ -1,4 +1,4 @@
-"""Of several runs that miss a stage one computes it, whoever fails or dies."""
+"""Of several runs that miss a stage one computes it, also if one fails or dies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Heard(Tracker):
-    """A tracker whose lines are kept, and which does ``then`` after each of them."""
+    """A tracker that keeps its lines and calls ``then`` after each."""
 
     def __init__(self, then: Callable[[], object] = lambda: None) -> None:
         super().__init__(None, progress=False, stream=io.StringIO())
@@ -129,7 +129,7 @@ def test_a_stage_waits_for_the_run_that_computes_it_and_goes_on_where_that_fails
     after_some_looks(ours.store, neighbour.go_on.set)
     result = ours.stage("teacher", KEY, compute)
     neighbour.join()
-    assert heard.lines == ["teacher: waiting for another run that computes it"], "said once"
+    assert heard.lines == ["teacher: waiting for another run that computes it"], "logged once"
     assert computed == [neighbour] + [threading.main_thread()] * fails
     assert_same(result.load("p"), {"w": np.arange(4.0)})
     log = ours.log["teacher"]
@@ -144,7 +144,7 @@ def test_a_stage_waits_for_the_run_that_computes_it_and_goes_on_where_that_fails
 
 
 def test_a_damage_met_while_computing_is_still_known_as_one(tmp_path: Path) -> None:
-    """So that ``launch`` removes what is damaged and begins again; the lease is free."""
+    """Make ``execute`` remove a damaged result and start over; the lease is free."""
     run = bare_run(tmp_path, Heard())
 
     def compute(writer: Any, progress: Any) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_a_damage_met_while_computing_is_still_known_as_one(tmp_path: Path) -> N
 
 
 class Watched:
-    """A serial cohort that notes whose work it hands on, and calls ``before(k)`` just before it does."""
+    """A serial cohort that records the client of each result, and calls ``before(k)`` first."""
 
     def __init__(self, cohort: SerialBackend, before: Callable[[int], None]) -> None:
         self.cohort, self.before = cohort, before
@@ -291,7 +291,7 @@ print(json.dumps(runner.run(config, storage=storage, name=name, progress=False))
 
 
 def runner(storage: Path, name: str) -> contextlib.AbstractContextManager[list[subprocess.Popen[str]]]:
-    """A process that runs the short experiment once it is told to; the one called "halts" stops at a checkpoint."""
+    """A process that runs the short experiment when signalled; the one named "halts" stops at a checkpoint."""
     return children(RUNNER, [str(storage), name, json.dumps(flatten(SHORT))])
 
 

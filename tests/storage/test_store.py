@@ -1,4 +1,4 @@
-"""The store: what is put is what is got; keys, sessions, checkpoints."""
+"""The store: round trips of results; keys, sessions, checkpoints."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_key_is_a_plain_name(store: Store, bad: str) -> None:
         store.put(bad, {})
 
 
-# ---------------------------------------------------------------- what is put is what is got
+# ---------------------------------------------------------------- round trips
 
 
 def test_put_then_get(any_store: Store, said: list[str]) -> None:
@@ -213,7 +213,7 @@ def test_a_discarded_result_is_absent_and_its_neighbours_stay(any_store: Store, 
     any_store.discard(KEY)
     any_store.discard(KEY)
     assert any_store.get(KEY) is None and any_store.get("other-1") is not None and not said
-    assert same(held.load("p"), arrays()), "who reads it at this moment is not hurt"
+    assert same(held.load("p"), arrays()), "a concurrent reader is not affected"
 
 
 def test_an_uploaded_folder_keeps_its_files_and_their_places(any_store: Store, tmp_path: Path) -> None:

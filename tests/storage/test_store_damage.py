@@ -1,4 +1,4 @@
-"""What a store says of results that were damaged or moved."""
+"""Results that were damaged or moved: what the store logs and returns."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("room", ["objects", "checkpoints"])
-def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], damage: str, room: str) -> None:
-    put: Any = {"objects": store.put, "checkpoints": store.save_checkpoint}[room]
-    get = {"objects": store.get, "checkpoints": store.load_checkpoint}[room]
+@pytest.mark.parametrize("kind", ["objects", "checkpoints"])
+def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], damage: str, kind: str) -> None:
+    put: Any = {"objects": store.put, "checkpoints": store.save_checkpoint}[kind]
+    get = {"objects": store.get, "checkpoints": store.load_checkpoint}[kind]
     put(KEY, FACTS, {"p": arrays()})
     do, why = DAMAGES[damage]
-    path = payload(store, room)
+    path = payload(store, kind)
     do(path)
     assert get(KEY) is None
     (line,) = said
     assert KEY in line and "damaged" in line and path.name in line and why in line and "\n" not in line
-    assert get(KEY) is None and len(said) == 1, "it is removed, so said once"
+    assert get(KEY) is None and len(said) == 1, "it is removed, so it is logged once"
     if path.is_dir():
         path.rmdir()
     put(KEY, FACTS, {"p": arrays()})

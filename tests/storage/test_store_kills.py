@@ -1,4 +1,4 @@
-"""The store through kills at every step, and with neighbours at the same keys."""
+"""The store with kills at every step, and with concurrent writers of the same keys."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_O12_a_kill_at_any_step_leaves_all_or_nothing(
         assert got is not None or not whole
         if got is not None:
             assert got.facts == FACTS and all(same(got.load(p), parts[p]) for p in parts)
-        again = store.put(KEY, FACTS, parts)  # the rerun completes over whatever lies there
+        again = store.put(KEY, FACTS, parts)  # the rerun overwrites leftovers
         rerun = store.get(KEY)
         assert rerun is not None and same(again.load("a"), parts["a"]) and same(rerun.load("b"), parts["b"])
         for path in Path(store.local_root or "").glob(f"objects/{KEY}/[mp]*"):
@@ -109,7 +109,7 @@ def test_O12_a_kill_at_any_step_leaves_the_old_checkpoint_or_the_new(
         assert got is not None and (got.facts["round"] == 2 or not whole)
         assert same(got.load("w"), {1: old, 2: new}[got.facts["round"]])
         store.save_checkpoint(KEY, {"round": 1}, {"w": old})
-        assert payload(store, "checkpoints").exists(), "one payload is left, whatever the kill left behind"
+        assert payload(store, "checkpoints").exists(), "one payload is left, with no leftovers of the kill"
 
     def work() -> None:
         store.save_checkpoint(KEY, {"round": 2}, {"w": new})
@@ -149,7 +149,7 @@ def test_O12_a_really_killed_process_leaves_something_whole(tmp_path: Path, said
         return subprocess.run(argv, env=os.environ | {"PYTHONPATH": path}, capture_output=True).returncode
 
     assert child(at) == -signal.SIGKILL
-    store = Store(str(tmp_path), say=said.append)
+    store = Store(str(tmp_path), log=said.append)
     checkpoint = store.load_checkpoint("k-1")
     assert (None if checkpoint is None else checkpoint.facts["n"]) == {3: None, 7: 0, 14: 2}[at]
     if checkpoint is not None:
@@ -207,7 +207,7 @@ def test_two_processes_committing_one_key_both_succeed(tmp_path: Path, said: lis
     for child in children:
         child.communicate(b"g")
     assert [child.returncode for child in children] == [0, 0]
-    got = Store(str(tmp_path), say=said.append).get("k-1")
+    got = Store(str(tmp_path), log=said.append).get("k-1")
     assert got is not None and not said and (got.load("p")["w"] == int(got.facts["n"])).all()
 
 

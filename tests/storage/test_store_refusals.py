@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_is_a_run_error_and_shows_nothing(
 def test_a_really_full_disk(tmp_path: Path, said: list[str]) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         assert "full" in refused(str(disk))
-        store = Store(str(disk), say=said.append)
+        store = Store(str(disk), log=said.append)
         store.put("small-1", {"n": 1}, {"p": arrays()})
         with pytest.raises(RunError, match="no space left"):
             store.put(KEY, {}, {"p": {"w": np.zeros(2 << 20, np.uint8)}})

@@ -15,7 +15,7 @@ from ...core.errors import RequestError
 if TYPE_CHECKING:
     from ...config.schema import ExperimentConfig
     from ...core.types import Weights
-    from ...models.submodel import ChannelIndices, Channels
+    from ...models.submodel import ChannelIndices, ChannelLayout
     from ..client_models import Models, RoundAggregator, RoundStart
     from ..communication import Entries
     from ..local_training import LocalStart, Objective
@@ -41,7 +41,7 @@ class Strategy:
         """Raise ``RequestError`` where ``config`` asks for something that this strategy cannot do."""
 
     def channel_indices(
-        self, channels: Channels, width: float, *, round_num: int, seed: int, client_id: int
+        self, channels: ChannelLayout, width: float, *, round_num: int, seed: int, client_id: int
     ) -> ChannelIndices:
         """Return the channels that a client of ``width`` < 1 is sent in a round, for each group of channels."""
         raise NotImplementedError(f"{self.name} sends whole models")

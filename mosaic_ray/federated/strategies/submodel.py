@@ -14,7 +14,7 @@ from ...core.seeding import numpy_stream
 from .base import Strategy
 
 if TYPE_CHECKING:
-    from ...models.submodel import ChannelIndices, Channels
+    from ...models.submodel import ChannelIndices, ChannelLayout
 
 
 class Submodel(Strategy):
@@ -23,7 +23,7 @@ class Submodel(Strategy):
     partial_widths = True
 
     def channel_indices(
-        self, channels: Channels, width: float, *, round_num: int, seed: int, client_id: int
+        self, channels: ChannelLayout, width: float, *, round_num: int, seed: int, client_id: int
     ) -> ChannelIndices:
         from ...models.submodel import num_kept
 
@@ -64,7 +64,7 @@ class FedRolex(Submodel):
 
 
 class FedDropout(Submodel):
-    """Channels drawn at random for every round and client.
+    """ChannelLayout drawn at random for every round and client.
 
     Caldas, Konečný, McMahan and Talwalkar, "Expanding the Reach of Federated Learning by Reducing Client Resource
     Requirements", 2018 (arXiv 1812.07210).

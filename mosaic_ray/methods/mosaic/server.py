@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...core.errors import RunError
-from ...core.health import ONE_OWNER, distill_findings, teacher_findings
+from ...core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
 from ...core.types import Finding, Prototypes, Weights
 from ...distillation.experts import effective_owners
 from ...distillation.student_training import inspect_student, make_task
@@ -45,7 +45,7 @@ def train_teacher(
             for what, value in found.items():
                 progress.scalar(f"teacher/{what}" if own else f"teacher_{name}/{what}", config.meta.updates, value)
             figures |= found if own else {f"{name}/{what}": value for what, value in found.items()}
-            alone = [int(c) for c in np.flatnonzero((owners > 0) & (owners < ONE_OWNER))]
+            alone = [int(c) for c in np.flatnonzero((owners > 0) & (owners < SINGLE_OWNER_BELOW))]
             findings += teacher_findings(
                 found, ctx.dataset.facts.num_classes, alone, name=name if len(federation.groups) > 1 else "",
                 holds_out=config.prototypes.held_out > 0,

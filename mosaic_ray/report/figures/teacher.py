@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ...core.health import ONE_OWNER
+from ...core.health import SINGLE_OWNER_BELOW
 from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
@@ -105,7 +105,7 @@ def meta_gates(run: RunReport) -> Figure:
 def _weights_words(run: RunReport) -> str:
     table = _expert_table(run, "expert_weights")
     entropy = -(table * np.log(np.where(table > 0, table, 1))).sum(axis=0)
-    alone = np.flatnonzero((np.exp(entropy) < ONE_OWNER) & (table.max(axis=0) > 0)).tolist()  # as health has it
+    alone = np.flatnonzero((np.exp(entropy) < SINGLE_OWNER_BELOW) & (table.max(axis=0) > 0)).tolist()
     said = f"Of {counted(table.shape[1], 'class expert')}, "
     if not alone:
         return f"{said}none comes from one client alone; the heaviest weight is {percent(float(table.max()))}."
