@@ -12,23 +12,23 @@ import numpy as np
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
-from ..core.types import ImageSet
+from ..core.types import DataFacts, Dataset, ImageSet
 from .download import needed
 from .formats import read_idx, read_mat, read_pickle
 from .partition import held_out_mask
-from .specs import KNOWN, Raw, known
+from .specs import CIFAR100_MEAN_STD, DatasetSpec, archive, idx_files, plain_file, spec_of, with_facts
 
 DIGIT_NAMES = tuple("0123456789")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def digits(config: DataConfig) -> Raw:
+def digits(config: DataConfig) -> Dataset:
     """1,797 images of 8x8, 1,437 to train on and 360 to test, by class; the split is the same under every seed."""
     rows = _digits_rows()
     intensities, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]  # intensities are 0..16
     whole = ImageSet(((intensities * 255 + 8) // 16).astype(np.uint8), labels)
     test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
-    return known("digits", whole.take(~test), whole.take(test), DIGIT_NAMES)
+    return with_facts(config, whole.take(~test), whole.take(test), DIGIT_NAMES)
 
 
 def _digits_rows() -> np.ndarray:
@@ -51,7 +51,7 @@ def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: P
         raise RequestError(f"{path}: labels run from {labels.min()} to {labels.max()}; there are {num_classes} classes")
 
 
-def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Raw]:
+def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
     """Loader of four idx files of 28x28 images."""
 
     def part(images_path: Path, labels_path: Path) -> ImageSet:
@@ -59,9 +59,9 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Raw]:
         _check_labels(labels, len(images), len(class_names), labels_path)
         return ImageSet(np.ascontiguousarray(images), labels)
 
-    def load(config: DataConfig) -> Raw:
+    def load(config: DataConfig) -> Dataset:
         paths = needed(config)
-        return known(config.name, part(*paths[:2]), part(*paths[2:]), class_names)
+        return with_facts(config, part(*paths[:2]), part(*paths[2:]), class_names)
 
     return load
 
@@ -74,16 +74,16 @@ class Cifar:
     label_key: str
     names_key: str
 
-    def __call__(self, config: DataConfig) -> Raw:
+    def __call__(self, config: DataConfig) -> Dataset:
         paths = needed(config)
-        num_classes = KNOWN[config.name].num_classes
+        num_classes = spec_of(config.name).facts.num_classes
         *parts, test = (self._batch(path, num_classes) for path in paths)
         train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
         meta = paths[-1].with_name(self.meta)
         names = read_pickle(meta).get(self.names_key) if meta.is_file() else None
         if not isinstance(names, list) or len(names) != num_classes:
             names = range(num_classes)
-        return known(config.name, train, test, tuple(map(str, names)))
+        return with_facts(config, train, test, tuple(map(str, names)))
 
     def _batch(self, path: Path, num_classes: int) -> ImageSet:
         batch = read_pickle(path)
@@ -97,7 +97,7 @@ class Cifar:
         return ImageSet(data.reshape(-1, 3, 32, 32), labels)
 
 
-def svhn(config: DataConfig) -> Raw:
+def svhn(config: DataConfig) -> Dataset:
     """Two MATLAB files of ``X`` [32, 32, 3, n] and ``y`` [n, 1]; there 10 stands for the digit 0."""
 
     def part(path: Path) -> ImageSet:
@@ -112,4 +112,58 @@ def svhn(config: DataConfig) -> Raw:
         return ImageSet(np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels)
 
     train, test = map(part, needed(config))
-    return known("svhn", train, test, DIGIT_NAMES)
+    return with_facts(config, train, test, DIGIT_NAMES)
+
+
+# --- the records ------------------------------------------------------------------------------------------------------
+
+# The constants are the authors' (MNIST's for Fashion-MNIST too); the digits' were measured on the training images. A
+# mirrored digit is another sign or none, so neither the digits nor SVHN's are flipped.
+DIGITS = DatasetSpec(digits, DataFacts("digits", 10, 1, 8, (0.3051,), (0.3759,)))
+
+MNIST = DatasetSpec(
+    mnist_like(DIGIT_NAMES), DataFacts("mnist", 10, 1, 28, (0.1307,), (0.3081,)), "MNIST/raw",
+    idx_files(
+        "MNIST/raw",
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+)  # fmt: skip
+
+FASHION_MNIST = DatasetSpec(
+    mnist_like(CLOTHES), DataFacts("fmnist", 10, 1, 28, (0.1307,), (0.3081,)), "FashionMNIST/raw",
+    idx_files(
+        "FashionMNIST/raw",
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+)  # fmt: skip
+
+SVHN = DatasetSpec(
+    svhn, DataFacts("svhn", 10, 3, 32, (0.5,) * 3, (0.5,) * 3, ("crop",)), "train_32x32.mat",
+    (
+        plain_file("http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
+        plain_file("http://ufldl.stanford.edu/housenumbers/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+    ),
+)  # fmt: skip
+
+CIFAR10 = DatasetSpec(
+    Cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
+    DataFacts("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), ("crop", "flip")),
+    "cifar-10-batches-py",
+    archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py", *(f"data_batch_{number}" for number in range(1, 6)), "test_batch",
+    ),
+)  # fmt: skip
+
+CIFAR100 = DatasetSpec(
+    Cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
+    DataFacts("cifar100", 100, 3, 32, *CIFAR100_MEAN_STD, ("crop", "flip")), "cifar-100-python",
+    archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python", "train", "test",
+    ),
+)  # fmt: skip

@@ -13,7 +13,7 @@ from .download import fetch
 from .image_cache import FACTS, read_facts
 from .image_cache_build import import_as
 from .paths import DECODED, IMPORTED, data_root, imported_names, may_be_imported
-from .specs import FOLDERS, RESOURCES
+from .specs import spec_of
 
 
 def overview(config: DataConfig) -> dict[str, str]:
@@ -24,16 +24,17 @@ def overview(config: DataConfig) -> dict[str, str]:
     root = data_root(config)
     copies = _copies(root)
     rows = {}
-    for name, what in DATASETS.items():
-        gives = [root / given for resource in RESOURCES[name] for given in resource.gives]
+    for name, (summary, _) in DATASETS.items():
+        spec = spec_of(name)
+        gives = [root / given for resource in spec.resources for given in resource.gives]
         there = [path for path in gives if path.exists()]
         if there:
-            folder = root / FOLDERS[name]
-            state = size_on_disk([folder] if folder.is_dir() else there) + f" in {FOLDERS[name]}" * folder.is_dir()
+            folder = root / spec.folder
+            state = size_on_disk([folder] if folder.is_dir() else there) + f" in {spec.folder}" * folder.is_dir()
             state += "" if len(there) == len(gives) else ", incomplete"
         else:
             state = "not there" if gives else "at hand"
-        rows[name] = "; ".join([what, state, *copies.pop(name, [])])
+        rows[name] = "; ".join([summary, state, *copies.pop(name, [])])
     for name in imported_names(root):
         rows[name] = f"imported; {_copy(root / IMPORTED / name)}"
     return rows | {name: "; ".join(found) for name, found in copies.items()}
@@ -69,9 +70,9 @@ def size_on_disk(places: list[Path]) -> str:
 def fetch_dataset(name: str, config: DataConfig) -> str:
     """Fetches the data set ``name``; what to say then."""
     root = data_root(config)
-    if name not in RESOURCES:
-        raise RequestError(f"{name}: no data set to fetch; {neighbours(name, RESOURCES)}")
-    if not RESOURCES[name]:
+    if name not in DATASETS:
+        raise RequestError(f"{name}: no data set to fetch; {neighbours(name, DATASETS)}")
+    if not spec_of(name).resources:
         return f"{name} is bundled; there is nothing to fetch"
     came = fetch(name, root)
     return f"{name}: {', '.join(came)} in {root}" if came else f"{name} is in {root} already"

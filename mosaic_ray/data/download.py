@@ -24,7 +24,7 @@ from ..core.errors import RequestError
 from .formats import brief
 from .paths import alone, data_root
 from .progress import bar
-from .specs import RESOURCES, Resource
+from .specs import Resource, spec_of
 
 _PIECE = 1 << 20
 _TIMEOUT_SECONDS = 30
@@ -39,7 +39,7 @@ def needed(config: DataConfig) -> list[Path]:
     name, root = config.name, data_root(config)
     if config.download:
         fetch(name, root)
-    paths = [root / given for resource in RESOURCES[name] for given in resource.gives]
+    paths = [root / given for resource in spec_of(name).resources for given in resource.gives]
     for path in paths:
         if not path.exists():
             raise RequestError(
@@ -56,7 +56,7 @@ def fetch(name: str, root: Path) -> list[str]:
     """
 
     def missing() -> list[Resource]:
-        return [r for r in RESOURCES[name] if not all((root / given).exists() for given in r.gives)]
+        return [r for r in spec_of(name).resources if not all((root / given).exists() for given in r.gives)]
 
     if not missing():
         return []

@@ -26,10 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from ..core.types import DataFacts, ImageSet
+from ..core.types import DataFacts, Dataset, ImageSet
 from .formats import brief
 from .progress import warn
-from .specs import Raw
 
 SPOT_BYTES = 12 << 20
 EACH = 10_000
@@ -51,7 +50,7 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = None) -> Raw | None:
+def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = None) -> Dataset | None:
     """The copy in ``folder``, mapped; None where there is none, or where images at ``places`` have changed since.
 
     ``fixed``: the data set's constants, where it has some. Images that were left out are said on standard error.
@@ -76,9 +75,10 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
     mean, std = (facts["mean"], facts["std"]) if "mean" in facts else (fixed.mean, fixed.std)
     colour = fixed.augmentations if fixed else ("crop", "flip") if facts["coloured"] else ()
     content = [[facts["parts"][part][key] for key in ("shape", "blocks")] for part in PARTS]
-    return Raw(
-        ImageSet(*arrays[:2]), ImageSet(*arrays[2:]), tuple(facts["class_names"]), tuple(mean), tuple(std), colour,
-        hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+    names, (_, channels, size, _) = tuple(facts["class_names"]), arrays[0].shape
+    return Dataset(
+        DataFacts(facts["name"], len(names), channels, size, tuple(mean), tuple(std), colour),
+        ImageSet(*arrays[:2]), ImageSet(*arrays[2:]), names, hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     )  # fmt: skip
 
 

@@ -19,14 +19,14 @@ import numpy as np
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError, neighbours
-from ..core.types import DataFacts
+from ..core.types import DataFacts, Dataset
 from . import image_decode
 from .image_cache import Damaged, flush, read, stamp, write_facts
 from .image_ops import moments
-from .image_sources import PICTURES, Listing, Part, Pictures, check_classes
+from .image_sources import check_classes
 from .paths import DECODED, IMPORTED, alone, data_root, imported_names
 from .progress import bar, warn
-from .specs import KNOWN, Raw
+from .specs import ImageFiles, Listing, Part, spec_of
 
 #: Goes into the copies' names: another one when what is written, or how images are decoded, changes.
 VERSION = 1
@@ -37,23 +37,24 @@ _FLUSH = 16
 
 @dataclass(frozen=True)
 class Form:
-    """What a copy is made to be: the side (0: the images' own) and channels (0: theirs), and what is done with images
-    that do not decode."""
+    """The form of a copy: side and channels in pixels (0: the images' own), whether images that do not decode are left
+    out, and the data set's constants (None: mean and standard deviation are measured)."""
 
     size: int
     channels: int
     skip_bad: bool
+    known: DataFacts | None = None
 
 
-def decoded(config: DataConfig, pictures: Pictures) -> Raw:
+def decoded(config: DataConfig, pictures: ImageFiles) -> Dataset:
     """``pictures`` in the size and channels that ``config`` asks for, from their copy; it is made where there is none.
 
     Of several processes that miss the same copy, one makes it and the others wait. Where nothing can be written below
     the data root, the arrays last as long as this process.
     """
-    fixed = KNOWN.get(config.name)
+    fixed = spec_of(config.name).facts
     channels = config.channels or (fixed.channels if fixed else 0)
-    form = Form(config.image_size or pictures.size, channels, config.skip_bad)
+    form = Form(config.image_size or pictures.size, channels, config.skip_bad, fixed)
     key = [VERSION, str(pictures.where), config.name.partition(":")[0], form.size, form.channels, form.skip_bad]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     label = "".join(c if c.isalnum() or c in "-_." else "_" for c in pictures.where.name)[:80]
@@ -76,7 +77,7 @@ def decoded(config: DataConfig, pictures: Pictures) -> Raw:
         return _read_back(_put(make(config.name, pictures, form, stack, folder.parent), folder), fixed)
 
 
-def imported(config: DataConfig) -> Raw:
+def imported(config: DataConfig) -> Dataset:
     """``imported:NAME``: what ``mosaic data import`` has put under that name."""
     root, name = data_root(config), config.name.partition(":")[2]
     if name not in (names := imported_names(root)):
@@ -98,13 +99,13 @@ def import_as(name: str, config: DataConfig) -> Path:
             _tidy(folder.parent)
         if folder.exists():
             raise RequestError(f"{name}: imported already; remove {folder} first, or take another name")
-        pictures = PICTURES[config.name.partition(":")[0]](config)
+        pictures = spec_of(config.name).load(config)
         form = Form(config.image_size, config.channels, config.skip_bad)
         make(config.name, pictures, form, stack, folder.parent).rename(folder)
     return folder
 
 
-def _read_back(folder: Path, fixed: DataFacts | None) -> Raw:
+def _read_back(folder: Path, fixed: DataFacts | None) -> Dataset:
     try:
         return read(folder, fixed)
     except Damaged as error:
@@ -141,7 +142,7 @@ def _put(made: Path, folder: Path) -> Path:
 # ---------------------------------------------------------------- making
 
 
-def make(name: str, pictures: Pictures, form: Form, stack: contextlib.ExitStack, parent: Path | None) -> Path:
+def make(name: str, pictures: ImageFiles, form: Form, stack: contextlib.ExitStack, parent: Path | None) -> Path:
     """A copy in a folder below ``parent`` (None: where temporary files go) that ``stack`` removes at its end."""
     stack.callback(image_decode.row_group.cache_clear)  # as large as a file, perhaps
     listing = pictures.listing()
@@ -188,8 +189,7 @@ def _decode(
 ) -> dict[str, Any] | None:
     """Writes the arrays; what ``facts.json`` says of them. None where only the first images were grey, and the
     channels are to be the images' own."""
-    fixed = KNOWN.get(name)
-    measured = fixed is None or shape[0] < fixed.channels
+    measured = form.known is None or shape[0] < form.known.channels
     parts = {"train": listing.train, "test": listing.test}
     common = {"shape": shape, "square": bool(form.size), "tally": measured}
     tasks = [task | common for part, images in parts.items() for task in _placed(folder, part, images, shape)]

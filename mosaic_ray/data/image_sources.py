@@ -5,53 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
+from ..core.types import DataFacts
 from .download import needed
 from .formats import image_columns
 from .image_decode import Task, not_parquet
 from .paths import data_root
+from .specs import CIFAR100_MEAN_STD, DatasetSpec, ImageFiles, Listing, Part, archive
 
 #: Images that a decoding process takes at a time.
 _TASK = 512
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images not decoded yet, and their labels int64 [N]."""
-
-    tasks: list[Task]
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of a data set."""
-
-    train: Part
-    test: Part
-    class_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """A data set of encoded images, before they are listed.
-
-    ``places``: the files and folders whose times tell that something came, went or changed. ``size``: the side that
-    its images are brought to where none is asked for; 0: they have one in common.
-    """
-
-    where: Path
-    places: Sequence[Path]
-    listing: Callable[[], Listing]
-    size: int = 0
 
 
 def _of_files(paths: list[Path], labels: Sequence[int]) -> Part:
@@ -104,7 +74,7 @@ def check_classes(name: str, train: np.ndarray, test: np.ndarray, class_names: S
         raise RequestError(f"data.name = {name}: test holds classes that train has not: {words}")
 
 
-def tiny_imagenet(config: DataConfig) -> Pictures:
+def tiny_imagenet(config: DataConfig) -> ImageFiles:
     """``wnids.txt``, ``words.txt``, ``train/<wnid>/images``, ``val/val_annotations.txt`` and ``val/images``.
 
     Classes are in the order of their wnids. The test set is ``val``: the labels of ``test`` were never published.
@@ -126,10 +96,12 @@ def tiny_imagenet(config: DataConfig) -> Pictures:
         names = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
         return Listing(_of_folders(folders), test, names)
 
-    return Pictures(base, (wnids_path, base / "words.txt", annotations, base / "val" / "images", *folders), listing, 64)
+    return ImageFiles(
+        base, (wnids_path, base / "words.txt", annotations, base / "val" / "images", *folders), listing, 64
+    )
 
 
-def food101(config: DataConfig) -> Pictures:
+def food101(config: DataConfig) -> ImageFiles:
     """``images/<class>/*.jpg``, and lists ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
     meta, images = needed(config)
     lists = [next((p for p in (meta / f"{s}.json", meta / f"{s}.txt") if p.exists()), None) for s in ("train", "test")]
@@ -157,7 +129,7 @@ def food101(config: DataConfig) -> Pictures:
         return Listing(*parts, tuple(classes))
 
     folders = sorted(path for path in images.iterdir() if path.is_dir())
-    return Pictures(meta.parent, (*lists, *folders), listing, 64)
+    return ImageFiles(meta.parent, (*lists, *folders), listing, 64)
 
 
 def _given(config: DataConfig) -> Path:
@@ -169,7 +141,7 @@ def _given(config: DataConfig) -> Path:
     return folder.resolve()
 
 
-def folder(config: DataConfig) -> Pictures:
+def folder(config: DataConfig) -> ImageFiles:
     """``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
     base = _given(config)
 
@@ -194,10 +166,10 @@ def folder(config: DataConfig) -> Pictures:
         labels = np.searchsorted([*train], [*test])[asked.labels]  # numbered as in train, where there may be more
         return Listing(_of_folders([*train.values()]), Part(asked.tasks, labels), (*train,))
 
-    return Pictures(base, (*train.values(), *test.values()), listing)
+    return ImageFiles(base, (*train.values(), *test.values()), listing)
 
 
-def parquet(config: DataConfig) -> Pictures:
+def parquet(config: DataConfig) -> ImageFiles:
     """``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
     base = _given(config)
     files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
@@ -210,7 +182,7 @@ def parquet(config: DataConfig) -> Pictures:
         num_classes = int(train.labels.max()) + 1
         return Listing(train, test, names if len(names) >= num_classes else tuple(map(str, range(num_classes))))
 
-    return Pictures(base, [path for paths in files.values() for path in paths], listing)
+    return ImageFiles(base, [path for paths in files.values() for path in paths], listing)
 
 
 def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
@@ -246,9 +218,23 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
     return Part(tasks, flat), names
 
 
-PICTURES: dict[str, Callable[[DataConfig], Pictures]] = {
-    "tiny_imagenet": tiny_imagenet,
-    "food101": food101,
-    "folder": folder,
-    "parquet": parquet,
-}
+# --- the records ------------------------------------------------------------------------------------------------------
+
+# The constants are the authors': ImageNet's for Tiny-ImageNet, CIFAR-100's for Food-101.
+TINY_IMAGENET = DatasetSpec(
+    tiny_imagenet,
+    DataFacts("tiny_imagenet", 200, 3, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("crop", "flip")),
+    "tiny-imagenet-200",
+    archive(
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
+        "tiny-imagenet-200", "wnids.txt", "val/val_annotations.txt",
+    ),
+)  # fmt: skip
+
+FOOD101 = DatasetSpec(
+    food101, DataFacts("food101", 101, 3, 64, *CIFAR100_MEAN_STD, ("crop", "flip")), "food-101",
+    archive(
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87",
+        "food-101", "meta", "images",
+    ),
+)  # fmt: skip

@@ -10,6 +10,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from layouts import load, refused, write_cifar10, write_food, write_mnist, write
 from mosaic_ray.config.registry import DATASETS
 from mosaic_ray.data import download
 from mosaic_ray.data.download import fetch
-from mosaic_ray.data.specs import RESOURCES, Resource
+from mosaic_ray.data.specs import Resource, spec_of
 
 
 class Server(ThreadingHTTPServer):
@@ -100,6 +101,12 @@ def zipped(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
+def replace_resources(monkeypatch, name: str, *resources: Resource) -> None:
+    """Give the record of the data set ``name`` other files to download."""
+    module, _, record = DATASETS[name][1].partition(":")
+    monkeypatch.setattr(f"{module}.{record}", replace(spec_of(name), resources=resources))
+
+
 @pytest.fixture
 def offered(server, tmp_path, monkeypatch) -> Server:
     """Every data set's files, small, at the places where its own server has them."""
@@ -112,7 +119,7 @@ def offered(server, tmp_path, monkeypatch) -> Server:
     write_food(made)
     for name in ("mnist", "fmnist", "svhn", "cifar10", "tiny_imagenet", "food101"):
         resources = []
-        for resource in RESOURCES[name]:
+        for resource in spec_of(name).resources:
             source = made / resource.gives[0]
             if resource.path.endswith(".gz") and not resource.path.endswith(".tar.gz"):
                 content = gzip.compress(source.read_bytes())
@@ -123,7 +130,7 @@ def offered(server, tmp_path, monkeypatch) -> Server:
                 content = zipped(top) if resource.path.endswith(".zip") else tarred(top)
             server.files[resource.path] = content
             resources.append(Resource((server.url(resource.path),), md5(content), resource.path, resource.gives))
-        monkeypatch.setitem(RESOURCES, name, tuple(resources))
+        replace_resources(monkeypatch, name, *resources)
     return server
 
 
@@ -136,7 +143,7 @@ def test_what_is_fetched_is_what_the_loader_reads(tmp_path, offered, name):
     came = fetch(name, tmp_path / "new")
     data, made = load(tmp_path / "new", name), load(tmp_path / "made", name)
     assert data.identity == made.identity
-    assert sorted(came) == sorted(given for resource in RESOURCES[name] for given in resource.gives)
+    assert sorted(came) == sorted(given for resource in spec_of(name).resources for given in resource.gives)
     assert not left_in(tmp_path / "new"), "archives that were downloaded are not kept"
     asked = len(offered.asked)
     assert fetch(name, tmp_path / "new") == []
@@ -160,7 +167,7 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(tmp_path, offered):
 
 
 def test_a_later_call_goes_on_too(tmp_path, offered):
-    [resource] = RESOURCES["cifar10"]
+    [resource] = spec_of("cifar10").resources
     whole = offered.files[resource.path]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / f"{resource.path}.part").write_bytes(whole[:700])
@@ -202,7 +209,7 @@ def failure(root: Path, name: str) -> str:
 
 
 def test_a_file_of_another_checksum_is_not_taken(tmp_path, offered):
-    [resource] = RESOURCES["cifar10"]
+    [resource] = spec_of("cifar10").resources
     offered.files[resource.path] = b"something else"
     message = failure(tmp_path / "new", "cifar10")
     assert md5(b"something else") in message and resource.md5 in message
@@ -211,10 +218,10 @@ def test_a_file_of_another_checksum_is_not_taken(tmp_path, offered):
 
 
 def test_the_next_mirror_is_asked_where_one_fails(tmp_path, offered, monkeypatch):
-    first, *others = RESOURCES["mnist"]
+    first, *others = spec_of("mnist").resources
     mirrors = (offered.url("nowhere"), offered.url("svhn"), *first.urls)
     offered.files["svhn"] = b"another file"
-    monkeypatch.setitem(RESOURCES, "mnist", (Resource(mirrors, first.md5, first.path, first.gives), *others))
+    replace_resources(monkeypatch, "mnist", replace(first, urls=mirrors), *others)
     fetch("mnist", tmp_path / "new")
     assert [name for name, _ in offered.asked[:3]] == ["nowhere", "svhn", first.path]
     assert load(tmp_path / "new", "mnist").identity == load(tmp_path / "made", "mnist").identity
@@ -225,13 +232,13 @@ def test_offline_it_says_which_file_from_where_goes_where_and_takes_it_then(tmp_
     offered.files.clear()
     root = tmp_path / "new"
     message = failure(root, "mnist")
-    for resource in RESOURCES["mnist"]:
+    for resource in spec_of("mnist").resources:
         assert f"{resource.urls[0]} (MD5 {resource.md5}) at {root / resource.path}" in message
         (root / resource.path).write_bytes(files[resource.path])
     assert "Traceback" not in message and "404" in message
     assert ask("data", "fetch", "mnist", "--set", f"data.root={root}").exit_code == 0
     assert load(root, "mnist").identity == load(tmp_path / "made", "mnist").identity
-    assert (root / RESOURCES["mnist"][0].path).exists(), "a file that was put there by hand is left there"
+    assert (root / spec_of("mnist").resources[0].path).exists(), "a file that was put there by hand is left there"
 
 
 def test_a_file_put_there_by_hand_is_checked(tmp_path, offered):
@@ -261,7 +268,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path, server, monkeypatch):
         archive.addfile(member, io.BytesIO(b"evil"))
     server.files["x.tar.gz"] = buffer.getvalue()
     resource = Resource((server.url("x.tar.gz"),), md5(buffer.getvalue()), "x.tar.gz", ("cifar-100-python/train",))
-    monkeypatch.setitem(RESOURCES, "cifar100", (resource,))
+    replace_resources(monkeypatch, "cifar100", resource)
     assert "escaped" in failure(tmp_path / "new" / "root", "cifar100")
     assert not [*tmp_path.rglob("escaped")]
 
@@ -295,16 +302,15 @@ def test_unknown_and_bundled_data_sets_are_told(tmp_path):
 def test_addresses_and_checksums_are_torchvisions():
     from torchvision import datasets
 
-    assert set(RESOURCES) == set(DATASETS)
     for name, source in (("mnist", datasets.MNIST), ("fmnist", datasets.FashionMNIST)):
-        for resource, (file, checksum) in zip(RESOURCES[name], source.resources, strict=True):
+        for resource, (file, checksum) in zip(spec_of(name).resources, source.resources, strict=True):
             assert resource.urls == tuple(mirror + file for mirror in source.mirrors)
             assert resource.md5 == checksum
     for name, source in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
-        [resource] = RESOURCES[name]
+        [resource] = spec_of(name).resources
         assert (resource.urls, resource.md5, resource.path) == ((source.url,), source.tgz_md5, source.filename)
-    for resource, split in zip(RESOURCES["svhn"], ("train", "test"), strict=True):
+    for resource, split in zip(spec_of("svhn").resources, ("train", "test"), strict=True):
         assert ((*resource.urls, resource.path, resource.md5)) == tuple(datasets.SVHN.split_list[split])
-    [food] = RESOURCES["food101"]
+    [food] = spec_of("food101").resources
     assert (food.urls, food.md5) == ((datasets.Food101._URL,), datasets.Food101._MD5)
     assert download._TIMEOUT_SECONDS > 0
