@@ -13,7 +13,7 @@ from .download import fetch
 from .image_cache import FACTS, read_facts
 from .image_cache_build import import_as
 from .paths import DECODED, IMPORTED, data_root, imported_names, may_be_imported
-from .specs import spec_of
+from .specs import is_plugin, spec_of
 
 
 def overview(config: DataConfig) -> dict[str, str]:
@@ -70,7 +70,7 @@ def size_on_disk(places: list[Path]) -> str:
 def fetch_dataset(name: str, config: DataConfig) -> str:
     """Fetches the data set ``name``; what to say then."""
     root = data_root(config)
-    if name not in DATASETS:
+    if name not in DATASETS and not is_plugin(name):
         raise RequestError(f"{name}: no data set to fetch; {neighbours(name, DATASETS)}")
     if not spec_of(name).resources:
         return f"{name} is bundled; there is nothing to fetch"

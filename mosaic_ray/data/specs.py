@@ -80,14 +80,26 @@ class DatasetSpec:
 
 
 def spec_of(name: str) -> DatasetSpec:
-    """Return the record of the data set ``name`` (``data.name``). Raise ``RequestError`` for an unknown one."""
+    """Return the record of the data set ``name`` (``data.name``): one that ships, PREFIX:PATH, or a plug-in.
+
+    A plug-in, ``module:name`` or ``FILE.py:name``, is a ``DatasetSpec`` or a function ``load(data: DataConfig)``.
+    Raises ``RequestError`` for any other name.
+    """
     prefix, colon, _ = name.partition(":")
     if not colon and name not in DATASETS:
         known = neighbours(name, [*DATASETS, *(f"{prefix}:PATH" for prefix in DATASET_PREFIXES)])
         raise RequestError(f"data.name = {name}: unknown data set; {known}")
-    word = DATASET_PREFIXES[prefix] if colon else DATASETS[name][1]
-    found = load_object(f"data.name = {name}", word)
-    return found if isinstance(found, DatasetSpec) else DatasetSpec(found)
+    found = load_object(f"data.name = {name}", DATASET_PREFIXES.get(prefix, name) if colon else DATASETS[name][1])
+    if not (callable(found) or isinstance(found, DatasetSpec)):
+        raise RequestError(
+            f"data.name = {name}: it has the type {type(found).__name__}, neither a function nor a DatasetSpec"
+        )
+    return DatasetSpec(found) if callable(found) else found
+
+
+def is_plugin(name: str) -> bool:
+    """Return whether the data set ``name`` is loaded by the user's own code."""
+    return ":" in name and name.partition(":")[0] not in DATASET_PREFIXES
 
 
 def folders() -> dict[str, str]:
