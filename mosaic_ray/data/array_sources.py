@@ -55,9 +55,9 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
     """Loader of four idx files of 28x28 images."""
 
     def part(images_path: Path, labels_path: Path) -> ImageSet:
-        images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1).astype(np.int64)
+        images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1)
         _check_labels(labels, len(images), len(class_names), labels_path)
-        return ImageSet(np.ascontiguousarray(images), labels)
+        return ImageSet(images, labels)
 
     def load(config: DataConfig) -> Dataset:
         paths = needed(config)
