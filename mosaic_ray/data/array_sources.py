@@ -1,4 +1,4 @@
-"""Loaders of data sets that lie in a few files of arrays, in torchvision's layouts, and of scikit-learn's digits."""
+"""Data sets in files of arrays, in torchvision's layouts, and scikit-learn's digits: their loaders and records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 
 def digits(config: DataConfig) -> Dataset:
-    """1,797 images of 8x8, 1,437 to train on and 360 to test, by class; the split is the same under every seed."""
+    """Load 1,437 training and 360 test images of 8x8, split by class; the split is the same under every seed."""
     rows = _digits_rows()
     intensities, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]  # intensities are 0..16
     whole = ImageSet(((intensities * 255 + 8) // 16).astype(np.uint8), labels)
@@ -32,7 +32,7 @@ def digits(config: DataConfig) -> Dataset:
 
 
 def _digits_rows() -> np.ndarray:
-    """int64 (1797, 65): intensities and label of each image, from scikit-learn's file, without importing it."""
+    """Read scikit-learn's file without importing scikit-learn: int64 [1797, 65], 64 intensities and a label each."""
     package = find_spec("sklearn")
     if package and package.origin:
         path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
@@ -52,7 +52,7 @@ def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: P
 
 
 def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
-    """Loader of four idx files of 28x28 images."""
+    """Return a loader of the four idx files of an MNIST."""
 
     def part(images_path: Path, labels_path: Path) -> ImageSet:
         images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1)
@@ -68,7 +68,7 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
 
 @dataclass(frozen=True)
 class Cifar:
-    """Loader of a CIFAR: pickled dicts of ``data`` [n, 3072] and labels; the last file is the test set."""
+    """Load a CIFAR: pickled dicts of ``data`` uint8 [n, 3072] and labels; the last file is the test set."""
 
     meta: str
     label_key: str
@@ -98,7 +98,7 @@ class Cifar:
 
 
 def svhn(config: DataConfig) -> Dataset:
-    """Two MATLAB files of ``X`` [32, 32, 3, n] and ``y`` [n, 1]; there 10 stands for the digit 0."""
+    """Load two MATLAB files of ``X`` uint8 [32, 32, 3, n] and ``y`` [n, 1], in which 10 stands for the digit 0."""
 
     def part(path: Path) -> ImageSet:
         images, labels = read_mat(path, ("X", "y"))
@@ -122,7 +122,7 @@ def svhn(config: DataConfig) -> Dataset:
 DIGITS = DatasetSpec(digits, DataFacts("digits", 10, 1, 8, (0.3051,), (0.3759,)))
 
 MNIST = DatasetSpec(
-    mnist_like(DIGIT_NAMES), DataFacts("mnist", 10, 1, 28, (0.1307,), (0.3081,)), "MNIST/raw",
+    mnist_like(DIGIT_NAMES), DataFacts("mnist", 10, 1, 28, (0.1307,), (0.3081,)),
     idx_files(
         "MNIST/raw",
         ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
@@ -132,7 +132,7 @@ MNIST = DatasetSpec(
 )  # fmt: skip
 
 FASHION_MNIST = DatasetSpec(
-    mnist_like(CLOTHES), DataFacts("fmnist", 10, 1, 28, (0.1307,), (0.3081,)), "FashionMNIST/raw",
+    mnist_like(CLOTHES), DataFacts("fmnist", 10, 1, 28, (0.1307,), (0.3081,)),
     idx_files(
         "FashionMNIST/raw",
         ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
@@ -142,7 +142,7 @@ FASHION_MNIST = DatasetSpec(
 )  # fmt: skip
 
 SVHN = DatasetSpec(
-    svhn, DataFacts("svhn", 10, 3, 32, (0.5,) * 3, (0.5,) * 3, ("crop",)), "train_32x32.mat",
+    svhn, DataFacts("svhn", 10, 3, 32, (0.5,) * 3, (0.5,) * 3, ("crop",)),
     (
         plain_file("http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
         plain_file("http://ufldl.stanford.edu/housenumbers/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
@@ -152,7 +152,6 @@ SVHN = DatasetSpec(
 CIFAR10 = DatasetSpec(
     Cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
     DataFacts("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), ("crop", "flip")),
-    "cifar-10-batches-py",
     archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
         "cifar-10-batches-py", *(f"data_batch_{number}" for number in range(1, 6)), "test_batch",
@@ -161,7 +160,7 @@ CIFAR10 = DatasetSpec(
 
 CIFAR100 = DatasetSpec(
     Cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
-    DataFacts("cifar100", 100, 3, 32, *CIFAR100_MEAN_STD, ("crop", "flip")), "cifar-100-python",
+    DataFacts("cifar100", 100, 3, 32, *CIFAR100_MEAN_STD, ("crop", "flip")),
     archive(
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
         "cifar-100-python", "train", "test",

@@ -1,4 +1,4 @@
-"""Data sets of encoded images: where their files lie, in which order they are read, and which class each shows."""
+"""Data sets of encoded images: their files in order, and the class of each. Loaders and records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .image_decode import Task, not_parquet
 from .paths import data_root
 from .specs import CIFAR100_MEAN_STD, DatasetSpec, ImageFiles, Listing, Part, archive
 
-#: Images that a decoding process takes at a time.
+#: Images in one task of a decoding process.
 _TASK = 512
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
 
@@ -30,7 +30,7 @@ def _of_files(paths: list[Path], labels: Sequence[int]) -> Part:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images in ``folder`` itself, by name."""
+    """Return the image files in ``folder`` itself, sorted by name; ``RequestError`` if there are none."""
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except OSError as error:
@@ -42,7 +42,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _of_folders(folders: Sequence[Path]) -> Part:
-    """The images of each folder, which are of one class each, in this order."""
+    """Return the images of ``folders`` in order; each folder is a class."""
     found = [_images_in(folder) for folder in folders]
     return _of_files([path for paths in found for path in paths], [c for c, paths in enumerate(found) for _ in paths])
 
@@ -61,7 +61,7 @@ def _label(classes: dict[str, int], name: str, path: Path) -> int:
 
 
 def check_classes(name: str, train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
-    """``RequestError`` where nothing could be learnt of these labels, or where the test set asks for other classes."""
+    """Raise ``RequestError`` if a part is empty, if train has one class, or if test has classes that train lacks."""
     for part, labels in (("train", train), ("test", test)):
         if not len(labels):
             raise RequestError(f"data.name = {name}: {part} holds no images")
@@ -75,7 +75,7 @@ def check_classes(name: str, train: np.ndarray, test: np.ndarray, class_names: S
 
 
 def tiny_imagenet(config: DataConfig) -> ImageFiles:
-    """``wnids.txt``, ``words.txt``, ``train/<wnid>/images``, ``val/val_annotations.txt`` and ``val/images``.
+    """List ``wnids.txt``, ``words.txt``, ``train/<wnid>/images``, ``val/val_annotations.txt`` and ``val/images``.
 
     Classes are in the order of their wnids. The test set is ``val``: the labels of ``test`` were never published.
     """
@@ -102,7 +102,7 @@ def tiny_imagenet(config: DataConfig) -> ImageFiles:
 
 
 def food101(config: DataConfig) -> ImageFiles:
-    """``images/<class>/*.jpg``, and lists ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
+    """List ``images/<class>/*.jpg`` by ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
     meta, images = needed(config)
     lists = [next((p for p in (meta / f"{s}.json", meta / f"{s}.txt") if p.exists()), None) for s in ("train", "test")]
     if None in lists:
@@ -133,7 +133,7 @@ def food101(config: DataConfig) -> ImageFiles:
 
 
 def _given(config: DataConfig) -> Path:
-    """The folder that ``folder:PATH`` or ``parquet:PATH`` means: as it stands, else below the data root."""
+    """Return the folder of ``folder:PATH`` or ``parquet:PATH``, below the working directory or the data root."""
     given = Path(config.name.partition(":")[2]).expanduser()
     folder = next((path for path in (given, data_root(config) / given) if path.is_dir()), None)
     if folder is None:
@@ -142,7 +142,7 @@ def _given(config: DataConfig) -> Path:
 
 
 def folder(config: DataConfig) -> ImageFiles:
-    """``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
+    """List ``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
     base = _given(config)
 
     def classes_of(split: str) -> dict[str, Path]:
@@ -170,7 +170,7 @@ def folder(config: DataConfig) -> ImageFiles:
 
 
 def parquet(config: DataConfig) -> ImageFiles:
-    """``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
+    """List ``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
     base = _given(config)
     files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
     for split, paths in files.items():
@@ -224,7 +224,6 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
 TINY_IMAGENET = DatasetSpec(
     tiny_imagenet,
     DataFacts("tiny_imagenet", 200, 3, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("crop", "flip")),
-    "tiny-imagenet-200",
     archive(
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
         "tiny-imagenet-200", "wnids.txt", "val/val_annotations.txt",
@@ -232,7 +231,7 @@ TINY_IMAGENET = DatasetSpec(
 )  # fmt: skip
 
 FOOD101 = DatasetSpec(
-    food101, DataFacts("food101", 101, 3, 64, *CIFAR100_MEAN_STD, ("crop", "flip")), "food-101",
+    food101, DataFacts("food101", 101, 3, 64, *CIFAR100_MEAN_STD, ("crop", "flip")),
     archive(
         "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87",
         "food-101", "meta", "images",

@@ -1,4 +1,4 @@
-"""Data sets by name, whole: uint8 NCHW images, int64 labels, and the facts that clients need."""
+"""Load data sets by name: uint8 NCHW images, int64 labels, and the constants that clients need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config.user_code import digest_of, users_code
 from ..core.errors import RequestError, neighbours
 from ..core.types import DataFacts, Dataset, ImageSet
 from .image_cache_build import decoded
-from .image_ops import chunks, in_channels, moments, resized, tally
+from .image_ops import chunks, in_channels, mean_std, resized, tally
 from .image_sources import check_classes
 from .paths import data_root as data_root
 from .specs import ImageFiles, is_plugin, spec_of
@@ -29,11 +29,11 @@ def load_dataset(config: DataConfig) -> Dataset:
         raw = decoded(config, raw)
     _, native, height, _ = raw.train.images.shape
     facts = replace(raw.facts, num_classes=len(raw.class_names), channels=native, image_size=height)
-    facts = _asked(config, facts)
+    facts = _requested(config, facts)
     size, channels = facts.image_size, facts.channels
     train, test = (in_channels(images, min(channels, native)) for images in (raw.train.images, raw.test.images))
-    if channels < native or not facts.mean:  # the spread of luma does not follow from that of the channels
-        mean, std = moments(tally(chunk) for chunk in chunks(train))
+    if channels < native or not facts.mean:  # the deviation of luma does not follow from the channels'
+        mean, std = mean_std(tally(chunk) for chunk in chunks(train))
         times = channels // train.shape[1]
         facts = replace(facts, mean=mean * times, std=std * times)
     train, test = (in_channels(resized(images, size), channels) for images in (train, test))
@@ -55,7 +55,7 @@ def known_facts(config: DataConfig) -> DataFacts | None:
     known = None if is_plugin(config.name) else spec_of(config.name).facts
     if known is None or 0 < config.channels < known.channels:
         return None
-    return _asked(config, known)
+    return _requested(config, known)
 
 
 def _run_plugin(config: DataConfig) -> Dataset:
@@ -83,11 +83,9 @@ def _check(what: str, name: str, data: Dataset) -> None:
     channels, height, width = shapes[0][1:]
     if shapes[1][1:] != [channels, height, width] or channels not in (1, 3) or height != width:
         raise RequestError(f"{what}: images {shapes[0]} and {shapes[1]}; both must be [N, 1 or 3, side, side]")
-    for labels in (train.labels, test.labels):
-        if len(labels) and not 0 <= labels.min() <= labels.max() < len(data.class_names):
-            raise RequestError(
-                f"{what}: labels run from {labels.min()} to {labels.max()}; there are {len(data.class_names)} classes"
-            )
+    labels, classes = np.concatenate([train.labels, test.labels, [0]]), len(data.class_names)
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise RequestError(f"{what}: labels run from {labels.min()} to {labels.max()}; there are {classes} classes")
     check_classes(name, train.labels, test.labels, data.class_names)
     if not len(facts.mean) == len(facts.std) in (0, channels):
         raise RequestError(f"{what}: {len(facts.mean)} means and {len(facts.std)} deviations for {channels} channels")
@@ -95,8 +93,8 @@ def _check(what: str, name: str, data: Dataset) -> None:
         raise RequestError(f"{what}: augmentation {min(strange)}: unknown; {neighbours(min(strange), AUGMENTATIONS)}")
 
 
-def _asked(config: DataConfig, native: DataFacts) -> DataFacts:
-    """``native`` in the size and channels that ``config`` asks for; where they are more, they repeat the one."""
+def _requested(config: DataConfig, native: DataFacts) -> DataFacts:
+    """Return ``native`` in the size and channels of ``config``; added channels repeat the constants of the first."""
     channels, size = config.channels or native.channels, config.image_size or native.image_size
     times = channels if channels > native.channels else 1
     return replace(

@@ -68,15 +68,19 @@ class DatasetSpec:
     """A data set.
 
     ``load(config)`` returns the images, in any size and channels: a ``Dataset`` of arrays, or the ``ImageFiles`` to
-    decode. ``facts``: what is known before any file is read, in the images' own size and channels; None: nothing.
-    ``resources``: the files to download, in the order in which the loader reads them. ``folder``: where these files
-    lie below the data root, or the first of them.
+    decode. ``facts``: the constants, in the images' own size and channels; None: they are measured.
+    ``resources``: the files to download, in the order in which the loader reads them.
     """
 
     load: Callable[[DataConfig], Dataset | ImageFiles]
     facts: DataFacts | None = None
-    folder: str = ""
     resources: tuple[Resource, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The folder of the first file below the data root; the file if it lies in the root; "" without files."""
+        first = next((resource.gives[0] for resource in self.resources), "")
+        return first.rpartition("/")[0] or first
 
 
 def spec_of(name: str) -> DatasetSpec:

@@ -1,4 +1,4 @@
-"""Data sets: the true layouts written small, read back exactly, and refused in one line where they are damaged."""
+"""Data sets: small files in the true layouts are read back exactly; damaged ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _no_root_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-# ---------------------------------------------------------------- what every data set keeps
+# ---------------------------------------------------------------- the contract of every data set
 
 
 @pytest.fixture(scope="module")

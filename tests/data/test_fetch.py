@@ -19,8 +19,8 @@ from door import ask, refusal
 from layouts import load, refused, write_cifar10, write_food, write_mnist, write_svhn, write_tiny
 
 from mosaic_ray.config.registry import DATASETS
-from mosaic_ray.data import download
-from mosaic_ray.data.download import fetch
+from mosaic_ray.data import download as downloads
+from mosaic_ray.data.download import download
 from mosaic_ray.data.specs import Resource, spec_of
 
 
@@ -140,14 +140,14 @@ def left_in(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["mnist", "fmnist", "svhn", "cifar10", "tiny_imagenet", "food101"])
 def test_what_is_fetched_is_what_the_loader_reads(tmp_path, offered, name):
-    came = fetch(name, tmp_path / "new")
+    came = download(name, tmp_path / "new")
     data, made = load(tmp_path / "new", name), load(tmp_path / "made", name)
     assert data.identity == made.identity
     assert sorted(came) == sorted(given for resource in spec_of(name).resources for given in resource.gives)
     assert not left_in(tmp_path / "new"), "archives that were downloaded are not kept"
     asked = len(offered.asked)
-    assert fetch(name, tmp_path / "new") == []
-    assert len(offered.asked) == asked, "what is there is not asked for again"
+    assert download(name, tmp_path / "new") == []
+    assert len(offered.asked) == asked, "no file is requested again"
 
 
 def test_a_run_may_download_what_is_missing(tmp_path, offered):
@@ -160,7 +160,7 @@ def test_a_run_may_download_what_is_missing(tmp_path, offered):
 
 def test_a_transfer_that_breaks_off_goes_on_where_it_was(tmp_path, offered):
     offered.limit, offered.breaks = 500, 3
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     ranges = [wanted for _, wanted in offered.asked]
     assert ranges == [None, "bytes=500-", "bytes=1000-", "bytes=1500-"]
     assert load(tmp_path / "new", "cifar10").identity == load(tmp_path / "made", "cifar10").identity
@@ -171,26 +171,26 @@ def test_a_later_call_goes_on_too(tmp_path, offered):
     whole = offered.files[resource.path]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / f"{resource.path}.part").write_bytes(whole[:700])
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     assert offered.asked == [(resource.path, "bytes=700-")]
     for beginning in (b"?" * 700, whole + b"more"):  # of another file, or too much: begun once more
         offered.asked.clear()
         root = tmp_path / str(len(beginning))
         root.mkdir()
         (root / f"{resource.path}.part").write_bytes(beginning)
-        fetch("cifar10", root)
+        download("cifar10", root)
         assert [wanted for _, wanted in offered.asked] == [f"bytes={len(beginning)}-", None]
         assert load(root, "cifar10").identity == load(tmp_path / "made", "cifar10").identity
     root = tmp_path / "all"
     root.mkdir()
     (root / f"{resource.path}.part").write_bytes(whole)
-    fetch("cifar10", root)
+    download("cifar10", root)
     assert load(root, "cifar10").identity == load(tmp_path / "made", "cifar10").identity
 
 
 def test_a_server_without_ranges_sends_the_whole_again(tmp_path, offered):
     offered.ranges, offered.limit, offered.breaks = False, 900, 1
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     assert len(offered.asked) == 2
     assert load(tmp_path / "new", "cifar10").identity == load(tmp_path / "made", "cifar10").identity
 
@@ -222,7 +222,7 @@ def test_the_next_mirror_is_asked_where_one_fails(tmp_path, offered, monkeypatch
     mirrors = (offered.url("nowhere"), offered.url("svhn"), *first.urls)
     offered.files["svhn"] = b"another file"
     replace_resources(monkeypatch, "mnist", replace(first, urls=mirrors), *others)
-    fetch("mnist", tmp_path / "new")
+    download("mnist", tmp_path / "new")
     assert [name for name, _ in offered.asked[:3]] == ["nowhere", "svhn", first.path]
     assert load(tmp_path / "new", "mnist").identity == load(tmp_path / "made", "mnist").identity
 
@@ -255,7 +255,7 @@ def test_a_folder_that_lacks_files_is_put_aside(tmp_path, offered):
     folder = tmp_path / "new" / "cifar-10-batches-py"
     (folder / "data_batch_4").unlink()
     (folder / "notes.txt").write_text("mine")
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     assert load(tmp_path / "new", "cifar10").identity == load(tmp_path / "made", "cifar10").identity
     assert (tmp_path / "new" / "cifar-10-batches-py.incomplete-1" / "notes.txt").read_text() == "mine"
 
@@ -278,7 +278,7 @@ def test_two_processes_at_once_fetch_once(tmp_path, offered):
 
     def one() -> None:
         begin.wait()
-        came.append(fetch("svhn", tmp_path / "new"))
+        came.append(download("svhn", tmp_path / "new"))
 
     came: list[list[str]] = []
     threads = [threading.Thread(target=one) for _ in range(2)]
@@ -313,4 +313,4 @@ def test_addresses_and_checksums_are_torchvisions():
         assert ((*resource.urls, resource.path, resource.md5)) == tuple(datasets.SVHN.split_list[split])
     [food] = spec_of("food101").resources
     assert (food.urls, food.md5) == ((datasets.Food101._URL,), datasets.Food101._MD5)
-    assert download._TIMEOUT_SECONDS > 0
+    assert downloads._TIMEOUT_SECONDS > 0

@@ -37,7 +37,7 @@ from mosaic_ray.data.specs import DatasetSpec, idx_files
 
 FACTS = DataFacts("letters", 10, 1, 28, (0.2,), (0.3,))
 FILES = idx_files("MNIST/raw", ("http://127.0.0.1:9/",), *"abcd")
-LETTERS = DatasetSpec(mnist_like(DIGIT_NAMES), FACTS, "MNIST/raw", FILES)
+LETTERS = DatasetSpec(mnist_like(DIGIT_NAMES), FACTS, FILES)
 """
 
 
