@@ -1,4 +1,4 @@
-"""Data sets written small in their true layouts, loaded, and refused."""
+"""Write small data sets in their true layouts, load them, and check refusals."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write_cifar100(root: Path) -> np.ndarray:
 
 
 def write_svhn(root: Path, counts: tuple[int, int] = (40, 20)) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images [n, 3, 32, 32] and labels 1..10, in MATLAB's files of X [32, 32, 3, n] and y [n, 1]."""
+    """Write images [n, 3, 32, 32] and labels 1..10 in MATLAB's files of X [32, 32, 3, n] and y [n, 1]."""
     root.mkdir(parents=True, exist_ok=True)
     written = {}
     for split, number in zip(("train", "test"), counts, strict=True):
@@ -90,13 +90,13 @@ def write_svhn(root: Path, counts: tuple[int, int] = (40, 20)) -> dict[str, tupl
 
 
 def picture(height: int, width: int, seed: int = 0, channels: int = 3) -> np.ndarray:
-    """uint8 [H, W, C]: soft forms, which a JPEG keeps to a few levels."""
+    """Return uint8 [H, W, C]: a smooth image, which a JPEG keeps to a few levels."""
     forms = Image.fromarray(noise(4, 4, 3, seed=seed)).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(forms if channels == 3 else forms.convert("L"))
 
 
 def write_tiny(root: Path, classes: int = 3, each: int = 4) -> list[str]:
-    """Tiny-ImageNet's layout; the wnids, in the order of ``wnids.txt``, which is not theirs."""
+    """Write Tiny-ImageNet's layout; return the wnids in the order of ``wnids.txt``, which is not sorted."""
     base = root / "tiny-imagenet-200"
     wnids = [f"n{number:08}" for number in range(classes)][::-1]
     for number, wnid in enumerate(wnids):
@@ -123,7 +123,7 @@ FOOD_SIZES = ((384, 512), (512, 306), (100, 80), (64, 64))
 
 
 def write_food(root: Path, kind: str = "json") -> None:
-    """Food-101's layout: photographs of several sizes, four a class for training and two for the test."""
+    """Write Food-101's layout: photographs of several sizes, four a class for training and two for the test."""
     meta = root / "food-101" / "meta"
     meta.mkdir(parents=True)
     (meta / "classes.txt").write_text("\n".join(FOOD))
@@ -143,7 +143,7 @@ def write_food(root: Path, kind: str = "json") -> None:
 def write_classes(
     folder: Path, names: tuple[str, ...] = ("ant", "bee"), train: int = 6, test: int = 2, size: int = 8
 ) -> np.ndarray:
-    """ImageFolder's layout, as PNG; the training images uint8 [N, 3, size, size], class by class."""
+    """Write ImageFolder's layout, as PNG; return the training images uint8 [N, 3, size, size], class by class."""
     images = noise(len(names) * (train + test), size, size, 3)
     for number, name in enumerate(names):
         for split, start, count in (("train", 0, train), ("test", train, test)):

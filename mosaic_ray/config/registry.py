@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Data sets by name, with what `mosaic` says of them. Facts that need arrays live in ``data.specs``.
-DATASETS: dict[str, str] = {
-    "digits": "scikit-learn's handwritten digits: 1,797 images of 8x8, bundled",
-    "mnist": "MNIST: 60,000 + 10,000 images of 28x28",
-    "fmnist": "Fashion-MNIST: 60,000 + 10,000 images of 28x28",
-    "svhn": "Street View House Numbers: 73,257 + 26,032 colour images of 32x32, 10 classes",
-    "cifar10": "CIFAR-10: 50,000 + 10,000 colour images of 32x32, 10 classes",
-    "cifar100": "CIFAR-100: 50,000 + 10,000 colour images of 32x32, 100 classes",
-    "tiny_imagenet": "Tiny-ImageNet: 100,000 + 10,000 colour images of 64x64, 200 classes",
-    "food101": "Food-101: 75,750 + 25,250 colour photographs, 101 classes; drawn at 64x64",
+#: Data sets that ship: name -> (summary, module:object of its ``data.specs.DatasetSpec``).
+DATASETS: dict[str, tuple[str, str]] = {
+    "digits": (
+        "scikit-learn's handwritten digits: 1,797 images of 8x8, bundled",
+        "mosaic_ray.data.array_sources:DIGITS",
+    ),
+    "mnist": ("MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:MNIST"),
+    "fmnist": ("Fashion-MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:FASHION_MNIST"),
+    "svhn": (
+        "Street View House Numbers: 73,257 + 26,032 colour images of 32x32, 10 classes",
+        "mosaic_ray.data.array_sources:SVHN",
+    ),
+    "cifar10": (
+        "CIFAR-10: 50,000 + 10,000 colour images of 32x32, 10 classes",
+        "mosaic_ray.data.array_sources:CIFAR10",
+    ),
+    "cifar100": (
+        "CIFAR-100: 50,000 + 10,000 colour images of 32x32, 100 classes",
+        "mosaic_ray.data.array_sources:CIFAR100",
+    ),
+    "tiny_imagenet": (
+        "Tiny-ImageNet: 100,000 + 10,000 colour images of 64x64, 200 classes",
+        "mosaic_ray.data.image_sources:TINY_IMAGENET",
+    ),
+    "food101": (
+        "Food-101: 75,750 + 25,250 colour photographs, 101 classes; drawn at 64x64",
+        "mosaic_ray.data.image_sources:FOOD101",
+    ),
+}
+
+#: Data sets that lie at a path or below the data root: prefix of ``data.name`` -> module:function of the loader.
+DATASET_PREFIXES = {
+    "folder": "mosaic_ray.data.image_sources:folder",
+    "parquet": "mosaic_ray.data.image_sources:parquet",
+    "imported": "mosaic_ray.data.image_cache_build:imported",
 }
 
 

@@ -13,7 +13,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
     """What no single knob can tell: ``RequestError`` where knobs contradict each other."""
     from .client_layout import any_partial_width
     from .plugins import load, strategy_named
-    from .registry import CLASSIFIERS, DATASETS, STRATEGIES
+    from .registry import CLASSIFIERS, DATASET_PREFIXES, DATASETS, STRATEGIES
 
     def need(holds: bool, message: str) -> None:
         if not holds:
@@ -21,8 +21,9 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
 
     name = config.data.name
     need(
-        name in DATASETS or re.fullmatch(r"(parquet|folder|imported):.+", name),
-        f"data.name = {name}: unknown data set; {neighbours(name, [*DATASETS, 'parquet:PATH', 'folder:PATH'])}",
+        name in DATASETS or re.fullmatch(rf"({'|'.join(DATASET_PREFIXES)}):.+|([\w.]+|.+\.py):\w+", name),
+        f"data.name = {name}: unknown data set; "
+        f"{neighbours(name, [*DATASETS, 'parquet:PATH', 'folder:PATH', 'module:name'])}",
     )
     need(config.data.channels != 2, "data.channels = 2: it may be 1 or 3, or 0 for the data set's own")
     need(

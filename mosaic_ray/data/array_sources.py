@@ -1,4 +1,4 @@
-"""Loaders of data sets that lie in a few files of arrays, in torchvision's layouts, and of scikit-learn's digits."""
+"""Data sets in files of arrays, in torchvision's layouts, and scikit-learn's digits: their loaders and records."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import numpy as np
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
-from ..core.types import ImageSet
+from ..core.types import DataFacts, Dataset, ImageSet
 from .download import needed
 from .formats import read_idx, read_mat, read_pickle
 from .partition import held_out_mask
-from .specs import KNOWN, Raw, known
+from .specs import CIFAR100_MEAN_STD, DatasetSpec, archive, idx_files, plain_file, spec_of, with_facts
 
 DIGIT_NAMES = tuple("0123456789")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-def digits(config: DataConfig) -> Raw:
-    """1,797 images of 8x8, 1,437 to train on and 360 to test, by class; the split is the same under every seed."""
+def digits(config: DataConfig) -> Dataset:
+    """Load 1,437 training and 360 test images of 8x8, split by class; the split is the same under every seed."""
     rows = _digits_rows()
     intensities, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]  # intensities are 0..16
     whole = ImageSet(((intensities * 255 + 8) // 16).astype(np.uint8), labels)
     test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
-    return known("digits", whole.take(~test), whole.take(test), DIGIT_NAMES)
+    return with_facts(config, whole.take(~test), whole.take(test), DIGIT_NAMES)
 
 
 def _digits_rows() -> np.ndarray:
-    """int64 (1797, 65): intensities and label of each image, from scikit-learn's file, without importing it."""
+    """Read scikit-learn's file without importing scikit-learn: int64 [1797, 65], 64 intensities and a label each."""
     package = find_spec("sklearn")
     if package and package.origin:
         path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
@@ -51,39 +51,39 @@ def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: P
         raise RequestError(f"{path}: labels run from {labels.min()} to {labels.max()}; there are {num_classes} classes")
 
 
-def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Raw]:
-    """Loader of four idx files of 28x28 images."""
+def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
+    """Return a loader of the four idx files of an MNIST."""
 
     def part(images_path: Path, labels_path: Path) -> ImageSet:
-        images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1).astype(np.int64)
+        images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1)
         _check_labels(labels, len(images), len(class_names), labels_path)
-        return ImageSet(np.ascontiguousarray(images), labels)
+        return ImageSet(images, labels)
 
-    def load(config: DataConfig) -> Raw:
+    def load(config: DataConfig) -> Dataset:
         paths = needed(config)
-        return known(config.name, part(*paths[:2]), part(*paths[2:]), class_names)
+        return with_facts(config, part(*paths[:2]), part(*paths[2:]), class_names)
 
     return load
 
 
 @dataclass(frozen=True)
 class Cifar:
-    """Loader of a CIFAR: pickled dicts of ``data`` [n, 3072] and labels; the last file is the test set."""
+    """Load a CIFAR: pickled dicts of ``data`` uint8 [n, 3072] and labels; the last file is the test set."""
 
     meta: str
     label_key: str
     names_key: str
 
-    def __call__(self, config: DataConfig) -> Raw:
+    def __call__(self, config: DataConfig) -> Dataset:
         paths = needed(config)
-        num_classes = KNOWN[config.name].num_classes
+        num_classes = spec_of(config.name).facts.num_classes
         *parts, test = (self._batch(path, num_classes) for path in paths)
         train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
         meta = paths[-1].with_name(self.meta)
         names = read_pickle(meta).get(self.names_key) if meta.is_file() else None
         if not isinstance(names, list) or len(names) != num_classes:
             names = range(num_classes)
-        return known(config.name, train, test, tuple(map(str, names)))
+        return with_facts(config, train, test, tuple(map(str, names)))
 
     def _batch(self, path: Path, num_classes: int) -> ImageSet:
         batch = read_pickle(path)
@@ -97,8 +97,8 @@ class Cifar:
         return ImageSet(data.reshape(-1, 3, 32, 32), labels)
 
 
-def svhn(config: DataConfig) -> Raw:
-    """Two MATLAB files of ``X`` [32, 32, 3, n] and ``y`` [n, 1]; there 10 stands for the digit 0."""
+def svhn(config: DataConfig) -> Dataset:
+    """Load two MATLAB files of ``X`` uint8 [32, 32, 3, n] and ``y`` [n, 1], in which 10 stands for the digit 0."""
 
     def part(path: Path) -> ImageSet:
         images, labels = read_mat(path, ("X", "y"))
@@ -112,4 +112,57 @@ def svhn(config: DataConfig) -> Raw:
         return ImageSet(np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels)
 
     train, test = map(part, needed(config))
-    return known("svhn", train, test, DIGIT_NAMES)
+    return with_facts(config, train, test, DIGIT_NAMES)
+
+
+# --- the records ------------------------------------------------------------------------------------------------------
+
+# The constants are the authors' (MNIST's for Fashion-MNIST too); the digits' were measured on the training images. A
+# mirrored digit is another sign or none, so neither the digits nor SVHN's are flipped.
+DIGITS = DatasetSpec(digits, DataFacts("digits", 10, 1, 8, (0.3051,), (0.3759,)))
+
+MNIST = DatasetSpec(
+    mnist_like(DIGIT_NAMES), DataFacts("mnist", 10, 1, 28, (0.1307,), (0.3081,)),
+    idx_files(
+        "MNIST/raw",
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+        "f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
+        "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c",
+    ),
+)  # fmt: skip
+
+FASHION_MNIST = DatasetSpec(
+    mnist_like(CLOTHES), DataFacts("fmnist", 10, 1, 28, (0.1307,), (0.3081,)),
+    idx_files(
+        "FashionMNIST/raw",
+        ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+        "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+        "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310",
+    ),
+)  # fmt: skip
+
+SVHN = DatasetSpec(
+    svhn, DataFacts("svhn", 10, 3, 32, (0.5,) * 3, (0.5,) * 3, ("crop",)),
+    (
+        plain_file("http://ufldl.stanford.edu/housenumbers/train_32x32.mat", "e26dedcc434d2e4c54c9b2d4a06d8373"),
+        plain_file("http://ufldl.stanford.edu/housenumbers/test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+    ),
+)  # fmt: skip
+
+CIFAR10 = DatasetSpec(
+    Cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
+    DataFacts("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), ("crop", "flip")),
+    archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-batches-py", *(f"data_batch_{number}" for number in range(1, 6)), "test_batch",
+    ),
+)  # fmt: skip
+
+CIFAR100 = DatasetSpec(
+    Cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
+    DataFacts("cifar100", 100, 3, 32, *CIFAR100_MEAN_STD, ("crop", "flip")),
+    archive(
+        "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
+        "cifar-100-python", "train", "test",
+    ),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What ``mosaic data`` answers: which data sets there are, what of them is on the disk, and how one's own come in."""
+"""List data sets with their state on the disk, download one, and import one: the work of ``mosaic data``."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from pathlib import Path
 from ..config.registry import DATASETS
 from ..config.schema import DataConfig
 from ..core.errors import RequestError, neighbours
-from .download import fetch
+from .download import download
 from .image_cache import FACTS, read_facts
 from .image_cache_build import import_as
 from .paths import DECODED, IMPORTED, data_root, imported_names, may_be_imported
-from .specs import FOLDERS, RESOURCES
+from .specs import is_plugin, spec_of
 
 
 def overview(config: DataConfig) -> dict[str, str]:
-    """Every data set, also the imported ones and what was decoded from elsewhere: what it is, and what is there of it.
+    """Return a line of text for every data set: shipped, imported, or decoded from another folder.
 
-    Nothing is opened but the facts of decoded copies.
+    Opens no file but the facts of decoded copies.
     """
     root = data_root(config)
     copies = _copies(root)
     rows = {}
-    for name, what in DATASETS.items():
-        gives = [root / given for resource in RESOURCES[name] for given in resource.gives]
+    for name, (summary, _) in DATASETS.items():
+        spec = spec_of(name)
+        gives = [root / given for resource in spec.resources for given in resource.gives]
         there = [path for path in gives if path.exists()]
         if there:
-            folder = root / FOLDERS[name]
-            state = size_on_disk([folder] if folder.is_dir() else there) + f" in {FOLDERS[name]}" * folder.is_dir()
+            folder = root / spec.folder
+            state = size_on_disk([folder] if folder.is_dir() else there) + f" in {spec.folder}" * folder.is_dir()
             state += "" if len(there) == len(gives) else ", incomplete"
         else:
             state = "not there" if gives else "at hand"
-        rows[name] = "; ".join([what, state, *copies.pop(name, [])])
+        rows[name] = "; ".join([summary, state, *copies.pop(name, [])])
     for name in imported_names(root):
         rows[name] = f"imported; {_copy(root / IMPORTED / name)}"
     return rows | {name: "; ".join(found) for name, found in copies.items()}
 
 
 def _copies(root: Path) -> dict[str, list[str]]:
-    """Decoded copies by data set."""
+    """Return the descriptions of decoded copies, by data set."""
     found: dict[str, list[str]] = {}
     for path in sorted((root / DECODED).glob(f"*/{FACTS}")):
         if facts := read_facts(path.parent):
@@ -58,7 +59,7 @@ def _copy(folder: Path) -> str:
 
 
 def size_on_disk(places: list[Path]) -> str:
-    """The bytes of files, and of all that is in folders, for a person."""
+    """Return the total size of files and folders as text."""
     total = 0
     for place in places:
         inside = (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
@@ -67,18 +68,18 @@ def size_on_disk(places: list[Path]) -> str:
 
 
 def fetch_dataset(name: str, config: DataConfig) -> str:
-    """Fetches the data set ``name``; what to say then."""
+    """Download the data set ``name`` and return a message. Raise ``RequestError`` for an unknown name."""
     root = data_root(config)
-    if name not in RESOURCES:
-        raise RequestError(f"{name}: no data set to fetch; {neighbours(name, RESOURCES)}")
-    if not RESOURCES[name]:
+    if name not in DATASETS and not is_plugin(name):
+        raise RequestError(f"{name}: no data set to fetch; {neighbours(name, DATASETS)}")
+    if not spec_of(name).resources:
         return f"{name} is bundled; there is nothing to fetch"
-    came = fetch(name, root)
+    came = download(name, root)
     return f"{name}: {', '.join(came)} in {root}" if came else f"{name} is in {root} already"
 
 
 def import_dataset(source: str, name: str, config: DataConfig) -> str:
-    """Decodes ``source``, a folder of images or of parquet files, into the data set ``name``; what to say then."""
+    """Decode ``source``, a folder of images or parquet files, into the data set ``name``; return a message."""
     if name in DATASETS:
         raise RequestError(f"{name}: a data set of its own has that name; take another")
     if not may_be_imported(name):

@@ -1,7 +1,7 @@
-"""Files of public data sets: where they are to be had, brought here, checked and unpacked.
+"""Download the files of public data sets, check and unpack them.
 
-A transfer that breaks off goes on where it stopped, in the same call or in a later one. Addresses and checksums are
-torchvision's; Tiny-ImageNet's, which torchvision has not, are those of its authors and of many readers.
+A transfer that breaks off resumes where it stopped, in the same call or in a later one. The records hold torchvision's
+addresses and checksums; Tiny-ImageNet, which torchvision lacks, has its authors' address.
 """
 
 from __future__ import annotations
@@ -22,24 +22,27 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
 from .formats import brief
-from .paths import alone, data_root
+from .paths import data_root, lock_folder
 from .progress import bar
-from .specs import RESOURCES, Resource
+from .specs import Resource, spec_of
 
 _PIECE = 1 << 20
 _TIMEOUT_SECONDS = 30
 
 
 class _Unreachable(Exception):
-    """No address gave the file; why, address by address."""
+    """No address returned the file; the message holds a reason for each."""
 
 
 def needed(config: DataConfig) -> list[Path]:
-    """The files of the data set ``config.name``, fetched where ``data.download`` says so; all of them are there."""
+    """Return the paths of the files of ``config.name``, downloaded first if ``data.download`` is set.
+
+    Raises ``RequestError`` if one is missing.
+    """
     name, root = config.name, data_root(config)
     if config.download:
-        fetch(name, root)
-    paths = [root / given for resource in RESOURCES[name] for given in resource.gives]
+        download(name, root)
+    paths = [root / given for resource in spec_of(name).resources for given in resource.gives]
     for path in paths:
         if not path.exists():
             raise RequestError(
@@ -49,24 +52,24 @@ def needed(config: DataConfig) -> list[Path]:
     return paths
 
 
-def fetch(name: str, root: Path) -> list[str]:
-    """Brings what is missing of the data set ``name`` to ``root``; the places of what came.
+def download(name: str, root: Path) -> list[str]:
+    """Download the missing files of the data set ``name`` to ``root``; return their paths below it.
 
-    ``RequestError`` where that fails; it says which file to take from where, and where to put it.
+    If that fails, ``RequestError`` names the files to download by hand, and where to put them.
     """
 
     def missing() -> list[Resource]:
-        return [r for r in RESOURCES[name] if not all((root / given).exists() for given in r.gives)]
+        return [r for r in spec_of(name).resources if not all((root / given).exists() for given in r.gives)]
 
     if not missing():
         return []
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with alone(root):
+        with lock_folder(root):
             wanted = missing()
             for number, resource in enumerate(wanted):
                 try:
-                    _bring(resource, root)
+                    _download_resource(resource, root)
                 except _Unreachable as error:
                     by_hand = (f"{r.urls[0]} (MD5 {r.md5}) at {root / r.path}" for r in wanted[number:])
                     advice = f"to bring it here by hand, put {', and '.join(by_hand)}; then ask again"
@@ -76,7 +79,7 @@ def fetch(name: str, root: Path) -> list[str]:
     return [given for resource in wanted for given in resource.gives]
 
 
-def _bring(resource: Resource, root: Path) -> None:
+def _download_resource(resource: Resource, root: Path) -> None:
     target = root / resource.path
     put_by_hand = target.exists()
     if not put_by_hand:
@@ -97,12 +100,12 @@ def _download(resource: Resource, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     reasons = []
     for url in resource.urls:
-        for resumed in dict.fromkeys([part.exists(), False]):  # what is continued and wrong is begun once more
+        for resumed in dict.fromkeys([part.exists(), False]):  # a resumed file with a wrong sum is downloaded anew
             try:
                 _transfer(url, part)
             except (OSError, http.client.HTTPException) as error:
-                said = getattr(getattr(error, "reason", None), "strerror", None)  # URLError wraps the network's error
-                reasons.append(f"{url}: {said or brief(error)}")
+                reason = getattr(getattr(error, "reason", None), "strerror", None)  # URLError wraps the network's error
+                reasons.append(f"{url}: {reason or brief(error)}")
                 break
             if (found := _md5(part)) == resource.md5:
                 os.replace(part, target)
@@ -114,26 +117,26 @@ def _download(resource: Resource, target: Path) -> None:
 
 
 def _transfer(url: str, part: Path) -> None:
-    """``url`` into ``part``, after what ``part`` holds already; again for as long as that gains something."""
+    """Download ``url`` to ``part`` from the end of ``part`` on; retry as long as bytes arrive."""
     while True:
         have = part.stat().st_size if part.exists() else 0
         try:
-            return _once(url, part, have)
+            return _request(url, part, have)
         except urllib.error.HTTPError as error:
             error.close()
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
-                return None  # all of it is there, or too much: the checksum tells
+                return None  # complete, or too long: the checksum decides
             raise
         except (OSError, http.client.HTTPException):
             if not part.exists() or part.stat().st_size <= have:
                 raise
 
 
-def _once(url: str, part: Path, have: int) -> None:
+def _request(url: str, part: Path, have: int) -> None:
     headers = {"User-Agent": "mosaic-ray"} | ({"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS) as answer:
         if answer.status != http.HTTPStatus.PARTIAL_CONTENT:
-            have = 0  # a server that knows no ranges sends the whole
+            have = 0  # a server without ranges sends the whole file
         total = have + int(answer.headers.get("Content-Length") or 0)
         with open(part, "ab" if have else "wb") as sink, bar(part.stem, total, done=have, size=True) as advance:
             while piece := answer.read(_PIECE):
@@ -154,7 +157,7 @@ def _md5(path: Path) -> str:
 
 
 def _unpack(archive: Path, first: Path, root: Path) -> None:
-    """``archive`` to where ``first``, one of the files in it, belongs: a .gz is that file, others hold a folder."""
+    """Unpack ``archive`` below ``root``: a .gz holds the file ``first``, other archives the folder of ``first``."""
     with bar(f"unpacking {archive.name}", 0), contextlib.ExitStack() as stack:
         if archive.name == f"{first.name}.gz":
             beside = first.with_name(f"{first.name}.part")
@@ -165,7 +168,7 @@ def _unpack(archive: Path, first: Path, root: Path) -> None:
         beside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root)))
         shutil.unpack_archive(archive, beside, **({} if archive.suffix == ".zip" else {"filter": "data"}))
         folder = root / first.relative_to(root).parts[0]
-        if folder.exists():  # parts of it are missing; whose they are is not known here
+        if folder.exists():  # it lacks files, and may hold the user's own
             folder.rename(_unused(folder))
         (beside / folder.name).rename(folder)
 

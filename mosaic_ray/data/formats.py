@@ -1,12 +1,11 @@
-"""Files to arrays: idx, CIFAR's pickles, MATLAB's; and the columns of Hugging Face's image parquet.
+"""Read arrays from MNIST's, CIFAR's and MATLAB's files, and find the columns of Hugging Face's image parquet.
 
-Nothing read from disk may run code: pickles go through an unpickler that knows arrays of integers and nothing else.
+No file may run code: the unpickler accepts arrays of integers and plain values, nothing else.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
 from pathlib import Path
@@ -18,28 +17,22 @@ from ..core.errors import RequestError
 
 
 def brief(error: BaseException) -> str:
-    """An error on one line."""
+    """Return an error as one line of text."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """An idx file of bytes (LeCun): magic 0x000008nn with nn axes, big-endian uint32 lengths, then the data."""
-    content = np.fromfile(path, np.uint8)
-    header = 4 + 4 * num_axes
-    if len(content) < header or content[:4].tolist() != [0, 0, 8, num_axes]:
-        raise RequestError(f"{path} is not an idx file of bytes with {num_axes} axes; remove it and fetch it again")
-    shape = content[4:header].view(">u4").tolist()
-    promised = header + math.prod(shape)
-    if len(content) != promised:
-        raise RequestError(
-            f"{path} holds {len(content)} bytes where its header promises {promised}: "
-            "truncated or damaged; remove it and fetch it again"
-        )
-    return content[header:].reshape(shape)
+    """Read one of MNIST's files of bytes: images uint8 [N, H, W] (3 axes), or labels int64 [N] (1)."""
+    from torchvision.datasets.mnist import read_image_file, read_label_file  # here: client actors load no torchvision
+
+    try:
+        return (read_image_file if num_axes == 3 else read_label_file)(str(path)).numpy()
+    except Exception as error:  # a damaged file may raise nearly anything
+        raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """The dict in a pickle of plain values and integer arrays; ``RequestError`` for anything else."""
+    """Return the dict in a pickle of plain values and integer arrays; ``RequestError`` for any other content."""
     try:
         with open(path, "rb") as file:
             content = _ArraysOnly(file, encoding="latin1").load()
@@ -51,8 +44,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 class _Array:
-    """Stands in for numpy.ndarray while unpickling. numpy's own ``__setstate__`` believes its input (a forged dtype
-    makes it follow forged pointers), so the bytes are read here, as integers or not at all."""
+    """Replaces numpy.ndarray while unpickling. numpy's own ``__setstate__`` trusts its input (a forged dtype makes it
+    follow forged pointers), so the bytes are read here, and only as integers."""
 
     array: np.ndarray
 
@@ -69,7 +62,7 @@ def _integers(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: a code such as ``u1`` and a byte order."""
+    """Replaces numpy.dtype: a code such as ``u1`` and a byte order."""
 
     def __init__(self, code: str) -> None:
         self.code, self.order = code, "|"
@@ -79,7 +72,7 @@ class _Dtype:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Admits the names that pickled integer arrays use (numpy 1 and 2, protocols 0 to 5), and answers for them."""
+    """Accepts only the names that pickled integer arrays use (numpy 1 and 2, protocols 0 to 5), and replaces them."""
 
     def find_class(self, module: str, name: str) -> Any:
         def from_buffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
@@ -104,7 +97,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_mat(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
-    """The arrays of these names in a MATLAB 5 file."""
+    """Return the arrays ``names`` of a MATLAB 5 file; ``RequestError`` if it is damaged or lacks one."""
     from scipy.io import loadmat
 
     try:
@@ -115,7 +108,7 @@ def read_mat(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
 
 
 def image_columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
-    """The image column, the label column, and the class names that Hugging Face keeps in the schema."""
+    """Return the image column, the label column, and the class names in Hugging Face's metadata (or ``()``)."""
     import pyarrow as pa
 
     def is_image(kind: pa.DataType) -> bool:

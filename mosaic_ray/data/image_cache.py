@@ -1,14 +1,14 @@
-"""Decoded copies of encoded images: uint8 arrays below the data root, made once and mapped into memory afterwards.
+"""Read decoded copies of encoded images: uint8 arrays below the data root, mapped into memory.
 
-A copy is a folder of four ``.npy`` files and ``facts.json``, which carries a checksum of itself, each file's size and
-time of writing, and a CRC-32 for every few megabytes (a cryptographic hash would be an eighth of the time that it takes
-to decode a small JPEG). Reading gigabytes at each opening would take seconds, so an opening checks what is cheap: the
-facts, sizes and times, and ``SPOT_BYTES`` of blocks spread over the array, other ones each time. A copy no larger than
-that is checked whole every time; so is one whose files have other times than they were written at. Whatever is found
-damaged is decoded afresh. The data set's identity is made of these checksums.
+A copy is a folder of four ``.npy`` files and ``facts.json``, which holds a checksum of itself, each file's size and
+modification time, and a CRC-32 for every few megabytes (a cryptographic hash would take an eighth of the time of
+decoding a small JPEG). Reading gigabytes at each opening would take seconds, so an opening checks the facts, sizes and
+times, and ``SPOT_BYTES`` of blocks spread over the array, different ones each time. A copy no larger than that is
+checked whole every time; so is one whose files' times have changed. A damaged copy is decoded again. These checksums
+make the data set's identity.
 
-A copy is also made afresh when its images have changed: when a folder of theirs was written to (something came, went
-or was renamed), or, where there are no more than ``EACH`` of them, any image itself.
+A copy is also decoded again when its images have changed: when one of their folders was written to (a file was added,
+removed or renamed), or, for up to ``EACH`` images, when any image itself was.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from ..core.types import DataFacts, ImageSet
+from ..core.types import DataFacts, Dataset, ImageSet
 from .formats import brief
 from .progress import warn
-from .specs import Raw
 
 SPOT_BYTES = 12 << 20
 EACH = 10_000
@@ -38,11 +37,11 @@ PARTS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 class Damaged(Exception):
-    """What lies in a copy's folder is not what was written there."""
+    """The files of a copy are not as they were written."""
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
-    """What ``facts.json`` says; None where there is none that is whole."""
+    """Return the content of ``facts.json``; None if it is missing or damaged."""
     try:
         content = json.loads((folder / FACTS).read_text())
         facts = content["facts"]
@@ -51,10 +50,10 @@ def read_facts(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = None) -> Raw | None:
-    """The copy in ``folder``, mapped; None where there is none, or where images at ``places`` have changed since.
+def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = None) -> Dataset | None:
+    """Map the copy in ``folder``; None if there is none, or if the images at ``places`` have changed since.
 
-    ``fixed``: the data set's constants, where it has some. Images that were left out are said on standard error.
+    ``fixed``: the data set's constants, or None. A warning counts the images that were left out. Raises ``Damaged``.
     """
     if not folder.is_dir():
         return None
@@ -65,7 +64,7 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
         return None
     arrays = [_mapped(folder / f"{part}.npy", facts["parts"][part]) for part in PARTS]
     if any(_touched(folder, part, facts) for part in PARTS):
-        with contextlib.suppress(OSError):  # so that they are not all checked again
+        with contextlib.suppress(OSError):  # so that the next opening does not check all blocks
             write_facts(folder, facts)
     if facts["left_out"]:
         others = ", ..." if facts["left_out"] > len(facts["left_out_first"]) else ""
@@ -76,9 +75,10 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
     mean, std = (facts["mean"], facts["std"]) if "mean" in facts else (fixed.mean, fixed.std)
     colour = fixed.augmentations if fixed else ("crop", "flip") if facts["coloured"] else ()
     content = [[facts["parts"][part][key] for key in ("shape", "blocks")] for part in PARTS]
-    return Raw(
-        ImageSet(*arrays[:2]), ImageSet(*arrays[2:]), tuple(facts["class_names"]), tuple(mean), tuple(std), colour,
-        hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+    names, (_, channels, size, _) = tuple(facts["class_names"]), arrays[0].shape
+    return Dataset(
+        DataFacts(facts["name"], len(names), channels, size, tuple(mean), tuple(std), colour),
+        ImageSet(*arrays[:2]), ImageSet(*arrays[2:]), names, hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     )  # fmt: skip
 
 
@@ -88,9 +88,9 @@ def _touched(folder: Path, part: str, facts: dict[str, Any]) -> bool:
 
 
 def _mapped(path: Path, part: dict[str, Any]) -> np.ndarray:
-    """An array of the copy, mapped rather than read; ``Damaged`` where its file or a block that is looked at is."""
+    """Map an array of the copy; ``Damaged`` if its file or one of the checked blocks is damaged."""
     try:
-        # copy on write: as writable as every other data set's arrays, and the file stays as it is
+        # copy on write: the array is writable, as in other data sets, and the file does not change
         array = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
         stat = path.stat()
     except (OSError, EOFError, ValueError) as error:
@@ -102,14 +102,14 @@ def _mapped(path: Path, part: dict[str, Any]) -> np.ndarray:
     step = 1
     if [stat.st_size, stat.st_mtime_ns] == part["stat"]:
         step = min(len(ends), max(1, -(-array.nbytes // SPOT_BYTES)))
-    looked_at = range(time.time_ns() // 1000 % step, len(ends), step)
+    checked = range(time.time_ns() // 1000 % step, len(ends), step)
 
     def sound(number: int) -> bool:
         count, checksum = part["blocks"][number]
         return zlib.crc32(array[ends[number] - count : ends[number]]) == checksum
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if not all(pool.map(sound, looked_at)):
+        if not all(pool.map(sound, checked)):
             raise Damaged(f"{path} is damaged (a checksum differs)")
     return array
 
@@ -118,7 +118,7 @@ def _mapped(path: Path, part: dict[str, Any]) -> np.ndarray:
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
-    """``facts`` and the files' sizes and times, sealed with a checksum; whole or not at all."""
+    """Write ``facts`` with the files' sizes and times and a checksum, atomically."""
     for part in PARTS:
         stat = (folder / f"{part}.npy").stat()
         facts["parts"][part]["stat"] = [stat.st_size, stat.st_mtime_ns]
@@ -133,7 +133,7 @@ def _seal(facts: dict[str, Any]) -> str:
 
 
 def stamp(places: Sequence[Path], listed: int) -> str:
-    """Changes when the images do: see the module's head."""
+    """Return a digest that changes with the images, as the module's docstring describes."""
     rows: list[list[Any]] = []
     for place in places:
         try:
@@ -150,6 +150,6 @@ def stamp(places: Sequence[Path], listed: int) -> str:
 
 
 def flush(path: Path) -> None:
-    """Waits until ``path`` is on the disk."""
+    """Wait until ``path`` is on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())

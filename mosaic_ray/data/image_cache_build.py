@@ -1,4 +1,4 @@
-"""Decoded copies, made: the arrays of a data set of encoded images, put where ``copies`` reads them from then on."""
+"""Decode a data set of encoded images into the arrays that ``image_cache`` reads."""
 
 from __future__ import annotations
 
@@ -19,65 +19,66 @@ import numpy as np
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError, neighbours
-from ..core.types import DataFacts
+from ..core.types import DataFacts, Dataset
 from . import image_decode
 from .image_cache import Damaged, flush, read, stamp, write_facts
-from .image_ops import moments
-from .image_sources import PICTURES, Listing, Part, Pictures, check_classes
-from .paths import DECODED, IMPORTED, alone, data_root, imported_names
+from .image_ops import mean_std
+from .image_sources import check_classes
+from .paths import DECODED, IMPORTED, data_root, imported_names, lock_folder
 from .progress import bar, warn
-from .specs import KNOWN, Raw
+from .specs import ImageFiles, Listing, Part, spec_of
 
-#: Goes into the copies' names: another one when what is written, or how images are decoded, changes.
+#: Part of the copies' names; raise it when the format of copies or the decoding changes.
 VERSION = 1
 _UNFINISHED = ".unfinished-"
-#: Tasks between two flushes to the disk, which then has less to do at the end.
+#: Tasks between two flushes to the disk, which shorten the last one.
 _FLUSH = 16
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a copy is made to be: the side (0: the images' own) and channels (0: theirs), and what is done with images
-    that do not decode."""
+    """The form of a copy: side and channels in pixels (0: the images' own), whether images that do not decode are left
+    out, and the data set's constants (None: mean and standard deviation are measured)."""
 
     size: int
     channels: int
     skip_bad: bool
+    known: DataFacts | None = None
 
 
-def decoded(config: DataConfig, pictures: Pictures) -> Raw:
-    """``pictures`` in the size and channels that ``config`` asks for, from their copy; it is made where there is none.
+def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
+    """Return ``images`` in the size and channels of ``config``, from their decoded copy, which is made if needed.
 
-    Of several processes that miss the same copy, one makes it and the others wait. Where nothing can be written below
-    the data root, the arrays last as long as this process.
+    If several processes need the same copy, one makes it and the others wait. If the data root is not writable, the
+    arrays last as long as this process.
     """
-    fixed = KNOWN.get(config.name)
+    fixed = spec_of(config.name).facts
     channels = config.channels or (fixed.channels if fixed else 0)
-    form = Form(config.image_size or pictures.size, channels, config.skip_bad)
-    key = [VERSION, str(pictures.where), config.name.partition(":")[0], form.size, form.channels, form.skip_bad]
+    form = Form(config.image_size or images.size, channels, config.skip_bad, fixed)
+    key = [VERSION, str(images.where), config.name.partition(":")[0], form.size, form.channels, form.skip_bad]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    label = "".join(c if c.isalnum() or c in "-_." else "_" for c in pictures.where.name)[:80]
+    label = "".join(c if c.isalnum() or c in "-_." else "_" for c in images.where.name)[:80]
     folder = data_root(config) / DECODED / f"{label}-{digest}"
     with contextlib.suppress(Damaged):
-        if (found := read(folder, fixed, pictures.places)) is not None:
+        if (found := read(folder, fixed, images.places)) is not None:
             return found
     with contextlib.ExitStack() as stack:
         if not _writable(folder.parent):
             warn(f"{data_root(config)} cannot be written to, so decoded images are not kept; see data.root")
-            return _read_back(make(config.name, pictures, form, stack, None), fixed)
-        locked = stack.enter_context(alone(folder.parent))
+            return _read_back(build_cache(config.name, images, form, stack, None), fixed)
+        locked = stack.enter_context(lock_folder(folder.parent))
         try:
-            if (found := read(folder, fixed, pictures.places)) is not None:
-                return found  # made by the process that was waited for
+            if (found := read(folder, fixed, images.places)) is not None:
+                return found  # another process has made it meanwhile
         except Damaged as error:
             warn(f"{error}; its images are decoded afresh")
         if locked:
             _tidy(folder.parent)
-        return _read_back(_put(make(config.name, pictures, form, stack, folder.parent), folder), fixed)
+        return _read_back(_put(build_cache(config.name, images, form, stack, folder.parent), folder), fixed)
 
 
-def imported(config: DataConfig) -> Raw:
-    """``imported:NAME``: what ``mosaic data import`` has put under that name."""
+def imported(config: DataConfig) -> Dataset:
+    """Return ``imported:NAME``, a data set of ``mosaic data import``; ``RequestError`` if it is missing or damaged."""
     root, name = data_root(config), config.name.partition(":")[2]
     if name not in (names := imported_names(root)):
         there = neighbours(name, names) if names else "nothing was"
@@ -89,22 +90,22 @@ def imported(config: DataConfig) -> Raw:
 
 
 def import_as(name: str, config: DataConfig) -> Path:
-    """Puts a decoded copy of ``config`` (``folder:`` or ``parquet:``) where ``imported:name`` looks for it."""
+    """Decode ``config`` (``folder:`` or ``parquet:``) into the copy that ``imported:name`` reads; return its folder."""
     folder = data_root(config) / IMPORTED / name
     if not _writable(folder.parent):
         raise RequestError(f"data.root = {data_root(config)}: {folder.parent} cannot be written to")
     with contextlib.ExitStack() as stack:
-        if stack.enter_context(alone(folder.parent)):
+        if stack.enter_context(lock_folder(folder.parent)):
             _tidy(folder.parent)
         if folder.exists():
             raise RequestError(f"{name}: imported already; remove {folder} first, or take another name")
-        pictures = PICTURES[config.name.partition(":")[0]](config)
+        images = spec_of(config.name).load(config)
         form = Form(config.image_size, config.channels, config.skip_bad)
-        make(config.name, pictures, form, stack, folder.parent).rename(folder)
+        build_cache(config.name, images, form, stack, folder.parent).rename(folder)
     return folder
 
 
-def _read_back(folder: Path, fixed: DataFacts | None) -> Raw:
+def _read_back(folder: Path, fixed: DataFacts | None) -> Dataset:
     try:
         return read(folder, fixed)
     except Damaged as error:
@@ -112,7 +113,7 @@ def _read_back(folder: Path, fixed: DataFacts | None) -> Raw:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether ``folder`` may be written to; it is made. What is marked read-only is left alone by root too."""
+    """Make ``folder`` and return whether it is writable. root too respects a read-only mark."""
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
         if not os.access(there, os.W_OK) or not there.stat().st_mode & 0o222:
@@ -124,13 +125,13 @@ def _writable(folder: Path) -> bool:
 
 
 def _tidy(parent: Path) -> None:
-    """Removes what processes left that were killed; the lock says that no living one is at work."""
+    """Remove the unfinished copies of killed processes; the lock excludes living ones."""
     for left in parent.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def _put(made: Path, folder: Path) -> Path:
-    """``made`` in the place of ``folder``, or what another process has put there meanwhile."""
+    """Move ``made`` to ``folder``, or return the copy that another process has put there meanwhile."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         made.rename(folder)
@@ -138,16 +139,16 @@ def _put(made: Path, folder: Path) -> Path:
     return folder if folder.exists() else made
 
 
-# ---------------------------------------------------------------- making
+# ---------------------------------------------------------------- building
 
 
-def make(name: str, pictures: Pictures, form: Form, stack: contextlib.ExitStack, parent: Path | None) -> Path:
-    """A copy in a folder below ``parent`` (None: where temporary files go) that ``stack`` removes at its end."""
-    stack.callback(image_decode.row_group.cache_clear)  # as large as a file, perhaps
-    listing = pictures.listing()
+def build_cache(name: str, images: ImageFiles, form: Form, stack: contextlib.ExitStack, parent: Path | None) -> Path:
+    """Decode ``images`` into a new folder below ``parent`` (None: the temporary folder), which ``stack`` removes."""
+    stack.callback(image_decode.row_group.cache_clear)  # it may be as large as a file
+    listing = images.listing()
     check_classes(name, listing.train.labels, listing.test.labels, listing.class_names)
     listed = len(listing.train.labels) + len(listing.test.labels)
-    images_stamp = stamp(pictures.places, listed)
+    images_stamp = stamp(images.places, listed)
     shape = _shape(name, listing, form)
     try:
         beside = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=parent, ignore_cleanup_errors=True)
@@ -168,14 +169,14 @@ def make(name: str, pictures: Pictures, form: Form, stack: contextlib.ExitStack,
 
 
 def _shape(name: str, listing: Listing, form: Form) -> tuple[int, int, int]:
-    """[C, H, W] of the arrays: as ``form`` asks, else as the first image that opens has it."""
+    """Return the arrays' [C, H, W]: from ``form``, or from the first image that opens."""
     if form.size and form.channels:
         return form.channels, form.size, form.size
     for task in (*listing.train.tasks, *listing.test.tasks):
         for source in image_decode.encoded(task):
             try:
                 height, width, coloured = image_decode.form(source)
-            except Exception:  # Pillow raises nearly anything; then another image must say
+            except Exception:  # Pillow raises nearly anything; try the next image
                 continue
             if not form.size and height != width:
                 raise RequestError(f"data.name = {name}: images are {height}x{width}; set data.image_size to a side")
@@ -186,10 +187,8 @@ def _shape(name: str, listing: Listing, form: Form) -> tuple[int, int, int]:
 def _decode(
     name: str, folder: Path, listing: Listing, form: Form, shape: tuple[int, int, int]
 ) -> dict[str, Any] | None:
-    """Writes the arrays; what ``facts.json`` says of them. None where only the first images were grey, and the
-    channels are to be the images' own."""
-    fixed = KNOWN.get(name)
-    measured = fixed is None or shape[0] < fixed.channels
+    """Write the arrays and return their facts; None if channels are the images' own and only the first are grey."""
+    measured = form.known is None or shape[0] < form.known.channels
     parts = {"train": listing.train, "test": listing.test}
     common = {"shape": shape, "square": bool(form.size), "tally": measured}
     tasks = [task | common for part, images in parts.items() for task in _placed(folder, part, images, shape)]
@@ -241,12 +240,12 @@ def _decode(
             f"{part}_labels": {"shape": [len(labels[part])], "blocks": [[len(labels[part]), zlib.crc32(labels[part])]]},
         }
     if measured:
-        facts["mean"], facts["std"] = moments(tally for _, count, _, tally in blocks["train"] if count)
+        facts["mean"], facts["std"] = mean_std(tally for _, count, _, tally in blocks["train"] if count)
     return facts
 
 
 def _placed(folder: Path, part: str, images: Part, shape: tuple[int, int, int]) -> list[image_decode.Task]:
-    """The tasks of ``images``, each with its place in the file of the array, which is begun."""
+    """Create the file of the array, and return the tasks of ``images``, each with its position there."""
     target = folder / f"{part}_images.npy"
     offset = _write_head(target, (len(images.labels), *shape))
     firsts = itertools.accumulate(map(image_decode.count, images.tasks), initial=0)
@@ -257,14 +256,14 @@ def _placed(folder: Path, part: str, images: Part, shape: tuple[int, int, int]) 
 
 
 def _write_head(path: Path, shape: tuple[int, ...]) -> int:
-    """The head of a ``.npy`` file of uint8; how long it is, which does not depend on the first axis."""
+    """Write the header of a ``.npy`` file of uint8; return its length, which does not depend on the first axis."""
     with open(path, "r+b" if path.exists() else "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         return file.tell()
 
 
 def _close_gaps(path: Path, shape: tuple[int, int, int], blocks: list[list[Any]]) -> None:
-    """Moves blocks up to where images were left out before them."""
+    """Move blocks forward to close the gaps of images that were left out."""
     total = sum(count for _, count, *_ in blocks)
     offset, row = _write_head(path, (total, *shape)), math.prod(shape)
     with open(path, "r+b") as file:

@@ -1,9 +1,9 @@
-"""Encoded images to one array on the disk, over all cores. A module that decoding processes load: numpy and Pillow.
+"""Decode images into one array on the disk, over all cores. Decoding processes load only numpy and Pillow.
 
-The work is cut into tasks, plain values that travel as JSON. Each process writes what it decodes straight into the file
-of the array, so no image passes through a pipe; it also takes the checksums, while the block is in its cache. The
-processes are plain children that end with their input, so that none outlives a parent that was killed, and none loads
-the program that the parent runs (as ``multiprocessing`` would), which may have no ``if __name__ == "__main__"``.
+The work is cut into tasks, plain values that are sent as JSON. Each process writes its images straight into the file of
+the array, so that no image passes through a pipe; it also computes the checksums, while the block is in its cache. The
+processes are plain children that end with their input, so that none outlives a killed parent, and none loads the
+parent's program (as ``multiprocessing`` would), which may lack an ``if __name__ == "__main__"``.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ Task = dict[str, Any]
 
 
 def count(task: Task) -> int:
-    """How many images there are in ``task``."""
+    """Return the number of images in ``task``."""
     return len(task["files"]) if "files" in task else task["rows"]
 
 
 def place(task: Task, index: int) -> str:
-    """What a person calls the image ``index`` of ``task``."""
+    """Return the name of image ``index`` of ``task`` for messages."""
     return task["files"][index] if "files" in task else f"{task['parquet']}: image {task['row'] + index}"
 
 
 def encoded(task: Task) -> Iterator[str | io.BytesIO]:
-    """The images of ``task``, as Pillow opens them."""
+    """Yield the images of ``task`` as paths or buffers that Pillow opens."""
     if "files" in task:
         yield from task["files"]
         return
@@ -68,7 +68,7 @@ def encoded(task: Task) -> Iterator[str | io.BytesIO]:
 
 @functools.lru_cache(maxsize=1)  # the tasks of one row group follow each other
 def row_group(path: str, group: int, column: str) -> Any:
-    """The encoded images of a row group, pyarrow's binary; kept until the next one or ``row_group.cache_clear``."""
+    """Return the encoded images of a row group, pyarrow's binary; cached until the next one or ``cache_clear``."""
     import pyarrow as pa
     from pyarrow import compute, parquet
 
@@ -80,21 +80,21 @@ def row_group(path: str, group: int, column: str) -> Any:
 
 
 def not_parquet(path: str | Path, error: Exception) -> RequestError:
-    """What to say of a file that pyarrow does not read."""
+    """Return the error for a file that pyarrow cannot read."""
     return RequestError(f"{path} cannot be read as parquet ({brief(error)})")
 
 
 def block_rows(shape: Sequence[int]) -> int:
-    """How many images [C, H, W] make a block."""
+    """Return the number of images [C, H, W] in a block."""
     return max(1, BLOCK_BYTES // math.prod(shape))
 
 
 class WrongSize(Exception):
-    """An image of another size than the array's; its height and width."""
+    """An image has another size than the array's; arguments: its height and width."""
 
 
 def form(source: str | io.BytesIO) -> tuple[int, int, bool]:
-    """Height, width and whether there are colours, as the image's head says."""
+    """Return height, width and whether the image has colours, from its header."""
     with _opened(source) as image:
         return image.height, image.width, image.mode not in _GREY
 
@@ -104,7 +104,7 @@ def _opened(source: str | io.BytesIO) -> Image.Image:
 
 
 def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[bytes, bool]:
-    """``source`` decoded to ``shape`` [C, H, W], as bytes [H, W, C]; and whether there are colours in it.
+    """Decode ``source`` to ``shape`` [C, H, W]; return bytes [H, W, C] and whether the image has colours.
 
     ``square``: the largest square in its middle is resized to that size (bilinear, antialiased); otherwise it must be
     of that size. Grey is replicated, colours become luma (ITU-R 601). Raises nearly anything where it is damaged.
@@ -128,10 +128,10 @@ def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[
 
 
 def work(task: Task) -> dict[str, Any]:
-    """Decodes the images of ``task`` into their rows of its array, and says what the parent must know of them.
+    """Decode the images of ``task`` into their rows of its array, and return a summary for the parent.
 
-    ``blocks``, of ``block_rows`` images: how many are good (those lie first), their CRC-32 and, where it was asked
-    for, their ``tally``; ``bad``: which do not decode, and why; ``wrong_size``: the first of another size.
+    ``blocks``, of ``block_rows`` images: the number of decoded images (they lie first), their CRC-32 and, if requested,
+    their ``tally``; ``bad``: indices and reasons of images that do not decode; ``wrong_size``: the first other size.
     """
     channels, height, width = shape = task["shape"]
     size, rows = math.prod(shape), min(block_rows(shape), count(task))
@@ -139,7 +139,7 @@ def work(task: Task) -> dict[str, Any]:
     images = np.empty((rows, height, width, channels), np.uint8)
     buffer, good = images.reshape(-1).data, 0
     with open(task["target"], "r+b") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, about metadata: nothing that a user could mend
+        warnings.simplefilter("ignore")  # Pillow's, about metadata: the user cannot fix them
         for index, source in enumerate(encoded(task)):
             try:
                 content, coloured = draw(source, shape, task["square"])
@@ -161,7 +161,7 @@ def work(task: Task) -> dict[str, Any]:
 
 
 def run(tasks: list[Task]) -> Iterator[dict[str, Any]]:
-    """``work`` of each task, in order; over all cores where there is enough to do."""
+    """Yield ``work`` of each task in order, over all cores if there are enough images."""
     total = sum(map(count, tasks))
     workers = min(_cores(), len(tasks))
     if total < _FEW or workers < 2:
@@ -175,11 +175,11 @@ def run(tasks: list[Task]) -> Iterator[dict[str, Any]]:
             free.put(process)
         threads = stack.enter_context(ThreadPoolExecutor(workers))
         stack.callback(threads.shutdown, cancel_futures=True)
-        yield from threads.map(functools.partial(_asked, free), tasks)
+        yield from threads.map(functools.partial(_ask, free), tasks)
 
 
-def _asked(free: queue.SimpleQueue[subprocess.Popen[str]], task: Task) -> dict[str, Any]:
-    """``work`` of ``task``, done by one of the processes that are ``free``."""
+def _ask(free: queue.SimpleQueue[subprocess.Popen[str]], task: Task) -> dict[str, Any]:
+    """Return ``work`` of ``task`` from one of the ``free`` processes."""
     process = free.get()
     try:
         assert process.stdin and process.stdout
@@ -202,7 +202,7 @@ def _asked(free: queue.SimpleQueue[subprocess.Popen[str]], task: Task) -> dict[s
 
 def _end(process: subprocess.Popen[str]) -> None:
     assert process.stdin and process.stdout
-    with contextlib.suppress(BrokenPipeError):  # it has ended already
+    with contextlib.suppress(BrokenPipeError):  # the process has ended
         process.stdin.close()
     process.stdout.close()
     process.wait()
@@ -216,12 +216,12 @@ def _process() -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        start_new_session=True,  # an interrupt is the parent's to answer
+        start_new_session=True,  # the parent handles interrupts
     )
 
 
 def serve() -> None:
-    """A decoding process: a task a line comes in, an answer a line goes out."""
+    """Run a decoding process: read a task from each line of input, and write an answer on a line."""
     for line in sys.stdin:
         try:
             answer = work(json.loads(line))

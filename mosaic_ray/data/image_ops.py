@@ -1,4 +1,4 @@
-"""Whole arrays of uint8 images: their channels, their size, their moments. Worked on in stretches."""
+"""Convert the channels and size of uint8 image arrays, chunk by chunk, and measure their mean and deviation."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-Moments = tuple[tuple[float, ...], tuple[float, ...]]
-
 
 def chunks(images: np.ndarray, size: int = 1024) -> Iterator[np.ndarray]:
-    """``images`` in stretches small enough to be widened without being felt."""
+    """Yield ``images`` in chunks, each small enough to be copied in a wider type."""
     return (images[start : start + size] for start in range(0, len(images), size))
 
 
 def in_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [N, 1 or 3, H, W] in ``channels``: replicated upwards, luma (ITU-R 601, as Pillow rounds it) downwards."""
+    """Convert uint8 [N, 1 or 3, H, W] to ``channels``: repeat grey, or take luma (ITU-R 601, rounded like Pillow)."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -29,7 +27,7 @@ def in_channels(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, C, H, W] to [N, C, size, size]: bilinear, antialiased when it shrinks."""
+    """Resize uint8 [N, C, H, W] to [N, C, size, size], bilinear with antialiasing."""
     if images.shape[2:] == (size, size):
         return np.ascontiguousarray(images)
     import torch
@@ -44,7 +42,7 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def tally(images: np.ndarray) -> list[list[int]]:
-    """Of uint8 [N, C, H, W] per channel: how many values, their sum, the sum of their squares. Exact."""
+    """Return count, sum and sum of squares for each channel of uint8 [N, C, H, W], exactly."""
     found = []
     for channel in range(images.shape[1]):
         wide = images[:, channel].ravel().astype(np.float64)  # whole numbers are exact up to 2**53
@@ -52,19 +50,19 @@ def tally(images: np.ndarray) -> list[list[int]]:
     return found
 
 
-def moments(tallies: Iterable[list[list[int]]]) -> Moments:
-    """Mean and standard deviation per channel in units of [0, 1] intensity, to four digits."""
+def mean_std(tallies: Iterable[list[list[int]]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation per channel from tallies, in units of [0, 1] intensity, to four digits."""
     mean, std = [], []
     for channel in zip(*tallies, strict=True):
         count, total, squares = map(sum, zip(*channel, strict=True))
         mean.append(round(total / count / 255, 4))
         spread = math.sqrt(count * squares - total * total) / count / 255
-        std.append(round(spread, 4) or 1.0)  # a channel of one single value has no spread to divide by
+        std.append(round(spread, 4) or 1.0)  # a channel of one single value has deviation 0
     return tuple(mean), tuple(std)
 
 
 def image_grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """uint8 [N, C, H, W] as one image uint8 [C, H', W'], row by row, white lines of one pixel between."""
+    """Arrange uint8 [N, C, H, W] in rows as one image uint8 [C, H', W'], with white lines of one pixel between."""
     count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)

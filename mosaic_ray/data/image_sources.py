@@ -1,57 +1,27 @@
-"""Data sets of encoded images: where their files lie, in which order they are read, and which class each shows."""
+"""Data sets of encoded images: their files in order, and the class of each. Loaders and records."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
+from ..core.types import DataFacts
 from .download import needed
 from .formats import image_columns
 from .image_decode import Task, not_parquet
 from .paths import data_root
+from .specs import CIFAR100_MEAN_STD, DatasetSpec, ImageFiles, Listing, Part, archive
 
-#: Images that a decoding process takes at a time.
+#: Images in one task of a decoding process.
 _TASK = 512
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images not decoded yet, and their labels int64 [N]."""
-
-    tasks: list[Task]
-    labels: np.ndarray
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of a data set."""
-
-    train: Part
-    test: Part
-    class_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """A data set of encoded images, before they are listed.
-
-    ``places``: the files and folders whose times tell that something came, went or changed. ``size``: the side that
-    its images are brought to where none is asked for; 0: they have one in common.
-    """
-
-    where: Path
-    places: Sequence[Path]
-    listing: Callable[[], Listing]
-    size: int = 0
 
 
 def _of_files(paths: list[Path], labels: Sequence[int]) -> Part:
@@ -60,7 +30,7 @@ def _of_files(paths: list[Path], labels: Sequence[int]) -> Part:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """The images in ``folder`` itself, by name."""
+    """Return the image files in ``folder`` itself, sorted by name; ``RequestError`` if there are none."""
     try:
         names = [entry.name for entry in os.scandir(folder)]
     except OSError as error:
@@ -72,7 +42,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _of_folders(folders: Sequence[Path]) -> Part:
-    """The images of each folder, which are of one class each, in this order."""
+    """Return the images of ``folders`` in order; each folder is a class."""
     found = [_images_in(folder) for folder in folders]
     return _of_files([path for paths in found for path in paths], [c for c, paths in enumerate(found) for _ in paths])
 
@@ -91,7 +61,7 @@ def _label(classes: dict[str, int], name: str, path: Path) -> int:
 
 
 def check_classes(name: str, train: np.ndarray, test: np.ndarray, class_names: Sequence[str]) -> None:
-    """``RequestError`` where nothing could be learnt of these labels, or where the test set asks for other classes."""
+    """Raise ``RequestError`` if a part is empty, if train has one class, or if test has classes that train lacks."""
     for part, labels in (("train", train), ("test", test)):
         if not len(labels):
             raise RequestError(f"data.name = {name}: {part} holds no images")
@@ -104,8 +74,8 @@ def check_classes(name: str, train: np.ndarray, test: np.ndarray, class_names: S
         raise RequestError(f"data.name = {name}: test holds classes that train has not: {words}")
 
 
-def tiny_imagenet(config: DataConfig) -> Pictures:
-    """``wnids.txt``, ``words.txt``, ``train/<wnid>/images``, ``val/val_annotations.txt`` and ``val/images``.
+def tiny_imagenet(config: DataConfig) -> ImageFiles:
+    """List ``wnids.txt``, ``words.txt``, ``train/<wnid>/images``, ``val/val_annotations.txt`` and ``val/images``.
 
     Classes are in the order of their wnids. The test set is ``val``: the labels of ``test`` were never published.
     """
@@ -126,11 +96,13 @@ def tiny_imagenet(config: DataConfig) -> Pictures:
         names = tuple(words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids)
         return Listing(_of_folders(folders), test, names)
 
-    return Pictures(base, (wnids_path, base / "words.txt", annotations, base / "val" / "images", *folders), listing, 64)
+    return ImageFiles(
+        base, (wnids_path, base / "words.txt", annotations, base / "val" / "images", *folders), listing, 64
+    )
 
 
-def food101(config: DataConfig) -> Pictures:
-    """``images/<class>/*.jpg``, and lists ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
+def food101(config: DataConfig) -> ImageFiles:
+    """List ``images/<class>/*.jpg`` by ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
     meta, images = needed(config)
     lists = [next((p for p in (meta / f"{s}.json", meta / f"{s}.txt") if p.exists()), None) for s in ("train", "test")]
     if None in lists:
@@ -157,11 +129,11 @@ def food101(config: DataConfig) -> Pictures:
         return Listing(*parts, tuple(classes))
 
     folders = sorted(path for path in images.iterdir() if path.is_dir())
-    return Pictures(meta.parent, (*lists, *folders), listing, 64)
+    return ImageFiles(meta.parent, (*lists, *folders), listing, 64)
 
 
 def _given(config: DataConfig) -> Path:
-    """The folder that ``folder:PATH`` or ``parquet:PATH`` means: as it stands, else below the data root."""
+    """Return the folder of ``folder:PATH`` or ``parquet:PATH``, below the working directory or the data root."""
     given = Path(config.name.partition(":")[2]).expanduser()
     folder = next((path for path in (given, data_root(config) / given) if path.is_dir()), None)
     if folder is None:
@@ -169,8 +141,8 @@ def _given(config: DataConfig) -> Path:
     return folder.resolve()
 
 
-def folder(config: DataConfig) -> Pictures:
-    """``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
+def folder(config: DataConfig) -> ImageFiles:
+    """List ``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
     base = _given(config)
 
     def classes_of(split: str) -> dict[str, Path]:
@@ -194,11 +166,11 @@ def folder(config: DataConfig) -> Pictures:
         labels = np.searchsorted([*train], [*test])[asked.labels]  # numbered as in train, where there may be more
         return Listing(_of_folders([*train.values()]), Part(asked.tasks, labels), (*train,))
 
-    return Pictures(base, (*train.values(), *test.values()), listing)
+    return ImageFiles(base, (*train.values(), *test.values()), listing)
 
 
-def parquet(config: DataConfig) -> Pictures:
-    """``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
+def parquet(config: DataConfig) -> ImageFiles:
+    """List ``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
     base = _given(config)
     files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
     for split, paths in files.items():
@@ -210,7 +182,7 @@ def parquet(config: DataConfig) -> Pictures:
         num_classes = int(train.labels.max()) + 1
         return Listing(train, test, names if len(names) >= num_classes else tuple(map(str, range(num_classes))))
 
-    return Pictures(base, [path for paths in files.values() for path in paths], listing)
+    return ImageFiles(base, [path for paths in files.values() for path in paths], listing)
 
 
 def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
@@ -246,9 +218,22 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
     return Part(tasks, flat), names
 
 
-PICTURES: dict[str, Callable[[DataConfig], Pictures]] = {
-    "tiny_imagenet": tiny_imagenet,
-    "food101": food101,
-    "folder": folder,
-    "parquet": parquet,
-}
+# --- the records ------------------------------------------------------------------------------------------------------
+
+# The constants are the authors': ImageNet's for Tiny-ImageNet, CIFAR-100's for Food-101.
+TINY_IMAGENET = DatasetSpec(
+    tiny_imagenet,
+    DataFacts("tiny_imagenet", 200, 3, 64, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("crop", "flip")),
+    archive(
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de",
+        "tiny-imagenet-200", "wnids.txt", "val/val_annotations.txt",
+    ),
+)  # fmt: skip
+
+FOOD101 = DatasetSpec(
+    food101, DataFacts("food101", 101, 3, 64, *CIFAR100_MEAN_STD, ("crop", "flip")),
+    archive(
+        "http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz", "85eeb15f3717b99a5da872d97d918f87",
+        "food-101", "meta", "images",
+    ),
+)  # fmt: skip

@@ -1,44 +1,48 @@
-"""Data sets by name, whole: uint8 NCHW images, int64 labels, and the facts that clients need."""
+"""Load data sets by name: uint8 NCHW images, int64 labels, and the constants that clients need."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import astuple, replace
 
+import numpy as np
+
 from ..config.schema import DataConfig
+from ..config.user_code import digest_of, users_code
 from ..core.errors import RequestError, neighbours
 from ..core.types import DataFacts, Dataset, ImageSet
-from .array_sources import CLOTHES, DIGIT_NAMES, Cifar, digits, mnist_like, svhn
-from .image_cache_build import decoded, imported
-from .image_ops import chunks, in_channels, moments, resized, tally
-from .image_sources import PICTURES
+from .image_cache_build import decoded
+from .image_ops import chunks, in_channels, mean_std, resized, tally
+from .image_sources import check_classes
 from .paths import data_root as data_root
-from .specs import KNOWN, Raw
+from .specs import ImageFiles, is_plugin, spec_of
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """The data set that ``config`` names, in the size and channels that it asks for."""
-    kind, colon, _ = config.name.partition(":")
-    loader = PREFIXES.get(kind) if colon else LOADERS.get(config.name)
-    if loader is None:
-        known = neighbours(config.name, [*LOADERS, *(f"{prefix}:PATH" for prefix in PREFIXES)])
-        raise RequestError(f"data.name = {config.name}: unknown data set; {known}")
-    raw = loader(config)
+    """Load the data set that ``config`` names, in the size and channels that it requests.
+
+    Raises ``RequestError`` where files are missing or damaged, or a plug-in fails.
+    """
+    raw = _run_plugin(config) if is_plugin(config.name) else spec_of(config.name).load(config)
+    if isinstance(raw, ImageFiles):
+        raw = decoded(config, raw)
     _, native, height, _ = raw.train.images.shape
-    facts = DataFacts(config.name, len(raw.class_names), native, height, raw.mean, raw.std, raw.augmentations)
-    facts = _asked(config, facts)
+    facts = replace(raw.facts, num_classes=len(raw.class_names), channels=native, image_size=height)
+    facts = _requested(config, facts)
     size, channels = facts.image_size, facts.channels
     train, test = (in_channels(images, min(channels, native)) for images in (raw.train.images, raw.test.images))
-    if channels < native:  # luma mixes channels that vary together: its spread does not follow from theirs
-        mean, std = moments(tally(chunk) for chunk in chunks(train))
-        facts = replace(facts, mean=mean, std=std)
+    if channels < native or not facts.mean:  # the deviation of luma does not follow from the channels'
+        mean, std = mean_std(tally(chunk) for chunk in chunks(train))
+        times = channels // train.shape[1]
+        facts = replace(facts, mean=mean * times, std=std * times)
     train, test = (in_channels(resized(images, size), channels) for images in (train, test))
     train_set, test_set = ImageSet(train, raw.train.labels), ImageSet(test, raw.test.labels)
     digest = hashlib.sha256(json.dumps(astuple(replace(facts, name=""))).encode())
-    if raw.content:
-        digest.update(raw.content.encode())
+    if is_plugin(config.name):
+        digest.update(digest_of(config.name).encode())
+    if raw.identity:
+        digest.update(raw.identity.encode())
     else:
         for array in (train_set.images, train_set.labels, test_set.images, test_set.labels):
             digest.update(str(array.shape).encode())
@@ -47,37 +51,52 @@ def load_dataset(config: DataConfig) -> Dataset:
 
 
 def known_facts(config: DataConfig) -> DataFacts | None:
-    """The facts of a data set whose files need not be there; None where they must be measured or counted."""
-    known = KNOWN.get(config.name)
+    """Return the facts of a data set without reading its files; None if they must be measured or counted."""
+    known = None if is_plugin(config.name) else spec_of(config.name).facts
     if known is None or 0 < config.channels < known.channels:
         return None
-    return _asked(config, known)
+    return _requested(config, known)
 
 
-def _asked(config: DataConfig, native: DataFacts) -> DataFacts:
-    """``native`` in the size and channels that ``config`` asks for; where they are more, they repeat the one."""
+def _run_plugin(config: DataConfig) -> Dataset:
+    """Return the checked ``Dataset`` of the user's own function or record; its identity is computed here."""
+    what = f"data.name = {config.name}"
+    load = spec_of(config.name).load
+    with users_code(what):
+        try:
+            found = load(config)
+        except RequestError as error:  # of a function of this package, such as ``needed``
+            raise RequestError(str(error)) from None
+        if not isinstance(found, Dataset):
+            raise RequestError(f"{what}: it returned {type(found).__name__}, not a Dataset")
+        _check(what, config.name, found)
+    parts = (ImageSet(part.images, np.ascontiguousarray(part.labels)) for part in (found.train, found.test))
+    return Dataset(found.facts, *parts, tuple(found.class_names), "")
+
+
+def _check(what: str, name: str, data: Dataset) -> None:
+    """Raise ``RequestError`` where the parts of a plug-in's ``data`` contradict each other."""
+    from .transforms import AUGMENTATIONS
+
+    facts, train, test = data.facts, data.train, data.test
+    shapes = list(train.images.shape), list(test.images.shape)
+    channels, height, width = shapes[0][1:]
+    if shapes[1][1:] != [channels, height, width] or channels not in (1, 3) or height != width:
+        raise RequestError(f"{what}: images {shapes[0]} and {shapes[1]}; both must be [N, 1 or 3, side, side]")
+    labels, classes = np.concatenate([train.labels, test.labels, [0]]), len(data.class_names)
+    if not 0 <= labels.min() <= labels.max() < classes:
+        raise RequestError(f"{what}: labels run from {labels.min()} to {labels.max()}; there are {classes} classes")
+    check_classes(name, train.labels, test.labels, data.class_names)
+    if not len(facts.mean) == len(facts.std) in (0, channels):
+        raise RequestError(f"{what}: {len(facts.mean)} means and {len(facts.std)} deviations for {channels} channels")
+    if strange := set(facts.augmentations) - set(AUGMENTATIONS):
+        raise RequestError(f"{what}: augmentation {min(strange)}: unknown; {neighbours(min(strange), AUGMENTATIONS)}")
+
+
+def _requested(config: DataConfig, native: DataFacts) -> DataFacts:
+    """Return ``native`` in the size and channels of ``config``; added channels repeat the constants of the first."""
     channels, size = config.channels or native.channels, config.image_size or native.image_size
     times = channels if channels > native.channels else 1
-    return replace(native, channels=channels, image_size=size, mean=native.mean * times, std=native.std * times)
-
-
-def _pictures(kind: str) -> Callable[[DataConfig], Raw]:
-    return lambda config: decoded(config, PICTURES[kind](config))
-
-
-PREFIXES: dict[str, Callable[[DataConfig], Raw]] = {
-    "folder": _pictures("folder"),
-    "imported": imported,
-    "parquet": _pictures("parquet"),
-}
-
-LOADERS: dict[str, Callable[[DataConfig], Raw]] = {
-    "digits": digits,
-    "mnist": mnist_like(DIGIT_NAMES),
-    "fmnist": mnist_like(CLOTHES),
-    "svhn": svhn,
-    "cifar10": Cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
-    "cifar100": Cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
-    "tiny_imagenet": _pictures("tiny_imagenet"),
-    "food101": _pictures("food101"),
-}
+    return replace(
+        native, name=config.name, channels=channels, image_size=size, mean=native.mean * times, std=native.std * times
+    )

@@ -1,9 +1,9 @@
-"""Dealing a data set to clients: pure functions from labels to index lists. Numpy only.
+"""Split a data set among clients: pure functions from labels to index lists.
 
-K clients, C classes, N samples; omega is the Dirichlet concentration. The ``reference`` sampler is the one of the
-Mosaic authors' code (their "unbalanced" Dirichlet split, ALGORITHM §1.2; the scheme known from NIID-Bench, Li et al.
-2022, arXiv 2102.02079), equal to it bit for bit because it draws from the same numpy stream in the same order. All
-others draw from addressed streams.
+K clients, C classes, N samples; omega is the Dirichlet concentration. The ``reference`` sampler equals the
+Mosaic authors' code (their "unbalanced" Dirichlet split, ALGORITHM §1.2; the scheme of NIID-Bench, Li et al. 2022,
+arXiv 2102.02079) bit for bit, because it draws from the same numpy stream in the same order. All others draw from
+addressed streams.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ REFERENCE_SEED_OFFSET = 5363
 
 
 def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Each client's indices into ``labels`` (int64 [N], values in 0..num_classes-1): K shuffled int64 lists.
+    """Return each client's indices into ``labels`` (int64 [N], values in 0..num_classes-1): K shuffled int64 arrays.
 
-    Every index is dealt exactly once and every client gets at least ``config.min_size``. Which client gets how many
-    of each class depends on the class sizes, ``config`` and ``seed`` alone, not on the order of the labels.
+    Every index occurs exactly once, and every client gets at least ``config.min_size``. The class counts of each client
+    depend on the class sizes, ``config`` and ``seed`` alone, not on the order of the labels.
 
-    Where a draw leaves a client below ``config.min_size``, all is drawn again, ``config.max_tries`` times in all; then
-    ``config.policy`` decides: "reject" refuses, "repair" moves samples to the small clients of the last draw.
+    If a draw leaves a client below ``config.min_size``, all are drawn again, ``config.max_tries`` times at most.
+    Then ``config.policy`` decides: "reject" raises ``RequestError``, "repair" moves samples to the small clients.
     """
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"labels run from {labels.min()} to {labels.max()}; there are {num_classes} classes")
@@ -44,7 +44,7 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
 
 
 def _accepted(draw: Callable[[int], np.ndarray], config: PartitionConfig) -> np.ndarray:
-    """The first counts [K, C] of ``draw(attempt)`` that leave nobody below ``min_size``; the last, to be repaired."""
+    """Return the first counts [K, C] of ``draw(attempt)`` with no client below ``min_size``, else the last ones."""
     for attempt in range(config.max_tries):
         counts = draw(attempt)
         if counts.sum(axis=1).min() >= config.min_size:
@@ -67,7 +67,7 @@ def _dealt(
     rng: np.random.Generator | np.random.RandomState,
     most_classes: int | None = None,
 ) -> list[np.ndarray]:
-    """``order`` [N], its classes one after another, each cut in client order by ``counts`` [K, C]; then repaired."""
+    """Cut each class of ``order`` [N] (sorted by class) in client order by ``counts`` [K, C], and repair the result."""
     num_clients, num_classes = counts.shape
     class_sizes = counts.sum(axis=0)
     # owner[i]: the client of sample order[i]
@@ -80,20 +80,20 @@ def _dealt(
 
 
 def _repair(owner: np.ndarray, counts: np.ndarray, class_sizes: np.ndarray, min_size: int, most_classes: int) -> None:
-    """Fills clients below ``min_size``, lowest id first, from the most plentiful class of the largest client.
+    """Fill clients below ``min_size``, lowest id first, from the most plentiful class of the largest client.
 
-    Changes ``owner`` [N] and ``counts`` [K, C] in place and draws nothing. No donor falls below ``min_size``; where
-    N >= K * min_size there is always one to give. A client of ``most_classes`` classes takes of these alone, and there
-    may be none to give.
+    Changes ``owner`` [N] and ``counts`` [K, C] in place and draws nothing. No donor falls below ``min_size``; if
+    N >= K * min_size there is always a donor. A client of ``most_classes`` classes receives only these, so that it
+    may have no donor: then ``RequestError``.
     """
     sizes, ends = counts.sum(axis=1), np.cumsum(class_sizes)
     for client in np.flatnonzero(sizes < min_size):
         while sizes[client] < min_size:
             held = counts[client] > 0
-            common_options = held if held.sum() >= most_classes else np.ones_like(held)
+            allowed = held if held.sum() >= most_classes else np.ones_like(held)
             givers = sizes > min_size
-            if not common_options.all():
-                givers &= (counts[:, common_options] > 0).any(axis=1)
+            if not allowed.all():
+                givers &= (counts[:, allowed] > 0).any(axis=1)
             if not givers.any():
                 raise RequestError(
                     f"partition.classes_per_client = {most_classes}: client {client} holds {sizes[client]} samples, "
@@ -101,7 +101,7 @@ def _repair(owner: np.ndarray, counts: np.ndarray, class_sizes: np.ndarray, min_
                     "raise classes_per_client, or lower min_size or num_clients"
                 )
             donor = np.where(givers, sizes, 0).argmax()
-            c = np.where(common_options, counts[donor], 0).argmax()
+            c = np.where(allowed, counts[donor], 0).argmax()
             amount = min(min_size - sizes[client], sizes[donor] - min_size, counts[donor, c])
             stretch = owner[ends[c] - class_sizes[c] : ends[c]]
             stretch[np.flatnonzero(stretch == donor)[-amount:]] = client
@@ -111,7 +111,7 @@ def _repair(owner: np.ndarray, counts: np.ndarray, class_sizes: np.ndarray, min_
 
 
 def _by_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """All indices, class after class, each class shuffled."""
+    """Return all indices [N], sorted by class and shuffled within each class."""
     order = rng.permutation(len(labels))
     return order[np.argsort(labels[order], kind="stable")]
 
@@ -120,7 +120,7 @@ def _by_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _reference(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Every class by shares from Dir(omega * 1_K) over the clients that hold less than N / K so far."""
+    """Split every class by shares from Dir(omega * 1_K) over the clients that hold less than N / K so far."""
     rng = np.random.RandomState(seed + REFERENCE_SEED_OFFSET)
     class_sizes = np.bincount(labels, minlength=num_classes)
     by_class = np.argsort(labels, kind="stable")
@@ -142,11 +142,11 @@ def _draw(
     seed: int,
     attempt: int,
 ) -> np.ndarray:
-    """One draw: shuffles each class's stretch of ``order`` in place; how many each client is dealt, int64 [K, C].
+    """Shuffle each class's part of ``order`` in place; return the number of samples for each client, int64 [K, C].
 
-    Far below omega = 0.01 the Dirichlet draw underflows: it is NaN, or 0 at every client still below its quota. The
-    law's limit for omega -> 0 takes over, one such client gets the whole class, chosen on a stream of its own so
-    that the reference stream stays where it was.
+    Far below omega = 0.01 the Dirichlet draw underflows: it is NaN, or 0 at every client still below its quota. Then
+    one such client gets the whole class, as in the limit omega -> 0. It is drawn from a separate stream, so the
+    reference stream does not move.
     """
     num_clients, quota = config.num_clients, len(order) / config.num_clients
     counts = np.zeros((num_clients, len(class_sizes)), np.int64)
@@ -174,9 +174,9 @@ def _draw(
 
 
 def _dirichlet(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Every class by shares from Dir(omega * 1_K) over all clients (Yurochkin et al. 2019, arXiv 1905.12022).
+    """Split every class by shares from Dir(omega * 1_K) over all clients (Yurochkin et al. 2019, arXiv 1905.12022).
 
-    ``reference`` without its quota: a client may come to hold nearly everything.
+    This is ``reference`` without its quota: a client may hold nearly all samples.
     """
     rng = numpy_stream(seed, "partition", "dirichlet")
     class_sizes = np.bincount(labels, minlength=num_classes)
@@ -185,9 +185,9 @@ def _dirichlet(labels: np.ndarray, config: PartitionConfig, seed: int, num_class
 
 
 def _over_clients(rng: np.random.Generator, class_sizes: np.ndarray, config: PartitionConfig) -> np.ndarray:
-    """Each class cut by shares from Dir(omega * 1_K): counts [K, C].
+    """Return counts [K, C] of each class by shares from Dir(omega * 1_K), cut at the nearest sample.
 
-    At the nearest sample: cut at the one below, as ``reference`` is, the last client holds one of nearly every class.
+    Cut at the sample below, as in ``reference``, the last client would hold a sample of nearly every class.
     """
     shares = rng.dirichlet(np.full(config.num_clients, config.omega), len(class_sizes))
     cuts = np.rint(np.cumsum(shares.T[:-1], axis=0) * class_sizes).astype(np.int64)
@@ -195,10 +195,10 @@ def _over_clients(rng: np.random.Generator, class_sizes: np.ndarray, config: Par
 
 
 def _quantity(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Sizes from Dir(omega * 1_K), the quantity skew of NIID-Bench (Li et al. 2022); classes as even as sizes allow.
+    """Draw sizes from Dir(omega * 1_K), the quantity skew of NIID-Bench (Li et al. 2022), with even classes.
 
-    Theirs deals labels at random; here each class is spread evenly over a line, which is cut by the sizes, so that
-    small clients hold the classes of large ones in proportion, to a sample or two.
+    NIID-Bench assigns labels at random. Here each class is spread evenly over a line, and the line is cut by the sizes,
+    so that clients of every size hold the classes in the same proportion, to a sample or two.
     """
     rng = numpy_stream(seed, "partition", "quantity")
     counts = _accepted(lambda _: _over_clients(rng, np.array([len(labels)]), config), config)
@@ -210,13 +210,12 @@ def _quantity(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
 
 
 def _balanced(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Equal sizes (to one sample); every client draws its shares of the classes from Dir(omega * 1_C).
+    """Give clients equal sizes (to one sample); each draws its class shares from Dir(omega * 1_C).
 
-    Clients choose one after another, in random order: a sample that is left, of class c, is worth share c (ALGORITHM
-    §1.2; with equal class sizes nearly the scheme of Hsu et al. 2019, arXiv 1909.06335). Samples asked of a class
-    beyond its end are drawn again from the client's other classes, and where it wants none of those that are left, by
-    new shares of them: nobody is dealt another's leftovers (D5). Nobody can be too small, so ``max_tries`` and
-    ``policy`` have no say.
+    Clients draw one after another, in random order: each remaining sample of class c has weight share c (ALGORITHM
+    §1.2; with equal class sizes nearly the scheme of Hsu et al. 2019, arXiv 1909.06335). When a class runs out, the
+    client draws from its other classes; if its shares of all remaining classes are 0, it draws new shares of them, so
+    that no client gets only what the others left (D5). ``max_tries`` and ``policy`` do not apply.
     """
     rng = numpy_stream(seed, "partition", "balanced")
     left = np.bincount(labels, minlength=num_classes)
@@ -236,11 +235,11 @@ def _balanced(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
 
 
 def _pathological(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """At most ``classes_per_client`` classes for every client (McMahan et al. 2017, arXiv 1602.05629); omega is unused.
+    """Give each client at most ``classes_per_client`` classes (McMahan et al. 2017, arXiv 1602.05629); omega is unused.
 
-    Theirs cuts the sorted labels into K * classes_per_client pieces of one size; here no piece holds two classes: a
-    class is cut into as many equal ones as its size earns, and its clients are drawn at random. A repair keeps the
-    bound, too; where it cannot, the request is refused.
+    McMahan et al. cut the sorted labels into K * classes_per_client pieces of one size. Here no piece holds two
+    classes: each class is cut into equal pieces, their number in proportion to its size, and its clients are drawn at
+    random. A repair keeps the bound; ``RequestError`` if it cannot.
     """
     num_clients, most = config.num_clients, config.classes_per_client
     rng = numpy_stream(seed, "partition", "pathological")
@@ -257,9 +256,9 @@ def _pathological(labels: np.ndarray, config: PartitionConfig, seed: int, num_cl
 
 
 def _pieces(rng: np.random.Generator, class_sizes: np.ndarray, num_clients: int, most: int) -> np.ndarray:
-    """Into how many pieces each class is cut, int64 [C]: K * ``most`` in all, K and a class's samples at most of one.
+    """Return the number of pieces of each class, int64 [C]: K * ``most`` in all, at most min(K, its samples) each.
 
-    The smallest is as large as can be (D'Hondt's rule, ties by lot).
+    The smallest piece is as large as possible (D'Hondt's rule, random ties).
     """
     pieces = np.minimum(class_sizes, 1)
     divisors = np.arange(2, num_clients + 1)
@@ -271,9 +270,9 @@ def _pieces(rng: np.random.Generator, class_sizes: np.ndarray, num_clients: int,
 
 
 def _by_pieces(rng: np.random.Generator, class_sizes: np.ndarray, pieces: np.ndarray, num_clients: int) -> np.ndarray:
-    """Each class's ``pieces`` to as many clients, those that have fewest so far, drawn among equals: counts [K, C].
+    """Return counts [K, C]: the pieces of each class go to the clients with the fewest so far, with random ties.
 
-    Numbers of pieces then differ by one at most, so there are always enough clients with room for another class.
+    The clients' numbers of pieces differ by at most one, so there are always enough clients for another class.
     """
     counts, held = np.zeros((num_clients, len(class_sizes)), np.int64), np.zeros(num_clients, np.int64)
     for c in rng.permutation(np.flatnonzero(class_sizes)):
@@ -284,25 +283,25 @@ def _by_pieces(rng: np.random.Generator, class_sizes: np.ndarray, pieces: np.nda
 
 
 def _iid(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Classes shuffled, laid end to end and dealt like cards: class counts and sizes differ by at most one (D6).
+    """Deal the samples, sorted by class, to the clients in turn: class counts and sizes differ by at most one (D6).
 
-    Nobody can be too small, so ``max_tries`` and ``policy`` have no say, and nor has omega.
+    ``max_tries``, ``policy`` and omega do not apply.
     """
     rng = numpy_stream(seed, "partition", "iid")
     order = _by_class(labels, rng)
     return [rng.permutation(order[client :: config.num_clients]) for client in range(config.num_clients)]
 
 
-# --- what is said of a partition -------------------------------------------------------------------------------------
+# --- measures and held-out parts -----------------------------------------------------------------------------------
 
 
 def label_counts(labels: np.ndarray, shards: list[np.ndarray], num_classes: int) -> np.ndarray:
-    """How many samples of each class each client holds: int64 [K, C]."""
+    """Count the samples of each client and class: int64 [K, C]."""
     return np.stack([np.bincount(labels[shard], minlength=num_classes) for shard in shards]).astype(np.int64)
 
 
 def held_out_mask(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """A random bool mask [N] with ``count`` of the samples, every class within one of its proportional share."""
+    """Draw a bool mask [N] of ``count`` samples, with each class within one of its proportional share."""
     order = _by_class(labels, rng)
     mask = np.zeros(len(labels), bool)
     if count:
@@ -313,7 +312,7 @@ def held_out_mask(labels: np.ndarray, count: int, rng: np.random.Generator) -> n
 def split_validation(
     labels: np.ndarray, shards: list[np.ndarray], fraction: float, seed: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """(train shards, validation shards): client k of n_k samples holds out floor(fraction * n_k), by class."""
+    """Return train and validation shards; a client of n_k samples holds out floor(fraction * n_k), stratified."""
     train, validation = [], []
     for client, shard in enumerate(shards):
         rng = numpy_stream(seed, "validation", client)
@@ -324,7 +323,7 @@ def split_validation(
 
 
 def skew(counts: np.ndarray) -> float:
-    """Mean over clients of KL(client's label distribution || uniform), in nats: 0 (even) to log C (one class each).
+    """Return the mean over clients of KL(client's labels || uniform), in nats: 0 (even) to log C (one class each).
 
     ``counts``: [K, C]; clients without samples are left out.
     """

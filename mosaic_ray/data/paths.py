@@ -1,4 +1,4 @@
-"""Where data sets lie on the disk. Light enough for the command line: nothing here loads numpy."""
+"""Find data sets on the disk. The command line imports this module, so it loads no numpy."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 from ..config.schema import DataConfig
 from .progress import warn
 
-#: What is made here, below the data root: decoded copies of encoded images, and data sets under names of the user's.
+#: Folders below the data root: decoded copies of encoded images, and imported data sets.
 DECODED, IMPORTED = "decoded", "imported"
 
 
 def data_root(config: DataConfig) -> Path:
-    """Where data sets lie: ``data.root``, else ``$MOSAIC_DATA``, else ``~/.cache/mosaic_ray``."""
+    """Return the folder of all data sets: ``data.root``, else ``$MOSAIC_DATA``, else ``~/.cache/mosaic_ray``."""
     return Path(config.root or os.environ.get("MOSAIC_DATA") or "~/.cache/mosaic_ray").expanduser()
 
 
 def imported_names(root: Path) -> list[str]:
-    """What ``mosaic data import`` has put under ``root``."""
+    """Return the names of the data sets that ``mosaic data import`` has put below ``root``."""
     return sorted(path.name for path in (root / IMPORTED).glob("*") if may_be_imported(path.name))
 
 
 def may_be_imported(name: str) -> bool:
-    """Whether ``name`` can name a folder and no PATH or option."""
+    """Return whether ``name`` can be a folder's name, and neither a path nor an option."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,99}", name) is not None
 
 
 @contextlib.contextmanager
-def alone(folder: Path) -> Iterator[bool]:
-    """The right to change what lies in ``folder``, for one process at a time; the others wait.
+def lock_folder(folder: Path) -> Iterator[bool]:
+    """Lock ``folder`` against other processes; wait until it is free.
 
-    False where the file system has no locks: then two may be at work, and neither may tidy up after the other.
+    Yields False if the file system has no locks: then another process may be writing, so do not delete its files.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What a person sees of long work on data: a bar on a terminal, warnings anywhere."""
+"""Show a progress bar on a terminal, and print warnings."""
 
 from __future__ import annotations
 
@@ -8,32 +8,25 @@ from collections.abc import Callable, Iterator
 
 
 def warn(message: str) -> None:
-    """One line on standard error."""
+    """Print a warning of one line on standard error."""
     sys.stderr.write(f"mosaic: warning: {message}\n")
 
 
 @contextlib.contextmanager
 def bar(title: str, total: int, *, done: int = 0, size: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error for as long as the block lasts, quiet where that is no terminal.
+    """Show a bar on standard error during the block, if that is a terminal; yield ``advance(n)``.
 
-    Yields ``advance(n)``. ``size``: the numbers are bytes. ``total`` 0: unknown.
+    ``size``: the numbers are bytes. ``total`` 0: unknown.
     """
     if not sys.stderr.isatty():
         yield lambda n: None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )  # fmt: skip
 
-    counts = (DownloadColumn(), TransferSpeedColumn()) if size else (MofNCompleteColumn(),)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    counts = (rich.DownloadColumn(), rich.TransferSpeedColumn()) if size else (rich.MofNCompleteColumn(),)
+    title_column = rich.TextColumn("{task.description}", markup=False)
+    columns = (title_column, rich.BarColumn(), *counts, rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=total or None, completed=done)
         yield lambda n: progress.advance(task, n)

@@ -1,7 +1,7 @@
 """Batched image operations on the device of their inputs: uint8 [B, C, H, W] in, float32 or uint8 out.
 
-Two ranges are in use: a classifier sees ``(intensity - mean) / std`` with intensity in [0, 1]; the game between
-generator and discriminator is played in [-1, 1], the range of tanh. ``pm1_to_normalised`` leads from one to the other.
+Classifiers take ``(intensity - mean) / std`` with intensity in [0, 1]. Generators and discriminators use [-1, 1], the
+range of tanh; ``pm1_to_normalised`` converts it.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import torch.nn.functional as F
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """``values`` as float32 [C, 1, 1], filled on ``device``: a copy from the host would wait for the GPU's queue."""
+    """Return ``values`` as float32 [C, 1, 1], filled on ``device``: a copy from the host would wait for the GPU."""
     return torch.cat([torch.full((1, 1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 [B, C, H, W] to what a classifier sees: float32, ``(images / 255 - mean) / std`` per channel."""
+    """Convert uint8 [B, C, H, W] to a classifier's input: float32, ``(images / 255 - mean) / std`` per channel."""
     return (images.float() / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
 
 
 def to_pm1(images: torch.Tensor) -> torch.Tensor:
-    """uint8 to float32 in [-1, 1]."""
+    """Convert uint8 images of any shape to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def pm1_to_normalised(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """Images [B, C, H, W] in [-1, 1] to what a classifier sees, float32; differentiable."""
+    """Convert images [B, C, H, W] in [-1, 1] to a classifier's input, float32; differentiable."""
     return ((x.float() + 1) / 2 - _per_channel(mean, x.device)) / _per_channel(std, x.device)
 
 
 def augment(images: torch.Tensor, names: tuple[str, ...], generator: torch.Generator) -> torch.Tensor:
-    """``images`` uint8 [B, C, H, W] through the named ``AUGMENTATIONS`` in order.
+    """Apply the named ``AUGMENTATIONS`` to ``images`` uint8 [B, C, H, W], in order.
 
-    ``generator`` is a CPU stream whatever the device of ``images``, so CPU and GPU make equal draws.
+    ``generator`` is on the CPU for ``images`` on any device, so that CPU and GPU make equal draws.
     """
     for name in names:
         images = AUGMENTATIONS[name](images, generator)
@@ -43,7 +43,7 @@ def augment(images: torch.Tensor, names: tuple[str, ...], generator: torch.Gener
 
 
 def crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image padded with zeros by an eighth of its side (4 pixels at 32), then cut at a random place."""
+    """Pad each image with zeros by an eighth of its side (4 pixels at 32), and crop it at a random place."""
     num_images, _, height, width = images.shape
     pad = max(1, height // 8)
     top, left = torch.randint(0, 2 * pad + 1, (2, num_images), generator=generator).to(images.device)
@@ -52,7 +52,7 @@ def crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image mirrored left to right with probability one half."""
+    """Mirror each image left to right with probability one half."""
     mirrored = torch.randint(0, 2, (len(images),), generator=generator).bool().to(images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
-from ..data.specs import FOLDERS
+from ..data.specs import folders
 from ..execution.precision import has_native_bf16
 
 GIB = 2**30
@@ -178,8 +178,8 @@ def _data(data: DataConfig) -> Check:
     root = data_root(data)
     if (data.root or os.environ.get("MOSAIC_DATA")) and not root.is_dir():
         return Check("data", "warning", f"{root} is not a folder", "mend MOSAIC_DATA or --set data.root")
-    there = {name: folder for name, folder in FOLDERS.items() if (root / folder).exists()}
-    absent = [name for name in FOLDERS if name not in there]
+    there = {name: folder for name, folder in folders().items() if (root / folder).exists()}
+    absent = [name for name in folders() if name not in there]
     found = f"digits (bundled){''.join(f', {name} ({folder})' for name, folder in there.items())} under {root}"
     if absent:
         return Check("data", "ok", f"{found}; not there: {', '.join(absent)}", "`mosaic data fetch NAME` fetches one")

@@ -1,4 +1,4 @@
-"""CIFAR's pickles: read as they were written, whatever the protocol, and nothing in them runs."""
+"""CIFAR's pickles: they are read as written, with every protocol, and nothing in them runs."""
 
 from __future__ import annotations
 

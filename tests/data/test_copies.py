@@ -91,9 +91,9 @@ def test_a_damaged_copy_is_decoded_afresh(tmp_path, decodings, capsys, file, dam
     before = path.read_bytes()
     path.write_bytes(damages()[damage](before))
     assert load(tmp_path, "folder:pictures").identity == first.identity
-    assert len(decodings) == 2, "and not taken for what it was"
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(path) in said and "afresh" in said
+    assert len(decodings) == 2, "the old copy is not used"
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(path) in message and "afresh" in message
     assert load(tmp_path, "folder:pictures").identity == first.identity
     assert len(decodings) == 2, "and kept again"
     assert file == "facts.json" or path.read_bytes() == before
@@ -170,7 +170,7 @@ def test_a_copy_follows_its_folder(tmp_path, monkeypatch, decodings, few):
     shutil.copytree(tmp_path / "f" / "train" / "bee", tmp_path / "f" / "train" / "cat")
     seen.add(load(tmp_path, "folder:f").identity)
     assert len(seen) == len(decodings) == 4
-    with open(ant / "000.png", "r+b") as file:  # in place: only the file's own time tells
+    with open(ant / "000.png", "r+b") as file:  # in place: only the file's own time changes
         file.write((ant / "002.png").read_bytes())
         file.truncate()
     assert (load(tmp_path, "folder:f").identity in seen) is not few
@@ -187,12 +187,12 @@ def test_bad_images_are_left_out_and_counted_where_that_is_asked_for(tmp_path, c
     for path in bad:
         path.write_bytes(path.read_bytes()[:50])
     refused(tmp_path, "folder:f")
-    assert not [*(tmp_path / "decoded").iterdir()], "nothing is left of what was begun"
+    assert not [*(tmp_path / "decoded").iterdir()], "no unfinished copy is left"
     kept = [row for row in range(20) if row not in (0, 4, 19)]
     for _ in range(2):
         data = load(tmp_path, "folder:f", skip_bad=True)
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "3 of 24 images" in said and all(str(path) in said for path in bad)
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "3 of 24 images" in message and all(str(path) in message for path in bad)
         assert np.array_equal(data.train.images, images[kept])
         assert data.train.labels.tolist() == [row // 10 for row in kept]
         assert len(data.test) == 4
@@ -201,7 +201,7 @@ def test_bad_images_are_left_out_and_counted_where_that_is_asked_for(tmp_path, c
     assert "and 2 others" in refused(tmp_path, "folder:f")
     (tmp_path / "f" / "train" / "ant" / "001.png").write_text("")
     load(tmp_path, "folder:f", skip_bad=True)
-    assert "4 of 24" in (said := capsys.readouterr().err) and said.rstrip().endswith(", ...")
+    assert "4 of 24" in (message := capsys.readouterr().err) and message.rstrip().endswith(", ...")
 
 
 def test_a_class_of_which_nothing_decodes_is_refused_even_then(tmp_path):
@@ -260,11 +260,11 @@ def test_of_processes_that_miss_the_same_copy_one_decodes_and_the_others_wait(tm
 def test_without_locks_two_makers_do_no_harm(tmp_path, monkeypatch):
     write_classes(tmp_path / "f")
     others = []
-    genuine = image_cache_build.make
+    genuine = image_cache_build.build_cache
 
     def make(*arguments):
         made = genuine(*arguments)
-        monkeypatch.setattr(image_cache_build, "make", genuine)
+        monkeypatch.setattr(image_cache_build, "build_cache", genuine)
         others.append(load(tmp_path, "folder:f"))  # meanwhile another process has made the same
         return made
 
@@ -272,7 +272,7 @@ def test_without_locks_two_makers_do_no_harm(tmp_path, monkeypatch):
         raise OSError("no locks here")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    monkeypatch.setattr(image_cache_build, "make", make)
+    monkeypatch.setattr(image_cache_build, "build_cache", make)
     data = load(tmp_path, "folder:f")
     assert data.identity == others[0].identity
     assert np.array_equal(data.train.images, others[0].train.images)

@@ -1,4 +1,4 @@
-"""Data sets: the true layouts written small, read back exactly, and refused in one line where they are damaged."""
+"""Data sets: small files in the true layouts are read back exactly; damaged ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mosaic_ray.data import load as datasets
 from mosaic_ray.data.image_cache_build import import_as
 from mosaic_ray.data.load import data_root as root_of
 from mosaic_ray.data.load import known_facts, load_dataset
-from mosaic_ray.data.specs import FOLDERS
+from mosaic_ray.data.specs import DatasetSpec, folders, spec_of
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def _no_root_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-# ---------------------------------------------------------------- what every data set keeps
+# ---------------------------------------------------------------- the contract of every data set
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,9 @@ def test_every_data_set_keeps_the_contract(everywhere, name, shape):
     assert len(data.identity) == 16
 
 
-def test_registry_holds_what_the_presets_name():
-    assert set(datasets.LOADERS) == set(DATASETS)
+@pytest.mark.parametrize("name", DATASETS)
+def test_each_name_of_the_registry_has_a_record_with_that_name(name):
+    assert isinstance(spec_of(name), DatasetSpec) and spec_of(name).facts.name == name
 
 
 @pytest.mark.parametrize(
@@ -180,12 +181,12 @@ def test_idx_files_are_read_as_written(tmp_path, name, folder):
 
 
 def test_missing_files_are_answered_with_the_folder_and_the_way_to_get_them(tmp_path):
-    for name, folder in FOLDERS.items():
+    for name, folder in folders().items():
         message = refused(tmp_path, name)
         assert str(tmp_path / folder) in message
         ways = (f"mosaic data fetch {name}", "data.download=true", "data.root", "MOSAIC_DATA")
         assert all(way in message for way in ways)
-    assert set(FOLDERS) == set(DATASETS) - {"digits"}
+    assert set(folders()) == set(DATASETS) - {"digits"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from door import ask, refusal
 from layouts import load, refused, write_cifar10, write_food, write_mnist, write_svhn, write_tiny
 
 from mosaic_ray.config.registry import DATASETS
-from mosaic_ray.data import download
-from mosaic_ray.data.download import fetch
-from mosaic_ray.data.specs import RESOURCES, Resource
+from mosaic_ray.data import download as downloads
+from mosaic_ray.data.download import download
+from mosaic_ray.data.specs import Resource, spec_of
 
 
 class Server(ThreadingHTTPServer):
@@ -100,6 +101,12 @@ def zipped(folder: Path) -> bytes:
     return buffer.getvalue()
 
 
+def replace_resources(monkeypatch, name: str, *resources: Resource) -> None:
+    """Give the record of the data set ``name`` other files to download."""
+    module, _, record = DATASETS[name][1].partition(":")
+    monkeypatch.setattr(f"{module}.{record}", replace(spec_of(name), resources=resources))
+
+
 @pytest.fixture
 def offered(server, tmp_path, monkeypatch) -> Server:
     """Every data set's files, small, at the places where its own server has them."""
@@ -112,7 +119,7 @@ def offered(server, tmp_path, monkeypatch) -> Server:
     write_food(made)
     for name in ("mnist", "fmnist", "svhn", "cifar10", "tiny_imagenet", "food101"):
         resources = []
-        for resource in RESOURCES[name]:
+        for resource in spec_of(name).resources:
             source = made / resource.gives[0]
             if resource.path.endswith(".gz") and not resource.path.endswith(".tar.gz"):
                 content = gzip.compress(source.read_bytes())
@@ -123,7 +130,7 @@ def offered(server, tmp_path, monkeypatch) -> Server:
                 content = zipped(top) if resource.path.endswith(".zip") else tarred(top)
             server.files[resource.path] = content
             resources.append(Resource((server.url(resource.path),), md5(content), resource.path, resource.gives))
-        monkeypatch.setitem(RESOURCES, name, tuple(resources))
+        replace_resources(monkeypatch, name, *resources)
     return server
 
 
@@ -133,14 +140,14 @@ def left_in(root: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", ["mnist", "fmnist", "svhn", "cifar10", "tiny_imagenet", "food101"])
 def test_what_is_fetched_is_what_the_loader_reads(tmp_path, offered, name):
-    came = fetch(name, tmp_path / "new")
+    came = download(name, tmp_path / "new")
     data, made = load(tmp_path / "new", name), load(tmp_path / "made", name)
     assert data.identity == made.identity
-    assert sorted(came) == sorted(given for resource in RESOURCES[name] for given in resource.gives)
+    assert sorted(came) == sorted(given for resource in spec_of(name).resources for given in resource.gives)
     assert not left_in(tmp_path / "new"), "archives that were downloaded are not kept"
     asked = len(offered.asked)
-    assert fetch(name, tmp_path / "new") == []
-    assert len(offered.asked) == asked, "what is there is not asked for again"
+    assert download(name, tmp_path / "new") == []
+    assert len(offered.asked) == asked, "no file is requested again"
 
 
 def test_a_run_may_download_what_is_missing(tmp_path, offered):
@@ -153,37 +160,37 @@ def test_a_run_may_download_what_is_missing(tmp_path, offered):
 
 def test_a_transfer_that_breaks_off_goes_on_where_it_was(tmp_path, offered):
     offered.limit, offered.breaks = 500, 3
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     ranges = [wanted for _, wanted in offered.asked]
     assert ranges == [None, "bytes=500-", "bytes=1000-", "bytes=1500-"]
     assert load(tmp_path / "new", "cifar10").identity == load(tmp_path / "made", "cifar10").identity
 
 
 def test_a_later_call_goes_on_too(tmp_path, offered):
-    [resource] = RESOURCES["cifar10"]
+    [resource] = spec_of("cifar10").resources
     whole = offered.files[resource.path]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / f"{resource.path}.part").write_bytes(whole[:700])
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     assert offered.asked == [(resource.path, "bytes=700-")]
     for beginning in (b"?" * 700, whole + b"more"):  # of another file, or too much: begun once more
         offered.asked.clear()
         root = tmp_path / str(len(beginning))
         root.mkdir()
         (root / f"{resource.path}.part").write_bytes(beginning)
-        fetch("cifar10", root)
+        download("cifar10", root)
         assert [wanted for _, wanted in offered.asked] == [f"bytes={len(beginning)}-", None]
         assert load(root, "cifar10").identity == load(tmp_path / "made", "cifar10").identity
     root = tmp_path / "all"
     root.mkdir()
     (root / f"{resource.path}.part").write_bytes(whole)
-    fetch("cifar10", root)
+    download("cifar10", root)
     assert load(root, "cifar10").identity == load(tmp_path / "made", "cifar10").identity
 
 
 def test_a_server_without_ranges_sends_the_whole_again(tmp_path, offered):
     offered.ranges, offered.limit, offered.breaks = False, 900, 1
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     assert len(offered.asked) == 2
     assert load(tmp_path / "new", "cifar10").identity == load(tmp_path / "made", "cifar10").identity
 
@@ -202,7 +209,7 @@ def failure(root: Path, name: str) -> str:
 
 
 def test_a_file_of_another_checksum_is_not_taken(tmp_path, offered):
-    [resource] = RESOURCES["cifar10"]
+    [resource] = spec_of("cifar10").resources
     offered.files[resource.path] = b"something else"
     message = failure(tmp_path / "new", "cifar10")
     assert md5(b"something else") in message and resource.md5 in message
@@ -211,11 +218,11 @@ def test_a_file_of_another_checksum_is_not_taken(tmp_path, offered):
 
 
 def test_the_next_mirror_is_asked_where_one_fails(tmp_path, offered, monkeypatch):
-    first, *others = RESOURCES["mnist"]
+    first, *others = spec_of("mnist").resources
     mirrors = (offered.url("nowhere"), offered.url("svhn"), *first.urls)
     offered.files["svhn"] = b"another file"
-    monkeypatch.setitem(RESOURCES, "mnist", (Resource(mirrors, first.md5, first.path, first.gives), *others))
-    fetch("mnist", tmp_path / "new")
+    replace_resources(monkeypatch, "mnist", replace(first, urls=mirrors), *others)
+    download("mnist", tmp_path / "new")
     assert [name for name, _ in offered.asked[:3]] == ["nowhere", "svhn", first.path]
     assert load(tmp_path / "new", "mnist").identity == load(tmp_path / "made", "mnist").identity
 
@@ -225,13 +232,13 @@ def test_offline_it_says_which_file_from_where_goes_where_and_takes_it_then(tmp_
     offered.files.clear()
     root = tmp_path / "new"
     message = failure(root, "mnist")
-    for resource in RESOURCES["mnist"]:
+    for resource in spec_of("mnist").resources:
         assert f"{resource.urls[0]} (MD5 {resource.md5}) at {root / resource.path}" in message
         (root / resource.path).write_bytes(files[resource.path])
     assert "Traceback" not in message and "404" in message
     assert ask("data", "fetch", "mnist", "--set", f"data.root={root}").exit_code == 0
     assert load(root, "mnist").identity == load(tmp_path / "made", "mnist").identity
-    assert (root / RESOURCES["mnist"][0].path).exists(), "a file that was put there by hand is left there"
+    assert (root / spec_of("mnist").resources[0].path).exists(), "a file that was put there by hand is left there"
 
 
 def test_a_file_put_there_by_hand_is_checked(tmp_path, offered):
@@ -248,7 +255,7 @@ def test_a_folder_that_lacks_files_is_put_aside(tmp_path, offered):
     folder = tmp_path / "new" / "cifar-10-batches-py"
     (folder / "data_batch_4").unlink()
     (folder / "notes.txt").write_text("mine")
-    fetch("cifar10", tmp_path / "new")
+    download("cifar10", tmp_path / "new")
     assert load(tmp_path / "new", "cifar10").identity == load(tmp_path / "made", "cifar10").identity
     assert (tmp_path / "new" / "cifar-10-batches-py.incomplete-1" / "notes.txt").read_text() == "mine"
 
@@ -261,7 +268,7 @@ def test_an_archive_cannot_write_elsewhere(tmp_path, server, monkeypatch):
         archive.addfile(member, io.BytesIO(b"evil"))
     server.files["x.tar.gz"] = buffer.getvalue()
     resource = Resource((server.url("x.tar.gz"),), md5(buffer.getvalue()), "x.tar.gz", ("cifar-100-python/train",))
-    monkeypatch.setitem(RESOURCES, "cifar100", (resource,))
+    replace_resources(monkeypatch, "cifar100", resource)
     assert "escaped" in failure(tmp_path / "new" / "root", "cifar100")
     assert not [*tmp_path.rglob("escaped")]
 
@@ -271,7 +278,7 @@ def test_two_processes_at_once_fetch_once(tmp_path, offered):
 
     def one() -> None:
         begin.wait()
-        came.append(fetch("svhn", tmp_path / "new"))
+        came.append(download("svhn", tmp_path / "new"))
 
     came: list[list[str]] = []
     threads = [threading.Thread(target=one) for _ in range(2)]
@@ -295,16 +302,15 @@ def test_unknown_and_bundled_data_sets_are_told(tmp_path):
 def test_addresses_and_checksums_are_torchvisions():
     from torchvision import datasets
 
-    assert set(RESOURCES) == set(DATASETS)
     for name, source in (("mnist", datasets.MNIST), ("fmnist", datasets.FashionMNIST)):
-        for resource, (file, checksum) in zip(RESOURCES[name], source.resources, strict=True):
+        for resource, (file, checksum) in zip(spec_of(name).resources, source.resources, strict=True):
             assert resource.urls == tuple(mirror + file for mirror in source.mirrors)
             assert resource.md5 == checksum
     for name, source in (("cifar10", datasets.CIFAR10), ("cifar100", datasets.CIFAR100)):
-        [resource] = RESOURCES[name]
+        [resource] = spec_of(name).resources
         assert (resource.urls, resource.md5, resource.path) == ((source.url,), source.tgz_md5, source.filename)
-    for resource, split in zip(RESOURCES["svhn"], ("train", "test"), strict=True):
+    for resource, split in zip(spec_of("svhn").resources, ("train", "test"), strict=True):
         assert ((*resource.urls, resource.path, resource.md5)) == tuple(datasets.SVHN.split_list[split])
-    [food] = RESOURCES["food101"]
+    [food] = spec_of("food101").resources
     assert (food.urls, food.md5) == ((datasets.Food101._URL,), datasets.Food101._MD5)
-    assert download._TIMEOUT_SECONDS > 0
+    assert downloads._TIMEOUT_SECONDS > 0

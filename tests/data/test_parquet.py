@@ -1,4 +1,4 @@
-"""Parquet data sets: decoded once, in order, and refused with what is there."""
+"""Parquet data sets: decoded once, in order, and refused with the columns found."""
 
 from __future__ import annotations
 

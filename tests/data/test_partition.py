@@ -1,4 +1,4 @@
-"""The partition: the authors' stream bit for bit, and the laws that every sampler keeps."""
+"""The partition: the authors' stream bit for bit, and the properties of every sampler."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def test_o4_repair_never_pushes_a_donor_below_the_floor_when_there_is_hardly_any
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_o31_seeds_matter_and_the_global_stream_is_left_alone(sampler):
-    before = np.random.get_state()[1:3]  # noqa: NPY002 - the legacy stream is what is watched
+    before = np.random.get_state()[1:3]  # noqa: NPY002 - it must not move the legacy stream
     one, two = (partition(labels_of([200] * 10), PartitionConfig(sampler=sampler), seed, 10) for seed in (0, 1))
-    after = np.random.get_state()[1:3]  # noqa: NPY002 - the legacy stream is what is watched
+    after = np.random.get_state()[1:3]  # noqa: NPY002 - it must not move the legacy stream
     assert not all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert np.array_equal(before[0], after[0])
     assert before[1] == after[1]

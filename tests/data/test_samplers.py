@@ -1,4 +1,4 @@
-"""What sets the samplers apart; the laws that all of them keep are in test_partition."""
+"""The properties of each sampler; test_partition has those of all."""
 
 from __future__ import annotations
 
@@ -127,13 +127,13 @@ def test_balanced_shares_have_the_law_of_the_concentration(omega):
 
 
 def test_balanced_shares_are_of_what_there_is():
-    """With shares nearly even, every client's classes are as those of all, the last client's too."""
+    """With shares nearly even, every client has the class shares of the whole, also the last client."""
     counts = counts_of(SVHN, sampler="balanced", num_clients=20, omega=1e5)
     assert np.abs(counts / counts.sum(axis=1, keepdims=True) - np.array(SVHN) / sum(SVHN)).max() < 0.03
 
 
 def test_balanced_clients_choose_in_random_order():
-    """Who chooses last takes what is left, and is the more skewed: that is not always the same client."""
+    """The client that draws last takes the rest, and is more skewed: it is not always the same client."""
     skews = np.zeros(10)
     for seed in range(100):
         counts = counts_of([1000] * 10, seed, sampler="balanced", omega=1.0)
@@ -185,7 +185,7 @@ def test_pathological_cuts_a_class_as_often_as_its_size_earns():
 
 
 def test_pathological_repair_keeps_to_the_classes_held():
-    """Who holds class 0, of 2 samples, is short: with a part of class 2 or 3 beside it there is one who can give."""
+    """The client of class 0, of 2 samples, is short: with a part of class 2 or 3 too, it has a donor."""
     knobs = {"sampler": "pathological", "num_clients": 3, "classes_per_client": 2, "min_size": 40, "max_tries": 1}
     refused = []
     for seed in range(40):

@@ -51,7 +51,7 @@ def test_doctor_names_the_data_sets_that_are_there(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-py").mkdir()
     check = doctor._data(DataConfig(root=str(tmp_path)))
     assert "cifar10 (cifar-10-batches-py)" in check.found
-    assert "not there: mnist, fmnist, cifar100" in check.found
+    assert "not there: mnist, fmnist, svhn, cifar100" in check.found
     assert doctor._data(DataConfig(root=str(tmp_path / "none"))).severity == "warning"
 
 
@@ -61,7 +61,7 @@ def test_doctor_looks_where_the_loader_looks(tmp_path, name):
 
     with pytest.raises(RequestError) as caught:
         load_dataset(DataConfig(name=name, root=str(tmp_path)))
-    assert str(tmp_path / doctor.FOLDERS[name]) in str(caught.value)
+    assert str(tmp_path / doctor.folders()[name]) in str(caught.value)
 
 
 @pytest.mark.ray
