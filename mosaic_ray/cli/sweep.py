@@ -14,7 +14,7 @@ from .options import common_options
 from .request import parse_address
 
 if TYPE_CHECKING:
-    from ..sweeps.runner import Request
+    from ..sweeps.runner import DryRun, Request
 
 _SEEDS = "Repeat every {} with each of these seeds."
 _AT_ONCE = click.option("--max-concurrent", metavar="N", help="Trials at once, at most; as many as fit by default.")
@@ -106,8 +106,7 @@ def _go(
     if dry_run and as_json:
         raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
     if dry_run:
-        for part in sweep_runner.dry_run(request, storage, name, address):
-            _print(part, soft_wrap=isinstance(part, str))
+        _show_dry_run(sweep_runner.dry_run(request, storage, name, address))
         return
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         outcome = sweep_runner.run(
@@ -120,6 +119,17 @@ def _go(
 
         _print(sweep_table(outcome.results, outcome.conditions, outcome.swept, outcome.place))
     outcome.raise_failures()
+
+
+def _show_dry_run(found: DryRun) -> None:
+    from ..report.tables import work_table
+
+    trials = f"{found.points * found.seeds} trials ({found.points} points x {found.seeds} seeds)"
+    lines = [f"sweep {found.name}: space {found.space}, {found.search} search, {trials}", *found.resources]
+    if found.work is None:
+        lines.append("its points depend on results, so the work is not known beforehand")
+    for part in lines if found.work is None else (*lines, "", work_table(found.work)):
+        _print(part, soft_wrap=isinstance(part, str))
 
 
 def _print(part: Any, **how: Any) -> None:

@@ -16,6 +16,7 @@ from .state import Ledger, Trial, make_trials, plan_name
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node, ResourcePlan
+    from ..runs.plan import StageWork
     from ..storage.store import Store
     from .console import SweepView
     from .results import TrialResult
@@ -154,24 +155,32 @@ def here(address: str) -> list[Node]:
     return [Node("this machine", found.cpus, found.gpus, found.memory)]
 
 
-def dry_run(request: Request, storage: str, name: str | None, address: str) -> list[Any]:
-    """What would run, as renderables: trials, the resource plan, work by stage. Needs neither the data nor Ray."""
-    from ..report.tables import work_table
+@dataclass(frozen=True)
+class DryRun:
+    """What a sweep would run. ``work`` is by stage; None for optuna, whose points depend on results."""
+
+    name: str
+    space: str
+    search: str
+    points: int
+    seeds: int
+    resources: list[str]
+    work: list[StageWork] | None
+
+
+def dry_run(request: Request, storage: str, name: str | None, address: str) -> DryRun:
+    """Return what the sweep would run. Needs neither the data nor Ray."""
     from ..runs.plan import stage_keys, unique_work
     from ..runs.runner import check_name
 
     check_name(name, "sweeps")
     sweep = prepare(request)
     resources = resources_of(sweep, here(address), storage)
-    name = name or plan_name(sweep.facts)
-    head = [
-        f"sweep {name}: space {request.space}, {sweep.facts['search']} search, {sweep.search.total} trials "
-        f"({sweep.search.total // len(sweep.facts['seeds'])} points x {len(sweep.facts['seeds'])} seeds)",
-    ]
-    if sweep.facts["search"] == "optuna":
-        return [*head, *resources.lines(), "its points depend on results, so the work is not known beforehand"]
-    chains = [stage_keys(config) for config in sweep.configs]
-    return [*head, *resources.lines(), "", work_table(unique_work(chains, sweep.configs))]
+    search, seeds, work = sweep.facts["search"], len(sweep.facts["seeds"]), None
+    if search != "optuna":
+        work = unique_work([stage_keys(config) for config in sweep.configs], sweep.configs)
+    name, points = name or plan_name(sweep.facts), sweep.search.total // seeds
+    return DryRun(name, request.space, search, points, seeds, resources.lines(), work)
 
 
 # --- while it runs ---------------------------------------------------------------------------------------------------

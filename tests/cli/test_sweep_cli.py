@@ -273,7 +273,8 @@ def test_max_concurrent_bounds_the_plan():
 def asked(monkeypatch) -> Callable[..., Request]:
     """The request that words make."""
     requests: list[Request] = []
-    monkeypatch.setattr(sweep_runner, "dry_run", lambda request, *place: requests.append(request) or [])
+    nothing = sweep_runner.DryRun("n", "mine", "grid", points=1, seeds=1, resources=[], work=None)
+    monkeypatch.setattr(sweep_runner, "dry_run", lambda request, *place: requests.append(request) or nothing)
 
     def request_of(*words: str) -> Request:
         result = sweep("--dry-run", *words)
