@@ -14,7 +14,7 @@ from ..core.errors import RequestError, neighbours
 
 if TYPE_CHECKING:
     from ..deploy.capacity import ClusterRequest
-    from ..sweeps.runner import Request
+    from ..sweeps.runner import SweepRequest
     from ..sweeps.space import SweepPlan
 
 
@@ -28,12 +28,12 @@ def sweep_request(
     scheduler: str = "fifo",
     max_concurrent: str | None = None,
     plan: SweepPlan | None = None,
-) -> Request:
+) -> SweepRequest:
     """The sweep that a command line asks for; ``words`` are those of ``parse_config``, all as typed.
 
     ``space`` is where the plan is found, or the name of the ``plan`` given.
     """
-    from ..sweeps.runner import SCHEDULERS, SWEEP_BASE, Request
+    from ..sweeps.runner import SCHEDULERS, SWEEP_BASE, SweepRequest
     from ..sweeps.space import SEARCHES, check_space, load_space
 
     for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, SCHEDULERS)):
@@ -45,7 +45,7 @@ def sweep_request(
     preset = {"preset": plan.preset} if plan.preset else {}
     config = parse_config(**words, base=SWEEP_BASE | preset | dict(plan.base))
     one_seed = words["seed"] is not None or any(item.partition("=")[0].strip() == "seed" for item in words["sets"])
-    return Request(
+    return SweepRequest(
         config, named, plan, search=search or "", samples=parse_count("samples", samples),
         seeds=parse_seeds(seeds, config.seed if one_seed else None), scheduler=scheduler,
         max_concurrent=parse_count("max-concurrent", max_concurrent),

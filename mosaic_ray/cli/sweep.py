@@ -14,7 +14,7 @@ from .options import common_options
 from .request import parse_address
 
 if TYPE_CHECKING:
-    from ..sweeps.runner import DryRun, Request
+    from ..sweeps.runner import DryRun, SweepRequest
 
 _SEEDS = "Repeat every {} with each of these seeds."
 _AT_ONCE = click.option("--max-concurrent", metavar="N", help="Trials at once, at most; as many as fit by default.")
@@ -92,7 +92,7 @@ def _place(words: dict[str, Any]) -> dict[str, Any]:
 
 
 def _go(
-    request: Request,
+    request: SweepRequest,
     storage: str,
     name: str | None,
     address: str | None,
@@ -117,7 +117,7 @@ def _go(
     else:
         from ..report.sweep_table import sweep_table
 
-        _print(sweep_table(outcome.results, outcome.conditions, outcome.swept, outcome.place))
+        _print(sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place))
     outcome.raise_failures()
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _now = time.monotonic
 
-#: The live view tells the best of so many conditions.
-MOST_CONDITIONS = 4
+#: The live view shows the best trial of so many settings.
+MOST_SETTINGS = 4
 
 
 @dataclass
@@ -32,8 +32,8 @@ class _Trial:
 class SweepView:
     """Progress of ``total`` trials; a context manager.
 
-    ``stream``: None means standard error. ``progress``: False shows messages only. The best so far is told for each
-    condition (an omega, say), since selections of two problems do not compare.
+    ``stream``: None means standard error. ``progress``: False shows messages only. The best so far is shown for each
+    setting (each omega, for example), since scores in two settings do not compare.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SweepView:
     ) -> None:
         stream = sys.stderr if stream is None else stream
         self.total = total
-        self.best: dict[str, tuple[str, float]] = {}  # condition -> label and selection
+        self.best: dict[str, tuple[str, float]] = {}  # setting -> label and selection
         self.ended = {"done": 0, "stopped": 0, "failed": 0}
         self._running: dict[str, _Trial] = {}
         self._begun, self._slots, self._succeeded = _now(), 1, False
@@ -78,28 +78,28 @@ class SweepView:
         if trial in self._running:
             self._running[trial].stage = f"{name} {note}".rstrip()
 
-    def found(self, status: str, selection: float | None, label: str, condition: str = "") -> None:
+    def found(self, status: str, selection: float | None, label: str, setting: str = "") -> None:
         """A trial that ended in an earlier session."""
         self.ended[status] += 1
-        self._rank(status, selection, label, condition)
+        self._rank(status, selection, label, setting)
 
-    def end(self, trial: str, status: str, selection: float | None, label: str, condition: str = "") -> None:
+    def end(self, trial: str, status: str, selection: float | None, label: str, setting: str = "") -> None:
         """``trial`` is done, stopped or failed; ``selection`` (in [0, 1]) is what configurations are chosen by."""
         if ran := self._running.pop(trial, None):
             self._durations.append(_now() - ran.begun)
         self.ended[status] += 1
         self._succeeded |= status != "failed"
-        self._rank(status, selection, label, condition)
+        self._rank(status, selection, label, setting)
         if self._lines:
             reached = "" if selection is None or status == "failed" else f"selection {selection:.1%}"
             outcome = {"done": reached or "done", "stopped": "stopped early", "failed": "failed"}[status]
-            words = (outcome, self._best(condition), self._left())
+            words = (outcome, self._best(setting), self._left())
             self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: " + ", ".join(word for word in words if word))
 
-    def _rank(self, status: str, selection: float | None, label: str, condition: str) -> None:
-        best = self.best.get(condition)
+    def _rank(self, status: str, selection: float | None, label: str, setting: str) -> None:
+        best = self.best.get(setting)
         if status == "done" and selection is not None and (best is None or selection > best[1]):
-            self.best[condition] = label, selection
+            self.best[setting] = label, selection
 
     def say(self, text: str) -> None:
         """A line for the person who looks on."""
@@ -128,10 +128,10 @@ class SweepView:
         left = self.seconds_left()
         return "time left unknown" if left is None else f"{clock(left)} left"
 
-    def _best(self, condition: str) -> str:
-        if condition not in self.best:
+    def _best(self, setting: str) -> str:
+        if setting not in self.best:
             return ""
-        label, selection = self.best[condition]
+        label, selection = self.best[setting]
         return f"best so far {selection:.1%} ({label})"
 
     def _counts(self) -> str:
@@ -149,8 +149,8 @@ class SweepView:
         head.add_row("sweep", ProgressBar(self.total, sum(self.ended.values()), width=16), Text(self._counts()))
         yield head
         yield Text(f"{clock(_now() - self._begun)} elapsed, {self._left()}", no_wrap=True, overflow="crop")
-        for condition in list(self.best)[:MOST_CONDITIONS]:
-            yield Text(self._best(condition), no_wrap=True, overflow="crop")
+        for setting in list(self.best)[:MOST_SETTINGS]:
+            yield Text(self._best(setting), no_wrap=True, overflow="crop")
         rows = Table.grid(padding=(0, 2, 0, 0), expand=True)
         rows.add_column(no_wrap=True, overflow="crop", ratio=2)
         rows.add_column(no_wrap=True, overflow="crop", ratio=1)

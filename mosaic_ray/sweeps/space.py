@@ -25,8 +25,8 @@ from ..core.errors import RequestError, neighbours
 SEARCHES = ("grid", "random", "optuna")
 SHIPPED = "tune_spaces"  # reached by name only: plans import this module, never the other way round
 
-#: Knobs of the rooms data and partition that do not set the problem: where files lie, and how a draw is mended.
-NOT_THE_PROBLEM = ("data.root", "data.download", "partition.policy", "partition.max_tries")
+#: Knobs of data and partition that are not part of the setting: where files lie, and how a draw is repaired.
+NOT_IN_SETTING = ("data.root", "data.download", "partition.policy", "partition.max_tries")
 
 
 @dataclass(frozen=True)
@@ -250,12 +250,12 @@ def _draw(knob: str, domain: Choice | Range, seed: int, index: int) -> Any:
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def conditions(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of ``names`` that set the problem, not the method: a best configuration is chosen within each condition.
+def setting_knobs(names: Iterable[str]) -> tuple[str, ...]:
+    """Return those of ``names`` that choose the setting: the sections data and partition, less ``NOT_IN_SETTING``.
 
-    The rooms data and partition, less ``NOT_THE_PROBLEM``: accuracies at two values of these do not compare.
+    Accuracies in two settings do not compare, so a best configuration is chosen within each.
     """
-    return tuple(n for n in names if n.startswith(("data.", "partition.")) and n not in NOT_THE_PROBLEM)
+    return tuple(n for n in names if n.startswith(("data.", "partition.")) and n not in NOT_IN_SETTING)
 
 
 def describe(domain: Choice | Range) -> str:

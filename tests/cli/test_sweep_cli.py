@@ -17,7 +17,7 @@ from door import ask, refusal
 from mosaic_ray.cli import commands as door
 from mosaic_ray.config.resolve import resolve
 from mosaic_ray.sweeps import runner as sweep_runner
-from mosaic_ray.sweeps.runner import Request, prepare
+from mosaic_ray.sweeps.runner import SweepRequest, prepare
 from mosaic_ray.sweeps.space import list_spaces
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
@@ -270,13 +270,13 @@ def test_max_concurrent_bounds_the_plan():
 
 
 @pytest.fixture
-def asked(monkeypatch) -> Callable[..., Request]:
+def asked(monkeypatch) -> Callable[..., SweepRequest]:
     """The request that words make."""
-    requests: list[Request] = []
+    requests: list[SweepRequest] = []
     nothing = sweep_runner.DryRun("n", "mine", "grid", points=1, seeds=1, resources=[], work=None)
     monkeypatch.setattr(sweep_runner, "dry_run", lambda request, *place: requests.append(request) or nothing)
 
-    def request_of(*words: str) -> Request:
+    def request_of(*words: str) -> SweepRequest:
         result = sweep("--dry-run", *words)
         assert result.exit_code == 0, result.stderr
         return requests.pop()
@@ -332,7 +332,7 @@ def test_a_typed_seed_goes_before_the_spaces_own(asked, words, seeds):
     Path("mine.py").write_text(MINE)
     sweep = prepare(asked("--space", "mine.py", *shlex.split(words)))
     assert [trial.seed for trial in sweep.trials] == [*seeds, *seeds]
-    assert sweep.facts["seeds"] == list(seeds)
+    assert sweep.plan_json["seeds"] == list(seeds)
 
 
 def test_words_reach_the_request(asked):

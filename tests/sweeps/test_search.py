@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mosaic_ray.config.resolve import flatten, override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.sweeps.search import LAG, Listed, Optuna, Search, problems, searched
+from mosaic_ray.sweeps.search import LAG, FixedTrials, OptunaSearch, Search, searched_knobs, settings_of
 from mosaic_ray.sweeps.space import Choice, Range, SweepPlan
 from mosaic_ray.sweeps.state import Trial, make_trials
 
@@ -29,7 +29,7 @@ PLAN = SweepPlan(
         "meta.pool": Choice(("mean", "sum")),
     },
 )
-ONE_PROBLEM = SweepPlan("a test", {name: d for name, d in PLAN.knobs.items() if name != "partition.omega"})
+ONE_SETTING = SweepPlan("a test", {name: d for name, d in PLAN.knobs.items() if name != "partition.omega"})
 
 Score = Callable[[Trial], float | None]
 
@@ -60,17 +60,17 @@ def played(
         if trial is None:
             assert under_way, "nothing is under way and nothing is handed out: the sweep would stand still"
             ended = under_way.pop(order.randrange(len(under_way)))
-            search.ended(ended, score(ended))
+            search.finished(ended, score(ended))
         else:
             handed.append(trial)
             if len(handed) <= found:
-                search.ended(trial, score(trial))
+                search.finished(trial, score(trial))
             else:
                 under_way.append(trial)
 
 
-def optuna(plan: SweepPlan = PLAN, samples: int = 12, seeds: Sequence[int] = (0,), base=BASE) -> Optuna:
-    return Optuna(plan, samples, seeds, base)
+def optuna(plan: SweepPlan = PLAN, samples: int = 12, seeds: Sequence[int] = (0,), base=BASE) -> OptunaSearch:
+    return OptunaSearch(plan, samples, seeds, base)
 
 
 def section_knobs(trials: Sequence[Trial]) -> list[dict]:
@@ -91,7 +91,7 @@ def refusal(call, *args) -> str:
 @pytest.mark.parametrize("slots", [1, 3, 100])
 def test_listed_trials_come_in_order_and_all(slots):
     trials = make_trials(BASE, [{"warmup.lr": 0.1}, {}, {"warmup.lr": 0.2}], (1, 0))
-    listed = Listed(trials)
+    listed = FixedTrials(trials)
     assert listed.total == 6
     assert played(listed, lambda trial: None, slots=slots) == trials
     with pytest.raises(StopIteration):
@@ -99,7 +99,7 @@ def test_listed_trials_come_in_order_and_all(slots):
 
 
 def test_listed_trials_wait_for_nothing():
-    listed = Listed(make_trials(BASE, [{}], (0, 1, 2)))
+    listed = FixedTrials(make_trials(BASE, [{}], (0, 1, 2)))
     assert [listed.next().seed for _ in range(3)] == [0, 1, 2]
 
 
@@ -134,7 +134,7 @@ def test_another_plan_has_other_points(in_turn, changed):
     assert section_knobs(other[:24]) != section_knobs(in_turn)
 
 
-@pytest.mark.parametrize("plan, count", [(PLAN, 3), (ONE_PROBLEM, 1)])
+@pytest.mark.parametrize("plan, count", [(PLAN, 3), (ONE_SETTING, 1)])
 def test_a_point_knows_only_scores_that_every_order_lets_it_know(plan, count):
     samples = 5 * count
     points = section_knobs(played(optuna(plan, samples), concave))
@@ -158,18 +158,18 @@ def test_what_must_be_known_is_waited_for():
     assert None not in first
     assert search.next() is None is search.next()
     for trial in first[1:]:
-        search.ended(trial, 1.0)
+        search.finished(trial, 1.0)
     assert search.next() is None, "the seventh point follows the first"
-    search.ended(first[0], 1.0)
+    search.finished(first[0], 1.0)
     assert search.next().point == 6
 
 
 def test_a_point_has_ended_when_all_its_seeds_have():
-    search = optuna(ONE_PROBLEM, seeds=(0, 1))
+    search = optuna(ONE_SETTING, seeds=(0, 1))
     trials = [search.next() for _ in range(2 * LAG)]
-    search.ended(trials[0], 1.0)
+    search.finished(trials[0], 1.0)
     assert search.next() is None
-    search.ended(trials[1], 1.0)
+    search.finished(trials[1], 1.0)
     assert search.next().name == f"p00{LAG}s0"
 
 
@@ -215,9 +215,9 @@ def test_nothing_to_search_is_refused():
 
 
 def test_what_is_a_problem_and_what_is_searched():
-    assert problems(PLAN) == [{"partition.omega": omega} for omega in OMEGAS]
-    assert problems(ONE_PROBLEM) == [{}]
-    assert list(searched(PLAN)) == ["generator.lambda_e", "generator.lambda_d", "meta.pool"]
+    assert settings_of(PLAN) == [{"partition.omega": omega} for omega in OMEGAS]
+    assert settings_of(ONE_SETTING) == [{}]
+    assert list(searched_knobs(PLAN)) == ["generator.lambda_e", "generator.lambda_d", "meta.pool"]
 
 
 # --- optuna: scores --------------------------------------------------------------------------------------------------
@@ -228,11 +228,11 @@ def test_a_points_score_is_the_mean_over_its_seeds():
         return concave(trial) + {0: 0.3, 1: -0.1, 2: -0.2}[trial.seed]
 
     seeds = (0, 1, 2)
-    told = played(optuna(ONE_PROBLEM, seeds=seeds), spread, slots=6, order=random.Random(4))
+    told = played(optuna(ONE_SETTING, seeds=seeds), spread, slots=6, order=random.Random(4))
     first = [t.knobs for t in told if t.seed == 0]
     assert first == [t.knobs for t in told if t.seed == 1]
-    assert first == section_knobs(played(optuna(ONE_PROBLEM), concave))
-    last = played(optuna(ONE_PROBLEM, seeds=seeds), lambda t: spread(t) if t.seed == 2 else -9.0 * concave(t))
+    assert first == section_knobs(played(optuna(ONE_SETTING), concave))
+    last = played(optuna(ONE_SETTING, seeds=seeds), lambda t: spread(t) if t.seed == 2 else -9.0 * concave(t))
     assert [t.knobs for t in last if t.seed == 0] != first
 
 
@@ -245,9 +245,9 @@ def test_a_point_with_a_failed_seed_teaches_nothing():
 
         return score
 
-    one, other = (played(optuna(ONE_PROBLEM, seeds=(0, 1)), failing(known)) for known in (-9.0, 9.0))
+    one, other = (played(optuna(ONE_SETTING, seeds=(0, 1)), failing(known)) for known in (-9.0, 9.0))
     assert one == other
-    assert one != played(optuna(ONE_PROBLEM, seeds=(0, 1)), concave)
+    assert one != played(optuna(ONE_SETTING, seeds=(0, 1)), concave)
 
 
 def test_a_search_goes_on_where_everything_fails():
@@ -257,7 +257,7 @@ def test_a_search_goes_on_where_everything_fails():
 def test_it_learns():
     first, last = [], []
     for seed in range(3):
-        trials = played(optuna(ONE_PROBLEM, 40, base=override(BASE, {"seed": seed})), concave)
+        trials = played(optuna(ONE_SETTING, 40, base=override(BASE, {"seed": seed})), concave)
         first += [concave(trial) for trial in trials[:10]]
         last += [concave(trial) for trial in trials[-10:]]
     assert fmean(last) > fmean(first) + 0.2
@@ -303,10 +303,10 @@ def test_every_kind_of_knob():
 class Halving:
     """The scheduler with trials that are names alone; ``result`` says whether a trial goes on."""
 
-    def __init__(self, conditions: Sequence[str] = ("partition.omega", "seed"), num_rounds: int = 3) -> None:
-        from mosaic_ray.sweeps.tune import HalvingByCondition
+    def __init__(self, setting: Sequence[str] = ("partition.omega", "seed"), num_rounds: int = 3) -> None:
+        from mosaic_ray.sweeps.tune import HalvingBySetting
 
-        self.scheduler = HalvingByCondition(conditions, num_rounds)
+        self.scheduler = HalvingBySetting(setting, num_rounds)
         self.trials: dict[str, SimpleNamespace] = {}
 
     def result(self, trial: str, result: dict[str, object], **config: object) -> bool:

@@ -26,12 +26,12 @@ from mosaic_ray.sweeps.space import (
     Range,
     SweepPlan,
     check_space,
-    conditions,
     describe,
     grid_points,
     list_spaces,
     load_space,
     random_points,
+    setting_knobs,
 )
 
 REPO = Path(__file__).resolve().parents[2]
@@ -332,9 +332,9 @@ def test_a_possible_plan_passes():
 
 def test_conditions_are_what_sets_the_problem():
     names = ["generator.lambda_e", "partition.omega", "data.name", "warmup.lr", "partition.num_clients", "seed"]
-    assert conditions(names) == ("partition.omega", "data.name", "partition.num_clients")
+    assert setting_knobs(names) == ("partition.omega", "data.name", "partition.num_clients")
     mending = {"data.root", "data.download", "partition.policy", "partition.max_tries"}
-    assert set(conditions(KNOBS)) == {k for k in KNOBS if k.split(".")[0] in ("data", "partition")} - mending
+    assert set(setting_knobs(KNOBS)) == {k for k in KNOBS if k.split(".")[0] in ("data", "partition")} - mending
     assert mending <= set(KNOBS)
 
 

@@ -43,7 +43,7 @@ def sweep(folder: Path, plan: SweepPlan = PLAN, knobs: dict | None = None, **opt
     """Two client hosts and two trials at once, unless said otherwise."""
     base = {"runtime.host": "ray", "runtime.max_hosts": 2, "partition.validation_fraction": 0.2} | (knobs or {})
     asked = {"max_concurrent": 2} | {name: options.pop(name) for name in ASKED if name in options}
-    request = sweep_runner.Request(override(TINY, base), "tiny", plan, **asked)
+    request = sweep_runner.SweepRequest(override(TINY, base), "tiny", plan, **asked)
     return sweep_runner.run(request, storage=str(folder), progress=False, **options)
 
 
@@ -93,7 +93,7 @@ def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_p
     """Of the problem's (no such partition), of a client's work on the pool (weights become infinite), and dead ones."""
     from mosaic_ray.sweeps import tune as tuning
 
-    follow = tuning._Follow.on_trial_result
+    follow = tuning._Progress.on_trial_result
 
     def kill(self, iteration, trials, trial, result, **info):
         follow(self, iteration, trials, trial, result, **info)
@@ -104,7 +104,7 @@ def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_p
     points = ({}, impossible, {"warmup.lr": 1e30}, {"generator.lambda_d": 2.0})
     plan, one = SweepPlan("two that cannot be", points=points), {"runtime.max_hosts": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(tuning._Follow, "on_trial_result", kill)
+        patch.setattr(tuning._Progress, "on_trial_result", kill)
         outcome = sweep(tmp_path, plan, one, max_concurrent=1)
     assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "failed", "failed"]
     assert "process died 3 times" in outcome.results[3].summary["error"]
@@ -126,7 +126,7 @@ def test_a_trial_whose_process_is_killed_begins_again_where_it_was(tmp_path, ray
     from mosaic_ray.sweeps import tune as tuning
 
     undisturbed = comparable(sweep(tmp_path / "a"))
-    killed, follow = [], tuning._Follow.on_trial_result
+    killed, follow = [], tuning._Progress.on_trial_result
 
     def kill_once(self, iteration, trials, trial, result, **info):
         follow(self, iteration, trials, trial, result, **info)
@@ -134,7 +134,7 @@ def test_a_trial_whose_process_is_killed_begins_again_where_it_was(tmp_path, ray
             killed.append(trial.config["trial"])
             os.kill(result["pid"], signal.SIGKILL)
 
-    monkeypatch.setattr(tuning._Follow, "on_trial_result", kill_once)
+    monkeypatch.setattr(tuning._Progress, "on_trial_result", kill_once)
     outcome = sweep(tmp_path / "b")
     assert killed and comparable(outcome) == undisturbed
     stages = next(r for r in outcome.results if r.trial == killed[0]).summary["stages"]

@@ -18,7 +18,7 @@ from mosaic_ray.execution import precision
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps.results import read_results
-from mosaic_ray.sweeps.runner import Request, prepare
+from mosaic_ray.sweeps.runner import SweepRequest, prepare
 from mosaic_ray.sweeps.space import load_space
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
@@ -239,9 +239,10 @@ def test_optuna_goes_through_the_same_files(trials):
     rows = read_results(PLACE / "results.parquet").to_pylist()
     assert [row["partition.omega"] for row in rows] == [0.01, 0.1, 1.0, 0.01, 0.1, 1.0, 0.01, 0.1]
     plan = load_space("lambdas_omega")[1]
-    straight = prepare(Request(door.parse_config(base=sweep_runner.SWEEP_BASE), "x", plan, search="optuna", samples=8))
+    base = door.parse_config(base=sweep_runner.SWEEP_BASE)
+    straight = prepare(SweepRequest(base, "x", plan, search="optuna", samples=8))
     for row in rows:
         trial = straight.search.next()
         assert {name: row[name] for name in trial.knobs} == trial.knobs
         assert flatten(trial.config)["generator.lambda_e"] == row["generator.lambda_e"]
-        straight.search.ended(trial, 0.5)
+        straight.search.finished(trial, 0.5)

@@ -13,7 +13,7 @@ from mosaic_ray.config.resolve import as_dict, override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.execution.resource_plan import Node
-from mosaic_ray.sweeps.runner import Request, prepare, resources_of
+from mosaic_ray.sweeps.runner import SweepRequest, prepare, resources_of
 from mosaic_ray.sweeps.space import Choice, Range, SweepPlan
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
@@ -24,8 +24,8 @@ REPO = Path(__file__).resolve().parents[2]
 VALID = override(ExperimentConfig(), {"partition.validation_fraction": 0.1})
 
 
-def request(plan: SweepPlan, **more: object) -> Request:
-    return Request(VALID, "mine", plan, **more)
+def request(plan: SweepPlan, **more: object) -> SweepRequest:
+    return SweepRequest(VALID, "mine", plan, **more)
 
 
 GRID = SweepPlan(
@@ -35,16 +35,16 @@ GRID = SweepPlan(
 
 def test_prepare_says_what_the_plan_is():
     sweep = prepare(request(GRID, seeds=(1, 0)))
-    assert sweep.facts == {
+    assert sweep.plan_json == {
         "space": "mine", "search": "grid", "samples": None, "seeds": [1, 0], "scheduler": "fifo",
         "knobs": {"partition.omega": "0.1, 1", "generator.lambda_d": "2 .. 10"},
         "points": [trial.knobs for trial in sweep.trials if trial.seed == 1],
         "base": as_dict(VALID),
     }  # fmt: skip
-    assert (sweep.swept, sweep.conditions) == (("partition.omega", "generator.lambda_d"), ("partition.omega",))
+    assert (sweep.swept, sweep.setting) == (("partition.omega", "generator.lambda_d"), ("partition.omega",))
     assert sweep.search.total == len(sweep.trials) == len(sweep.configs) == 8
     assert [sweep.search.next() for _ in range(8)] == list(sweep.trials)
-    assert json.loads(json.dumps(sweep.facts)) == sweep.facts
+    assert json.loads(json.dumps(sweep.plan_json)) == sweep.plan_json
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def test_prepare_says_what_the_plan_is():
 def test_how_many_points(search, samples, count):
     sweep = prepare(request(GRID, search=search, samples=samples, seeds=(0, 1)))
     assert sweep.search.total == 2 * count
-    assert sweep.facts["samples"] == (None if not search else count)
+    assert sweep.plan_json["samples"] == (None if not search else count)
     if search == "optuna":
-        assert sweep.facts["points"] is None
+        assert sweep.plan_json["points"] is None
     else:
-        assert len(sweep.facts["points"]) == count
+        assert len(sweep.plan_json["points"]) == count
 
 
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
 def test_what_this_machine_settles_is_no_part_of_the_plan(search):
     settled = override(VALID, {"runtime.precision": "fp32"})
     asked, made = prepare(request(GRID, search=search)), prepare(request(GRID, search=search), settled)
-    assert asked.facts == made.facts
+    assert asked.plan_json == made.plan_json
     assert {config.runtime.precision for config in made.configs} == {"fp32"}
     assert made.search.next().config.runtime.precision == "fp32"
 
@@ -72,7 +72,7 @@ def test_what_this_machine_settles_is_no_part_of_the_plan(search):
 def test_explicit_points_keep_the_base_itself():
     sweep = prepare(request(SweepPlan("a test", points=({}, {"meta.pool": "sum"}))))
     assert [trial.knobs for trial in sweep.trials] == [{}, {"meta.pool": "sum"}]
-    assert (sweep.swept, sweep.conditions) == (("meta.pool",), ())
+    assert (sweep.swept, sweep.setting) == (("meta.pool",), ())
 
 
 WIDE = SweepPlan(
@@ -105,7 +105,7 @@ def test_optunas_points_need_no_data_that_were_not_looked_at():
     for number in range(30):
         trial = sweep.search.next()
         assert trial.config.data in known
-        sweep.search.ended(trial, float(number % 7))
+        sweep.search.finished(trial, float(number % 7))
     with pytest.raises(StopIteration):
         sweep.search.next()
 

@@ -50,7 +50,7 @@ KNOBS = {
 }
 
 
-def random_request(number: int) -> sweep_runner.Request:
+def random_request(number: int) -> sweep_runner.SweepRequest:
     """The plan of this number, the same one whenever it is drawn."""
     draws = random.Random(number)
     base = {
@@ -64,7 +64,7 @@ def random_request(number: int) -> sweep_runner.Request:
     }
     names = draws.sample(sorted(KNOBS), draws.randint(1, 2))
     search = draws.choice(("grid", "random"))
-    return sweep_runner.Request(
+    return sweep_runner.SweepRequest(
         override(TINY, base),
         f"random {number}",
         SweepPlan("random", knobs={name: Choice(KNOBS[name]) for name in names}),
@@ -75,7 +75,7 @@ def random_request(number: int) -> sweep_runner.Request:
     )
 
 
-def refusal(request: sweep_runner.Request, nodes: list[Node]) -> str | None:
+def refusal(request: sweep_runner.SweepRequest, nodes: list[Node]) -> str | None:
     """Why the plan cannot fit, as the resource plan has it; None where it fits."""
     sweep = sweep_runner.prepare(request)
     options = {"num_trials": sweep.search.total, "max_concurrent": request.max_concurrent, "trials_on": 0}
@@ -165,7 +165,7 @@ def in_time(work: Callable[[], Any], storage: Path) -> Any:
     return result
 
 
-def run(request: sweep_runner.Request, storage: Path, cluster: Any) -> sweep_runner.Outcome:
+def run(request: sweep_runner.SweepRequest, storage: Path, cluster: Any) -> sweep_runner.Outcome:
     return in_time(
         lambda: sweep_runner.run(request, storage=str(storage), address=cluster.address, progress=False), storage
     )
@@ -242,7 +242,7 @@ def test_killed_client_hosts_change_nothing(tmp_path, cluster, monkeypatch):
     """Both hosts of the second node are killed while trials are at work on them."""
     import ray
 
-    request = sweep_runner.Request(
+    request = sweep_runner.SweepRequest(
         override(TINY, {"runtime.host": "ray", "runtime.cpus_per_client": 0.5, "partition.num_clients": 4}),
         "killed",
         SweepPlan("two", knobs={"generator.lambda_d": Choice((2.0, 5.0)), "partition.omega": Choice((0.3, 3.0))}),
@@ -251,7 +251,7 @@ def test_killed_client_hosts_change_nothing(tmp_path, cluster, monkeypatch):
 
     second = next(node["NodeID"] for node in ray.nodes() if node["Resources"]["CPU"] == NODES[1][0])
     victims, killed = [], []
-    started, follow = tuning.started, tuning._Follow.on_trial_result
+    started, follow = tuning.started, tuning._Progress.on_trial_result
 
     def note(hosts: list[Any]) -> list[Any]:
         up = started(hosts)
@@ -268,7 +268,7 @@ def test_killed_client_hosts_change_nothing(tmp_path, cluster, monkeypatch):
             killed.append(victims.pop(0))
 
     monkeypatch.setattr(tuning, "started", note)
-    monkeypatch.setattr(tuning._Follow, "on_trial_result", kill)
+    monkeypatch.setattr(tuning._Progress, "on_trial_result", kill)
     outcome = run(request, tmp_path / "b", cluster)
     assert len(killed) == 2 and not victims
     check_computed_once(outcome)

@@ -1,4 +1,4 @@
-"""A sweep's ledger: what a trial is called, whose plan it is, what has ended, and that nothing is ever lost."""
+"""A sweep's state: what a trial is called, whose plan it is, what has ended, and that nothing is ever lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mosaic_ray.core.errors import RequestError
 from mosaic_ray.storage import store as store_module
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import state as module
-from mosaic_ray.sweeps.state import Ledger, Trial, make_trials, plan_name
+from mosaic_ray.sweeps.state import SweepState, Trial, make_trials, plan_name
 
 BASE = ExperimentConfig()
 KNOBS = {"generator.lambda_d": 2.0}
@@ -45,11 +45,11 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Store(str(tmp_path / "s"))
 
 
-def begun(store: Store, *, fresh: bool = False, name: str = "n", **changed: object) -> Ledger:
-    """A ledger whose plan is ``FACTS``, but for what is ``changed``."""
-    ledger = Ledger(store, name)
-    ledger.begin(FACTS | changed, fresh, "fp32")
-    return ledger
+def begun(store: Store, *, fresh: bool = False, name: str = "n", **changed: object) -> SweepState:
+    """A state whose plan is ``FACTS``, but for what is ``changed``."""
+    state = SweepState(store, name)
+    state.begin(FACTS | changed, fresh, "fp32")
+    return state
 
 
 def refusal(call, *args, **options) -> str:
@@ -230,10 +230,10 @@ def test_what_is_no_trial_is_not_read(store):
 
 
 def test_a_removed_plan_comes_back_and_ended_trials_count(store):
-    ledger = begun(store)
-    ledger.record(TRIAL, status="done")
+    state = begun(store)
+    state.record(TRIAL, status="done")
     store._files.delete("sweeps/n/plan.json")
-    assert begun(store).ended(TRIAL)["status"] == "done"
+    assert begun(store).finished(TRIAL)["status"] == "done"
     assert "sweeps/n/plan.json" in " ".join(files(store))
 
 
@@ -258,9 +258,9 @@ def test_fresh_moves_aside_and_loses_nothing(store):
     sessions = [begun(store, scheduler="asha").session]
     kept = files(store)
     for number in (1, 2, 3):
-        ledger = begun(store, fresh=True)
-        sessions.append(ledger.session)
-        ledger.record(TRIAL, status="done", turn=number)
+        state = begun(store, fresh=True)
+        sessions.append(state.session)
+        state.record(TRIAL, status="done", turn=number)
         now = files(store)
         moved = {name.replace("sweeps/n/", f"sweeps/n.{number}/"): data for name, data in kept.items()}
         assert moved.items() <= now.items()
@@ -283,17 +283,17 @@ def test_a_fresh_session_lasts_until_the_next_fresh_one(store):
 
 def test_the_precision_that_a_sweep_began_with_counts(store):
     for fresh, settled, counts in ((False, "bf16", "bf16"), (False, "fp32", "bf16"), (True, "fp32", "fp32")):
-        ledger = Ledger(store, "n")
-        ledger.begin(FACTS, fresh, settled)
-        assert ledger.precision == counts
+        state = SweepState(store, "n")
+        state.begin(FACTS, fresh, settled)
+        assert state.precision == counts
 
 
 @pytest.mark.parametrize("name", ["plan.json", "trials/p000s0/summary.json"])
 def test_fresh_mends_what_is_damaged(store, name):
     begun(store)
     store.write(f"sweeps/n/{name}", b"{")
-    ledger = begun(store, fresh=True, seeds=[3])
-    assert ledger.session and ledger.summary("p000s0") is None
+    state = begun(store, fresh=True, seeds=[3])
+    assert state.session and state.summary("p000s0") is None
     assert store.read(f"sweeps/n.1/{name}") == b"{"
 
 
@@ -323,43 +323,43 @@ def test_a_storage_that_cannot_move_folders_says_so(store, monkeypatch):
 
 @pytest.mark.parametrize("status, ended", [("done", True), ("stopped", True), ("failed", False), (None, False)])
 def test_what_counts_as_ended(store, status, ended):
-    ledger = begun(store)
-    assert ledger.summary("p000s0") is ledger.ended(TRIAL) is None
-    wrote = ledger.record(TRIAL, status=status)
+    state = begun(store)
+    assert state.summary("p000s0") is state.finished(TRIAL) is None
+    wrote = state.record(TRIAL, status=status)
     again = begun(store)
     assert again.summary("p000s0") == json.loads(json.dumps(wrote))
-    assert again.ended(TRIAL) == (again.summary("p000s0") if ended else None)
+    assert again.finished(TRIAL) == (again.summary("p000s0") if ended else None)
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"warmup.lr": 0.010000000000000002}, {"generator.lambda_d": 5.0}])
 def test_a_summary_of_another_config_does_not_count(store, changed):
-    ledger = begun(store)
-    ledger.record(TRIAL, status="done")
-    assert ledger.ended(replace(TRIAL, config=override(TRIAL.config, changed))) is None
-    assert ledger.ended(TRIAL)
+    state = begun(store)
+    state.record(TRIAL, status="done")
+    assert state.finished(replace(TRIAL, config=override(TRIAL.config, changed))) is None
+    assert state.finished(TRIAL)
 
 
 @pytest.mark.parametrize("config", [None, 3, {"warmup": 3}, {"no": {"such": 1}}, {"warmup": {"lr": "fast"}}, "absent"])
 def test_a_summary_of_another_version_does_not_count(store, config):
-    ledger = begun(store)
+    state = begun(store)
     summary = {"status": "done"} | ({} if config == "absent" else {"config": config})
     store.write("sweeps/n/trials/p000s0/summary.json", json.dumps(summary).encode())
-    assert ledger.ended(TRIAL) is None
+    assert state.finished(TRIAL) is None
 
 
 def test_record_says_whose_and_keeps_what_a_trial_said_itself(store):
-    ledger = begun(store)
-    wrote = ledger.record(TRIAL, status="failed", stage="warmup", error="first")
+    state = begun(store)
+    wrote = state.record(TRIAL, status="failed", stage="warmup", error="first")
     assert wrote == {
         "method": "mosaic", "seed": 0, "config": as_dict(TRIAL.config), "status": "failed", "stage": "warmup",
         "error": "first",
     }  # fmt: skip
     own = wrote | {"versions": {"ray": "1"}}
     store.write("sweeps/n/trials/p000s0/summary.json", json.dumps(own).encode())
-    assert ledger.record(TRIAL, status="failed", error="second")["versions"] == {"ray": "1"}
-    assert ledger.summary("p000s0")["error"] == "second"
-    assert "versions" not in ledger.record(TRIAL, status="stopped")
+    assert state.record(TRIAL, status="failed", error="second")["versions"] == {"ray": "1"}
+    assert state.summary("p000s0")["error"] == "second"
+    assert "versions" not in state.record(TRIAL, status="stopped")
 
 
 def test_a_trials_files_have_a_place(store):
-    assert Ledger(store, "n").folder("p001s2") == "sweeps/n/trials/p001s2"
+    assert SweepState(store, "n").folder("p001s2") == "sweeps/n/trials/p001s2"
