@@ -43,8 +43,8 @@ class TrialQueue:
     def next(self) -> Trial | None:
         """Return the next trial to run, or None where a running one must finish first; ``StopIteration`` at the end."""
         if self._first is not None:
-            trial, self._first = self._first, None
-            return trial
+            first, self._first = self._first, None
+            return first
         while (trial := self.search.next()) is not None:
             summary = self.state.finished(trial)
             if summary is None or (self.strict_health and _has_error(summary)):

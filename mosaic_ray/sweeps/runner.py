@@ -110,7 +110,7 @@ def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
         for name, domain in searched_knobs(plan).items()
     }
     first = {name: values[0] for name, values in ends.items()}
-    pairs = list(itertools.combinations(ends, 2)) or [tuple(ends)]
+    pairs: list[tuple[str, ...]] = [*itertools.combinations(ends, 2)] or [tuple(ends)]
     found = [
         first | dict(zip(names, values, strict=True))
         for names in pairs

@@ -120,7 +120,9 @@ class _Searcher(_Unsaved, Searcher):
             trial = self._queue.next()
         except StopIteration:
             return Searcher.FINISHED  # type: ignore[return-value]  # a string, which Tune compares with
-        return trial and {**trial.knobs, "seed": trial.seed, "trial": trial.name, "point": trial.point}
+        if trial is None:
+            return None
+        return {**trial.knobs, "seed": trial.seed, "trial": trial.name, "point": trial.point}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: ``_Progress`` reports the end."""
