@@ -37,7 +37,7 @@ class CommandGroup(click.Group):
             ctx.exit()
         return super().parse_args(ctx, args)
 
-    def main(  # type: ignore[override]  # click's overloads tell apart a mode that is fixed here
+    def main(  # type: ignore[override]  # click overloads it by standalone_mode, fixed here
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> Any:
         """Parse the arguments, run the command and exit."""

@@ -13,6 +13,8 @@ from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
 from .request import parse_address
 
+_SAMPLERS = ", ".join(KNOBS["partition.sampler"].metadata["choices"])
+
 #: The options that make a configuration.
 REQUEST: dict[str, Callable[..., Any]] = {
     "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
@@ -21,11 +23,7 @@ REQUEST: dict[str, Callable[..., Any]] = {
     "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out and count images that do not decode."),
     "clients": click.option("--clients", metavar="N", help="Number of clients."),
     "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
-    "sampler": click.option(
-        "--sampler",
-        metavar="NAME",
-        help=f"How labels are dealt: {', '.join(KNOBS['partition.sampler'].metadata['choices'])}.",
-    ),
+    "sampler": click.option("--sampler", metavar="NAME", help=f"How labels are dealt: {_SAMPLERS}."),
     "method": click.option("--method", metavar="M", help="See `mosaic methods`."),
     "seed": click.option("--seed", metavar="S", help="One seed for everything."),
     "host": click.option("--host", metavar="ray|serial", help="Where clients run."),

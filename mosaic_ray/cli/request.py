@@ -154,7 +154,7 @@ def parse_config(base: Mapping[str, Any] | None = None, **options: Unpack[Config
 
 
 def _typed_knobs(options: ConfigOptions) -> dict[str, str]:
-    """Return those of ``options`` that spell a knob and were given."""
+    """Return the given ``options`` that spell a knob."""
     return {name: str(word) for name, word in options.items() if name in KNOB_OF_OPTION and word is not None}
 
 

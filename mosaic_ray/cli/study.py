@@ -45,7 +45,7 @@ def generator_quality(
     ctx: click.Context, seeds: str | None, steps: str | None, images: str | None, inception: bool, place: RunOptions,
     **typed: Unpack[ConfigOptions],
 ) -> None:  # fmt: skip
-    """Train a generator on its own; report classifier-FID beside that of real images, IS, coverage and a picture."""
+    """Train a generator on its own; report classifier-FID (of real images too), IS, coverage and a picture."""
     if steps is not None:
         typed["sets"] = (*typed["sets"], f"generator.steps={parse_count('steps', steps)}")
     options = {"images": parse_count("images", images), "inception": inception}

@@ -80,7 +80,7 @@ class TrialQueue:
         self._finish(trial)
 
     def fail(self, name: str, error: str) -> None:
-        """Record the failure of a trial whose process died for good, and keep its result."""
+        """Record that a trial failed because its processes kept dying, and keep its result."""
         trial, stage = self._trials[name], self._reports.get(name, {}).get("stage")
         self.state.record(trial, status="failed", stage=stage, round=None, client=None, error=error)
         self._finish(trial)

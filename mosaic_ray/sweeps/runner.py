@@ -130,9 +130,6 @@ def _need_selection(request: SweepRequest, search: str, trials: Sequence[Trial])
         )
 
 
-# --- before it runs --------------------------------------------------------------------------------------------------
-
-
 def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourcePlan:
     """Return how many trials and client hosts the sweep runs at once on ``nodes`` (the first is this one)."""
     from ..execution.resource_plan import plan
@@ -160,7 +157,7 @@ def available_nodes(address: str) -> list[Node]:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a sweep would run. ``work`` is by stage; None for optuna, whose points depend on results."""
+    """The plan of a sweep. ``work`` is by stage; None for optuna, because its points depend on results."""
 
     name: str
     space: str
@@ -184,9 +181,6 @@ def dry_run(request: SweepRequest, storage: str, name: str | None, address: str)
         work = unique_work([stage_keys(config) for config in sweep.configs], sweep.configs)
     name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
     return DryRun(name, request.space, search, points, seeds, resources.lines(), work)
-
-
-# --- while it runs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class OptunaSearch:
             for number in range(count)
         ]
         self._asked: list[Any] = []  # optuna's trial of each point
-        self._known = [0] * count  # points of each study whose score it has
+        self._known = [0] * count  # number of points that each study has a score of
         self._scores: dict[int, dict[int, float | None]] = {}
         self._ready: list[Trial] = []
 
@@ -135,7 +135,7 @@ def settings_of(plan: SweepPlan) -> list[dict[str, Any]]:
 
 
 def searched_knobs(plan: SweepPlan) -> dict[str, Choice | Range]:
-    """Return the knobs that optuna searches: all but those of the setting."""
+    """Return the knobs that optuna searches: all but the setting."""
     fixed = setting_knobs(plan.knobs)
     found = {name: domain for name, domain in plan.knobs.items() if name not in fixed}
     if not found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +31,7 @@ from .queue import TrialQueue
 from .results import HPARAMS_FILE, TrialResult, hparams_file
 from .state import SweepState, Trial
 
-#: How often a trial whose process died is started again, at its last stored stage.
+#: How often a trial is started again, at its last stored stage, after its process died.
 MAX_DEATHS = 2
 
 #: ASHA's time at the end of each stage with a validation accuracy; it halves the trials at times 1, 2, 4, 8, 16 ...
@@ -49,9 +50,6 @@ class TrialContext:
     datasets: Mapping[DataConfig, Any] = field(default_factory=dict)
     pool: tuple[Any, ...] = ()
     strict_health: bool = False
-
-
-# --- in a trial's process --------------------------------------------------------------------------------------------
 
 
 def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
@@ -96,9 +94,6 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
         state.record(trial, status="failed", error=str(error), stage=None, round=None, client=None)
         status = "failed"
     tune.report({"status": status})
-
-
-# --- Tune's hooks ----------------------------------------------------------------------------------------------------
 
 
 class _Unsaved:
@@ -169,7 +164,7 @@ class HalvingBySetting(FIFOScheduler):
     """ASHA within each setting (same omega, same seed): across settings it would only keep the easiest one."""
 
     def __init__(self, setting: Sequence[str], num_rounds: int) -> None:
-        """``setting``: knobs whose values trials must share to be compared; ``num_rounds``: the most closing rounds."""
+        """``setting``: knobs that trials must agree in to be compared; ``num_rounds``: the most closing rounds."""
         super().__init__()
         self._setting, self._last_rung = setting, RUNGS["finetune"] + num_rounds
         self._halvings: dict[Any, ASHAScheduler] = {}
@@ -191,9 +186,6 @@ class HalvingBySetting(FIFOScheduler):
         return self._of[trial.trial_id].on_trial_result(tune_controller, trial, result)
 
 
-# --- running the trials ----------------------------------------------------------------------------------------------
-
-
 def run_trials(
     queue: TrialQueue,
     context: TrialContext,
@@ -213,10 +205,9 @@ def run_trials(
     }
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the queue reports each failure in one line
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for node, count in zip(nodes, resources.hosts, strict=True):
-        place = "" if node.to_come else node.name
-        counts[place] = counts.get(place, 0) + count
+        counts["" if node.to_come else node.name] += count
     later = counts.pop("", 0)  # pending actors make the autoscaler start their machines
     here = start_hosts(resources.host, counts) if any(counts.values()) else []
     coming = start_hosts(resources.host, {"": later}) if later else []
@@ -224,7 +215,7 @@ def run_trials(
     try:
         up = started(here) if here else []
         if len(up) < len(here):
-            queue.view.warn(f"{len(up)} of {len(here)} client hosts could start; other jobs hold the cluster's room")
+            queue.view.warn(f"{len(up)} of {len(here)} client hosts could start; other jobs use the rest")
         wait = f", {later} more as the cluster's machines come" if later else ""
         queue.view.say(f"Ray is up: {len(up)} client hosts{wait}, {resources.concurrent} trials at once")
         up += coming

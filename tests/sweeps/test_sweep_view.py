@@ -105,7 +105,7 @@ def shown(view: SweepView, stream: Terminal) -> list[str]:
     stream.truncate(0)
     stream.seek(0)
     assert view._live is not None
-    view._live.live.refresh()
+    view._live.refresh()
     return [line.rstrip() for line in Text.from_ansi(stream.getvalue()).plain.splitlines() if line.strip()]
 
 
