@@ -1,4 +1,4 @@
-"""A request made definite: which points a sweep has, and what its plan says."""
+"""A prepared sweep: its points, its plan.json and its resources."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GRID = SweepPlan(
 )
 
 
-def test_prepare_says_what_the_plan_is():
+def test_prepare_fills_in_plan_json():
     sweep = prepare(request(GRID, seeds=(1, 0)))
     assert sweep.plan_json == {
         "space": "mine", "search": "grid", "samples": None, "seeds": [1, 0], "scheduler": "fifo",
@@ -61,7 +61,7 @@ def test_how_many_points(search, samples, count):
 
 
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
-def test_what_this_machine_settles_is_no_part_of_the_plan(search):
+def test_the_machines_precision_is_not_part_of_the_plan(search):
     settled = override(VALID, {"runtime.precision": "fp32"})
     asked, made = prepare(request(GRID, search=search)), prepare(request(GRID, search=search), settled)
     assert asked.plan_json == made.plan_json
@@ -89,7 +89,7 @@ WIDE = SweepPlan(
 )
 
 
-def test_before_optuna_begins_every_pair_of_values_is_looked_at():
+def test_optuna_checks_every_pair_of_values_first():
     sweep = prepare(request(WIDE, samples=30))
     points = [trial.knobs for trial in sweep.trials]
     ends = {name: getattr(domain, "values", (0.5, 2.0)) for name, domain in WIDE.knobs.items()}
@@ -99,7 +99,7 @@ def test_before_optuna_begins_every_pair_of_values_is_looked_at():
     assert sweep.swept == tuple(WIDE.knobs)
 
 
-def test_optunas_points_need_no_data_that_were_not_looked_at():
+def test_optuna_points_use_only_checked_data():
     sweep = prepare(request(WIDE, samples=30))
     known = {config.data for config in sweep.configs}
     for number in range(30):
@@ -110,7 +110,7 @@ def test_optunas_points_need_no_data_that_were_not_looked_at():
         sweep.search.next()
 
 
-def test_a_lone_knob_is_looked_at_from_end_to_end():
+def test_optuna_checks_both_ends_of_a_single_knob():
     plan = SweepPlan("a test", {"warmup.lr": Range(0.1, 0.2)}, search="optuna")
     assert [trial.knobs for trial in prepare(request(plan)).trials] == [{"warmup.lr": 0.1}, {"warmup.lr": 0.2}]
 
@@ -118,7 +118,7 @@ def test_a_lone_knob_is_looked_at_from_end_to_end():
 @pytest.mark.parametrize(
     "scheduler, search, ok", [("fifo", "grid", True), ("asha", "grid", False), ("fifo", "optuna", False)]
 )
-def test_who_learns_needs_validation_images(scheduler, search, ok):
+def test_asha_and_optuna_need_validation_images(scheduler, search, ok):
     blind = replace(request(GRID, scheduler=scheduler, search=search), config=ExperimentConfig())
     if ok:
         prepare(blind)

@@ -1,4 +1,4 @@
-"""Random sweeps on a Ray of two pretended nodes: each ends, computes nothing twice and leaves nothing behind."""
+"""Random sweeps on a Ray cluster of two pretended nodes: each finishes, computes nothing twice and frees everything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mosaic_ray.sweeps.space import Choice, SweepPlan
 
 GIB = 2**30
 
-#: (CPUs, bytes) of the pretended nodes, the driver's first: room for three trials at once, or six client hosts.
+#: (CPUs, bytes) of the pretended nodes, the driver's first: enough for three trials at once, or six client hosts.
 NODES = ((2, 5 * GIB), (1, 2 * GIB))
 
 #: A plan takes half a minute, or with Ray Train a few of them; what takes this long hangs.
@@ -76,7 +76,7 @@ def random_request(number: int) -> sweep_runner.SweepRequest:
 
 
 def refusal(request: sweep_runner.SweepRequest, nodes: list[Node]) -> str | None:
-    """Why the plan cannot fit, as the resource plan has it; None where it fits."""
+    """Return the resource plan's error for ``request``; None where it fits."""
     sweep = sweep_runner.prepare(request)
     options = {"num_trials": sweep.search.total, "max_concurrent": request.max_concurrent, "trials_on": 0}
     try:
@@ -86,8 +86,8 @@ def refusal(request: sweep_runner.SweepRequest, nodes: list[Node]) -> str | None
     return None
 
 
-def test_the_random_plans_are_of_every_kind():
-    """What the stress test is worth: its plans meet every kind of host, Train's workers, and a cluster too small."""
+def test_random_plans_cover_every_kind():
+    """The plans of the stress test include every kind of host, Train workers, and some that cannot fit."""
     nodes = [Node(name, cpus, 0, size) for name, (cpus, size) in zip("ab", NODES, strict=True)]
     requests = [random_request(number) for number in range(20)]
     fit = [request for request in requests if refusal(request, nodes) is None]
@@ -120,7 +120,7 @@ def cluster():
     from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mc", dir="/tmp") as folder:
-        # of its own, so that the address of a Ray that somebody else runs here stays what it is; short, for sockets
+        # its own folder, so that the address of another Ray on this machine stays; a short one, for sockets
         patch.setenv("RAY_TMPDIR", folder)
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
@@ -142,7 +142,7 @@ def stripes_as_data(monkeypatch):
 
 
 def in_time(work: Callable[[], Any], storage: Path) -> Any:
-    """What ``work`` returns or raises; where it hangs, every thread's stack, the trials' last words, and a failure."""
+    """Return or raise the result of ``work``; where it hangs, dump stacks and the last log lines, and fail."""
     ended: list[Any] = []
 
     def go() -> None:
@@ -157,8 +157,8 @@ def in_time(work: Callable[[], Any], storage: Path) -> Any:
     if not ended:
         faulthandler.dump_traceback(sys.__stderr__)
         logs = sorted(storage.glob("sweeps/*/trials/*/log.txt"))
-        said = "\n".join(f"{path.parent.name}: {path.read_text().splitlines()[-1:]}" for path in logs)
-        pytest.fail(f"it hangs: no end within {PATIENCE_SECONDS:g} s\n{said}")
+        last_lines = "\n".join(f"{path.parent.name}: {path.read_text().splitlines()[-1:]}" for path in logs)
+        pytest.fail(f"it hangs: no end within {PATIENCE_SECONDS:g} s\n{last_lines}")
     result, error = ended[0]
     if error is not None:
         raise error
