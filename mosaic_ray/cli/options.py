@@ -13,6 +13,7 @@ from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
 from .request import parse_address
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _SAMPLERS = ", ".join(KNOBS["partition.sampler"].metadata["choices"])
 
 #: The options that make a configuration.
@@ -66,7 +67,7 @@ class RunOptions:
     dry_run: bool = False
 
 
-def common_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def common_options(*names: str) -> Decorator:
     """Add the options ``names`` to a command, in that order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +78,7 @@ def common_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
-def run_options(*more: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def run_options(*more: str) -> Decorator:
     """Add the options of ``RunOptions`` (``more`` names those with a default) to a command, which gets a ``place``."""
     names = ("storage", "name", "address", "fresh", "as_json", *more)
 

@@ -177,38 +177,38 @@ def _imported(name: Any, root: str) -> Any:
     return name if known or name not in imported_names(data_root(DataConfig(root=root))) else f"imported:{name}"
 
 
-def parse_address(word: str | None) -> str:
+def parse_address(address: str | None) -> str:
     """Return ``auto``, ``local`` or HOST:PORT; by default ``auto`` where RAY_ADDRESS is set, else ``local``."""
-    word = word or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
-    port = re.fullmatch(r"(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", word)
-    if word not in ("auto", "local") and not (port and 0 < int(port[1]) < 65536):
-        raise RequestError(f"--address {word}: it takes auto, local or HOST:PORT")
-    return word
+    address = address or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
+    port = re.fullmatch(r"(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", address)
+    if address not in ("auto", "local") and not (port and 0 < int(port[1]) < 65536):
+        raise RequestError(f"--address {address}: it takes auto, local or HOST:PORT")
+    return address
 
 
-def parse_count(option: str, word: str | None) -> int | None:
+def parse_count(option: str, text: str | None) -> int | None:
     """Return a whole number above 0; None where none was typed."""
-    if word is None:
+    if text is None:
         return None
-    if not re.fullmatch("0*[1-9][0-9]{0,5}", word):
-        raise RequestError(f"--{option} {word}: it takes a whole number, at least 1 and below a million")
-    return int(word)
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
+        raise RequestError(f"--{option} {text}: it takes a whole number, at least 1 and below a million")
+    return int(text)
 
 
-def parse_seeds(word: str | None, seed: int | None) -> tuple[int, ...]:
-    """Return the seeds of ``0,1,2``; without a ``word`` the one ``seed`` that was typed, or none."""
-    if word is None:
+def parse_seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
+    """Return the seeds of ``0,1,2``; without a ``text`` the one ``seed`` that was typed, or none."""
+    if text is None:
         return () if seed is None else (seed,)
     if seed is not None:
-        raise RequestError(f"--seeds {word}: the seed is said to be {seed} as well; give one of them")
-    parts = [part.strip() for part in word.split(",")]
+        raise RequestError(f"--seeds {text}: the seed is said to be {seed} as well; give one of them")
+    parts = [part.strip() for part in text.split(",")]
     seeds = [int(part) for part in parts if re.fullmatch("[0-9]{1,10}", part)]
     if len(set(seeds)) < len(parts):
-        raise RequestError(f"--seeds {word}: it takes whole numbers, each once, such as 0,1,2")
+        raise RequestError(f"--seeds {text}: it takes whole numbers, each once, such as 0,1,2")
     try:
         return tuple(check_value("seed", seed) for seed in seeds)
     except RequestError as error:
-        raise RequestError(f"--seeds {word}: {error}") from None
+        raise RequestError(f"--seeds {text}: {error}") from None
 
 
 def refuse_swept(space: str, plan: SweepPlan, options: ConfigOptions) -> None:

@@ -115,29 +115,22 @@ def drawn(run: RunContext, weights: Weights, count: int) -> np.ndarray:
 
 def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
     """Measure ``images`` and two sets of real ones with one classifier."""
-    from ..distillation.image_quality import (
-        Network,
-        class_shares,
-        coverage,
-        frechet_distance,
-        inception_score,
-        predicted,
-    )
+    from ..distillation import image_quality as quality
     from ..federated.evaluation import accuracy
     from ..pipeline.evaluate import table_of
 
     facts, device, seed = run.dataset.facts, str(run.client_context.device), run.config.seed
-    features = Network(run.client_context.classifier(weights), facts)
-    logits = Network(run.client_context.classifier(weights), facts, logits=True)
-    distance, floor = (frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
-    score, spread = inception_score(logits, images, seed, device)
-    shares = class_shares(predicted(logits, images, device), facts.num_classes)
+    features = quality.Network(run.client_context.classifier(weights), facts)
+    logits = quality.Network(run.client_context.classifier(weights), facts, logits=True)
+    distance, floor = (quality.frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
+    score, spread = quality.inception_score(logits, images, seed, device)
+    shares = quality.class_shares(quality.predicted(logits, images, device), facts.num_classes)
     return {
         "classifier": name, "num_images": len(images),
         "fid": distance, "floor": floor, "ratio": distance / floor if floor else None,
         "inception_score": score, "inception_score_sd": spread,
-        "inception_score_real": inception_score(logits, halves[0], seed, device)[0],
-        "coverage": coverage(shares), "class_share": shares.tolist(),
+        "inception_score_real": quality.inception_score(logits, halves[0], seed, device)[0],
+        "coverage": quality.coverage(shares), "class_share": shares.tolist(),
         "test_accuracy": accuracy(table_of(run, weights, run.dataset.test)),
     }  # fmt: skip
 

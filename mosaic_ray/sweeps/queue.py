@@ -87,7 +87,7 @@ class TrialQueue:
 
     def write(self) -> None:
         """Write results.parquet and results.csv of all trials that have finished so far."""
-        for name, data in results_files(results_table(self.sorted())).items():
+        for name, data in results_files(results_table(self.results.values())).items():
             self.state.store.write(f"{self.state.place}/{name}", data)
 
     def sorted(self) -> list[TrialResult]:

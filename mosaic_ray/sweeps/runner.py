@@ -83,8 +83,12 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
         points = _extremes(plan)
     swept = tuple(dict.fromkeys(name for point in points for name in point))
     trials = make_trials(base, points, seeds)
-    if request.scheduler == "asha" or search == "optuna":
-        _need_selection(request, search, trials)
+    option = "--scheduler asha" if request.scheduler == "asha" else f"--search {search}"
+    learns = option in ("--scheduler asha", "--search optuna")
+    if learns and not all(trial.config.partition.validation_fraction for trial in trials):
+        raise RequestError(
+            f"{option}: it compares trials on validation images; set partition.validation_fraction above 0"
+        )
     plan_json = {
         "space": request.space,
         "search": search,
@@ -118,16 +122,6 @@ def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
     ]
     distinct = {repr(point): point for point in found}.values()
     return [{name: (setting | p)[name] for name in plan.knobs} for setting in settings_of(plan) for p in distinct]
-
-
-def _need_selection(request: SweepRequest, search: str, trials: Sequence[Trial]) -> None:
-    """Refuse a search that learns from scores where a trial has no validation images."""
-    option = "--scheduler asha" if request.scheduler == "asha" else f"--search {search}"
-    blind = next((t for t in trials if not t.config.partition.validation_fraction), None)
-    if blind is not None:
-        raise RequestError(
-            f"{option}: it compares trials on validation images; set partition.validation_fraction above 0"
-        )
 
 
 def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourcePlan:

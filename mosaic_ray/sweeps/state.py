@@ -120,11 +120,11 @@ class SweepState:
         """Return the folder of a trial in the store."""
         return f"{self.place}/trials/{trial}"
 
-    def record(self, trial: Trial, **facts: Any) -> dict[str, Any]:
+    def record(self, trial: Trial, **entries: Any) -> dict[str, Any]:
         """Write the summary of a trial that could not write its own (its process died or was stopped)."""
         known = self.summary(trial.name) or {}
         base = {"method": trial.config.method, "seed": trial.seed, "config": as_dict(trial.config)}
-        summary = {**base, **(known if known.get("status") == facts.get("status") else {}), **facts}
+        summary = {**base, **(known if known.get("status") == entries.get("status") else {}), **entries}
         self._write(f"trials/{trial.name}/summary.json", summary)
         return summary
 
@@ -155,8 +155,8 @@ class SweepState:
 
         return RequestError(f"--storage {self.store.uri}: {self.place}/{name} cannot be read: {reason(error)}")
 
-    def _write(self, name: str, facts: Mapping[str, Any]) -> None:
-        self.store.write(f"{self.place}/{name}", (json.dumps(facts, indent=1) + "\n").encode())
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        self.store.write(f"{self.place}/{name}", (json.dumps(content, indent=1) + "\n").encode())
 
     def _move_aside(self) -> None:
         number = 1
