@@ -1,4 +1,4 @@
-"""`mosaic store ls | gc | verify`: what they print, what gc removes, and what it never removes."""
+"""`mosaic store ls | gc | verify`: their output, and the results that gc removes and keeps."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def said(result: Result, status: int = 0) -> dict[str, Any]:
+def json_of(result: Result, status: int = 0) -> dict[str, Any]:
     assert result.exit_code == status, (result.output, result.exception)
     return json.loads(result.stdout)
 
 
 def gc(storage: Path, *words: str) -> dict[str, Any]:
-    return said(ask("store", "gc", "--storage", str(storage), "--json", *words))
+    return json_of(ask("store", "gc", "--storage", str(storage), "--json", *words))
 
 
 def names(freed: Mapping[str, Any]) -> set[str]:
@@ -100,7 +100,7 @@ def test_ls_lists_keys_sizes_and_users(storage: Path, root: Path) -> None:
     store.put(KEY, {}, {"p": arrays()})
     store.writer(OTHER_KEY).add("p", arrays())
     store.save_checkpoint(KEY, {}, {})
-    listed = said(ask("store", "ls", "--storage", str(storage), "--json"))
+    listed = json_of(ask("store", "ls", "--storage", str(storage), "--json"))
     users = {row["key"]: row["used_by"] for row in listed["results"]}
     one, trial = "run one", "sweep s, trial p000s0"
     assert users == {key: [one] * (key in mine) + [trial] * (key in theirs) for key in mine | theirs} | {
@@ -128,7 +128,7 @@ def test_ls_of_an_empty_storage(storage: Path, root: Path) -> None:
 def test_every_key_of_a_run_is_traced_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
     runner.run(override(TINY, {"partition.validation_fraction": 0.1}), storage=str(tmp_path), name="a", progress=False)
-    rows = said(ask("store", "ls", "--storage", str(tmp_path), "--json"))["results"]
+    rows = json_of(ask("store", "ls", "--storage", str(tmp_path), "--json"))["results"]
     assert len(rows) > 15 and all(row["used_by"] == ["run a"] for row in rows)
     assert gc(tmp_path, "--older-than", "0s")["freed"] == []
     (tmp_path / "runs/a/summary.json").unlink()
@@ -164,7 +164,7 @@ def test_gc_removes_what_its_dry_run_lists(storage: Path, root: Path, full: set[
     assert freed["freed"] == tried["freed"] and not freed["dry_run"]
     assert after == {name: data for name, data in before.items() if "/".join(name.split("/")[:2]) not in full}
     assert freed["bytes"] == sum(map(len, before.values())) - sum(map(len, after.values())) > 0
-    assert gc(storage)["freed"] == [] and said(ask("store", "verify", "--storage", str(storage), "--json"))
+    assert gc(storage)["freed"] == [] and json_of(ask("store", "verify", "--storage", str(storage), "--json"))
 
 
 def test_young_results_stay_but_not_checkpoints_of_finished_stages(storage: Path, root: Path, full: set[str]) -> None:
@@ -269,7 +269,7 @@ def test_generators_that_cannot_be_traced_stay(storage: Path, root: Path, full: 
     assert names(freed) == full and {"run two"} == {why.split(" may")[0] for why in whys(freed).values()}
     assert {name.partition("/")[2].partition("-")[0] for name in whys(freed)} >= {"generator"}
     assert all(store.get(key) is not None for key in mine)
-    rows = said(ask("store", "ls", "--storage", str(storage), "--json"))["users"]
+    rows = json_of(ask("store", "ls", "--storage", str(storage), "--json"))["users"]
     assert {row["name"]: row["traced"] for row in rows} == {"run one": True, "run two": False}
 
 
@@ -324,8 +324,8 @@ def test_gc_never_plans_used_leased_or_young_results(
     older_than: float,
 ) -> None:
     entries = [
-        Entry(room, key, {f"{room}/{key}/{'manifest.json' if whole else 'part-0'}": Stored(1, 10 - old)})
-        for (room, key), (whole, old) in lie.items()
+        Entry(kind, key, {f"{kind}/{key}/{'manifest.json' if whole else 'part-0'}": Stored(1, 10 - old)})
+        for (kind, key), (whole, old) in lie.items()
     ]
     users = [User(str(n), "done", keys, sure) for n, (keys, sure) in enumerate(uses)]
     made = plan(Inventory(entries, users, {}), leases, {}, older_than, 10)
@@ -350,7 +350,7 @@ def test_gc_never_plans_used_leased_or_young_results(
 
 def test_verify_hashes_every_byte(storage: Path, root: Path, full: set[str]) -> None:
     words = ["store", "verify", "--storage", str(storage)]
-    sound = said(ask(*words, "--json"))
+    sound = json_of(ask(*words, "--json"))
     assert sound["damaged"] == {} and "all sound" in ask(*words).stdout
     whole = [path.parent for path in root.rglob("manifest.json")]
     assert sound["results"] == len(whole)
@@ -363,7 +363,7 @@ def test_verify_hashes_every_byte(storage: Path, root: Path, full: set[str]) -> 
     lost.unlink()
     (root / "objects" / store_keys(TINY)["teacher"][0] / "manifest.json").write_text("{}")
     before = files(root)
-    damaged = said(ask(*words, "--json"), 1)["damaged"]
+    damaged = json_of(ask(*words, "--json"), 1)["damaged"]
     assert {name.partition("-")[0] for name in damaged} == {"objects/warmup", "checkpoints/warmup", "objects/teacher"}
     assert "SHA-256" in damaged[f"objects/{KEY}"] and "missing" in damaged[f"checkpoints/{OTHER_KEY}"]
     table = ask(*words)
@@ -376,12 +376,12 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_damaged(
 ) -> None:
     writer, real, rounds = Store(storage), Store.manifest, []
 
-    def manifest(self: Store, room: str, key: str) -> Any:
-        found = real(self, room, key)
-        if room == "checkpoints" and key == OTHER_KEY and len(rounds) < 2:
+    def manifest(self: Store, kind: str, key: str) -> Any:
+        found = real(self, kind, key)
+        if kind == "checkpoints" and key == OTHER_KEY and len(rounds) < 2:
             rounds.append(1)
             writer.save_checkpoint(key, {"round": len(rounds)}, {"p": arrays(len(rounds) + 5.0)})
         return found
 
     monkeypatch.setattr(Store, "manifest", manifest)
-    assert said(ask("store", "verify", "--storage", str(storage), "--json"))["damaged"] == {} and len(rounds) == 2
+    assert json_of(ask("store", "verify", "--storage", str(storage), "--json"))["damaged"] == {} and len(rounds) == 2
