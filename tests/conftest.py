@@ -161,22 +161,24 @@ def trials(monkeypatch) -> list[str]:
     """
     ran = Trials()
 
-    def run(feed, datasets, storage, address):
+    def run(sweep, queue, datasets, storage, address):
         while True:
             try:
-                trial = feed.next()
+                trial = queue.next()
             except StopIteration:
                 return
             if trial.name in ran.interrupts:
                 raise KeyboardInterrupt
-            feed.began(trial)
+            queue.start(trial.name)
             ran.append(trial.name)
-            if trial.name in ran.failing:
-                feed.ledger.record(trial, status="failed", stage="warmup", round=3, client=1, error="loss is\nnan")
+            status = "failed" if trial.name in ran.failing else "done"
+            if status == "failed":
+                queue.state.record(trial, status=status, stage="warmup", round=3, client=1, error="loss is\nnan")
             else:
                 selection = {"metric": "validation accuracy", "value": 0.5}
-                feed.ledger.record(trial, status="done", selection=selection, session=feed.ledger.session)
-            feed.ended(trial)
+                queue.state.record(trial, status=status, selection=selection, session=queue.state.session)
+            queue.report(trial.name, {"status": status})
+            queue.finish(trial.name)
 
-    monkeypatch.setattr(sweep_runner, "_run", run)
+    monkeypatch.setattr(sweep_runner, "_run_trials", run)
     return ran

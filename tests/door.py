@@ -1,4 +1,4 @@
-"""The command as a person meets it: asked in this process, and refused in one line."""
+"""Call the `mosaic` command in this process, and check its one-line errors."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from mosaic_ray.cli import commands as door
+from mosaic_ray.cli.commands import mosaic
 from mosaic_ray.core.errors import RequestError
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 def ask(*words: str, **options: object) -> Result:
-    """The command in this process."""
-    return CliRunner().invoke(door.mosaic, words, **options)
+    """Call the command in this process."""
+    return CliRunner().invoke(mosaic, words, **options)
 
 
 def refusal(result: Result | subprocess.CompletedProcess[str], status: int = 2) -> str:
-    """The one line of a refusal."""
+    """Check that ``result`` is a one-line error with this exit status; return the line."""
     code = result.exit_code if isinstance(result, Result) else result.returncode
     assert code == status, (code, result.stderr, getattr(result, "exception", None))
     assert result.stdout == ""
@@ -32,7 +32,7 @@ def refusal(result: Result | subprocess.CompletedProcess[str], status: int = 2) 
 
 
 def refused_by(call: Callable[..., object], *args: object) -> str:
-    """The one line that ``call`` refuses with."""
+    """Return the one-line ``RequestError`` of ``call``."""
     with pytest.raises(RequestError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 from test_readme import mosaic_words
 
-from mosaic_ray.cli import commands as door
+from mosaic_ray.cli.commands import mosaic
 
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
@@ -73,7 +73,7 @@ def commands(page: Path) -> list[list[str]]:
 
 def parsed(words: list[str]) -> click.Context:
     """The context of the innermost command that ``words`` name, options read, nothing run."""
-    context = door.mosaic.make_context("mosaic", list(words))
+    context = mosaic.make_context("mosaic", list(words))
     while isinstance(context.command, click.Group) and (rest := [*context._protected_args, *context.args]):
         name, command, rest = context.command.resolve_command(context, rest)
         context = command.make_context(name, rest, parent=context)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from mosaic_ray.cli import commands as door
-from mosaic_ray.cli import options
-from mosaic_ray.cli import request as typed_words
+from mosaic_ray.cli.commands import mosaic
+from mosaic_ray.cli.options import REQUEST
+from mosaic_ray.cli.request import parse_config
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -25,8 +25,8 @@ def readme_commands() -> list[str]:
 
 def parse(words: list[str]) -> click.Context:
     """``words`` through the same parsers that a call goes through, without running."""
-    outer = door.mosaic.make_context("mosaic", list(words))
-    name, command, rest = door.mosaic.resolve_command(outer, [*outer._protected_args, *outer.args])
+    outer = mosaic.make_context("mosaic", list(words))
+    name, command, rest = mosaic.resolve_command(outer, [*outer._protected_args, *outer.args])
     return command.make_context(name, rest, parent=outer)
 
 
@@ -48,9 +48,9 @@ def test_readme_commands_parse():
             context = parse(words)
         except click.exceptions.Exit:  # --help, --version
             continue
-        request = {key: value for key, value in context.params.items() if key in {*options.REQUEST}}
+        request = {key: value for key, value in context.params.items() if key in REQUEST}
         if context.info_name in {"run", "partition"} and not request.get("config"):
-            typed_words.parse_config(**request)
+            parse_config(**request)
 
 
 def test_readme_make_targets_exist():

@@ -1,4 +1,4 @@
-"""Trials that ended, as a sweep reports them."""
+"""Results of finished and failed trials."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trial(
     cached: tuple[str, ...] = (),
     **more: Any,
 ) -> TrialResult:
-    """A finished trial; every stage took 2 s of its own, and one in ``cached`` 64 s of who computed it."""
+    """A finished trial; every stage took 2 s, and those in ``cached`` had taken 64 s to compute."""
     knobs = knobs or {}
     stages = {
         name: {"seconds": 2.0, "cached": name in cached, "key": name, "computed_seconds": 64.0 if name in cached else 2}
@@ -49,7 +49,7 @@ def trial(
 
 
 def failed(point: int, seed: int = 0, knobs: dict[str, Any] | None = None, **where: Any) -> TrialResult:
-    """As launch writes it: neither accuracy nor stages."""
+    """A failed trial, with neither accuracy nor stages."""
     where = {"stage": None, "round": None, "client": None} | where
     config = as_dict(override(ExperimentConfig(), (knobs or {}) | {"seed": seed}))
     summary = {"status": "failed", "error": "no memory", "method": "mosaic", "seed": seed, "config": config} | where

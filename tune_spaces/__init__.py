@@ -1,1 +1,1 @@
-"""Sweep plans, one module each; a package of its own because plans change on another schedule than the library."""
+"""Sweep plans, one module each. Users add their own, so they are not part of the library."""

@@ -3,17 +3,15 @@
 The points are read from ``presets.REFERENCE``, so a switch that is added there is flipped here. Point 0 is the base,
 which should be a ``fixed`` one.
 
-What is no switch stays (``BUDGETS``): how many updates or tries, and the size of a step. lambda_e = 0 is a switch,
-for it turns the entropy loss off. Some flips go in company (``COMPANY``): the configuration demands it (experts read
-through their full forward allow no re-fitted head), or either knob alone is the same flip (lambda_i = 0 and tau = 0
-both turn the inversion loss off), or the flip needs it to succeed (a partition drawn again until it fits needs its
-tries).
+The knobs in ``BUDGETS`` are no switches and stay: numbers of updates and tries, and step sizes. lambda_e = 0 is a
+switch, since it turns the entropy loss off. ``COMPANY`` names knobs that change together with a switch. Either the
+configuration requires it (experts with their full forward allow no re-fitted head), or each knob alone is the same
+switch (lambda_i = 0 and tau = 0 both turn the inversion loss off), or the switch needs it to succeed (a partition that
+is drawn again until it fits needs its tries).
 
-A flip has no effect where the base does not reach it: ``prototypes.cap`` 10 with ``prototypes.k`` 10, or
+A switch has no effect where the base does not reach it: ``prototypes.cap`` 10 with ``prototypes.k`` 10, or
 ``partition.policy`` where one of the first draws fits.
 """
-
-from __future__ import annotations
 
 from mosaic_ray.config.presets import REFERENCE
 from mosaic_ray.config.resolve import KNOBS
@@ -28,7 +26,7 @@ COMPANY = {
 
 
 def plan() -> SweepPlan:
-    """The base, then one point for each switch."""
+    """Return the base and one point for each switch."""
     flipped = [name for name, value in REFERENCE.items() if value != KNOBS[name].default and name not in BUDGETS]
     points = [{knob: REFERENCE[knob] for knob in (name, *COMPANY.get(name, ()))} for name in flipped]
     return SweepPlan(

@@ -1,16 +1,14 @@
 """The 27 weights of the generator's losses at one omega: one warm-up, one set of prototypes, one teacher for all.
 
-Values: those of ``lambdas_omega``, whose ranges they span. To be read over three seeds or more (``--seeds 0,1,2``),
-as mean and standard deviation: another seed alone moves the final accuracy by points (README, Results).
+Values: the grid of ``lambdas_omega``. Compare mean and standard deviation over three seeds or more
+(``--seeds 0,1,2``): the seed alone changes the final accuracy by points (README, Results).
 """
-
-from __future__ import annotations
 
 from mosaic_ray.spaces import Choice, SweepPlan
 
 
 def plan() -> SweepPlan:
-    """3 x 3 x 3 points at the base's omega."""
+    """Return a plan of 3 x 3 x 3 points at the base's omega."""
     return SweepPlan(
         summary="weights of entropy, diversity and inversion loss at one omega: 27 points",
         knobs={

@@ -1,17 +1,15 @@
 """The default space: the three weights of the generator's losses, and how skewed the clients are.
 
 Ranges: the authors' code sets lambda_e 0, lambda_d 5, lambda_i 10 (``degan.py``); published descriptions of the paper
-suggest 0.5 to 2, 2 to 10 and 5 to 15, which bracket the last two and turn the entropy loss on, as the paper's text
-has it. Omegas: the paper's three. The grid is that of ``lambdas_grid`` at each omega, 81 points.
+suggest 0.5 to 2, 2 to 10 and 5 to 15, which bracket the last two and turn the entropy loss on, as in the paper's
+text. Omegas: the paper's three. The grid is the one of ``lambdas_grid`` at each omega, 81 points.
 """
-
-from __future__ import annotations
 
 from mosaic_ray.spaces import Choice, Range, SweepPlan
 
 
 def plan() -> SweepPlan:
-    """16 random points; ``--search grid`` gives all 81."""
+    """Return a plan of 16 random points; ``--search grid`` gives all 81."""
     return SweepPlan(
         summary="weights of entropy, diversity and inversion loss x omega (the default space)",
         knobs={

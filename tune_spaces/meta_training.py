@@ -1,20 +1,18 @@
-"""What the meta model learns from: clients' prototypes, or the generators' images, with two ways to label them.
+"""Train the meta model on clients' prototypes, or on the generators' images with two kinds of label.
 
 Descriptions of the paper report that training on synthetic data "degraded performance due to bias". Here each arm has
-the same meta model, the same random start and the same number of updates, and hands back its last state: a re-fitted
-head (``meta.init``) and a selected state (``meta.select``) would both be stopped by held-out prototypes, which the
-synthetic arms are to do without. Labels of ``synthetic``: the classifier of the client whose generator made the
-image; of ``synthetic_vote``: the experts' vote. The teacher's accuracy over the seeds is to be compared; distillation
-after it is the base's own, its anchor on prototypes included.
+the same meta model, the same random start and the same number of updates, and returns its last state: a re-fitted
+head (``meta.init``) and a selected state (``meta.select``) both use held-out prototypes, which the synthetic arms must
+not see. ``synthetic`` takes the labels of the classifier of the client that made the image, ``synthetic_vote`` the
+experts' vote. Compare the teacher's accuracy over the seeds; the distillation after it is the base's own and includes
+its anchor on prototypes.
 """
-
-from __future__ import annotations
 
 from mosaic_ray.spaces import Choice, SweepPlan
 
 
 def plan() -> SweepPlan:
-    """3 sources x 3 seeds."""
+    """Return a plan of 3 sources x 3 seeds."""
     return SweepPlan(
         summary="meta model trained on prototypes, or on synthetic images with two kinds of label",
         knobs={"meta.data": Choice(("prototypes", "synthetic", "synthetic_vote"))},

@@ -7,8 +7,6 @@ is that of FedEcover's tables on CIFAR-10. ``accuracy_control`` of the Mosaic po
 rounds.
 """
 
-from __future__ import annotations
-
 from mosaic_ray.spaces import SweepPlan
 
 

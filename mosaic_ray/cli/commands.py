@@ -1,11 +1,9 @@
-"""The ``mosaic`` command: what may be asked, and who answers. Each command imports what it needs."""
+"""The ``mosaic`` group and its commands about one run. Each command imports the package when it is called."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Unpack
 
 import click
 
@@ -17,73 +15,61 @@ from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from .data import data
 from .group import CommandGroup, resume_command
-from .options import common_options, listing
-from .report import register as register_report
-from .request import parse_address, parse_config
-from .store import register as register_store
-from .study import register as register_studies
-from .sweep import register as register_sweeps
+from .options import RunOptions, common_options, listing, run_options
+from .output import print_parts, stdout_for_json
+from .report import report
+from .request import ConfigOptions, cluster_request, parse_address, parse_config
+from .store import store
+from .study import experiment
+from .sweep import compare, spaces, sweep
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-#: What the doctor's words look like on a terminal.
+#: The colours of the doctor's severities on a terminal.
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
 
 
-@click.group(cls=CommandGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mosaic", message="%(prog)s %(version)s")
-@click.pass_context
-def mosaic(ctx: click.Context) -> None:
+def mosaic() -> None:
     """Experiments in heterogeneous federated learning, built around Mosaic.
 
     `mosaic run` alone takes about a minute and needs no download.
     """
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
 
 
 @mosaic.command()
-@common_options("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config")
-@common_options("storage", "name", "address", "host", "strict_health", "fresh", "as_json")
+@common_options(
+    "preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config", "host"
+)
+@run_options("strict_health")
 @click.pass_context
-def run(
-    ctx: click.Context,
-    storage: str,
-    name: str | None,
-    address: str | None,
-    strict_health: bool,
-    fresh: bool,
-    as_json: bool,
-    **request: Any,
-) -> None:
+def run(ctx: click.Context, place: RunOptions, **typed: Unpack[ConfigOptions]) -> None:
     """Run one experiment; the same command again resumes it."""
-    config, address = parse_config(**request), parse_address(address)
+    config = parse_config(**typed)
     from ..runs import runner
 
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    with stdout_for_json(place.as_json):
         summary = runner.run(
-            config, storage=storage, name=name, address=address, fresh=fresh, command=resume_command(ctx.obj),
-            strict_health=strict_health,
+            config, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
+            command=resume_command(ctx.obj), strict_health=place.strict_health,
         )  # fmt: skip
-    if as_json:
+    if place.as_json:
         click.echo(json.dumps(summary, indent=2))
     else:
         from ..report.tables import closing_table
 
-        _console().print(closing_table(summary), crop=False)  # long paths stay whole
+        print_parts(closing_table(summary))
 
 
 @mosaic.command()
 @common_options("preset", "dataset", "skip_bad", "clients", "omega", "sampler", "seed", "sets", "config")
-@click.option("--png", metavar="FILE", help="Where the heat map goes.  [default: below ./mosaic_runs/partitions]")
+@click.option("--png", metavar="FILE", help="File of the heat map.  [default: below ./mosaic_runs/partitions]")
 @click.option("--json", "as_json", is_flag=True, help="Label counts as JSON; a heat map only with --png.")
-def partition(png: str | None, as_json: bool, **request: Any) -> None:
-    """Show who holds how many samples of which class, and save it as a heat map."""
-    config = parse_config(**request)
+def partition(png: str | None, as_json: bool, **typed: Unpack[ConfigOptions]) -> None:
+    """Show each client's number of samples by class, and save it as a heat map."""
+    config = parse_config(**typed)
     from ..data.load import load_dataset
     from ..data.partition import label_counts, skew
     from ..data.partition import partition as deal
@@ -96,18 +82,18 @@ def partition(png: str | None, as_json: bool, **request: Any) -> None:
         from ..report.figures import heatmap
 
         place = f"./mosaic_runs/partitions/{heatmap.default_name(config)}" if png is None else png
-        said = heatmap.skew_in_words(skew(counts), num_classes)
-        title = f"{heatmap.heading(config)}\n{said}"
+        skewness = heatmap.skew_in_words(skew(counts), num_classes)
+        title = f"{heatmap.heading(config)}\n{skewness}"
         heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names))
     if as_json:
-        facts = {"sampler": config.partition.sampler, "seed": config.seed}
         sizes = [len(shard) for shard in shards]
-        click.echo(json.dumps({"label_counts": counts.tolist(), "client_sizes": sizes} | facts))
+        found = {"label_counts": counts.tolist(), "client_sizes": sizes}
+        click.echo(json.dumps(found | {"sampler": config.partition.sampler, "seed": config.seed}))
     else:
         from ..report.tables import partition_table
 
-        _console().print(partition_table(counts), crop=False)
-        click.echo(f"{said}\nheat map {place}")
+        print_parts(partition_table(counts))
+        click.echo(f"{skewness}\nheat map {place}")
 
 
 @mosaic.command()
@@ -123,7 +109,7 @@ def presets() -> None:
 @common_options("algorithm")
 def show(preset: str, algorithm: str | None) -> None:
     """Print PRESET as TOML, every knob with its meaning; `--config` reads it back."""
-    click.echo(to_toml(parse_config(preset, algorithm=algorithm), comments=True), nl=False)
+    click.echo(to_toml(parse_config(preset=preset, algorithm=algorithm), comments=True), nl=False)
 
 
 @mosaic.command()
@@ -144,23 +130,22 @@ def methods() -> None:
 )
 @click.option("--ray", "try_ray", is_flag=True, help="Start Ray (or join --address) as well; takes seconds.")
 @click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster for --ray.")
-@click.option("--cluster", metavar="FILE.yaml", help="Instead: would the request work on this file's cluster?")
+@click.option("--cluster", metavar="FILE.yaml", help="Check instead whether the request works on this file's cluster.")
 @click.option("--space", metavar="NAME|module:function|FILE.py", help="With --cluster: the request is a sweep.")
 @click.pass_context
 def doctor(
     ctx: click.Context, storage: str | None, try_ray: bool, address: str | None, cluster: str | None, space: str | None,
-    **words: Any,
+    **typed: Unpack[ConfigOptions],
 ) -> None:  # fmt: skip
-    """Say what this machine (or a cluster's file) has, what would not work, and what to do. Exits with 1 if any."""
+    """Check this machine (or a cluster's file) and say how to fix each problem. Exits with 1 if there is one."""
     if cluster is not None:
         from ..deploy.cluster_lint import examine_cluster
-        from .request import cluster_request
 
-        findings = examine_cluster(cluster, cluster_request(space, words), storage)
+        findings = examine_cluster(cluster, cluster_request(space, typed), storage)
     else:
         if space is not None:
             raise RequestError(f"--space {space}: it goes with --cluster FILE.yaml")
-        config, address = parse_config(**words), parse_address(address)
+        config, address = parse_config(**typed), parse_address(address)
         from ..deploy.doctor import examine
 
         findings = examine(config.data, storage or "./mosaic_runs", address if try_ray else None)
@@ -172,19 +157,10 @@ def doctor(
     ctx.exit(worst)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False, highlight=False)
-
-
-mosaic.add_command(data)
-register_sweeps(mosaic)
-register_report(mosaic)
-register_store(mosaic)
-register_studies(mosaic, common_options, resume_command)
+for command in (data, sweep, compare, spaces, report, store, experiment):
+    mosaic.add_command(command)
 
 
 def main() -> None:
-    """The ``mosaic`` script."""
+    """Run the ``mosaic`` script."""
     mosaic(prog_name="mosaic")

@@ -25,18 +25,25 @@ class CommandGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, with the neighbours of an unknown name."""
+        """Find the command as click does; suggest close names where it is unknown."""
         if not args[0].startswith("-") and args[0] not in self.commands:
             raise RequestError(f'unknown command "{args[0]}"; {neighbours(args[0], self.commands)}')
         return super().resolve_command(ctx, args)
 
-    def main(  # type: ignore[override]  # click's overloads tell apart a mode that is fixed here
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse as click does; print the help where there are no arguments."""
+        if not args:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def main(  # type: ignore[override]  # click overloads it by standalone_mode, fixed here
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
     ) -> Any:
-        """Parse, run, exit."""
+        """Parse the arguments, run the command and exit."""
         words = list(sys.argv[1:] if args is None else args)
         with contextlib.suppress(ValueError):  # not the main thread: no signal arrives there
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers' word is Ctrl-C's to us
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM acts as Ctrl-C
         try:
             extra |= {"standalone_mode": False, "obj": words}
             status = super().main(words, prog_name or "mosaic", **extra) or 0
@@ -60,9 +67,9 @@ def _complain(message: str, status: int) -> int:
 
 
 def resume_command(words: Sequence[str]) -> list[str]:
-    """The command line that continues ``words``, as this user reaches the command."""
+    """Return the command line that resumes ``words``, with the program as the user typed it."""
     script = sys.argv[0]
-    if os.path.basename(script) != "mosaic":  # `python -m mosaic_ray`, `python cli.py`: as it was typed
+    if os.path.basename(script) != "mosaic":  # `python -m mosaic_ray`, `python cli.py`
         program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
     else:
         program = ["mosaic" if shutil.which("mosaic") == os.path.abspath(script) else script]

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
+from .request import parse_address
 
-#: What is asked for.
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+_SAMPLERS = ", ".join(KNOBS["partition.sampler"].metadata["choices"])
+
+#: The options that make a configuration.
 REQUEST: dict[str, Callable[..., Any]] = {
     "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
     "algorithm": click.option("--algorithm", metavar="|".join(ALGORITHMS), help="Algorithm preset."),
     "dataset": click.option("--dataset", metavar="D", help="Data set by name (`mosaic data list`), or folder:PATH."),
-    "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out, and count, images that do not decode."),
+    "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out and count images that do not decode."),
     "clients": click.option("--clients", metavar="N", help="Number of clients."),
     "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
-    "sampler": click.option(
-        "--sampler",
-        metavar="NAME",
-        help=f"How labels are dealt: {', '.join(KNOBS['partition.sampler'].metadata['choices'])}.",
-    ),
+    "sampler": click.option("--sampler", metavar="NAME", help=f"How labels are dealt: {_SAMPLERS}."),
     "method": click.option("--method", metavar="M", help="See `mosaic methods`."),
     "seed": click.option("--seed", metavar="S", help="One seed for everything."),
     "host": click.option("--host", metavar="ray|serial", help="Where clients run."),
@@ -30,8 +32,8 @@ REQUEST: dict[str, Callable[..., Any]] = {
     "config": click.option("--config", metavar="FILE.toml", help="Knobs from a file."),
 }
 
-#: Where it happens, and how it is told.
-_PLACE: dict[str, Callable[..., Any]] = {
+#: The options in ``RunOptions``.
+_RUN: dict[str, Callable[..., Any]] = {
     "storage": click.option(
         "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go."
     ),
@@ -46,22 +48,54 @@ _PLACE: dict[str, Callable[..., Any]] = {
     "as_json": click.option(
         "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
     ),
+    "dry_run": click.option(
+        "--dry-run", is_flag=True, help="Print what would run, on which resources and how much work it is; run nothing."
+    ),
 }
 
 
-def common_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The request options ``names``, in that order."""
+@dataclass(frozen=True)
+class RunOptions:
+    """The folder of the results, the Ray cluster, and how a command prints its results."""
+
+    storage: str
+    name: str | None
+    address: str
+    fresh: bool
+    as_json: bool
+    strict_health: bool = False
+    dry_run: bool = False
+
+
+def common_options(*names: str) -> Decorator:
+    """Add the options ``names`` to a command, in that order."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for name in reversed(names):
-            command = (REQUEST | _PLACE)[name](command)
+            command = (REQUEST | _RUN)[name](command)
         return command
 
     return decorate
 
 
+def run_options(*more: str) -> Decorator:
+    """Add the options of ``RunOptions`` (``more`` names those with a default) to a command, which gets a ``place``."""
+    names = ("storage", "name", "address", "fresh", "as_json", *more)
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def call(*args: Any, **options: Any) -> Any:
+            own = {name: options[name] for name in names} | {"address": parse_address(options["address"])}
+            others = {name: value for name, value in options.items() if name not in own}
+            return command(*args, place=RunOptions(**own), **others)
+
+        return common_options(*names)(call)
+
+    return decorate
+
+
 def listing(title: str, rows: dict[str, str]) -> None:
-    """Names and what they mean, laid out as click lays out help."""
+    """Print names and their meaning in the layout of click's help."""
     formatter = click.HelpFormatter(width=80)
     with formatter.section(title):
         formatter.write_dl(list(rows.items()))

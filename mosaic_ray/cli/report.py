@@ -5,19 +5,14 @@ from __future__ import annotations
 import click
 
 
-def register(door: click.Group) -> None:
-    """The command `report` below ``door``."""
-    door.add_command(_report)
-
-
-@click.command("report")
+@click.command()
 @click.argument("path")
-@click.option("--out", metavar="FILE", help="Where the page goes.  [default: report.html in the folder]")
-def _report(path: str, out: str | None) -> None:
-    """Write one self-contained page about what lies in PATH, and print where it is.
+@click.option("--out", metavar="FILE", help="File to write.  [default: report.html in the folder]")
+def report(path: str, out: str | None) -> None:
+    """Write one self-contained page about the results in PATH, and print the page's path.
 
-    PATH is a run's, a sweep's or a trial's folder, or a storage that holds only one run or sweep. What has not
-    finished, or has failed, is shown as far as it got.
+    PATH is a run's, a sweep's or a trial's folder, or a storage that holds only one run or sweep. An unfinished or
+    failed run is shown as far as it got.
     """
     from ..report.html.render import write_report
 

@@ -1,11 +1,11 @@
-"""Requests as they are typed: a sweep's, and one to hold against a cluster's file."""
+"""Parse the options of a command line into configurations and requests."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from ..config.registry import DATASETS, METHODS, STRATEGIES
 from ..config.resolve import check_value, read_toml, resolve
@@ -14,13 +14,30 @@ from ..core.errors import RequestError, neighbours
 
 if TYPE_CHECKING:
     from ..deploy.capacity import ClusterRequest
-    from ..sweeps.runner import Request
+    from ..sweeps.runner import SweepRequest
     from ..sweeps.space import SweepPlan
+
+
+class ConfigOptions(TypedDict, total=False):
+    """The options that make a configuration, as typed; those not given are None or absent."""
+
+    preset: str | None
+    config: str | None
+    sets: Sequence[str]
+    algorithm: str | None
+    dataset: str | None
+    skip_bad: str | None
+    clients: str | None
+    omega: str | None
+    sampler: str | None
+    method: str | None
+    seed: str | None
+    host: str | None
 
 
 def sweep_request(
     space: str,
-    words: Mapping[str, Any],
+    options: ConfigOptions,
     *,
     search: str | None = None,
     samples: str | None = None,
@@ -28,12 +45,12 @@ def sweep_request(
     scheduler: str = "fifo",
     max_concurrent: str | None = None,
     plan: SweepPlan | None = None,
-) -> Request:
-    """The sweep that a command line asks for; ``words`` are those of ``parse_config``, all as typed.
+) -> SweepRequest:
+    """Return the sweep that a command line asks for; all values are as typed.
 
-    ``space`` is where the plan is found, or the name of the ``plan`` given.
+    ``space``: name, module:function or file of the plan; where ``plan`` is given, its name.
     """
-    from ..sweeps.runner import SCHEDULERS, SWEEP_BASE, Request
+    from ..sweeps.runner import SCHEDULERS, SWEEP_BASE, SweepRequest
     from ..sweeps.space import SEARCHES, check_space, load_space
 
     for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, SCHEDULERS)):
@@ -41,11 +58,11 @@ def sweep_request(
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
     named, plan = (space, plan) if plan else load_space(space)
     check_space(named, plan)
-    refuse_swept(named, plan, words)
+    refuse_swept(named, plan, options)
     preset = {"preset": plan.preset} if plan.preset else {}
-    config = parse_config(**words, base=SWEEP_BASE | preset | dict(plan.base))
-    one_seed = words["seed"] is not None or any(item.partition("=")[0].strip() == "seed" for item in words["sets"])
-    return Request(
+    config = parse_config(base=SWEEP_BASE | preset | dict(plan.base), **options)
+    one_seed = options.get("seed") is not None or "seed" in map(_key, options.get("sets", ()))
+    return SweepRequest(
         config, named, plan, search=search or "", samples=parse_count("samples", samples),
         seeds=parse_seeds(seeds, config.seed if one_seed else None), scheduler=scheduler,
         max_concurrent=parse_count("max-concurrent", max_concurrent),
@@ -53,7 +70,7 @@ def sweep_request(
 
 
 def compare_plan(methods: str) -> SweepPlan:
-    """A point for each of ``methods``: a method, an optimiser (on its own: ``fedavg``), or METHOD+OPTIMISER."""
+    """Return a plan with one point for each METHOD, OPTIMISER (with method fedavg) or METHOD+OPTIMISER."""
     from ..sweeps.space import SweepPlan
 
     def point(word: str) -> dict[str, str]:
@@ -74,15 +91,15 @@ def compare_plan(methods: str) -> SweepPlan:
     return SweepPlan(summary=f"methods side by side: {', '.join(words)}", points=points, base=base)
 
 
-def cluster_request(space: str | None, words: Mapping[str, Any]) -> ClusterRequest:
-    """What is asked of a cluster: a sweep of ``space``, or without one a run."""
+def cluster_request(space: str | None, options: ConfigOptions) -> ClusterRequest:
+    """Return the request to check against a cluster: a sweep of ``space``, or a run where that is None."""
     from ..deploy.capacity import ClusterRequest, fit_of_run, fit_of_sweep
     from ..sweeps.runner import prepare, resources_of
 
     if space is None:
-        config = parse_config(**words)
+        config = parse_config(**options)
         return ClusterRequest([config], lambda nodes, _: fit_of_run(config, nodes))
-    sweep = prepare(sweep_request(space, words))
+    sweep = prepare(sweep_request(space, options))
     return ClusterRequest(sweep.configs, lambda nodes, storage: fit_of_sweep(resources_of(sweep, nodes, storage)))
 
 
@@ -100,31 +117,26 @@ KNOB_OF_OPTION = {
 }
 
 
-def parse_config(
-    preset: str | None = None,
-    config: str | None = None,
-    sets: Sequence[str] = (),
-    base: Mapping[str, Any] | None = None,
-    **options: str | None,
-) -> ExperimentConfig:
-    """The config that a command line asks for; ``options`` are keys of ``KNOB_OF_OPTION``, values as typed.
+def parse_config(base: Mapping[str, Any] | None = None, **options: Unpack[ConfigOptions]) -> ExperimentConfig:
+    """Return the configuration that a command line asks for.
 
     ``base``: knobs between the preset and the file (a sweep plan's), and perhaps a ``preset``.
     """
-    file = dict(base or {}) | (read_toml(config) if config else {})
+    preset, path = options.get("preset"), options.get("config")
+    file = dict(base or {}) | (read_toml(path) if path else {})
     if preset is not None:
-        file.pop("preset", None)  # the command line is the later word
-    knobs: dict[str, str] = {}
-    for item in sets:
+        file.pop("preset", None)  # --preset replaces the file's
+    knobs: dict[str, Any] = {}
+    for item in options.get("sets", ()):
         key, equals, value = item.partition("=")
         if not (equals and key.strip()):
             raise RequestError(f"--set {item}: it takes KEY=VALUE, such as warmup.lr=0.01")
         knobs[key.strip()] = value.strip()
-    typed = {name: word for name, word in options.items() if word is not None}
+    typed = _typed_knobs(options)
     for name, word in typed.items():
         knob = KNOB_OF_OPTION[name]
         if knobs.setdefault(knob, word) != word:
-            raise RequestError(f"{_typed(name, word)}: --set {knob}={knobs[knob]} says otherwise; give one of them")
+            raise RequestError(f"{_spelled(name, word)}: --set {knob}={knobs[knob]} says otherwise; give one of them")
     root = str(knobs.get("data.root") or file.get("data.root") or "")
     for values in (file, knobs):
         if "data.name" in values:
@@ -133,68 +145,78 @@ def parse_config(
         return resolve(preset or "demo", file=file, sets=knobs)
     except RequestError as error:
         message = str(error)
-        for name, word in typed.items():  # said in the words that were typed
+        for name, word in typed.items():  # names the option that was typed
             head, knob = f"{KNOB_OF_OPTION[name]} = {word}:", KNOB_OF_OPTION[name]
             if message.startswith(head):
                 also = "" if knob == name else f" ({knob})"
-                raise RequestError(f"{_typed(name, word)}{also}:{message.removeprefix(head)}") from None
+                raise RequestError(f"{_spelled(name, word)}{also}:{message.removeprefix(head)}") from None
         raise
 
 
-def _typed(name: str, word: str) -> str:
-    """An option as it stood on the command line."""
+def _typed_knobs(options: ConfigOptions) -> dict[str, str]:
+    """Return the given ``options`` that spell a knob."""
+    return {name: str(word) for name, word in options.items() if name in KNOB_OF_OPTION and word is not None}
+
+
+def _key(item: str) -> str:
+    """Return the knob of a --set KEY=VALUE."""
+    return item.partition("=")[0].strip()
+
+
+def _spelled(name: str, word: str) -> str:
+    """Return an option as it stood on the command line."""
     option = f"--{name.replace('_', '-')}"
     return option if name == "skip_bad" else f"{option} {word}"
 
 
 def _imported(name: Any, root: str) -> Any:
-    """The name of a data set that ``mosaic data import`` has put under ``root``, in full; any other as it is."""
+    """Return ``imported:NAME`` for a data set that ``mosaic data import`` has put under ``root``; else ``name``."""
     from ..data.paths import data_root, imported_names
 
     known = not isinstance(name, str) or name in DATASETS or ":" in name
     return name if known or name not in imported_names(data_root(DataConfig(root=root))) else f"imported:{name}"
 
 
-def parse_address(word: str | None) -> str:
-    """``auto``, ``local`` or HOST:PORT; by default what RAY_ADDRESS names, else this machine."""
-    word = word or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
-    port = re.fullmatch(r"(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", word)
-    if word not in ("auto", "local") and not (port and 0 < int(port[1]) < 65536):
-        raise RequestError(f"--address {word}: it takes auto, local or HOST:PORT")
-    return word
+def parse_address(address: str | None) -> str:
+    """Return ``auto``, ``local`` or HOST:PORT; by default ``auto`` where RAY_ADDRESS is set, else ``local``."""
+    address = address or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
+    port = re.fullmatch(r"(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", address)
+    if address not in ("auto", "local") and not (port and 0 < int(port[1]) < 65536):
+        raise RequestError(f"--address {address}: it takes auto, local or HOST:PORT")
+    return address
 
 
-def parse_count(option: str, word: str | None) -> int | None:
-    """A whole number above 0, as typed."""
-    if word is None:
+def parse_count(option: str, text: str | None) -> int | None:
+    """Return a whole number above 0; None where none was typed."""
+    if text is None:
         return None
-    if not re.fullmatch("0*[1-9][0-9]{0,5}", word):
-        raise RequestError(f"--{option} {word}: it takes a whole number, at least 1 and below a million")
-    return int(word)
+    if not re.fullmatch("0*[1-9][0-9]{0,5}", text):
+        raise RequestError(f"--{option} {text}: it takes a whole number, at least 1 and below a million")
+    return int(text)
 
 
-def parse_seeds(word: str | None, seed: int | None) -> tuple[int, ...]:
-    """``0,1,2`` as seeds, or the one ``seed`` that was typed; nothing where none are asked for."""
-    if word is None:
+def parse_seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
+    """Return the seeds of ``0,1,2``; without a ``text`` the one ``seed`` that was typed, or none."""
+    if text is None:
         return () if seed is None else (seed,)
     if seed is not None:
-        raise RequestError(f"--seeds {word}: the seed is said to be {seed} as well; give one of them")
-    parts = [part.strip() for part in word.split(",")]
+        raise RequestError(f"--seeds {text}: the seed is said to be {seed} as well; give one of them")
+    parts = [part.strip() for part in text.split(",")]
     seeds = [int(part) for part in parts if re.fullmatch("[0-9]{1,10}", part)]
     if len(set(seeds)) < len(parts):
-        raise RequestError(f"--seeds {word}: it takes whole numbers, each once, such as 0,1,2")
+        raise RequestError(f"--seeds {text}: it takes whole numbers, each once, such as 0,1,2")
     try:
         return tuple(check_value("seed", seed) for seed in seeds)
     except RequestError as error:
-        raise RequestError(f"--seeds {word}: {error}") from None
+        raise RequestError(f"--seeds {text}: {error}") from None
 
 
-def refuse_swept(space: str, plan: SweepPlan, words: Mapping[str, Any]) -> None:
-    """A knob that the space sets in every trial cannot be set beside it."""
+def refuse_swept(space: str, plan: SweepPlan, options: ConfigOptions) -> None:
+    """``RequestError`` where an option sets a knob that the space itself sets in every trial."""
     swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
-    for option, knob in KNOB_OF_OPTION.items():
-        if words.get(option) is not None and knob in swept:
-            raise RequestError(f"{_typed(option, words[option])}: space {space} tries values of {knob} itself")
-    for item in words["sets"]:
-        if (knob := item.partition("=")[0].strip()) in swept:
+    for name, word in _typed_knobs(options).items():
+        if (knob := KNOB_OF_OPTION[name]) in swept:
+            raise RequestError(f"{_spelled(name, word)}: space {space} tries values of {knob} itself")
+    for item in options.get("sets", ()):
+        if (knob := _key(item)) in swept:
             raise RequestError(f"--set {item}: space {space} tries values of {knob} itself")

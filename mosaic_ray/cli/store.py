@@ -1,15 +1,17 @@
-"""`mosaic store`: what a storage holds, what of it may go, and whether it is sound."""
+"""`mosaic store`: list, free and verify the results in a storage."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..core.errors import RequestError
+from .group import CommandGroup
+from .output import print_parts
 
 if TYPE_CHECKING:
     from ..storage.store import Store
@@ -22,73 +24,64 @@ _STORAGE = click.option(
 _JSON = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 
 
-def register(door: click.Group) -> None:
-    """The group `store` below ``door``."""
-    group = type(door)("store", help=__doc__.partition(": ")[2].capitalize(), invoke_without_command=True)
-    group.callback = click.pass_context(_help)
-    for command in (_list, _free, _verify):
-        group.add_command(command)
-    door.add_command(group)
+@click.group(cls=CommandGroup)
+def store() -> None:
+    """List, free and verify the results in a storage."""
 
 
-def _help(ctx: click.Context) -> None:
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
-
-
-@click.command("ls")
+@store.command("ls")
 @_STORAGE
 @_JSON
-def _list(storage: str, as_json: bool) -> None:
-    """List stage results: what each is, its size, when it was stored, and which runs and trials use it."""
-    store = _open(storage)
+def list_results(storage: str, as_json: bool) -> None:
+    """List stage results: key, size, the time it was stored, and the runs and trials that use it."""
+    opened = _open(storage)
     from ..report.store_tables import listed, listing
     from ..runs.provenance import keys_used
     from ..storage.gc import scan
 
-    holdings = scan(store, keys_used)
-    _say(store, as_json, lambda: listed(holdings), lambda: listing(holdings))
+    inventory = scan(opened, keys_used)
+    _print(opened, as_json, listed(inventory), listing(inventory))
 
 
-@click.command("gc")
+@store.command("gc")
 @_STORAGE
 @click.option(
     "--older-than", default="1d", show_default=True, metavar="AGE",
     help="Keep younger results that no run uses yet: 90s, 30m, 12h, 7d.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Say what would go; remove nothing.")
+@click.option("--dry-run", is_flag=True, help="List what would be removed; remove nothing.")
 @_JSON
-def _free(storage: str, older_than: str, dry_run: bool, as_json: bool) -> None:
-    """Free what no run or trial uses, checkpoints of finished stages, and what killed writers left.
+def free_results(storage: str, older_than: str, dry_run: bool, as_json: bool) -> None:
+    """Remove results that no run or trial uses, checkpoints of finished stages, and files of killed writers.
 
-    Never what somebody computes right now, nor, while runs are at work here, results that no finished run names yet.
-    What went too early is computed again by the run that needs it.
+    Results that a process computes right now stay. While runs are active in this storage, so do results that no
+    finished run names. A run that needs a removed result computes it again.
     """
     age = re.fullmatch("([0-9]{1,6})([smhd])", older_than)
     if not age:
         raise RequestError(f"--older-than {older_than}: it takes a number and s, m, h or d, such as 12h or 7d")
-    store = _open(storage)
+    opened = _open(storage)
     from ..report.store_tables import freed, freed_facts
     from ..runs.provenance import keys_used
     from ..storage.gc import collect_garbage
 
-    plan = collect_garbage(store, keys_used, int(age[1]) * _UNITS[age[2]], dry_run=dry_run)
-    _say(store, as_json, lambda: freed_facts(plan, dry_run), lambda: freed(plan, dry_run))
+    plan = collect_garbage(opened, keys_used, int(age[1]) * _UNITS[age[2]], dry_run=dry_run)
+    _print(opened, as_json, freed_facts(plan, dry_run), freed(plan, dry_run))
 
 
-@click.command("verify")
+@store.command("verify")
 @_STORAGE
 @_JSON
 @click.pass_context
-def _verify(ctx: click.Context, storage: str, as_json: bool) -> None:
-    """Hash every byte of all results and checkpoints, and list what is damaged. Exits with 1 where something is."""
-    store = _open(storage)
+def verify_results(ctx: click.Context, storage: str, as_json: bool) -> None:
+    """Hash every byte of all results and checkpoints, and list the damaged ones. Exits with 1 if there are any."""
+    opened = _open(storage)
     from ..report.store_tables import verdict
     from ..storage.gc import verify
 
-    found = verify(store)
-    facts = {"results": found.results, "bytes": found.size, "damaged": found.damaged}
-    _say(store, as_json, lambda: facts, lambda: verdict(found))
+    found = verify(opened)
+    counts = {"results": found.results, "bytes": found.size, "damaged": found.damaged}
+    _print(opened, as_json, counts, verdict(found))
     ctx.exit(bool(found.damaged))
 
 
@@ -98,12 +91,8 @@ def _open(storage: str) -> Store:
     return Store(storage, create=False, log=lambda text: click.echo(f"warning: {text}", err=True))
 
 
-def _say(store: Store, as_json: bool, facts: Callable[[], dict[str, Any]], parts: Callable[[], Sequence[Any]]) -> None:
+def _print(store: Store, as_json: bool, data: Mapping[str, Any], parts: Sequence[Any]) -> None:
     if as_json:
-        click.echo(json.dumps({"storage": store.uri, **facts()}, indent=2))
-        return
-    from rich.console import Console
-
-    console = Console(markup=False, emoji=False, highlight=False)
-    for part in parts():
-        console.print(part, crop=False, soft_wrap=isinstance(part, str))
+        click.echo(json.dumps({"storage": store.uri, **data}, indent=2))
+    else:
+        print_parts(*parts)

@@ -20,7 +20,7 @@ from ..core.types import Weights
 from ..runs.provenance import client_keys, joint_keys
 from ..storage.store import OBJECTS, DamagedFile, StageResult, Store
 from ..sweeps.results import SCHEMA, read_results
-from ..sweeps.space import conditions
+from ..sweeps.space import setting_knobs
 from .schema import check_plan, check_summary
 from .sweep_table import best_sections
 
@@ -299,7 +299,7 @@ def load_sweep(path: str | Path) -> SweepReport:
     rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
     points = plan["points"] if plan.get("points") is not None else [plan["knobs"]]
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
-    return SweepReport(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, conditions(swept))
+    return SweepReport(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""`mosaic experiment generator-quality`: a generator on its own, and how far its images are from real ones.
+"""`mosaic experiment generator-quality`: measure how far the images of one generator are from real ones.
 
 One client holds everything: a classifier is trained on it, then the client's generator beside that classifier, as in
 any run. Images held out from the client (``partition.validation_fraction``, never test images) are cut into two
-disjoint halves: one stands for real images, and the distance between both is the floor, what real images reach.
+disjoint halves: one stands for real images, and the distance between both is the floor, the distance of real images.
 
-Two classifiers judge. ``own`` is the one that steered the generator, which therefore may have learnt to please it;
-``judge`` has the same training from another start and took no part. Where they disagree, believe the judge.
+Two classifiers give the features. ``own`` is the one that steered the generator, which may have fitted it too well;
+``judge`` has the same training from another start and took no part, so it is the one to trust.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..pipeline.context import RunContext
     from ..storage.store import StageResult
 
-#: Below --config and --set: one client, and a classifier worth asking.
+#: Defaults below --config and --set: one client, and a well trained classifier.
 BASE: dict[str, Any] = {
     "partition.num_clients": 1, "partition.sampler": "iid", "partition.validation_fraction": 0.2,
     "warmup.num_rounds": 30, "warmup.local_steps": 20, "runtime.eval_rounds": 0,
@@ -41,7 +41,7 @@ _CHUNK = 500
 
 
 def num_images(config: ExperimentConfig, dataset: Dataset, asked: int | None) -> int:
-    """Images of each kind: as many as asked for, or as one half of the held-out ones has (2000 at most)."""
+    """Return the number of images of each kind: ``asked``, or half of the held-out ones (2000 at most)."""
     half = int(len(dataset.train) * config.partition.validation_fraction) // 2
     if half < FEWEST_IMAGES:
         raise RequestError(
@@ -71,20 +71,20 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
         inception_weights()
 
 
-def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
-    """Classifier, generator, judge; then both classifiers' figures."""
+def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
+    """Train a classifier, a generator and a second classifier; measure the images with both classifiers."""
     from ..pipeline.rounds import warm_up
 
-    with study_context.run(config) as run:
+    with context.run(config) as run:
         shards, warmup, generators = uploads(run)
     other = override(config, {"seed": derive(config.seed, "quality", "judge") % 2**30})
-    with study_context.run(other) as apart:  # the same images, another start and order
+    with context.run(other) as apart:  # the same images, another start and order
         apart.shards, apart.keys["partition"] = shards, shards.key
         judge = warm_up(apart)
-    count = num_images(config, study_context.dataset, study_context.options["images"])
+    count = num_images(config, context.dataset, context.options["images"])
     held = numpy_stream(config.seed, "quality", "real").permutation(shards.validation[0])
-    halves = [study_context.dataset.train.images[rows] for rows in (held[:count], held[count : 2 * count])]
-    inception = bool(study_context.options["inception"])
+    halves = [context.dataset.train.images[rows] for rows in (held[:count], held[count : 2 * count])]
+    inception = bool(context.options["inception"])
 
     def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
         images = drawn(run, generators.weights()[0], count)
@@ -99,7 +99,7 @@ def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResul
 
 
 def drawn(run: RunContext, weights: Weights, count: int) -> np.ndarray:
-    """``count`` images uint8 [count, C, H, W] of a generator."""
+    """Draw ``count`` images uint8 [count, C, H, W] from a generator."""
     import torch
 
     from ..distillation.generator_training import draw, load_generator, to_pixels
@@ -114,30 +114,23 @@ def drawn(run: RunContext, weights: Weights, count: int) -> np.ndarray:
 
 
 def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
-    """One classifier's figures of ``images`` beside two sets of real ones."""
-    from ..distillation.image_quality import (
-        Network,
-        class_shares,
-        coverage,
-        frechet_distance,
-        inception_score,
-        predicted,
-    )
+    """Measure ``images`` and two sets of real ones with one classifier."""
+    from ..distillation import image_quality as quality
     from ..federated.evaluation import accuracy
     from ..pipeline.evaluate import table_of
 
     facts, device, seed = run.dataset.facts, str(run.client_context.device), run.config.seed
-    features = Network(run.client_context.classifier(weights), facts)
-    logits = Network(run.client_context.classifier(weights), facts, logits=True)
-    distance, floor = (frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
-    score, spread = inception_score(logits, images, seed, device)
-    shares = class_shares(predicted(logits, images, device), facts.num_classes)
+    features = quality.Network(run.client_context.classifier(weights), facts)
+    logits = quality.Network(run.client_context.classifier(weights), facts, logits=True)
+    distance, floor = (quality.frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
+    score, spread = quality.inception_score(logits, images, seed, device)
+    shares = quality.class_shares(quality.predicted(logits, images, device), facts.num_classes)
     return {
         "classifier": name, "num_images": len(images),
         "fid": distance, "floor": floor, "ratio": distance / floor if floor else None,
         "inception_score": score, "inception_score_sd": spread,
-        "inception_score_real": inception_score(logits, halves[0], seed, device)[0],
-        "coverage": coverage(shares), "class_share": shares.tolist(),
+        "inception_score_real": quality.inception_score(logits, halves[0], seed, device)[0],
+        "coverage": quality.coverage(shares), "class_share": shares.tolist(),
         "test_accuracy": accuracy(table_of(run, weights, run.dataset.test)),
     }  # fmt: skip
 
@@ -152,7 +145,7 @@ def _inception(run: RunContext, images: np.ndarray, halves: Sequence[np.ndarray]
 
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
-    """The first seed's images, the share of each class, and every seed's distance over its floor."""
+    """Draw the first seed's images, the share of each class, and every seed's distance over its floor."""
     from ..data.image_ops import image_grid
 
     grid, shares, ratios = figure.subplots(1, 3, width_ratios=(1.1, 1.4, 0.8))

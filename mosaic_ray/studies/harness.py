@@ -1,7 +1,7 @@
-"""What all studies share: seeds run one after another on the experiment's own stages, results on disk, a table.
+"""Run a study: its seeds one after another, its results on disk, its table.
 
-A study is a part of a run: it asks for the very stages that `mosaic run` asks for, so whatever either has computed the
-other finds in the store, and a killed command resumes where it stopped.
+A study uses the same stages as `mosaic run`, so both find each other's results in the store, and a killed command
+resumes at its last stored stage.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from ..tracking.progress import Stage
     from ..tracking.tracker import Tracker
 
-#: A line of results: names and plain values. Those of ``Study.by`` say of what, with the seed; lists are per class.
+#: One result row: names and plain values. ``Study.by`` and "seed" identify it; list values are per class.
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class StudyContext:
-    """Where a study works: data, storage, what people see, who hosts clients, and the study's own options."""
+    """The environment of a study: data, storage, progress, client hosts, and the study's own options."""
 
     dataset: Dataset
     store: Store
@@ -52,7 +52,7 @@ class StudyContext:
 
     @contextlib.contextmanager
     def run(self, config: ExperimentConfig) -> Iterator[RunContext]:
-        """A run of ``config`` whose stages can be asked for one by one."""
+        """Open a run of ``config``, to compute its stages one by one."""
         import torch
 
         from ..federated.client import ClientContext
@@ -71,11 +71,11 @@ class StudyContext:
 
 @dataclass(frozen=True)
 class Study:
-    """A study: what it measures with one seed, and how its results are shown.
+    """A study: its measurement with one seed, and the layout of its results.
 
-    ``measure(desk, config)`` gives a stage's result with the rows as facts and arrays as the part "arrays". ``columns``
-    maps a row's numbers to a heading and a format; rows that agree in ``by`` are one column of the table, over seeds.
-    ``figure`` draws on an empty figure.
+    ``measure(context, config)`` returns a stored result with the rows as facts and arrays as the part "arrays".
+    ``columns`` maps a row's numbers to a heading and a format; rows that agree in ``by`` are one column of the table,
+    over seeds. ``figure`` draws on an empty figure.
     """
 
     name: str
@@ -104,9 +104,9 @@ def measured(
     upstream: Sequence[str],
     compute: Callable[[], tuple[list[Row], dict[str, np.ndarray]]],
 ) -> StageResult:
-    """``compute``'s rows and arrays as a stored result; ``version`` rises when its mathematics changes."""
+    """Store the rows and arrays of ``compute``; ``version`` rises when its mathematics changes."""
     name = study.replace("-", "_")
-    own = {"seed": run.config.seed, "threads": run.config.runtime.driver_threads}
+    common = {"seed": run.config.seed, "threads": run.config.runtime.driver_threads}
 
     def work(writer: StageWriter, progress: Stage) -> dict[str, Any]:
         rows, arrays = compute()
@@ -114,7 +114,7 @@ def measured(
         progress.advance()
         return {"rows": rows}
 
-    return run.stage(name, stage_key(name, version, {**knobs, **own}, upstream), work, total=1, unit="look")
+    return run.stage(name, stage_key(name, version, {**knobs, **common}, upstream), work, total=1, unit="look")
 
 
 def run_study(
@@ -132,7 +132,7 @@ def run_study(
 ) -> dict[str, Any]:
     """Measure with every seed and write results.json, results.csv, figure.png and config.toml; returns results.json.
 
-    Its ``keys`` are the stage results behind it, which `mosaic store gc` keeps.
+    Its ``keys`` name the stage results that it used, which `mosaic store gc` keeps.
 
     ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
     """
@@ -147,8 +147,8 @@ def run_study(
     place = f"experiments/{name or default_name(study, config, seeds, options)}"
     with Tracker(None, progress=progress) as tracker:
         store.log = tracker.warn
-        study_context = StudyContext(dataset, store, tracker, Placement(address), options)
-        results = [_one_seed(study, study_context, override(config, {"seed": seed})) for seed in seeds]
+        context = StudyContext(dataset, store, tracker, Placement(address), options)
+        results = [_one_seed(study, context, override(config, {"seed": seed})) for seed in seeds]
     rows: list[Row] = [{"seed": seed, **row} for seed, r in zip(seeds, results, strict=True) for row in r.facts["rows"]]
     found = {
         "study": study.name, "command": command, "seeds": list(seeds), "options": dict(options),
@@ -160,40 +160,40 @@ def run_study(
         "config.toml": to_toml(config).encode(),
         "results.csv": as_csv(rows).encode(),
         "figure.png": _png(title, lambda figure: study.figure(figure, rows, results[0].load("arrays"))),
-        "results.json": (json.dumps(found, indent=1) + "\n").encode(),  # last: where it is, all are
+        "results.json": (json.dumps(found, indent=1) + "\n").encode(),  # last, so that it marks a complete folder
     }
     for file, data in files.items():
         store.write(f"{place}/{file}", data)
     return found
 
 
-def _one_seed(study: Study, study_context: StudyContext, config: ExperimentConfig) -> StageResult:
-    """As ``launch.execute`` does, begun again where a stored result turns out to be damaged."""
+def _one_seed(study: Study, context: StudyContext, config: ExperimentConfig) -> StageResult:
+    """Measure with one seed; start again where a stored result is damaged, as a run does."""
     from ..runs.runner import MAX_REPAIRS
     from ..storage.store import CorruptResult
 
     for _ in range(MAX_REPAIRS):
         try:
-            return study.measure(study_context, config)
+            return study.measure(context, config)
         except CorruptResult as damaged:
-            study_context.store.discard(damaged.key)
-    raise RunError(f"stored results under {study_context.store.uri} keep being damaged; is the disk sound?")
+            context.store.discard(damaged.key)
+    raise RunError(f"stored results under {context.store.uri} keep being damaged; is the disk sound?")
 
 
 def default_name(study: Study, config: ExperimentConfig, seeds: Sequence[int], options: Mapping[str, Any]) -> str:
-    """The same request gives the same name."""
-    asked = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
+    """Return the default name; the same request gives the same name."""
+    request = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
-    return f"{study.name}-{data}-{stage_key('study', 1, asked, []).rpartition('-')[2][:8]}"
+    return f"{study.name}-{data}-{stage_key('study', 1, request, []).rpartition('-')[2][:8]}"
 
 
 def over_seeds(rows: Sequence[Row], study: Study) -> list[dict[str, Any]]:
-    """A line for each value of ``study.by``: mean, sd (n - 1) and number of the seeds' values that there are."""
+    """Return a row for each value of ``study.by``: mean, sd (n - 1) and number of the values over seeds."""
     lines = []
-    for what in dict.fromkeys(row[study.by] for row in rows):
-        line: dict[str, Any] = {study.by: what}
+    for value in dict.fromkeys(row[study.by] for row in rows):
+        line: dict[str, Any] = {study.by: value}
         for column in study.columns:
-            values = [row[column] for row in rows if row[study.by] == what and row.get(column) is not None]
+            values = [row[column] for row in rows if row[study.by] == value and row.get(column) is not None]
             line[column] = {
                 "mean": float(np.mean(values)) if values else None,
                 "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
@@ -204,7 +204,7 @@ def over_seeds(rows: Sequence[Row], study: Study) -> list[dict[str, Any]]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line a row; of a list a column for each entry."""
+    """Return the rows as CSV; a list has a column for each entry."""
     flat = []
     for row in rows:
         line: Row = {}
@@ -219,7 +219,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def table(study: Study, found: Mapping[str, Any]) -> RenderableType:
-    """``found``'s summary for a terminal, a row a figure: mean ± sd over the seeds."""
+    """Lay out the summary of ``found`` for a terminal: mean ± sd over the seeds."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -234,14 +234,14 @@ def table(study: Study, found: Mapping[str, Any]) -> RenderableType:
 
 
 def in_words(value: Mapping[str, Any], form: str) -> str:
-    """``mean ± sd`` in the format ``form``; a dash where nothing was measured."""
+    """Return ``mean ± sd`` in the format ``form``; a dash where there is no value."""
     if value["mean"] is None:
         return "–"
     return f"{value['mean']:{form}}" + ("" if value["sd"] is None else f" ± {value['sd']:{form.lstrip('+')}}")
 
 
 def _png(title: str, draw: Callable[[Figure], None]) -> bytes:
-    """The picture that ``draw`` makes of an empty figure; drawn through objects, so that nothing global is touched."""
+    """Return the PNG of a figure that ``draw`` fills; uses no global state of matplotlib."""
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

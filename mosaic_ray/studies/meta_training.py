@@ -2,11 +2,11 @@
 
 The arms are ``meta.data``'s: prototypes; synthetic images labelled by the model of the client whose generator made
 them; and labelled by the experts' vote. Each arm has the same meta model, random start, number of updates and of
-training vectors, and hands back its last state (``tune_spaces/meta_training`` has the reasons). What the teachers reach
-on test images is compared seed by seed.
+training vectors, and returns its last state (``tune_spaces/meta_training`` has the reasons). The teachers' results on
+test images are compared seed by seed.
 
-``auc`` says how easily a linear classifier tells what an arm learns from from the clients' prototypes. A prototype is a
-mean of images, so even features of real images are told from them: ``real images`` is that floor.
+``auc`` measures how well a linear classifier separates an arm's training vectors from the clients' prototypes. A
+prototype is a mean of images, so even features of real images differ from prototypes: ``real images`` is that floor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..storage.store import StageResult
 
 ARMS = ("prototypes", "synthetic", "synthetic_vote")
-#: Below --config and --set: nothing in an arm may be chosen or begun by prototypes.
+#: Defaults below --config and --set: no arm may start from, or be selected by, prototypes.
 BASE: dict[str, Any] = {"meta.init": "random", "meta.select": False, "runtime.eval_rounds": 0}
 VERSION = 1
 
@@ -52,12 +52,12 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
         check_config(override(config, {"meta.data": arm}))
 
 
-def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
-    """What clients upload, a teacher for each arm, and what each teacher reaches."""
+def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
+    """Train a teacher for each arm on the clients' uploads, and evaluate it on test images."""
     from ..methods.mosaic.graph import PROTOTYPES, TEACHER
     from ..pipeline.evaluate import evaluated
 
-    with study_context.run(config) as run:
+    with context.run(config) as run:
         shards, warmup, generators = uploads(run)
         prototypes = run.run(PROTOTYPES, warmup)
         reached, keys, looks = {}, [], {}
@@ -89,14 +89,14 @@ def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResul
 
 
 def _kept(run: RunContext, prototypes: Prototypes) -> Prototypes:
-    """The prototypes that the meta model learns from."""
+    """Return the prototypes that the meta model trains on."""
     from ..distillation.prototypes import split_held_out
 
     return split_held_out(prototypes, run.config.prototypes.held_out, run.config.seed)[0]
 
 
 def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
-    """The vectors and labels that an arm's meta model learnt from in the place of ``kept``, drawn again."""
+    """Draw again the vectors and labels that an arm's meta model trained on in place of ``kept``."""
     from ..distillation.teacher_training import expert_mean_logits, synthetic_prototypes
 
     makers = zip(generators.clients, generators.results, strict=True)
@@ -106,7 +106,7 @@ def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Genera
 
 
 def _bias(run: RunContext, kept: Prototypes, made: Prototypes) -> dict[str, float]:
-    """How synthetic training vectors differ from prototypes: by domain, and by the classes that their labels name."""
+    """Measure how synthetic training vectors differ from prototypes, by domain and by the classes of their labels."""
     classes = run.dataset.facts.num_classes
     shares = [np.bincount(p.labels, p.sizes, classes) / p.sizes.sum() for p in (kept, made)]
     return {
@@ -123,7 +123,7 @@ def _auc(run: RunContext, kept: Prototypes, vectors: np.ndarray) -> float:
 
 
 def _real_features(run: RunContext, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
-    """Features of as many of each client's real images as it has prototypes, by the model that made those."""
+    """Extract features of as many real images of each client as it has prototypes, with the model that made those."""
     from ..distillation.prototypes import extract_features
 
     by_client = run.config.prototypes.model == "client" and run.config.prototypes.rounds == "last"
@@ -139,8 +139,8 @@ def _real_features(run: RunContext, shards: Shards, warmup: Warmup, kept: Protot
 
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
-    """Every seed's figures, arm by arm; a line joins the arms of one seed."""
-    shown = {"accuracy": "test accuracy", "nll": "NLL, nats", "ece": "ECE", "auc": "AUC, told from prototypes"}
+    """Draw the metrics of every seed by arm; a line joins the arms of one seed."""
+    shown = {"accuracy": "test accuracy", "nll": "NLL, nats", "ece": "ECE", "auc": "AUC against prototypes"}
     for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
         arms = [arm for arm in dict.fromkeys(row["learns_from"] for row in rows) if _has(rows, arm, name)]
         for seed in dict.fromkeys(row["seed"] for row in rows):

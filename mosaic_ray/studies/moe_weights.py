@@ -1,10 +1,10 @@
-"""`mosaic experiment moe-weights`: can the experts' weights be told from synthetic images alone?
+"""`mosaic experiment moe-weights`: estimate the experts' weights from synthetic images alone.
 
 The class experts weigh client k by W_{k,c} = n_{k,c} / sum_k n_{k,c}, for which clients send their label counts. Here
-only their sizes n_k are known: What_{k,c} is proportional to n_k P_k(c), with P_k(c) the share of client k's synthetic
-images in which client k's own model sees class c (ALGORITHM 4.2, W_err). Beside it stand three baselines: ``noise``,
-the same with images of random pixels, for a model that knows few classes sees them in anything; ``sizes``, n_k / n for
-every class (FedAvg's weights); and ``uniform``, 1 / K.
+only their sizes n_k are known: W_hat_{k,c} is proportional to n_k P_k(c), with P_k(c) the share of client k's synthetic
+images in which client k's own model sees class c. There are three baselines: ``noise``, the same with images of
+random pixels, since a model that knows few classes predicts them for any image; ``sizes``, n_k / n for every class
+(FedAvg's weights); and ``uniform``, 1 / K.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHUNK = 500
 
 
 def estimate(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """What float64 [K, C] of columns that sum to 1, from P_k(c) ``shares`` [K, C] and n_k ``sizes`` [K].
+    """Return W_hat float64 [K, C], columns that sum to 1, from P_k(c) ``shares`` [K, C] and n_k ``sizes`` [K].
 
     The column of a class that no generator shows is n_k / n.
     """
@@ -43,12 +43,12 @@ def estimate(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def total_variation(true: np.ndarray, guess: np.ndarray) -> np.ndarray:
-    """float64 [C], each within [0, 1]: half the summed difference of two columns of weights [K, C]."""
+    """Return float64 [C] in [0, 1]: half the summed absolute difference of two columns of weights [K, C]."""
     return np.abs(true - guess).sum(0) / 2
 
 
 def rank_correlations(true: np.ndarray, guess: np.ndarray) -> list[float | None]:
-    """Spearman's correlation over clients, class by class; None where either column is constant."""
+    """Return Spearman's correlation over clients for each class; None where either column is constant."""
     from scipy.stats import spearmanr
 
     return [
@@ -58,7 +58,7 @@ def rank_correlations(true: np.ndarray, guess: np.ndarray) -> list[float | None]
 
 
 def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
-    """The figures of one estimate; ``owner``: share of classes whose largest owner it names."""
+    """Return the metrics of one estimate; ``owner``: share of classes for which it finds the largest owner."""
     distances, ranks = total_variation(true, guess), rank_correlations(true, guess)
     known = [value for value in ranks if value is not None]
     one = np.ptp(guess, 0) > 0
@@ -71,11 +71,11 @@ def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
     }  # fmt: skip
 
 
-def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResult:
-    """Clients' models and generators as in any run, and what their images tell of the weights."""
+def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
+    """Compute the clients' models and generators, and estimate the weights from their images."""
     from ..distillation.experts import expert_weights
 
-    with study_context.run(config) as run:
+    with context.run(config) as run:
         shards, warmup, generators = uploads(run)
 
         def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
@@ -101,7 +101,7 @@ def measure(study_context: StudyContext, config: ExperimentConfig) -> StageResul
 
 
 def synthetic_images(run: RunContext, client_id: int, generator: Weights) -> Iterator[torch.Tensor]:
-    """2,000 of a generator's images, as classifiers see them."""
+    """Yield 2,000 of a generator's images as classifier inputs."""
     from ..distillation.generator_training import classifier_view, draw, load_generator
 
     config, facts, device = run.config, run.dataset.facts, run.client_context.device
@@ -112,7 +112,7 @@ def synthetic_images(run: RunContext, client_id: int, generator: Weights) -> Ite
 
 
 def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
-    """2,000 images of pixels that are uniform and independent, as classifiers see them."""
+    """Yield 2,000 images of uniform independent pixels as classifier inputs."""
     import torch
 
     from ..data.transforms import normalise
@@ -124,7 +124,7 @@ def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
 
 
 def seen_shares(run: RunContext, client_id: int, weights: Weights, views: Iterable[torch.Tensor]) -> np.ndarray:
-    """P_k float64 [C]: share of each class that client k's model sees in classifier inputs ``views``."""
+    """Return P_k float64 [C]: the share of ``views`` in which client k's model predicts each class."""
     import torch
 
     from ..distillation.image_quality import class_shares
@@ -136,7 +136,7 @@ def seen_shares(run: RunContext, client_id: int, weights: Weights, views: Iterab
 
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
-    """The first seed's true weights and estimate, and the distance of each class over all seeds."""
+    """Draw the first seed's true weights and estimate, and the distance of each class over all seeds."""
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.2))
     for axes, name, title in zip(panels, ("true", "guess"), ("true weights W", "from synthetic images"), strict=False):
         image = axes.imshow(arrays[name], vmin=0, vmax=1, cmap="YlGnBu", aspect="auto", interpolation="nearest")

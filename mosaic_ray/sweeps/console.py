@@ -1,4 +1,4 @@
-"""What a person sees while a sweep goes on: one live view on a terminal, a few plain lines elsewhere."""
+"""Show the progress of a sweep: a live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..tracking.console import Live, Quiet, clock, is_terminal
+from ..tracking.console import Quiet, clock, is_terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
 
 _now = time.monotonic
 
-#: The live view tells the best of so many conditions.
-MOST_CONDITIONS = 4
+#: The live view shows the best trial of so many settings.
+MOST_SETTINGS = 4
 
 
 @dataclass
 class _Trial:
-    """A trial under way."""
+    """A running trial."""
 
     label: str
     begun: float
@@ -30,27 +30,21 @@ class _Trial:
 
 
 class SweepView:
-    """Progress of ``total`` trials; a context manager.
+    """Shows the progress of ``total`` trials; a context manager.
 
-    ``stream``: None means standard error. ``progress``: False shows messages only. The best so far is told for each
-    condition (an omega, say), since selections of two problems do not compare.
+    ``stream``: None means standard error. ``progress``: False shows messages only. The best so far is shown for each
+    setting (each omega, for example), since scores in two settings do not compare.
     """
 
-    def __init__(
-        self,
-        total: int,
-        *,
-        stream: TextIO | None = None,
-        progress: bool | None = None,
-    ) -> None:
+    def __init__(self, total: int, *, stream: TextIO | None = None, progress: bool | None = None) -> None:
         stream = sys.stderr if stream is None else stream
         self.total = total
-        self.best: dict[str, tuple[str, float]] = {}  # condition -> label and selection
+        self.best: dict[str, tuple[str, float]] = {}  # setting -> label and selection
         self.ended = {"done": 0, "stopped": 0, "failed": 0}
         self._running: dict[str, _Trial] = {}
         self._begun, self._slots, self._succeeded = _now(), 1, False
         self._durations: list[float] = []
-        self._live = _Live(self, stream) if progress is not False and is_terminal(stream) else None
+        self._live = _live(self, stream) if progress is not False and is_terminal(stream) else None
         self._plain = Quiet(stream)
         self._lines = self._live is None and progress is not False
 
@@ -60,59 +54,63 @@ class SweepView:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 
     def begin(self, trial: str, label: str) -> None:
-        """``trial`` runs from now on (a second time, where it was taken up again)."""
+        """Show that ``trial`` starts, for the first time or again."""
         self._running[trial] = _Trial(label, _now())
         self._slots = max(self._slots, len(self._running))
         if self._lines:
             self.say(f"{label}: begins")
 
     def stage(self, trial: str, name: str, note: str = "") -> None:
-        """What ``trial`` is at; ``note`` is a few words such as "found"."""
+        """Show the stage of ``trial``, with a short ``note`` such as "found"."""
         if trial in self._running:
             self._running[trial].stage = f"{name} {note}".rstrip()
 
-    def found(self, status: str, selection: float | None, label: str, condition: str = "") -> None:
-        """A trial that ended in an earlier session."""
+    def found(self, status: str, selection: float | None, label: str, setting: str = "") -> None:
+        """Count a trial that finished in an earlier session."""
         self.ended[status] += 1
-        self._rank(status, selection, label, condition)
+        self._rank(status, selection, label, setting)
 
-    def end(self, trial: str, status: str, selection: float | None, label: str, condition: str = "") -> None:
-        """``trial`` is done, stopped or failed; ``selection`` (in [0, 1]) is what configurations are chosen by."""
+    def end(self, trial: str, status: str, selection: float | None, label: str, setting: str = "") -> None:
+        """Show that ``trial`` is done, stopped or failed; ``selection`` in [0, 1] ranks the configurations."""
         if ran := self._running.pop(trial, None):
             self._durations.append(_now() - ran.begun)
         self.ended[status] += 1
         self._succeeded |= status != "failed"
-        self._rank(status, selection, label, condition)
+        self._rank(status, selection, label, setting)
         if self._lines:
             reached = "" if selection is None or status == "failed" else f"selection {selection:.1%}"
             outcome = {"done": reached or "done", "stopped": "stopped early", "failed": "failed"}[status]
-            words = (outcome, self._best(condition), self._left())
-            self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: " + ", ".join(word for word in words if word))
+            parts = filter(None, (outcome, self._best(setting), self._left()))
+            self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: {', '.join(parts)}")
 
-    def _rank(self, status: str, selection: float | None, label: str, condition: str) -> None:
-        best = self.best.get(condition)
+    def _rank(self, status: str, selection: float | None, label: str, setting: str) -> None:
+        best = self.best.get(setting)
         if status == "done" and selection is not None and (best is None or selection > best[1]):
-            self.best[condition] = label, selection
+            self.best[setting] = label, selection
 
-    def say(self, text: str) -> None:
-        """A line for the person who looks on."""
-        (self._live or self._plain).say(text, "")
+    def say(self, text: str, mark: str = "") -> None:
+        """Print a line, above the live view; ``mark`` is "warning" or nothing."""
+        if self._live is None:
+            self._plain.say(text, mark)
+            return
+        from rich.text import Text
+
+        line = Text(f"{mark}: {text}", style="yellow") if mark else Text(text)
+        self._live.console.print(line, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A line that asks for attention."""
-        (self._live or self._plain).say(text, "warning")
+        """Print a warning."""
+        self.say(text, "warning")
 
     def seconds_left(self) -> float | None:
-        """By the mean duration of the trials that ended; None while that tells nothing.
+        """Estimate the seconds left from the mean duration of the finished trials.
 
-        None, too, when all that is left has already taken longer than that mean.
+        None before a trial has succeeded, and when every remaining trial has already run longer than that mean.
         """
         unfinished = self.total - sum(self.ended.values())
         if unfinished <= 0:
@@ -128,10 +126,10 @@ class SweepView:
         left = self.seconds_left()
         return "time left unknown" if left is None else f"{clock(left)} left"
 
-    def _best(self, condition: str) -> str:
-        if condition not in self.best:
+    def _best(self, setting: str) -> str:
+        if setting not in self.best:
             return ""
-        label, selection = self.best[condition]
+        label, selection = self.best[setting]
         return f"best so far {selection:.1%} ({label})"
 
     def _counts(self) -> str:
@@ -140,7 +138,7 @@ class SweepView:
         return ", ".join(f"{n} {word}" for word, n in shown.items()) + f" of {self.total}"
 
     def __rich_console__(self, *_: Any) -> Iterator[RenderableType]:
-        """The live view: all trials in two lines, then one for each that runs."""
+        """Render the live view: two lines for the sweep, one for each setting's best, one for each running trial."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -149,32 +147,22 @@ class SweepView:
         head.add_row("sweep", ProgressBar(self.total, sum(self.ended.values()), width=16), Text(self._counts()))
         yield head
         yield Text(f"{clock(_now() - self._begun)} elapsed, {self._left()}", no_wrap=True, overflow="crop")
-        for condition in list(self.best)[:MOST_CONDITIONS]:
-            yield Text(self._best(condition), no_wrap=True, overflow="crop")
+        for setting in list(self.best)[:MOST_SETTINGS]:
+            yield Text(self._best(setting), no_wrap=True, overflow="crop")
         rows = Table.grid(padding=(0, 2, 0, 0), expand=True)
         rows.add_column(no_wrap=True, overflow="crop", ratio=2)
         rows.add_column(no_wrap=True, overflow="crop", ratio=1)
         rows.add_column(no_wrap=True, justify="right")
-        for trial in list(self._running.values()):  # a copy: the view is drawn by a thread of its own
+        for trial in list(self._running.values()):  # a copy, since another thread draws the view
             rows.add_row(Text(f"> {trial.label}"), Text(trial.stage), clock(_now() - trial.begun))
         yield rows
 
 
-class _Live:
-    """A rich live view of ``view``; messages stand above it."""
+def _live(view: SweepView, stream: TextIO) -> Live:
+    """Draw ``view`` on a terminal."""
+    from rich.console import Console
+    from rich.live import Live
 
-    def __init__(self, view: SweepView, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self.console = Console(file=stream, force_terminal=True)
-        self.live = Live(
-            view,
-            console=self.console,
-            refresh_per_second=4,
-            # a piped standard output is somebody's data: it must not be led to the terminal
-            redirect_stdout=sys.stdout.isatty(),
-        )
-        self.start, self.stop = self.live.start, self.live.stop
-
-    say = Live.say  # of the console alone
+    # a piped standard output is data, which must not go to the terminal
+    console, redirect = Console(file=stream, force_terminal=True), sys.stdout.isatty()
+    return Live(view, console=console, refresh_per_second=4, redirect_stdout=redirect)

@@ -1,6 +1,6 @@
-"""A sweep's results: one row a trial as parquet and csv, the closing table, and TensorBoard's HParams view.
+"""Write a sweep's results: one row for each trial as parquet and csv, and TensorBoard's HParams view.
 
-Configurations are chosen by ``selection`` (validation images, or held-out prototypes), never by test accuracy.
+Configurations are selected by ``selection`` (validation images, or held-out prototypes), never by test accuracy.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ..config.resolve import KNOBS, dotted
 from ..core.errors import RequestError
 from ..core.types import ROLES, STAGES
 
-#: What TensorBoard compares trials by, and the column of each.
+#: The metrics in TensorBoard's HParams view, and the column of each.
 HPARAM_METRICS = {
     "selection": "selection", "accuracy/final": "accuracy_final", "accuracy/control": "accuracy_control",
     "accuracy/gain": "gain",
 }  # fmt: skip
 
-#: Sorts after the trial's own event file, which TensorBoard therefore reads first; one name, so that again replaces.
+#: Sorts after the trial's own event file, which TensorBoard therefore reads first.
 HPARAMS_FILE = "events.out.tfevents.9999999999.hparams"
 
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ Point = list[Row]  # the finished trials of one configuration
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended: ``knobs`` are the swept ones alone, ``summary`` is the content of summary.json."""
+    """The result of a trial: ``knobs`` holds the swept ones alone, ``summary`` is the content of summary.json."""
 
     trial: str
     point: int
@@ -46,11 +46,8 @@ class TrialResult:
     summary: Mapping[str, Any]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
 def _schema() -> pa.Schema:
-    """Every column, whatever the rows hold; a list of numbers is JSON text."""
+    """Return all columns; a list of numbers is stored as JSON text."""
     types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     whole, number, text, flag = pa.int64(), pa.float64(), pa.string(), pa.bool_()
     columns = {
@@ -67,7 +64,7 @@ def _schema() -> pa.Schema:
 
 SCHEMA = _schema()
 
-#: Columns that tell how long it took and who computed what; two sweeps of one plan agree in all others.
+#: Columns that depend on time and on cached stages; two sweeps of one plan agree in all others.
 NOT_REPRODUCIBLE = (
     *(f"seconds_{stage}" for stage in STAGES), *(f"cached_{stage}" for stage in STAGES), "waited_seconds",
 )  # fmt: skip
@@ -78,25 +75,25 @@ def _finite(value: float | None) -> float | None:
 
 
 def _row(result: TrialResult) -> Row:
-    """A trial under the names of ``SCHEMA``; what its summary does not tell is None."""
-    summary, row = result.summary, dict.fromkeys(SCHEMA.names)
+    """Return a trial's values under the names of ``SCHEMA``; None for those absent from its summary."""
+    summary, row = result.summary, Row.fromkeys(SCHEMA.names)
     for name, value in (dict(result.knobs) | dotted(summary.get("config") or {})).items():
         if name in KNOBS:  # a summary of another version may name others
             row[name] = json.dumps(list(value)) if isinstance(value, list | tuple) else value
     row |= {"trial": result.trial, "point": result.point, "seed": result.seed}
-    row |= {what: summary.get(what) for what in ("status", "error")}
-    row |= {f"error_{what}": summary.get(what) for what in ("stage", "round", "client")}
+    row |= {name: summary.get(name) for name in ("status", "error")}
+    row |= {f"error_{name}": summary.get(name) for name in ("stage", "round", "client")}
     for column, kind in (("accuracy", "accuracy"), ("validation", "validation_accuracy")):
         row |= {f"{column}_{role}": _finite((summary.get(kind) or {}).get(role)) for role in ROLES}
-    if None not in (row["accuracy_final"], row["accuracy_control"]):
-        row["gain"] = row["accuracy_final"] - row["accuracy_control"]
+    final, control = row["accuracy_final"], row["accuracy_control"]
+    row["gain"] = None if final is None or control is None else final - control
     selection = summary.get("selection") or {}
     row |= {"selection_metric": selection.get("metric"), "selection": _finite(selection.get("value"))}
-    stages = {name: facts for name, facts in (summary.get("stages") or {}).items() if name in STAGES}
-    row |= {f"seconds_{name}": facts.get("computed_seconds") for name, facts in stages.items()}
-    row |= {f"cached_{name}": facts.get("cached") for name, facts in stages.items()}
+    stages = {name: stage for name, stage in (summary.get("stages") or {}).items() if name in STAGES}
+    row |= {f"seconds_{name}": stage.get("computed_seconds") for name, stage in stages.items()}
+    row |= {f"cached_{name}": stage.get("cached") for name, stage in stages.items()}
     if stages:
-        row["waited_seconds"] = float(sum(facts.get("waited_seconds") or 0.0 for facts in stages.values()))
+        row["waited_seconds"] = float(sum(stage.get("waited_seconds") or 0.0 for stage in stages.values()))
     for way, kinds in (summary.get("communication_bytes") or {}).items():
         row[f"communication_{way}"] = sum(kinds.values())
     if "health" in summary:
@@ -109,12 +106,15 @@ def _rows(results: Iterable[TrialResult]) -> list[Row]:
 
 
 def results_table(results: Iterable[TrialResult]) -> pa.Table:
-    """One row a trial, by point and seed, in the columns of ``SCHEMA``. Seconds are those of who computed the stage."""
+    """Return one row for each trial, by point and seed, in the columns of ``SCHEMA``.
+
+    The seconds of a cached stage are the time it took the trial that computed it.
+    """
     return pa.Table.from_pylist(_rows(results), schema=SCHEMA)
 
 
 def results_files(table: pa.Table) -> dict[str, bytes]:
-    """results.csv and results.parquet."""
+    """Return the content of results.csv and results.parquet."""
     as_csv, as_parquet = pa.BufferOutputStream(), pa.BufferOutputStream()
     pc.write_csv(table, as_csv)
     pq.write_table(table, as_parquet, write_page_checksum=True)
@@ -122,7 +122,7 @@ def results_files(table: pa.Table) -> dict[str, bytes]:
 
 
 def read_results(path: Path) -> pa.Table:
-    """results.parquet as it was written; ``RequestError`` where it cannot be read."""
+    """Read results.parquet; ``RequestError`` where it is damaged or no sweep's."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -140,14 +140,10 @@ def read_results(path: Path) -> pa.Table:
     return table
 
 
-# --- TensorBoard -----------------------------------------------------------------------------------------------------
-
-
 def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
-    """The trial as a session of TensorBoard's HParams view: the event file ``HPARAMS_FILE`` beside its curves.
+    """Return the event file ``HPARAMS_FILE``: the trial as a session of TensorBoard's HParams view.
 
-    Every trial carries the same experiment (which knobs and metrics there are, and their types), as TensorBoard reads
-    whichever it meets first.
+    Every trial holds the same experiment (knobs and metrics with their types), since TensorBoard reads only the first.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -175,14 +171,14 @@ def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
     status = api_pb2.STATUS_FAILURE if row["status"] == "failed" else api_pb2.STATUS_SUCCESS
     end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
 
-    told = {
+    content = {
         metadata.EXPERIMENT_TAG: plugin_data_pb2.HParamsPluginData(experiment=experiment),
         metadata.SESSION_START_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_start_info=start),
         metadata.SESSION_END_INFO_TAG: plugin_data_pb2.HParamsPluginData(session_end_info=end),
     }
     summaries = [
         Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(data), tensor=metadata.NULL_TENSOR)
-        for tag, data in told.items()
+        for tag, data in content.items()
     ]
     reached = {tag: row[column] for tag, column in HPARAM_METRICS.items() if row[column] is not None}
     summaries += [Summary.Value(tag=tag, simple_value=value) for tag, value in reached.items()]

@@ -1,34 +1,34 @@
-"""From a checked request to a finished sweep on disk: its plan, its resources, its trials, its results."""
+"""Run a sweep: check the request, plan its resources, run its trials, write its results."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.resolve import as_dict, override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
-from .search import Listed, Optuna, Search, problems, searched
-from .space import Choice, SweepPlan, check_space, conditions, describe, grid_points, random_points
-from .state import Ledger, Trial, make_trials, plan_name
+from .search import FixedTrials, OptunaSearch, Search, searched_knobs, settings_of
+from .space import Choice, SweepPlan, check_space, describe, grid_points, random_points, setting_knobs
+from .state import SweepState, Trial, make_trials, plan_name
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node, ResourcePlan
-    from ..storage.store import Store
-    from .console import SweepView
+    from ..runs.plan import StageWork
+    from .queue import TrialQueue
     from .results import TrialResult
 
-#: What a sweep sets where nobody says otherwise: configurations are chosen on images that no client trains on.
+#: A sweep's own defaults: configurations are selected on images that no client trains on.
 SWEEP_BASE = {"partition.validation_fraction": 0.1}
 
 SCHEDULERS = ("fifo", "asha")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What was asked for. ``config`` is the base that points change; ``space`` the plan's name."""
+class SweepRequest:
+    """A sweep as requested. ``config`` is the base that points change, ``space`` the plan's name."""
 
     config: ExperimentConfig
     space: str
@@ -42,26 +42,29 @@ class Request:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A request made definite: who hands out its trials, the trials as far as they are known, and plan.json's facts."""
+    """A checked request with its search and its trials; ``plan_json`` is the content of plan.json.
 
-    request: Request
+    ``swept``: names of the knobs that differ between points; ``setting``: those of them that choose data and partition.
+    """
+
+    request: SweepRequest
     base: ExperimentConfig
     search: Search
     trials: tuple[Trial, ...]
-    facts: dict[str, Any]
+    plan_json: dict[str, Any]
     swept: tuple[str, ...]
-    conditions: tuple[str, ...]
+    setting: tuple[str, ...]
 
     @property
     def configs(self) -> list[ExperimentConfig]:
-        """Every trial's config; of optuna's, whose points are not known yet, each condition's with each extreme."""
+        """All trial configs. For optuna, those at the bounds of the search space in each setting."""
         return [trial.config for trial in self.trials]
 
 
-def prepare(request: Request, config: ExperimentConfig | None = None) -> Sweep:
-    """Check everything that can be checked without data or Ray; ``RequestError`` otherwise.
+def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sweep:
+    """Check ``request`` as far as that needs neither data nor Ray, and make its trials; ``RequestError`` otherwise.
 
-    ``config``: the base with what depends on this machine settled; the plan's facts keep the request's own.
+    ``config`` replaces the base in the trials, with this machine's precision filled in; plan.json keeps the request's.
     """
     plan, base = request.plan, config or request.config
     check_space(request.space, plan)
@@ -80,9 +83,13 @@ def prepare(request: Request, config: ExperimentConfig | None = None) -> Sweep:
         points = _extremes(plan)
     swept = tuple(dict.fromkeys(name for point in points for name in point))
     trials = make_trials(base, points, seeds)
-    if request.scheduler == "asha" or search == "optuna":
-        _need_selection(request, search, trials)
-    facts = {
+    option = "--scheduler asha" if request.scheduler == "asha" else f"--search {search}"
+    learns = option in ("--scheduler asha", "--search optuna")
+    if learns and not all(trial.config.partition.validation_fraction for trial in trials):
+        raise RequestError(
+            f"{option}: it compares trials on validation images; set partition.validation_fraction above 0"
+        )
+    plan_json = {
         "space": request.space,
         "search": search,
         "samples": None if search == "grid" else samples,
@@ -92,48 +99,36 @@ def prepare(request: Request, config: ExperimentConfig | None = None) -> Sweep:
         "points": None if search == "optuna" else [dict(point) for point in points],
         "base": as_dict(request.config),
     }
-    chosen: Search = Optuna(plan, samples, seeds, base) if search == "optuna" else Listed(trials)
-    return Sweep(request, base, chosen, tuple(trials), facts, swept, conditions(swept))
+    chosen: Search = OptunaSearch(plan, samples, seeds, base) if search == "optuna" else FixedTrials(trials)
+    return Sweep(request, base, chosen, tuple(trials), plan_json, swept, setting_knobs(swept))
 
 
 def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
-    """Every problem with every two values (of a range: its ends) of the knobs that optuna searches.
+    """Return points with every setting and every two values (of a range: its ends) of the knobs that optuna searches.
 
-    Knobs contradict one another in pairs, and what a trial needs is most at an end, so what cannot be is found here.
+    Knobs contradict one another in pairs, and a trial needs the most resources at a bound, so these points show
+    every contradiction and the largest need.
     """
     ends = {
         name: domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
-        for name, domain in searched(plan).items()
+        for name, domain in searched_knobs(plan).items()
     }
     first = {name: values[0] for name, values in ends.items()}
-    pairs = list(itertools.combinations(ends, 2)) or [tuple(ends)]
+    pairs: list[tuple[str, ...]] = [*itertools.combinations(ends, 2)] or [tuple(ends)]
     found = [
         first | dict(zip(names, values, strict=True))
         for names in pairs
         for values in itertools.product(*(ends[name] for name in names))
     ]
     distinct = {repr(point): point for point in found}.values()
-    return [{name: (problem | point)[name] for name in plan.knobs} for problem in problems(plan) for point in distinct]
-
-
-def _need_selection(request: Request, search: str, trials: Sequence[Trial]) -> None:
-    """A search that learns needs something to learn from that is not the test set."""
-    word = "--scheduler asha" if request.scheduler == "asha" else f"--search {search}"
-    blind = next((t for t in trials if not t.config.partition.validation_fraction), None)
-    if blind is not None:
-        raise RequestError(
-            f"{word}: it compares trials on validation images; set partition.validation_fraction above 0"
-        )
-
-
-# --- before it runs --------------------------------------------------------------------------------------------------
+    return [{name: (setting | p)[name] for name in plan.knobs} for setting in settings_of(plan) for p in distinct]
 
 
 def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourcePlan:
-    """What the sweep may hold at once on ``nodes`` (the first is this one)."""
+    """Return how many trials and client hosts the sweep runs at once on ``nodes`` (the first is this one)."""
     from ..execution.resource_plan import plan
 
-    # a local folder is one node's own; so is the folder in which a trial's Train workers leave their checkpoints
+    # only this node reads a local folder, and the folder in which a trial's Train workers leave their checkpoints
     local = "://" not in storage or storage.startswith("file:")
     bound = local or any(config.distill.workers for config in sweep.configs)
     return plan(
@@ -142,8 +137,8 @@ def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourceP
     )  # fmt: skip
 
 
-def here(address: str) -> list[Node]:
-    """The nodes that there will be: this machine, without starting Ray, or those of the cluster at ``address``."""
+def available_nodes(address: str) -> list[Node]:
+    """Return the cluster's nodes; for ``local`` this machine, without starting Ray."""
     from ..execution.ray_session import connect, local_resources, nodes
     from ..execution.resource_plan import Node
 
@@ -154,138 +149,50 @@ def here(address: str) -> list[Node]:
     return [Node("this machine", found.cpus, found.gpus, found.memory)]
 
 
-def dry_run(request: Request, storage: str, name: str | None, address: str) -> list[Any]:
-    """What would run, as renderables: trials, the resource plan, work by stage. Needs neither the data nor Ray."""
-    from ..report.tables import work_table
+@dataclass(frozen=True)
+class DryRun:
+    """The plan of a sweep. ``work`` is by stage; None for optuna, because its points depend on results."""
+
+    name: str
+    space: str
+    search: str
+    points: int
+    seeds: int
+    resources: list[str]
+    work: list[StageWork] | None
+
+
+def dry_run(request: SweepRequest, storage: str, name: str | None, address: str) -> DryRun:
+    """Return what the sweep would run. Needs neither the data nor Ray."""
     from ..runs.plan import stage_keys, unique_work
     from ..runs.runner import check_name
 
     check_name(name, "sweeps")
     sweep = prepare(request)
-    resources = resources_of(sweep, here(address), storage)
-    name = name or plan_name(sweep.facts)
-    head = [
-        f"sweep {name}: space {request.space}, {sweep.facts['search']} search, {sweep.search.total} trials "
-        f"({sweep.search.total // len(sweep.facts['seeds'])} points x {len(sweep.facts['seeds'])} seeds)",
-    ]
-    if sweep.facts["search"] == "optuna":
-        return [*head, *resources.lines(), "its points depend on results, so the work is not known beforehand"]
-    chains = [stage_keys(config) for config in sweep.configs]
-    return [*head, *resources.lines(), "", work_table(unique_work(chains, sweep.configs))]
-
-
-# --- while it runs ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Feed:
-    """Hands out the trials that have not ended, and keeps the results of all that have."""
-
-    sweep: Sweep
-    ledger: Ledger
-    view: SweepView
-    results: dict[str, TrialResult] = field(default_factory=dict)
-    strict_health: bool = False
-    _back: list[Trial] = field(default_factory=list)
-
-    def found(self) -> bool:
-        """Go through what has ended already; whether anything is left to run."""
-        try:
-            trial = self.next()
-        except StopIteration:
-            return False
-        assert trial is not None, "nothing is under way, so nothing can be waited for"
-        self._back.append(trial)
-        return True
-
-    def next(self) -> Trial | None:
-        """The next trial to run; None where one must end first; ``StopIteration`` at the end."""
-        if self._back:
-            return self._back.pop()
-        while (trial := self.sweep.search.next()) is not None:
-            summary = self.ledger.ended(trial)
-            if summary is None or (self.strict_health and _alarmed(summary)):
-                return trial
-            self._keep(trial, summary)
-            self.view.found(summary["status"], _selection(summary), trial.label, self._condition(trial))
-        return None
-
-    def began(self, trial: Trial) -> None:
-        """See ``sweep.Feed``."""
-        self.view.begin(trial.name, trial.label)
-
-    def entered(self, trial: Trial, stage: str) -> None:
-        """See ``sweep.Feed``."""
-        self.view.stage(trial.name, stage)
-
-    def died(self, trial: Trial) -> None:
-        """See ``sweep.Feed``."""
-        self.view.warn(f"{trial.label}: its process died; it begins again at its last stored stage")
-
-    def ended(self, trial: Trial) -> None:
-        """See ``sweep.Feed``."""
-        from .results import HPARAMS_FILE, hparams_file
-
-        summary = self.ledger.summary(trial.name)
-        if summary is None:  # it could not even say how it failed; the storage may be what failed
-            summary = self.ledger.record(trial, status="failed", error="it left no summary", stage=None)
-        kept = self._keep(trial, summary)
-        if summary["status"] == "failed":
-            self.view.warn(f"{trial.label}: {summary['error']}")
-        if summary["status"] != "done":  # a done one wrote its own
-            board = f"{self.ledger.folder(trial.name)}/tensorboard"
-            self.ledger.store.write(f"{board}/{HPARAMS_FILE}", hparams_file(kept, self.sweep.swept))
-        self.view.end(trial.name, summary["status"], _selection(summary), trial.label, self._condition(trial))
-        self.write()
-
-    def write(self) -> None:
-        """results.parquet and results.csv of what has ended so far."""
-        from .results import results_files, results_table
-
-        for name, data in results_files(results_table(self.sorted())).items():
-            self.ledger.store.write(f"{self.ledger.place}/{name}", data)
-
-    def sorted(self) -> list[TrialResult]:
-        """By point and seed, whatever the order of their ends."""
-        return sorted(self.results.values(), key=lambda r: (r.point, r.seed))
-
-    def _condition(self, trial: Trial) -> str:
-        return repr([trial.knobs.get(name) for name in self.sweep.conditions])
-
-    def _keep(self, trial: Trial, summary: Mapping[str, Any]) -> TrialResult:
-        from .results import TrialResult
-
-        kept = TrialResult(trial.name, trial.point, trial.seed, trial.knobs, summary)
-        self.results[trial.name] = kept
-        self.sweep.search.ended(trial, _selection(summary))
-        return kept
-
-
-def _alarmed(summary: Mapping[str, Any]) -> bool:
-    """Whether an error is among a trial's health findings: with ``strict_health`` it fails, from what is stored."""
-    return any(finding["severity"] == "error" for finding in summary.get("health", []))
-
-
-def _selection(summary: Mapping[str, Any]) -> float | None:
-    return (summary.get("selection") or {}).get("value") if summary["status"] == "done" else None
+    resources = resources_of(sweep, available_nodes(address), storage)
+    search, seeds, work = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None
+    if search != "optuna":
+        work = unique_work([stage_keys(config) for config in sweep.configs], sweep.configs)
+    name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
+    return DryRun(name, request.space, search, points, seeds, resources.lines(), work)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished sweep: where it is, every trial's result, and what its tables group by."""
+    """A finished sweep: its folder, every trial's result, and the names of swept knobs (see ``Sweep``)."""
 
     name: str
     place: str
     results: list[TrialResult]
     swept: tuple[str, ...]
-    conditions: tuple[str, ...]
+    setting: tuple[str, ...]
 
     @property
     def failed(self) -> list[TrialResult]:
         return [r for r in self.results if r.summary["status"] == "failed"]
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """Return what ``--json`` prints."""
         trials = [
             {"trial": r.trial, "point": r.point, "seed": r.seed, "knobs": dict(r.knobs), "summary": r.summary}
             for r in self.results
@@ -294,18 +201,18 @@ class Outcome:
         return {"status": status, "name": self.name, "paths": {"sweep": self.place}, "trials": trials}
 
     def raise_failures(self) -> None:
-        """``RunError`` with the list of failed trials, if there are any."""
+        """Raise ``RunError`` with the list of failed trials, if there are any."""
         if not self.failed:
             return
-        which = "; ".join(f"{r.trial} ({r.summary['error']})" for r in self.failed)
+        failures = "; ".join(f"{r.trial} ({r.summary['error']})" for r in self.failed)
         raise RunError(
-            f"{len(self.failed)} of {len(self.results)} trials failed: {which}; the others are kept, and the same "
+            f"{len(self.failed)} of {len(self.results)} trials failed: {failures}; the others are kept, and the same "
             f"command tries these again; logs are in {self.place}/trials/"
         )
 
 
 def run(
-    request: Request,
+    request: SweepRequest,
     *,
     storage: str = "./mosaic_runs",
     name: str | None = None,
@@ -314,7 +221,7 @@ def run(
     progress: bool | None = None,
     strict_health: bool = False,
 ) -> Outcome:
-    """Run what has not ended of the sweep, and write its results.
+    """Run the trials that have not finished, and write the results.
 
     ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on. With ``strict_health``
     a finding of severity error is such a failure.
@@ -322,54 +229,47 @@ def run(
     from ..runs.runner import check_name, load_data, settle_precision
     from ..storage.store import Store
     from .console import SweepView
+    from .queue import TrialQueue
     from .results import read_results
 
     check_name(name, "sweeps")
     sweep = prepare(request)
-    resources_of(sweep, here(address), storage)  # what can never fit is refused here, before Ray
+    resources_of(sweep, available_nodes(address), storage)  # refuses a plan that cannot fit, before Ray starts
     store = Store(storage)
     store.check_writable()
     settled = settle_precision(request.config)
-    ledger = Ledger(store, name or plan_name(sweep.facts))
-    with _alone(store, ledger.name):
+    state = SweepState(store, name or plan_name(sweep.plan_json))
+    lease = store.try_lease(f"sweep-{state.name}")
+    if lease is None:
+        raise RequestError(f"--name {state.name}: that sweep is running already, from another process")
+    with lease:
         datasets = load_data(sweep.configs)
-        ledger.begin(sweep.facts, fresh, settled.runtime.precision)
-        sweep = prepare(request, override(settled, {"runtime.precision": ledger.precision}))
-        if store.local_root and (old := store.local_root / ledger.place / "results.parquet").exists():
-            read_results(old)  # refuses what is not whole
+        state.begin(sweep.plan_json, fresh, settled.runtime.precision)
+        sweep = prepare(request, override(settled, {"runtime.precision": state.precision}))
+        if store.local_root and (old := store.local_root / state.place / "results.parquet").exists():
+            read_results(old)  # refuses a damaged file
         with SweepView(sweep.search.total, progress=progress) as view:
-            feed = Feed(sweep, ledger, view, strict_health=strict_health)
-            if feed.found():
-                _run(feed, datasets, storage, address)
-        feed.write()
-    return Outcome(ledger.name, store.where(ledger.place), feed.sorted(), sweep.swept, sweep.conditions)
+            queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health)
+            if queue.has_unfinished():
+                _run_trials(sweep, queue, datasets, storage, address)
+        queue.write()
+    return Outcome(state.name, store.where(state.place), queue.sorted(), sweep.swept, sweep.setting)
 
 
-def _run(feed: Feed, datasets: dict[Any, Any], storage: str, address: str) -> None:
-    """Ray, the pool, the trials."""
+def _run_trials(sweep: Sweep, queue: TrialQueue, datasets: dict[Any, Any], storage: str, address: str) -> None:
+    """Join Ray and run the trials of ``queue`` there."""
     from ..execution.ray_session import connect, nodes
-    from .tune import HalvingByCondition, Job, run_trials
+    from .tune import HalvingBySetting, TrialContext, run_trials
 
-    sweep, ledger, store = feed.sweep, feed.ledger, feed.ledger.store
+    state, store = queue.state, queue.state.store
     connect(address)
     there = nodes(expect=address != "local")
-    job = Job(
-        sweep.base, str(store.local_root or store.uri), ledger.name, ledger.session, sweep.swept,
-        strict_health=feed.strict_health,
+    context = TrialContext(
+        sweep.base, str(store.local_root or store.uri), state.name, state.session, sweep.swept,
+        strict_health=queue.strict_health,
     )  # fmt: skip
     halving = None
     if sweep.request.scheduler == "asha":
-        names = (*sweep.conditions, "seed")
-        halving = HalvingByCondition(names, max(config.finetune.num_rounds for config in sweep.configs))
-    run_trials(
-        feed, ledger, job, datasets, resources_of(sweep, there, storage), there, say=feed.view.say, warn=feed.view.warn,
-        halving=halving,
-    )  # fmt: skip
-
-
-def _alone(store: Store, name: str) -> Any:
-    """The right to run the sweep ``name``; two at once would write the same files."""
-    lease = store.try_lease(f"sweep-{name}")
-    if lease is None:
-        raise RequestError(f"--name {name}: that sweep is running already, from another process")
-    return lease
+        num_rounds = max(config.finetune.num_rounds for config in sweep.configs)
+        halving = HalvingBySetting((*sweep.setting, "seed"), num_rounds)
+    run_trials(queue, context, datasets, resources_of(sweep, there, storage), there, halving)

@@ -1,8 +1,8 @@
-"""Which point a sweep tries next: listed points in order, or optuna's, chosen so that a resumed sweep chooses the same.
+"""Choose the next trial of a sweep: fixed points in order, or optuna's, the same ones in a resumed sweep.
 
-Optuna's sampler learns from trials that have ended, and in what order they end is chance. So point ``i`` is asked for
-only when all points up to ``i - LAG`` have ended, and is told of exactly those, in their order: the points are a
-function of the plan alone, whatever the number of concurrent trials, killed and resumed or not.
+Optuna's sampler learns from finished trials, which finish in any order. So point ``i`` is drawn once all points up to
+``i - LAG`` have finished, and the sampler gets the scores of exactly those, in their order. The points are therefore a
+function of the plan alone: neither the number of concurrent trials nor a kill and resume changes them.
 """
 
 from __future__ import annotations
@@ -16,26 +16,27 @@ from ..config.resolve import KNOBS, check_value
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.seeding import derive
-from .space import Choice, Range, SweepPlan, conditions, describe, grid_points
+from .space import Choice, Range, SweepPlan, describe, grid_points, setting_knobs
 from .state import Trial, make_trials
 
-#: Points under way at once, per condition, that a later point may know nothing of.
+#: Unfinished points per setting before the next one waits.
 LAG = 2
 
 
 class Search(Protocol):
-    """Hands out trials, and is told how they ended."""
+    """Chooses the trials of a sweep; ``total`` is their number."""
 
     total: int
 
     def next(self) -> Trial | None:
-        """The next trial; None where one must end first. ``StopIteration`` at the end."""
+        """Return the next trial, or None where a running one must finish first; ``StopIteration`` at the end."""
 
-    def ended(self, trial: Trial, selection: float | None) -> None: ...
+    def finished(self, trial: Trial, selection: float | None) -> None:
+        """Take the selection score of a finished trial; None where it failed or was stopped."""
 
 
-class Listed:
-    """Trials known from the start."""
+class FixedTrials:
+    """Trials known from the start, in order."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.total = len(trials)
@@ -45,12 +46,12 @@ class Listed:
         """See ``Search``."""
         return next(self._left)
 
-    def ended(self, trial: Trial, selection: float | None) -> None:
-        """Nothing depends on it."""
+    def finished(self, trial: Trial, selection: float | None) -> None:
+        """Do nothing: no trial depends on a score."""
 
 
-class Optuna:
-    """A TPE study per condition (per omega, say): a study over omegas would only find out which problem is easiest."""
+class OptunaSearch:
+    """One TPE study per setting (per omega, for example): a study over all would only find the easiest setting."""
 
     def __init__(self, plan: SweepPlan, samples: int, seeds: Sequence[int], base: ExperimentConfig) -> None:
         import optuna
@@ -58,9 +59,9 @@ class Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._base, self._seeds, self._samples, self._names = base, tuple(seeds), samples, tuple(plan.knobs)
         self.total = samples * len(self._seeds)
-        self._conditions, self._domains = problems(plan), searched(plan)
+        self._settings, self._domains = settings_of(plan), searched_knobs(plan)
         self._space = {name: _distribution(name, domain) for name, domain in self._domains.items()}
-        count, per_study = len(self._conditions), -(-samples // len(self._conditions))
+        count, per_study = len(self._settings), -(-samples // len(self._settings))
         self._studies = [
             optuna.create_study(
                 direction="maximize",
@@ -71,7 +72,7 @@ class Optuna:
             for number in range(count)
         ]
         self._asked: list[Any] = []  # optuna's trial of each point
-        self._told = [0] * count  # points of each study that it knows the end of
+        self._known = [0] * count  # number of points that each study has a score of
         self._scores: dict[int, dict[int, float | None]] = {}
         self._ready: list[Trial] = []
 
@@ -83,47 +84,47 @@ class Optuna:
                 raise StopIteration
             if not self._catch_up(point):
                 return None
-            condition = self._conditions[point % len(self._conditions)]
+            setting = self._settings[point % len(self._settings)]
             asked = self._studies[point % len(self._studies)].ask(self._space)
             self._asked.append(asked)
-            found = condition | {name: self._value(name, value) for name, value in asked.params.items()}
+            found = setting | {name: self._value(name, value) for name, value in asked.params.items()}
             self._ready = make_trials(self._base, [{name: found[name] for name in self._names}], self._seeds, point)
         return self._ready.pop(0)
 
-    def ended(self, trial: Trial, selection: float | None) -> None:
-        """See ``Search``; a point's score is the mean over its seeds, and none where a seed has none."""
+    def finished(self, trial: Trial, selection: float | None) -> None:
+        """See ``Search``; a point's score is the mean over its seeds, or None where a seed has none."""
         self._scores.setdefault(trial.point, {})[trial.seed] = selection
 
     def _value(self, name: str, found: Any) -> Any:
         domain = self._domains[name]
         if isinstance(domain, Choice):
             return check_value(name, domain.values[found])
-        rounded = found if isinstance(found, int) else float(f"{found:.6g}")  # what is shown is what was run
+        rounded = found if isinstance(found, int) else float(f"{found:.6g}")  # the value shown is the value used
         return check_value(name, min(max(rounded, domain.low), domain.high))
 
     def _catch_up(self, point: int) -> bool:
-        """Tell the point's study of its points up to ``LAG`` before this one; False where one of them is under way."""
+        """Give the point's study the scores of its points up to ``LAG`` before this one; False where one still runs."""
         import optuna
 
         count = len(self._studies)
         number, index = point % count, point // count
-        while self._told[number] <= index - LAG:
-            known = number + count * self._told[number]
-            scores = self._scores.get(known, {})
+        while self._known[number] <= index - LAG:
+            earlier = number + count * self._known[number]
+            scores = self._scores.get(earlier, {})
             if len(scores) < len(self._seeds):
                 return False
-            values = list(scores.values())
-            if None in values:
-                self._studies[number].tell(self._asked[known], state=optuna.trial.TrialState.FAIL)
+            values = [score for score in scores.values() if score is not None]
+            if len(values) < len(scores):
+                self._studies[number].tell(self._asked[earlier], state=optuna.trial.TrialState.FAIL)
             else:
-                self._studies[number].tell(self._asked[known], fmean(values))
-            self._told[number] += 1
+                self._studies[number].tell(self._asked[earlier], fmean(values))
+            self._known[number] += 1
         return True
 
 
-def problems(plan: SweepPlan) -> list[dict[str, Any]]:
-    """Every combination of the knobs that set the problem: they are dealt in turn, never searched."""
-    fixed = {name: plan.knobs[name] for name in conditions(plan.knobs)}
+def settings_of(plan: SweepPlan) -> list[dict[str, Any]]:
+    """Return every combination of the knobs that choose data and partition: taken in turn, never searched."""
+    fixed = {name: plan.knobs[name] for name in setting_knobs(plan.knobs)}
     for name, domain in fixed.items():
         if not isinstance(domain, Choice) and not domain.grid:
             raise RequestError(
@@ -133,9 +134,9 @@ def problems(plan: SweepPlan) -> list[dict[str, Any]]:
     return grid_points(replace(plan, knobs=fixed))
 
 
-def searched(plan: SweepPlan) -> dict[str, Choice | Range]:
-    """The knobs that do not set the problem."""
-    fixed = conditions(plan.knobs)
+def searched_knobs(plan: SweepPlan) -> dict[str, Choice | Range]:
+    """Return the knobs that optuna searches: all but the setting."""
+    fixed = setting_knobs(plan.knobs)
     found = {name: domain for name, domain in plan.knobs.items() if name not in fixed}
     if not found:
         raise RequestError(
@@ -149,7 +150,7 @@ def _distribution(name: str, domain: Choice | Range) -> Any:
     import optuna
 
     if isinstance(domain, Choice):
-        return optuna.distributions.CategoricalDistribution(range(len(domain.values)))  # by place: values may be lists
+        return optuna.distributions.CategoricalDistribution(range(len(domain.values)))  # by index: values may be lists
     if KNOBS[name].type is int:
         return optuna.distributions.IntDistribution(int(domain.low), int(domain.high), log=domain.log)
     return optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)

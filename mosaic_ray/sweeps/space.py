@@ -1,4 +1,4 @@
-"""What a sweep tries: plans of knobs and points, where they are found, and how they are drawn.
+"""Search spaces: plans of knobs and points, how they are loaded, checked and drawn.
 
 A space is a module with ``plan() -> SweepPlan``: one that ships in ``tune_spaces``, ``module:function``, or a file.
 """
@@ -6,9 +6,9 @@ A space is a module with ``plan() -> SweepPlan``: one that ships in ``tune_space
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import itertools
 import math
+import os
 import pkgutil
 import sys
 import types
@@ -23,10 +23,10 @@ from ..config.user_code import function_of, import_module, users_code
 from ..core.errors import RequestError, neighbours
 
 SEARCHES = ("grid", "random", "optuna")
-SHIPPED = "tune_spaces"  # reached by name only: plans import this module, never the other way round
+SHIPPED = "tune_spaces"  # imported by name only, since its plans import this module
 
-#: Knobs of the rooms data and partition that do not set the problem: where files lie, and how a draw is mended.
-NOT_THE_PROBLEM = ("data.root", "data.download", "partition.policy", "partition.max_tries")
+#: Knobs of data and partition that are not part of the setting: where files lie, and how a draw is repaired.
+NOT_IN_SETTING = ("data.root", "data.download", "partition.policy", "partition.max_tries")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Range:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a space tries: ``knobs`` to be combined, or ``points`` tried as they stand (``{}`` is the base itself).
+    """A search space: ``knobs`` to be combined, or a list of ``points`` (``{}`` is the base itself).
 
-    ``preset`` holds where the command line names none; ``base`` sets knobs for every point, below TOML and ``--set``.
+    ``preset`` is the default preset; ``base`` sets knobs for every point, which TOML and ``--set`` override.
     """
 
     summary: str
@@ -66,16 +66,16 @@ class SweepPlan:
     seeds: tuple[int, ...] = ()
 
 
-# --- where spaces are found ------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------
 
 
 def list_spaces() -> dict[str, str]:
-    """The shipped spaces: name to summary."""
+    """Return the shipped spaces: name to summary."""
     return {name: load_space(name)[1].summary for name in _shipped()}
 
 
 def load_space(word: str) -> tuple[str, SweepPlan]:
-    """A short name and the plan of ``word``: a shipped name, ``module:function``, or a path that ends in ``.py``."""
+    """Return a short name and the plan of ``word``: a shipped name, ``module:function`` or a ``.py`` file."""
     module, colon, function = word.partition(":")
     if word.endswith(".py"):
         return Path(word).stem, _plan_of(word, lambda: _run_file(word))
@@ -96,7 +96,7 @@ def _shipped() -> list[str]:
 
 
 def _plan_of(word: str, load: Callable[[], types.ModuleType], function: str = "plan") -> SweepPlan:
-    """What ``function`` of the loaded module returns."""
+    """Return the plan that ``function`` of the loaded module makes."""
     with users_code(f"--space {word}"):
         made = function_of(f"--space {word}", load(), function)()
     if not isinstance(made, SweepPlan):
@@ -105,23 +105,23 @@ def _plan_of(word: str, load: Callable[[], types.ModuleType], function: str = "p
 
 
 def _run_file(path: str) -> types.ModuleType:
-    """The module of a file, compiled from what it says now: no stale cache is read and none is left beside it."""
-    spec = importlib.util.spec_from_file_location("_mosaic_space", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    """Run a file as a module, compiled from its present content: no cache is read or written."""
+    module = types.ModuleType("_mosaic_space")
+    module.__file__ = os.path.abspath(path)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         source = Path(path).read_bytes()
     except OSError as error:
         raise RequestError(f"--space {path}: {error.strerror}") from None
-    exec(spec.loader.source_to_code(source, path), vars(module))
+    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
     return module
 
 
-# --- what a plan may say ---------------------------------------------------------------------------------------------
+# --- checking ---------------------------------------------------------------------------------------------
 
 
 def check_space(name: str, plan: SweepPlan) -> None:
-    """``RequestError`` where a plan names an unknown knob or an impossible value, or contradicts itself."""
+    """``RequestError`` where a plan has an unknown knob or an invalid value, or contradicts itself."""
     try:
         _check(plan)
     except RequestError as error:
@@ -172,7 +172,7 @@ def _check_swept(knob: Any) -> None:
 
 
 def _check_domain(knob: str, domain: Any) -> None:
-    """Every value possible for ``knob``, and a range that has an inside."""
+    """``RequestError`` unless every value is valid for ``knob`` and a range has low < high."""
     if isinstance(domain, Choice):
         _need(isinstance(domain.values, tuple | list), f"{knob}: Choice takes a tuple of values")
         _need(domain.values, f"{knob}: the Choice is empty")
@@ -209,7 +209,7 @@ def _typed(point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def grid_points(plan: SweepPlan) -> list[dict[str, Any]]:
-    """Every combination, the last knob varying fastest; or the explicit points."""
+    """Return every combination, the last knob varying fastest; or the explicit points."""
     if plan.points:
         return [_typed(point) for point in plan.points]
     axes = []
@@ -224,9 +224,9 @@ def grid_points(plan: SweepPlan) -> list[dict[str, Any]]:
 
 
 def random_points(plan: SweepPlan, samples: int, seed: int) -> list[dict[str, Any]]:
-    """``samples`` draws. Point i's value of a knob has the address (seed, "space", knob, i).
+    """Draw ``samples`` points; point i's value of a knob comes from the stream (seed, "space", knob, i).
 
-    So the first points of a larger sweep are those of a smaller one, and a knob more moves none of the others.
+    A larger sweep therefore begins with the points of a smaller one, and another knob changes no value of the rest.
     """
     if plan.points:
         raise RequestError("--search random: the space lists its points; take --search grid")
@@ -240,33 +240,33 @@ def _draw(knob: str, domain: Choice | Range, seed: int, index: int) -> Any:
     if isinstance(domain, Choice):
         return check_value(knob, domain.values[int(draws.integers(len(domain.values)))])
     low, high = _values(knob, (domain.low, domain.high))
-    margin = 0.5 if isinstance(low, int) else 0.0  # a whole number stands for all that rounds to it
+    margin = 0.5 if isinstance(low, int) else 0.0  # each whole number gets the values that round to it
     there, back = (math.log, math.exp) if domain.log else (float, float)
     value = back(draws.uniform(there(low - margin), there(high + margin)))
     value = round(value) if isinstance(low, int) else float(f"{value:.6g}")
     return min(max(value, low), high)
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------------------------
 
 
-def conditions(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of ``names`` that set the problem, not the method: a best configuration is chosen within each condition.
+def setting_knobs(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the ``names`` that choose the setting: knobs of data and partition, less ``NOT_IN_SETTING``.
 
-    The rooms data and partition, less ``NOT_THE_PROBLEM``: accuracies at two values of these do not compare.
+    Accuracies in two settings do not compare, so a best configuration is chosen within each.
     """
-    return tuple(n for n in names if n.startswith(("data.", "partition.")) and n not in NOT_THE_PROBLEM)
+    return tuple(n for n in names if n.startswith(("data.", "partition.")) and n not in NOT_IN_SETTING)
 
 
 def describe(domain: Choice | Range) -> str:
-    """``0.01, 0.1, 1`` or ``0.5 .. 2``; a logarithmic range says so."""
+    """Return a domain as text: ``0.01, 0.1, 1``, ``0.5 .. 2`` or ``0.5 .. 2 (log)``."""
     if isinstance(domain, Choice):
         return ", ".join(map(_word, domain.values))
     return f"{_word(domain.low)} .. {_word(domain.high)}" + (" (log)" if domain.log else "")
 
 
 def _word(value: Any) -> str:
-    """A value as ``--set`` takes it."""
+    """Return a value in the syntax of ``--set``."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):

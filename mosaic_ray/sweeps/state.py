@@ -1,7 +1,7 @@
-"""A sweep on disk: its plan, its trials and what has become of them, so that the same command resumes it.
+"""The state of a sweep on disk: its plan and the summaries of its trials, from which the same command resumes it.
 
 Layout below ``<storage>/sweeps/<name>/``: plan.json, trials/<trial>/ (a run's files each), results.parquet and .csv.
-A trial has ended when its summary.json says so; everything else can be made again from the store.
+The status in a trial's summary.json says whether it has finished; all other files can be made again from the store.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..core.errors import RequestError
 if TYPE_CHECKING:
     from ..storage.store import Store
 
-#: What summary.json says of a trial that is not run again. A failed one is tried again by the same command.
-ENDED = ("done", "stopped")
+#: The statuses of trials that are not run again. A failed one is run again by the same command.
+FINISHED = ("done", "stopped")
 
 #: How many differences between two plans are named.
 MOST_DIFFERENCES = 4
@@ -31,7 +31,7 @@ MOST_DIFFERENCES = 4
 
 @dataclass(frozen=True)
 class Trial:
-    """One point with one seed. ``knobs``: what this point sets (the seed is not among them)."""
+    """One point with one seed. ``knobs``: the values that the point sets, without the seed."""
 
     name: str
     point: int
@@ -41,7 +41,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """The point and the seed in a few words."""
+        """The point and the seed as short text."""
         short = short_names(self.knobs)
         words = [f"{short[name]}={shown(value)}" for name, value in self.knobs.items()]
         return " ".join([*(words or ["base"]), f"seed={self.seed}"])
@@ -50,7 +50,7 @@ class Trial:
 def make_trials(
     config: ExperimentConfig, points: Iterable[Mapping[str, Any]], seeds: Sequence[int], first: int = 0
 ) -> list[Trial]:
-    """Every point with every seed, in order; ``RequestError`` names the point that cannot be."""
+    """Return a trial for every point and seed, in order; ``RequestError`` names a point that is not allowed."""
     trials = []
     for point, knobs in enumerate(points, first):
         for seed in seeds:
@@ -63,16 +63,16 @@ def make_trials(
     return trials
 
 
-def plan_name(facts: Mapping[str, Any]) -> str:
-    """The same request gives the same name, so that the same command resumes."""
+def plan_name(plan_json: Mapping[str, Any]) -> str:
+    """Return the default name of a sweep. The same request gives the same name, so that the same command resumes."""
     from ..storage.store import stage_key
 
-    data = "".join(c if c.isalnum() else "_" for c in facts["base"]["data"]["name"].rpartition("/")[2])
-    space = "".join(c if c.isalnum() else "_" for c in facts["space"].rpartition("/")[2].removesuffix(".py"))
-    return f"{space}-{data}-{stage_key('sweep', 1, facts, []).rpartition('-')[2][:8]}"
+    data = "".join(c if c.isalnum() else "_" for c in plan_json["base"]["data"]["name"].rpartition("/")[2])
+    space = "".join(c if c.isalnum() else "_" for c in plan_json["space"].rpartition("/")[2].removesuffix(".py"))
+    return f"{space}-{data}-{stage_key('sweep', 1, plan_json, []).rpartition('-')[2][:8]}"
 
 
-class Ledger:
+class SweepState:
     """The files of the sweep ``name`` in ``store``."""
 
     def __init__(self, store: Store, name: str) -> None:
@@ -80,52 +80,51 @@ class Ledger:
         self.session: str | None = None
         self.precision = ""
 
-    def begin(self, facts: Mapping[str, Any], fresh: bool, precision: str) -> None:
-        """Write plan.json, or find the same plan there. ``fresh`` moves what is there aside and begins anew.
+    def begin(self, plan_json: Mapping[str, Any], fresh: bool, precision: str) -> None:
+        """Write plan.json, or check that the one there is the same. ``fresh`` first moves the old files aside.
 
-        ``precision``: this machine's; what the sweep began with counts, for trials of another precision would have to
-        run again.
-        ``RequestError`` for another plan under this name, and for files that are not whole.
+        ``precision``: this machine's. A resumed sweep keeps the precision it began with, since another one would make
+        every trial run again. ``RequestError`` for another plan under this name, and for damaged files.
         """
-        facts = json.loads(json.dumps(facts))
+        plan_json = json.loads(json.dumps(plan_json))
         if fresh:
             self._move_aside()
         old = self._read("plan.json")
         for trial in self._names("trials"):
             if re.fullmatch(r"p\d+s\d+", trial):
-                self.summary(trial)  # a damaged one is found out now, not once trials run
+                self.summary(trial)  # refuses a damaged file now, not while trials run
         if old is None:
             self.session, self.precision = uuid.uuid4().hex if fresh else None, precision
-            self._write("plan.json", {**facts, "session": self.session, "precision": precision})
+            self._write("plan.json", {**plan_json, "session": self.session, "precision": precision})
             return
         self.session, self.precision = old.pop("session", None), old.pop("precision", precision)
-        if differs := _differences(old, facts):
+        if differs := _differences(old, plan_json):
             more = f" and {len(differs) - MOST_DIFFERENCES} more" if len(differs) > MOST_DIFFERENCES else ""
             raise RequestError(
                 f"--name {self.name}: that sweep has another plan ({'; '.join(differs[:MOST_DIFFERENCES])}{more}); "
                 "take another --name, or --fresh, which moves it aside"
             )
 
-    def ended(self, trial: Trial) -> dict[str, Any] | None:
-        """The summary of a trial that need not run again."""
+    def finished(self, trial: Trial) -> dict[str, Any] | None:
+        """Return the summary of a trial that need not run again; None for any other trial."""
         summary = self.summary(trial.name)
-        if summary is None or summary.get("status") not in ENDED:
+        if summary is None or summary.get("status") not in FINISHED:
             return None
         return summary if _same(summary, trial.config) else None
 
     def summary(self, trial: str) -> dict[str, Any] | None:
-        """What summary.json of ``trial`` says; None where there is none yet."""
+        """Return the content of a trial's summary.json; None where there is none yet."""
         return self._read(f"trials/{trial}/summary.json")
 
     def folder(self, trial: str) -> str:
-        """The place of a trial's files in the store."""
+        """Return the folder of a trial in the store."""
         return f"{self.place}/trials/{trial}"
 
-    def record(self, trial: Trial, **facts: Any) -> dict[str, Any]:
-        """The end of a trial that could not write its own summary (it died, or was stopped)."""
+    def record(self, trial: Trial, **entries: Any) -> dict[str, Any]:
+        """Write the summary of a trial that could not write its own (its process died or was stopped)."""
         known = self.summary(trial.name) or {}
         base = {"method": trial.config.method, "seed": trial.seed, "config": as_dict(trial.config)}
-        summary = {**base, **(known if known.get("status") == facts.get("status") else {}), **facts}
+        summary = {**base, **(known if known.get("status") == entries.get("status") else {}), **entries}
         self._write(f"trials/{trial.name}/summary.json", summary)
         return summary
 
@@ -156,8 +155,8 @@ class Ledger:
 
         return RequestError(f"--storage {self.store.uri}: {self.place}/{name} cannot be read: {reason(error)}")
 
-    def _write(self, name: str, facts: Mapping[str, Any]) -> None:
-        self.store.write(f"{self.place}/{name}", (json.dumps(facts, indent=1) + "\n").encode())
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        self.store.write(f"{self.place}/{name}", (json.dumps(content, indent=1) + "\n").encode())
 
     def _move_aside(self) -> None:
         number = 1
@@ -174,16 +173,16 @@ class Ledger:
 
 
 def _same(summary: Mapping[str, Any], config: ExperimentConfig) -> bool:
-    """Whether a summary is of ``config``."""
+    """Return whether a summary belongs to ``config``."""
     try:
         return override(ExperimentConfig(), summary["config"]) == config
     except (RequestError, KeyError, TypeError, AttributeError):
-        return False  # of a version with other knobs
+        return False  # written by a version with other knobs
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two plans, in words: ``samples 16 there, 8 here``."""
-    left, right = _told(old), _told(new)
+    """Return the differences between two plans as text: ``samples 16 there, 8 here``."""
+    left, right = _flat(old), _flat(new)
     return [
         f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
         for name in dict.fromkeys([*right, *left])
@@ -191,15 +190,15 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _told(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """A plan's facts one by one, points last: they often differ because another fact does."""
+def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a plan one by one, points last: they often differ because another entry does."""
     parts = {name: plan.get(name) for name in ("base", "knobs", "points")}
-    told = {name: value for name, value in plan.items() if name not in parts}
+    flat = {name: value for name, value in plan.items() if name not in parts}
     points = parts["points"] if isinstance(parts["points"], list) else []
-    told |= dotted(parts["base"]) if isinstance(parts["base"], Mapping) else {}
-    told |= {f"space's {name}": value for name, value in dotted({"knobs": parts["knobs"]}).items()}
-    told["number of points"] = len(points) or None
-    return told | dotted({f"point {number}": point for number, point in enumerate(points)})
+    flat |= dotted(parts["base"]) if isinstance(parts["base"], Mapping) else {}
+    flat |= {f"space's {name}": value for name, value in dotted({"knobs": parts["knobs"]}).items()}
+    flat["number of points"] = len(points) or None
+    return flat | dotted({f"point {number}": point for number, point in enumerate(points)})
 
 
 def _brief(value: Any) -> str:

@@ -1,17 +1,18 @@
-"""Many runs under Ray Tune: one pool of client hosts that all trials share, and what follows them.
+"""Run trials under Ray Tune, on one pool of client hosts that all of them share.
 
-A trial is an experiment's driver: it holds a little memory and no CPU, so that any number of them queue on the pool
-without holding one another up (``execution.resource_plan`` has the proof). Tune's own checkpoints are never read
-back: a sweep resumes from its ledger and its store.
+A trial is an experiment's driver: it holds a little memory and no CPU, so that any number of them can wait for the
+pool without blocking one another (``execution.resource_plan`` has the proof). Tune's own checkpoints are never read
+back: a sweep resumes from ``SweepState`` and its store.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
@@ -26,44 +27,33 @@ from ..core.types import Dataset
 from ..execution.backend import start_hosts, started
 from ..execution.ray_session import RAY_ENVIRONMENT, own_node
 from ..execution.resource_plan import Node, ResourcePlan
-from .state import Ledger, Trial
+from .queue import TrialQueue
+from .results import HPARAMS_FILE, TrialResult, hparams_file
+from .state import SweepState, Trial
 
-#: A trial whose process dies begins again this often, from the last stage that it stored.
+#: How often a trial is started again, at its last stored stage, after its process died.
 MAX_DEATHS = 2
 
-#: Where on the way to its end a trial is when a validation accuracy is known; halving happens at 1, 2, 4, 8, 16 ...
+#: ASHA's time at the end of each stage with a validation accuracy; it halves the trials at times 1, 2, 4, 8, 16 ...
 RUNGS = {"warmup": 1, "teacher": 2, "distill": 4, "finetune": 4}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every trial needs beside its own knobs; it travels through Ray's object store."""
+class TrialContext:
+    """The input that all trials share, sent through Ray's object store. ``datasets`` are references into it."""
 
     base: ExperimentConfig
     storage: str
     name: str
     session: str | None
     swept: tuple[str, ...]
-    datasets: Mapping[DataConfig, Any] = field(default_factory=dict)  # references
+    datasets: Mapping[DataConfig, Any] = field(default_factory=dict)
     pool: tuple[Any, ...] = ()
     strict_health: bool = False
 
 
-class Feed(Protocol):
-    """Who hands out trials and wants to know of their ends (``sweep_launch.Feed``)."""
-
-    def next(self) -> Trial | None: ...
-    def began(self, trial: Trial) -> None: ...
-    def entered(self, trial: Trial, stage: str) -> None: ...
-    def died(self, trial: Trial) -> None: ...
-    def ended(self, trial: Trial) -> None: ...
-
-
-# --- in a trial's process --------------------------------------------------------------------------------------------
-
-
-def run_trial(knobs: dict[str, Any], job: Job) -> None:
-    """One trial, in its own process: an experiment with ``knobs`` on the pool. Failures go into its summary.json."""
+def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
+    """Run one experiment with ``knobs``, in a process of its own. A failure goes into its summary.json."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch
@@ -72,16 +62,15 @@ def run_trial(knobs: dict[str, Any], job: Job) -> None:
     from ..runs import runner
     from ..storage.filesystem import write_whole
     from ..storage.store import Store
-    from .results import HPARAMS_FILE, TrialResult, hparams_file
 
     torch.set_num_threads(1)
-    config = override(job.base, {name: value for name, value in knobs.items() if name in KNOBS})
-    swept = {name: knobs[name] for name in job.swept if name in knobs}
+    config = override(context.base, {name: value for name, value in knobs.items() if name in KNOBS})
+    swept = {name: knobs[name] for name in context.swept if name in knobs}
     trial = Trial(knobs["trial"], knobs["point"], config.seed, swept, config)
-    store = Store(job.storage, fresh=job.session is not None, session=job.session)
-    ledger = Ledger(store, job.name)
-    turn = trial.point % max(1, len(job.pool))  # trials do not all begin at the same host
-    hosts = Placement(pool=job.pool[turn:] + job.pool[:turn], in_trial=True)
+    store = Store(context.storage, fresh=context.session is not None, session=context.session)
+    state = SweepState(store, context.name)
+    turn = trial.point % max(1, len(context.pool))  # so that trials begin at different hosts
+    hosts = Placement(pool=context.pool[turn:] + context.pool[:turn], in_trial=True)
 
     def on_metric(tag: str, step: int, value: float) -> None:
         stage, _, leaf = tag.partition("/")
@@ -90,122 +79,77 @@ def run_trial(knobs: dict[str, Any], job: Job) -> None:
 
     def finish(folder: Any, summary: dict[str, Any]) -> None:
         result = TrialResult(trial.name, trial.point, trial.seed, swept, summary)
-        write_whole(folder / "tensorboard" / HPARAMS_FILE, hparams_file(result, job.swept))
+        write_whole(folder / "tensorboard" / HPARAMS_FILE, hparams_file(result, context.swept))
 
     try:
         summary = runner.execute(
-            config, ray.get(job.datasets[config.data]), store, ledger.folder(trial.name), hosts, progress=None,
+            config, ray.get(context.datasets[config.data]), store, state.folder(trial.name), hosts, progress=None,
             log_file=True, on_metric=on_metric, on_stage=lambda name: tune.report({"stage": name}), finish=finish,
-            strict_health=job.strict_health,
+            strict_health=context.strict_health,
         )  # fmt: skip
         status = summary["status"]
     except RunError:
         status = "failed"  # its summary is written
-    except RequestError as error:  # found out only with the data at hand, such as a client left without images
-        ledger.record(trial, status="failed", error=str(error), stage=None, round=None, client=None)
+    except RequestError as error:  # found only with the data, such as a client without images
+        state.record(trial, status="failed", error=str(error), stage=None, round=None, client=None)
         status = "failed"
     tune.report({"status": status})
 
 
-# --- what Tune asks --------------------------------------------------------------------------------------------------
-
-
 class _Unsaved:
-    """Tune pickles its parts while it runs; what these hold cannot be, and need not: the ledger is what resumes."""
+    """Pickles as nothing: Tune saves its parts while it runs, but a sweep resumes from ``SweepState``."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _Points(_Unsaved, Searcher):
-    """Tune's view of the feed."""
+class _Searcher(_Unsaved, Searcher):
+    """Hands the trials of ``queue`` to Tune."""
 
-    def __init__(self, feed: Feed, trials: dict[str, Trial]) -> None:
+    def __init__(self, queue: TrialQueue) -> None:
         super().__init__()
-        self._feed, self._trials = feed, trials
+        self._queue = queue
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
         try:
-            trial = self._feed.next()
+            trial = self._queue.next()
         except StopIteration:
-            return Searcher.FINISHED
+            return Searcher.FINISHED  # type: ignore[return-value]  # a string, which Tune compares with
         if trial is None:
             return None
-        self._trials[trial_id] = trial
         return {**trial.knobs, "seed": trial.seed, "trial": trial.name, "point": trial.point}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The feed hears of it through ``_Follow``."""
+        """Do nothing: ``_Progress`` reports the end."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see ``_Unsaved``."""
+        """Do nothing: see ``_Unsaved``."""
 
     restore = save
 
 
-class HalvingByCondition(FIFOScheduler):
-    """ASHA within each condition (same omega, same seed ...): across conditions it would only keep the easy problem."""
+class _Progress(_Unsaved, Callback):
+    """Passes the progress of Tune's trials on to ``queue``."""
 
-    def __init__(self, conditions: Sequence[str], num_rounds: int) -> None:
-        """``conditions``: knobs that set the problem; ``num_rounds``: closing rounds, at most."""
-        super().__init__()
-        self._conditions, self._last_rung = conditions, RUNGS["finetune"] + num_rounds
-        self._halvings: dict[Any, ASHAScheduler] = {}
-        self._of: dict[str, ASHAScheduler] = {}
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        condition = tuple(repr(trial.config.get(name)) for name in self._conditions)
-        if condition not in self._halvings:
-            self._halvings[condition] = ASHAScheduler(
-                time_attr="rung", metric="score", mode="max", max_t=self._last_rung + 1, grace_period=1,
-                reduction_factor=2, stop_last_trials=False,
-            )  # fmt: skip
-        self._of[trial.trial_id] = self._halvings[condition]
-        self._of[trial.trial_id].on_trial_add(tune_controller, trial)
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if "score" not in result or "status" in result or result["rung"] >= self._last_rung:
-            return TrialScheduler.CONTINUE  # stopped at its last round, a trial would save nothing and tell nothing
-        return self._of[trial.trial_id].on_trial_result(tune_controller, trial, result)
-
-
-class _Follow(_Unsaved, Callback):
-    """Tells the feed what becomes of its trials, and writes down the ends that a trial could not."""
-
-    def __init__(self, feed: Feed, ledger: Ledger, trials: dict[str, Trial]) -> None:
-        self._feed, self._ledger, self._trials = feed, ledger, trials
-        self._last: dict[str, dict[str, Any]] = {}
+    def __init__(self, queue: TrialQueue) -> None:
+        self._queue = queue
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._last[trial.trial_id] = {}
-        self._feed.began(self._trials[trial.trial_id])
+        self._queue.start(trial.config["trial"])
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
-        news = {name: result[name] for name in ("stage", "score", "rung", "status") if name in result}
-        self._last[trial.trial_id] |= news
-        if "stage" in news:
-            self._feed.entered(self._trials[trial.trial_id], news["stage"])
+        self._queue.report(trial.config["trial"], result)
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._feed.died(self._trials[trial.trial_id])
+        self._queue.restart(trial.config["trial"])
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        mine, last = self._trials[trial.trial_id], self._last[trial.trial_id]
-        if "status" not in last:  # the scheduler ended it
-            self._ledger.record(
-                mine, status="stopped", stage=last.get("stage"),
-                selection={"metric": "validation accuracy", "value": last.get("score")}, rung=last.get("rung"),
-            )  # fmt: skip
-        self._feed.ended(mine)
+        self._queue.finish(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        mine, last = self._trials[trial.trial_id], self._last.get(trial.trial_id, {})
         reason = next((line for line in reversed(_error_of(trial).splitlines()) if line.strip()), "no reason given")
-        self._ledger.record(
-            mine, status="failed", stage=last.get("stage"), round=None, client=None,
-            error=f"the trial's process died {MAX_DEATHS + 1} times; the last time: {reason.strip()}",
-        )  # fmt: skip
-        self._feed.ended(mine)
+        times = f"the trial's process died {MAX_DEATHS + 1} times"
+        self._queue.fail(trial.config["trial"], f"{times}; the last time: {reason.strip()}")
 
 
 def _error_of(trial: Any) -> str:
@@ -216,22 +160,41 @@ def _error_of(trial: Any) -> str:
         return ""
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+class HalvingBySetting(FIFOScheduler):
+    """ASHA within each setting (same omega, same seed): across settings it would only keep the easiest one."""
+
+    def __init__(self, setting: Sequence[str], num_rounds: int) -> None:
+        """``setting``: knobs that trials must agree in to be compared; ``num_rounds``: the most closing rounds."""
+        super().__init__()
+        self._setting, self._last_rung = setting, RUNGS["finetune"] + num_rounds
+        self._halvings: dict[Any, ASHAScheduler] = {}
+        self._of: dict[str, ASHAScheduler] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        setting = tuple(repr(trial.config.get(name)) for name in self._setting)
+        if setting not in self._halvings:
+            self._halvings[setting] = ASHAScheduler(
+                time_attr="rung", metric="score", mode="max", max_t=self._last_rung + 1, grace_period=1,
+                reduction_factor=2, stop_last_trials=False,
+            )  # fmt: skip
+        self._of[trial.trial_id] = self._halvings[setting]
+        self._of[trial.trial_id].on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if "score" not in result or "status" in result or result["rung"] >= self._last_rung:
+            return TrialScheduler.CONTINUE  # to stop a trial at its last round would save nothing
+        return self._of[trial.trial_id].on_trial_result(tune_controller, trial, result)
 
 
 def run_trials(
-    feed: Feed,
-    ledger: Ledger,
-    job: Job,
+    queue: TrialQueue,
+    context: TrialContext,
     datasets: dict[DataConfig, Dataset],
     resources: ResourcePlan,
     nodes: Sequence[Node],
-    *,
-    say: Callable[[str], None],
-    warn: Callable[[str], None],
-    halving: HalvingByCondition | None = None,
+    halving: HalvingBySetting | None = None,
 ) -> None:
-    """Everything that ``feed`` hands out, as ``resources`` has it; Ray is joined already, ``nodes[0]`` is this one.
+    """Run every trial of ``queue`` within ``resources``; Ray is joined already, ``nodes[0]`` is this node.
 
     ``datasets`` is emptied: the object store holds them from here on.
     """
@@ -241,45 +204,43 @@ def run_trials(
         "TUNE_MAX_PENDING_TRIALS_PG": str(resources.concurrent),
     }
     for name in ("ray.tune", "ray.air"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # each failure is told by the ledger, in one line
-    trials: dict[str, Trial] = {}
-    counts: dict[str, int] = {}
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the queue reports each failure in one line
+    counts: Counter[str] = Counter()
     for node, count in zip(nodes, resources.hosts, strict=True):
-        place = "" if node.to_come else node.name
-        counts[place] = counts.get(place, 0) + count
-    later = counts.pop("", 0)  # asking for them makes their machines come
+        counts["" if node.to_come else node.name] += count
+    later = counts.pop("", 0)  # pending actors make the autoscaler start their machines
     here = start_hosts(resources.host, counts) if any(counts.values()) else []
     coming = start_hosts(resources.host, {"": later}) if later else []
     pool = [*here, *coming]  # empty where clients run inside their trial
     try:
         up = started(here) if here else []
         if len(up) < len(here):
-            warn(f"{len(up)} of {len(here)} client hosts could start; other jobs hold the cluster's room")
+            queue.view.warn(f"{len(up)} of {len(here)} client hosts could start; other jobs use the rest")
         wait = f", {later} more as the cluster's machines come" if later else ""
-        say(f"Ray is up: {len(up)} client hosts{wait}, {resources.concurrent} trials at once")
+        queue.view.say(f"Ray is up: {len(up)} client hosts{wait}, {resources.concurrent} trials at once")
         up += coming
-        references = {name: ray.put(datasets.pop(name)) for name in list(datasets)}  # this process needs them no more
-        job = replace(job, pool=tuple(up), datasets=references)
+        references = {name: ray.put(datasets.pop(name)) for name in list(datasets)}  # frees them here
+        context = replace(context, pool=tuple(up), datasets=references)
         pinned = own_node() if resources.trials_on is not None and len(nodes) > 1 else {}
         trainable = tune.with_resources(
-            tune.with_parameters(run_trial, job=job), PlacementGroupFactory([{**resources.trial, **pinned}])
+            tune.with_parameters(run_trial, context=context), PlacementGroupFactory([{**resources.trial, **pinned}])
         )
         Tuner(
             trainable,
             tune_config=TuneConfig(
-                search_alg=_Points(feed, trials),
+                search_alg=_Searcher(queue),
                 scheduler=halving or FIFOScheduler(),
                 num_samples=-1,
                 max_concurrent_trials=resources.concurrent,
-                reuse_actors=halving is None,  # a stopped trial's thread may still be at work
+                reuse_actors=halving is None,  # a stopped trial's thread may still run
                 trial_name_creator=lambda trial: trial.config["trial"],
                 trial_dirname_creator=lambda trial: trial.config["trial"],
             ),
             run_config=RunConfig(
                 name="tune",
-                storage_path=ledger.store.where(ledger.place),
+                storage_path=queue.state.store.where(queue.state.place),
                 verbose=0,
-                callbacks=[_Follow(feed, ledger, trials)],
+                callbacks=[_Progress(queue)],
                 failure_config=FailureConfig(max_failures=MAX_DEATHS),
             ),
         ).fit()

@@ -1,4 +1,4 @@
-"""The door: every wrong word is answered in one line with exit status 2, and right words become a config."""
+"""The `mosaic` command: wrong options are refused in one line with exit status 2, valid ones become a config."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import pytest
 from door import ask, refusal
 
 from mosaic_ray import __version__
-from mosaic_ray.cli import commands as door
-from mosaic_ray.cli import group
-from mosaic_ray.cli import request as typed_words
+from mosaic_ray.cli import commands, group
+from mosaic_ray.cli.request import KNOB_OF_OPTION, parse_config
 from mosaic_ray.config.presets import ALGORITHMS, SCALES
 from mosaic_ray.config.registry import CLASSIFIERS, METHODS, STRATEGIES
 from mosaic_ray.config.resolve import KNOBS, read_toml, resolve
@@ -86,15 +85,15 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("words, told", WRONG, ids=[words for words, _ in WRONG])
-def test_a_wrong_word_is_answered_in_one_line(words, told):
+@pytest.mark.parametrize("words, parts", WRONG, ids=[words for words, _ in WRONG])
+def test_a_wrong_option_is_refused_in_one_line(words, parts):
     line = refusal(ask(*shlex.split(words)))
-    for part in told:
+    for part in parts:
         assert part in line
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, part",
     [
         ("[warmup\nlr = 1", "line 1"),
         ("[warmup]\nlr = 1e", "line 2"),
@@ -108,10 +107,10 @@ def test_a_wrong_word_is_answered_in_one_line(words, told):
         ("\udcff", "utf-8"),
     ],
 )
-def test_a_wrong_file_is_answered_in_one_line(tmp_path, text, told):
+def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, part):
     path = tmp_path / "mine.toml"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    assert told in refusal(ask("run", "--config", str(path)))
+    assert part in refusal(ask("run", "--config", str(path)))
 
 
 @pytest.mark.parametrize("way", [["-m", "mosaic_ray"], ["cli.py"]])
@@ -144,9 +143,9 @@ def test_line_breaks_in_a_value_stay_in_one_line():
 
 
 def test_options_are_spellings_of_knobs():
-    assert set(typed_words.KNOB_OF_OPTION.values()) <= set(KNOBS)
+    assert set(KNOB_OF_OPTION.values()) <= set(KNOBS)
     words = {"dataset": "mnist", "clients": "7", "omega": ".5", "method": "fedavg", "seed": "3", "host": "serial"}
-    config = typed_words.parse_config(**words, sets=["warmup.lr=1e-4", "federation.widths=[1.0]"])
+    config = parse_config(**words, sets=["warmup.lr=1e-4", "federation.widths=[1.0]"])
     expected = resolve(
         sets={
             "data.name": "mnist", "partition.num_clients": "7", "partition.omega": "0.5", "method": "fedavg",
@@ -156,19 +155,19 @@ def test_options_are_spellings_of_knobs():
     assert config == expected
 
 
-def test_later_words_win_and_say_so_only_when_they_differ(tmp_path):
+def test_the_command_line_overrides_the_file(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("preset = 'fmnist_small'\n[partition]\nomega = 2.0\n")
-    assert typed_words.parse_config(config=str(path)).data.name == "fmnist"
-    assert typed_words.parse_config(preset="cifar10_small", config=str(path)).data.name == "cifar10"
-    assert typed_words.parse_config(config=str(path)).partition.omega == 2.0
-    assert typed_words.parse_config(config=str(path), omega="3").partition.omega == 3.0
-    assert typed_words.parse_config(sets=["seed=1", "seed=2"]).seed == 2
-    assert typed_words.parse_config(omega="3", sets=["partition.omega=3"]).partition.omega == 3.0
+    assert parse_config(config=str(path)).data.name == "fmnist"
+    assert parse_config(preset="cifar10_small", config=str(path)).data.name == "cifar10"
+    assert parse_config(config=str(path)).partition.omega == 2.0
+    assert parse_config(config=str(path), omega="3").partition.omega == 3.0
+    assert parse_config(sets=["seed=1", "seed=2"]).seed == 2
+    assert parse_config(omega="3", sets=["partition.omega=3"]).partition.omega == 3.0
 
 
 def test_values_may_hold_equals_signs():
-    assert typed_words.parse_config(sets=["data.root=/a=b"]).data.root == "/a=b"
+    assert parse_config(sets=["data.root=/a=b"]).data.root == "/a=b"
 
 
 @pytest.mark.parametrize("preset", [*SCALES, *ALGORITHMS, "cifar100+reference"])
@@ -197,11 +196,11 @@ def test_version_and_help():
     assert ask().exit_code == 0
 
 
-def test_the_checkout_has_the_same_door():
-    spec = importlib.util.spec_from_file_location("checkout_door", REPO / "cli.py")
-    checkout_door = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(checkout_door)
-    assert (checkout_door.main, checkout_door.mosaic) == (door.main, door.mosaic)
+def test_cli_py_is_the_same_command():
+    spec = importlib.util.spec_from_file_location("checkout", REPO / "cli.py")
+    checkout = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checkout)
+    assert (checkout.main, checkout.mosaic) == (commands.main, commands.mosaic)
 
 
 def test_partition_as_json(tmp_path, monkeypatch):
@@ -232,9 +231,9 @@ def test_partition_as_a_table_and_a_heat_map(tmp_path, monkeypatch):
 
 
 def test_every_sampler_is_named_and_deals():
-    told = " ".join(ask("partition", "--help").stdout.split())
+    text = " ".join(ask("partition", "--help").stdout.split())
     for sampler in KNOBS["partition.sampler"].metadata["choices"]:
-        assert re.search(rf"How labels are dealt:.*\b{sampler}\b", told)
+        assert re.search(rf"How labels are dealt:.*\b{sampler}\b", text)
         facts = json.loads(ask("partition", "--sampler", sampler, "--json").stdout)
         assert facts["sampler"] == sampler
         assert sum(facts["client_sizes"]) == 1437
@@ -251,7 +250,7 @@ def launched(monkeypatch):
 
     def run(config, **options):
         stand_in.calls.append((config, options))
-        print("words on the way", flush=True)
+        print("progress", flush=True)
         if isinstance(stand_in.outcome, BaseException):
             raise stand_in.outcome
         return stand_in.outcome
@@ -264,7 +263,7 @@ def launched(monkeypatch):
     return stand_in
 
 
-def test_run_hands_over_what_was_asked(launched):
+def test_run_passes_its_options_on(launched):
     result = ask("run", "--omega", "2", "--storage", "s3://b/c", "--name", "mine", "--fresh")
     assert result.exit_code == 0, result.stderr
     [(config, options)] = launched.calls
@@ -280,7 +279,7 @@ def test_run_hands_over_what_was_asked(launched):
 def test_json_alone_on_standard_output(launched):
     result = ask("run", "--json")
     assert json.loads(result.stdout) == SUMMARY
-    assert result.stderr == "words on the way\n"
+    assert result.stderr == "progress\n"
 
 
 @pytest.mark.parametrize(
@@ -299,16 +298,16 @@ def test_a_failed_run_says_where_in_one_line(launched):
     launched.outcome = RunError("loss is\nnan", stage="warmup", round=3, client=1)
     launched.outcome.add_note("log: /s/runs/r/metrics.jsonl")
     result = ask("run", "--json")
-    result.stderr_bytes = result.stderr_bytes.replace(b"words on the way\n", b"")
+    result.stderr_bytes = result.stderr_bytes.replace(b"progress\n", b"")
     line = refusal(result, status=1)
     assert line == "mosaic: error: stage warmup, round 3, client 1: loss is nan; log: /s/runs/r/metrics.jsonl\n"
 
 
-def test_a_request_refused_late_is_refused_alike(launched):
-    launched.outcome = RequestError("--storage: no room")
+def test_a_late_refusal_has_the_same_form(launched):
+    launched.outcome = RequestError("--storage: no space")
     result = ask("run", "--json")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1] == "mosaic: error: --storage: no room"
+    assert result.stderr.splitlines()[-1] == "mosaic: error: --storage: no space"
 
 
 def test_an_interrupted_run_names_the_command_that_resumes(launched):

@@ -1,4 +1,4 @@
-"""`mosaic store ls | gc | verify`: what is told, what goes, what never goes."""
+"""`mosaic store ls | gc | verify`: their output, and the results that gc removes and keeps."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def said(result: Result, status: int = 0) -> dict[str, Any]:
+def json_of(result: Result, status: int = 0) -> dict[str, Any]:
     assert result.exit_code == status, (result.output, result.exception)
     return json.loads(result.stdout)
 
 
 def gc(storage: Path, *words: str) -> dict[str, Any]:
-    return said(ask("store", "gc", "--storage", str(storage), "--json", *words))
+    return json_of(ask("store", "gc", "--storage", str(storage), "--json", *words))
 
 
 def names(freed: Mapping[str, Any]) -> set[str]:
@@ -92,7 +92,7 @@ def whys(freed: Mapping[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------- ls
 
 
-def test_ls_says_what_each_key_is_how_large_and_who_uses_it(storage: Path, root: Path) -> None:
+def test_ls_lists_keys_sizes_and_users(storage: Path, root: Path) -> None:
     store = Store(storage)
     mine = make_run(store, "runs/one")
     other = override(TINY, {"distill.lr": 0.5})
@@ -100,7 +100,7 @@ def test_ls_says_what_each_key_is_how_large_and_who_uses_it(storage: Path, root:
     store.put(KEY, {}, {"p": arrays()})
     store.writer(OTHER_KEY).add("p", arrays())
     store.save_checkpoint(KEY, {}, {})
-    listed = said(ask("store", "ls", "--storage", str(storage), "--json"))
+    listed = json_of(ask("store", "ls", "--storage", str(storage), "--json"))
     users = {row["key"]: row["used_by"] for row in listed["results"]}
     one, trial = "run one", "sweep s, trial p000s0"
     assert users == {key: [one] * (key in mine) + [trial] * (key in theirs) for key in mine | theirs} | {
@@ -125,10 +125,10 @@ def test_ls_of_an_empty_storage(storage: Path, root: Path) -> None:
     assert ask("store", "ls", "--storage", str(storage)).stdout == "no results\n"
 
 
-def test_every_key_of_a_real_run_is_known_to_be_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_of_a_run_is_traced_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
     runner.run(override(TINY, {"partition.validation_fraction": 0.1}), storage=str(tmp_path), name="a", progress=False)
-    rows = said(ask("store", "ls", "--storage", str(tmp_path), "--json"))["results"]
+    rows = json_of(ask("store", "ls", "--storage", str(tmp_path), "--json"))["results"]
     assert len(rows) > 15 and all(row["used_by"] == ["run a"] for row in rows)
     assert gc(tmp_path, "--older-than", "0s")["freed"] == []
     (tmp_path / "runs/a/summary.json").unlink()
@@ -153,7 +153,7 @@ def full(storage: Path, root: Path) -> set[str]:
     return {f"objects/{KEY}", f"objects/{OTHER_KEY}", f"checkpoints/{done}", f"checkpoints/{OTHER_KEY}"}
 
 
-def test_a_dry_run_says_what_would_go_and_gc_frees_just_that(storage: Path, root: Path, full: set[str]) -> None:
+def test_gc_removes_what_its_dry_run_lists(storage: Path, root: Path, full: set[str]) -> None:
     before = files(root)
     tried = gc(storage, "--dry-run")
     assert files(root) == before and tried["dry_run"] and names(tried) == full
@@ -164,10 +164,10 @@ def test_a_dry_run_says_what_would_go_and_gc_frees_just_that(storage: Path, root
     assert freed["freed"] == tried["freed"] and not freed["dry_run"]
     assert after == {name: data for name, data in before.items() if "/".join(name.split("/")[:2]) not in full}
     assert freed["bytes"] == sum(map(len, before.values())) - sum(map(len, after.values())) > 0
-    assert gc(storage)["freed"] == [] and said(ask("store", "verify", "--storage", str(storage), "--json"))
+    assert gc(storage)["freed"] == [] and json_of(ask("store", "verify", "--storage", str(storage), "--json"))
 
 
-def test_what_is_young_stays_but_for_checkpoints_of_finished_stages(storage: Path, root: Path, full: set[str]) -> None:
+def test_young_results_stay_but_not_checkpoints_of_finished_stages(storage: Path, root: Path, full: set[str]) -> None:
     age(root, 3600)
     freed = gc(storage)
     assert names(freed) == {name for name in full if KEY not in name and OTHER_KEY not in name}
@@ -175,7 +175,7 @@ def test_what_is_young_stays_but_for_checkpoints_of_finished_stages(storage: Pat
     assert names(gc(storage, "--older-than", "30m")) == full - names(freed)
 
 
-def test_what_somebody_computes_stays_and_while_runs_are_at_work_all_that_has_no_name_yet(
+def test_leased_results_and_unnamed_ones_stay_while_runs_are_active(
     storage: Path, root: Path, full: set[str]
 ) -> None:
     """A run that goes on for days has stored results that no summary.json names."""
@@ -190,7 +190,7 @@ def test_what_somebody_computes_stays_and_while_runs_are_at_work_all_that_has_no
     assert names(gc(storage)) == full - names(freed)
 
 
-def test_what_somebody_takes_up_between_the_look_and_the_removal_stays(
+def test_a_result_leased_during_gc_stays(
     storage: Path, root: Path, full: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, writer = keeping._make_plan, Store(storage)
@@ -216,7 +216,7 @@ def test_one_gc_at_a_time(storage: Path, full: set[str]) -> None:
         assert names(gc(storage, "--dry-run")) == full
 
 
-def test_what_killed_writers_left_goes_once_it_is_old(storage: Path, root: Path, full: set[str]) -> None:
+def test_old_files_of_killed_writers_go(storage: Path, root: Path, full: set[str]) -> None:
     gone = {"objects/.probe-0123", f"objects/{store_keys(TINY)['warmup'][0]}/manifest.json.77-0123abcd.tmp"}
     mine = {"notes.77-0123abcd.tmp", "objects/mine.tmp"}
     if storage.name == "local":
@@ -229,7 +229,7 @@ def test_what_killed_writers_left_goes_once_it_is_old(storage: Path, root: Path,
     assert all((root / name).exists() for name in mine), "nobody's but our own"
 
 
-def test_payloads_that_no_manifest_names_go_once_they_are_old(storage: Path, root: Path, full: set[str]) -> None:
+def test_old_payloads_without_a_manifest_go(storage: Path, root: Path, full: set[str]) -> None:
     key = store_keys(TINY)["teacher"][0]
     old, young = (root / "objects" / key / f"part-{name}.safetensors" for name in ("a" * 12, "b" * 12))
     old.write_text("x" * 7)
@@ -269,7 +269,7 @@ def test_generators_that_cannot_be_traced_stay(storage: Path, root: Path, full: 
     assert names(freed) == full and {"run two"} == {why.split(" may")[0] for why in whys(freed).values()}
     assert {name.partition("/")[2].partition("-")[0] for name in whys(freed)} >= {"generator"}
     assert all(store.get(key) is not None for key in mine)
-    rows = said(ask("store", "ls", "--storage", str(storage), "--json"))["users"]
+    rows = json_of(ask("store", "ls", "--storage", str(storage), "--json"))["users"]
     assert {row["name"]: row["traced"] for row in rows} == {"run one": True, "run two": False}
 
 
@@ -317,7 +317,7 @@ some_keys = st.builds("{}-{}".format, st.sampled_from(STAGES), st.integers(0, 3)
     st.dictionaries(some_keys, st.booleans(), max_size=3),
     st.floats(0, 9),
 )  # fmt: skip
-def test_nothing_that_is_used_or_held_or_young_is_ever_planned(
+def test_gc_never_plans_used_leased_or_young_results(
     lie: dict[tuple[str, str], tuple[bool, float]],
     uses: list[tuple[frozenset[str], bool]],
     leases: dict[str, bool],
@@ -350,7 +350,7 @@ def test_nothing_that_is_used_or_held_or_young_is_ever_planned(
 
 def test_verify_hashes_every_byte(storage: Path, root: Path, full: set[str]) -> None:
     words = ["store", "verify", "--storage", str(storage)]
-    sound = said(ask(*words, "--json"))
+    sound = json_of(ask(*words, "--json"))
     assert sound["damaged"] == {} and "all sound" in ask(*words).stdout
     whole = [path.parent for path in root.rglob("manifest.json")]
     assert sound["results"] == len(whole)
@@ -363,12 +363,12 @@ def test_verify_hashes_every_byte(storage: Path, root: Path, full: set[str]) -> 
     lost.unlink()
     (root / "objects" / store_keys(TINY)["teacher"][0] / "manifest.json").write_text("{}")
     before = files(root)
-    damaged = said(ask(*words, "--json"), 1)["damaged"]
+    damaged = json_of(ask(*words, "--json"), 1)["damaged"]
     assert {name.partition("-")[0] for name in damaged} == {"objects/warmup", "checkpoints/warmup", "objects/teacher"}
     assert "SHA-256" in damaged[f"objects/{KEY}"] and "missing" in damaged[f"checkpoints/{OTHER_KEY}"]
     table = ask(*words)
     assert table.exit_code == 1 and "3 damaged" in table.stdout and KEY in table.stdout and table.stderr == ""
-    assert files(root) == before, "it only tells"
+    assert files(root) == before, "verify removes nothing"
 
 
 def test_a_checkpoint_that_is_replaced_meanwhile_is_not_damaged(
@@ -384,4 +384,4 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_damaged(
         return found
 
     monkeypatch.setattr(Store, "manifest", manifest)
-    assert said(ask("store", "verify", "--storage", str(storage), "--json"))["damaged"] == {} and len(rounds) == 2
+    assert json_of(ask("store", "verify", "--storage", str(storage), "--json"))["damaged"] == {} and len(rounds) == 2

@@ -1,4 +1,4 @@
-"""`mosaic sweep` and `mosaic spaces` at the door: what is refused, in one line and before Ray; what gets through."""
+"""`mosaic sweep` and `mosaic spaces`: wrong requests are refused in one line before Ray starts, valid ones pass."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 from click.testing import Result
 from door import ask, refusal
 
-from mosaic_ray.cli import commands as door
+from mosaic_ray.cli.request import parse_config
 from mosaic_ray.config.resolve import resolve
 from mosaic_ray.sweeps import runner as sweep_runner
-from mosaic_ray.sweeps.runner import Request, prepare
+from mosaic_ray.sweeps.runner import SweepRequest, prepare
 from mosaic_ray.sweeps.space import list_spaces
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
@@ -33,7 +33,7 @@ def sweep(*words: str) -> Result:
 
 
 def files(folder: Path = Path()) -> dict[str, bytes]:
-    """All that lies below the working directory."""
+    """Return all files below the working directory."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -90,10 +90,10 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("words, told", WRONG, ids=[words[:60] for words, _ in WRONG])
-def test_a_wrong_word_is_answered_in_one_line_and_nothing_is_written(words, told):
+@pytest.mark.parametrize("words, parts", WRONG, ids=[words[:60] for words, _ in WRONG])
+def test_a_wrong_option_is_refused_and_nothing_is_written(words, parts):
     line = refusal(sweep(*shlex.split(words)))
-    for part in told:
+    for part in parts:
         assert part in line
     assert not list(Path().iterdir())
 
@@ -158,14 +158,14 @@ WRONG_SPACES = [
 ]
 
 
-@pytest.mark.parametrize("text, told", WRONG_SPACES)
-def test_a_wrong_space_is_answered_in_one_line_before_anything_starts(text, told):
+@pytest.mark.parametrize("text, parts", WRONG_SPACES)
+def test_a_wrong_space_is_refused_in_one_line(text, parts):
     Path("mine.py").write_text(text)
     result = sweep("--space", "mine.py")
     if "hello" in text:  # what a space prints goes to standard error
         result.stderr_bytes = result.stderr_bytes.removeprefix(b"hello\n")
     line = refusal(result)
-    for part in told:
+    for part in parts:
         assert part in line
     assert files() == {"mine.py": text.encode()}
 
@@ -253,7 +253,7 @@ def test_a_dry_run_counts_what_is_computed_once(words, counts):
     assert {stage: found[stage] for stage in counts} == counts
 
 
-def test_a_dry_run_of_optuna_says_what_it_cannot_know():
+def test_a_dry_run_of_optuna_has_no_work_table():
     result = sweep("--dry-run", "--search", "optuna", "--samples", "5", "--seeds", "1,2")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "optuna search, 10 trials (5 points x 2 seeds)" in result.stdout
@@ -270,12 +270,13 @@ def test_max_concurrent_bounds_the_plan():
 
 
 @pytest.fixture
-def asked(monkeypatch) -> Callable[..., Request]:
+def asked(monkeypatch) -> Callable[..., SweepRequest]:
     """The request that words make."""
-    requests: list[Request] = []
-    monkeypatch.setattr(sweep_runner, "dry_run", lambda request, *place: requests.append(request) or [])
+    requests: list[SweepRequest] = []
+    nothing = sweep_runner.DryRun("n", "mine", "grid", points=1, seeds=1, resources=[], work=None)
+    monkeypatch.setattr(sweep_runner, "dry_run", lambda request, *place: requests.append(request) or nothing)
 
-    def request_of(*words: str) -> Request:
+    def request_of(*words: str) -> SweepRequest:
         result = sweep("--dry-run", *words)
         assert result.exit_code == 0, result.stderr
         return requests.pop()
@@ -289,7 +290,7 @@ MINE = space(
 )
 
 
-def test_preset_space_file_and_words_in_their_order(asked):
+def test_precedence_of_preset_space_file_and_options(asked):
     Path("mine.py").write_text(MINE)
     Path("mine.toml").write_text("[generator]\nsteps = 8\n")
     Path("preset.toml").write_text("preset = 'cifar10_small'\n")
@@ -306,13 +307,13 @@ def test_preset_space_file_and_words_in_their_order(asked):
     assert asked(*one, "--preset", "reference").config.algorithm == "reference"
 
 
-def test_validation_images_are_held_out_unless_somebody_says_otherwise(asked):
+def test_sweeps_hold_out_validation_images_by_default(asked):
     Path("all.toml").write_text("[partition]\nvalidation_fraction = 0.0\n")
     assert asked().config.partition.validation_fraction == 0.1
     assert asked("--set", "partition.validation_fraction=0").config.partition.validation_fraction == 0.0
     assert asked("--set", "partition.validation_fraction=0.3").config.partition.validation_fraction == 0.3
     assert asked("--config", "all.toml").config.partition.validation_fraction == 0.0
-    assert door.parse_config().partition.validation_fraction == 0.0, "a run on its own trains on everything"
+    assert parse_config().partition.validation_fraction == 0.0, "a run on its own trains on everything"
 
 
 @pytest.mark.parametrize(
@@ -327,14 +328,14 @@ def test_validation_images_are_held_out_unless_somebody_says_otherwise(asked):
         ("--set seed=8 --set seed=9", (9,)),
     ],
 )
-def test_a_typed_seed_goes_before_the_spaces_own(asked, words, seeds):
+def test_a_typed_seed_replaces_the_seeds_of_the_space(asked, words, seeds):
     Path("mine.py").write_text(MINE)
     sweep = prepare(asked("--space", "mine.py", *shlex.split(words)))
     assert [trial.seed for trial in sweep.trials] == [*seeds, *seeds]
-    assert sweep.facts["seeds"] == list(seeds)
+    assert sweep.plan_json["seeds"] == list(seeds)
 
 
-def test_words_reach_the_request(asked):
+def test_options_reach_the_request(asked):
     request = asked("--search", "optuna", "--samples", "007", "--scheduler", "asha", "--max-concurrent", "3")
     assert (request.search, request.samples, request.scheduler, request.max_concurrent) == ("optuna", 7, "asha", 3)
     request = asked()

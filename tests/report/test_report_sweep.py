@@ -167,7 +167,7 @@ def test_nothing_chosen_and_nothing_ended_are_said(tmp_path):
 def test_a_comparison_says_so_and_how_to_do_it_again(tmp_path):
     plan = compare_plan("fedrolex,mosaic+fedrolex")
     words = {"seed": None, "sets": ("federation.widths=[1.0,0.5]",)}
-    facts = prepare(sweep_request("compare", words, plan=plan, seeds="0,1")).facts
+    facts = prepare(sweep_request("compare", words, plan=plan, seeds="0,1")).plan_json
     page = sweep_page.sweep_page(load_sweep(make_sweep(tmp_path / "s", [], **facts)), tmp_path)
     texts = {text.title: text.body for section in page.sections for text in section.texts}
     base = tmp_path / "base.toml"
@@ -176,14 +176,14 @@ def test_a_comparison_says_so_and_how_to_do_it_again(tmp_path):
     assert command[:4] == ["mosaic", "compare", "--methods", "fedavg+fedrolex,mosaic+fedrolex"]
     assert command[4:] == ["--config", "base.toml", "--name", "s", "--seeds", "0,1"]
     again = {"seed": None, "sets": (), "config": str(base)}
-    assert prepare(sweep_request("compare", again, plan=compare_plan(command[3]), seeds="0,1")).facts == facts
+    assert prepare(sweep_request("compare", again, plan=compare_plan(command[3]), seeds="0,1")).plan_json == facts
 
 
 @pytest.mark.parametrize("space, options", [("smoke", {}), ("lambdas_omega", {"samples": "3", "seeds": "0,1"})])
 def test_the_command_asks_for_the_same_trials(tmp_path, space, options):
     words = dict.fromkeys(["search", "samples", "seeds", "max_concurrent"]) | {"scheduler": "fifo"} | options
     sweep = prepare(sweep_request(space, {"seed": None, "sets": ("warmup.num_rounds=4",)}, **words))
-    page = sweep_page.sweep_page(load_sweep(make_sweep(tmp_path / "s", [], **sweep.facts)), tmp_path)
+    page = sweep_page.sweep_page(load_sweep(make_sweep(tmp_path / "s", [], **sweep.plan_json)), tmp_path)
     texts = {text.title: text.body for section in page.sections for text in section.texts}
     base = tmp_path / "base.toml"
     base.write_text(next(body for title, body in texts.items() if "base.toml" in title))
@@ -192,6 +192,6 @@ def test_the_command_asks_for_the_same_trials(tmp_path, space, options):
     assert asked.pop("config") == "base.toml" and asked.pop("name") == "s"
     again = dict.fromkeys(["search", "samples", "seeds", "max_concurrent"]) | asked
     assert (
-        prepare(sweep_request(again.pop("space"), {"seed": None, "sets": (), "config": str(base)}, **again)).facts
-        == sweep.facts
+        prepare(sweep_request(again.pop("space"), {"seed": None, "sets": (), "config": str(base)}, **again)).plan_json
+        == sweep.plan_json
     )

@@ -17,6 +17,7 @@ from mosaic_ray.pipeline.context import RunContext, known
 from mosaic_ray.runs import runner
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
+from mosaic_ray.sweeps.queue import TrialQueue
 from mosaic_ray.sweeps.space import SweepPlan
 
 QUICK = {
@@ -137,12 +138,11 @@ def test_only_an_error_stops_a_strict_run(cached):
 def test_a_trial_that_ended_with_an_error_is_not_done_for_a_strict_sweep(strict, monkeypatch):
     trials = [SimpleNamespace(name=name, label=name) for name in ("warning", "error")]
     search = SimpleNamespace(next=lambda: trials.pop(0) if trials else None)
-    ledger = SimpleNamespace(ended=lambda trial: {"status": "done", "health": [{"severity": trial.name}]})
-    feed = sweep_runner.Feed(SimpleNamespace(search=search), ledger, SimpleNamespace(found=lambda *_: None))
-    feed.strict_health = strict
-    monkeypatch.setattr(feed, "_keep", lambda trial, summary: None)
-    monkeypatch.setattr(feed, "_condition", lambda trial: "")
-    found = feed.next()
+    state = SimpleNamespace(finished=lambda trial: {"status": "done", "health": [{"severity": trial.name}]})
+    queue = TrialQueue(search, state, SimpleNamespace(found=lambda *_: None), strict_health=strict)
+    monkeypatch.setattr(queue, "_keep", lambda trial, summary: None)
+    monkeypatch.setattr(queue, "_setting", lambda trial: "")
+    found = queue.next()
     assert (found and found.name) == ("error" if strict else None)
 
 
@@ -152,7 +152,7 @@ def test_a_trial_that_ended_with_an_error_is_not_done_for_a_strict_sweep(strict,
 def test_a_strict_sweep_records_the_trial_as_failed_with_the_line(tmp_path, stripes_as_data):
     points = ({"method": "prototype_head"}, {"method": "mosaic", "meta.lr": 1e30})
     plan = SweepPlan("one has no teacher, one's diverges", points=points)
-    request = sweep_runner.Request(override(TINY, BROKEN | {"runtime.host": "ray"}), "mine", plan, search="grid")
+    request = sweep_runner.SweepRequest(override(TINY, BROKEN | {"runtime.host": "ray"}), "mine", plan, search="grid")
     with small_ray(num_cpus=2):
         outcome = sweep_runner.run(request, storage=str(tmp_path), progress=False, strict_health=True)
         (failed,) = outcome.failed

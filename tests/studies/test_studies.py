@@ -1,4 +1,4 @@
-"""`mosaic experiment`: the studies' own arithmetic, a whole study on a tiny experiment, and what is refused."""
+"""`mosaic experiment`: the arithmetic of the studies, whole studies on a tiny experiment, and refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ counts_of = st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_s
 
 
 @given(counts_of.filter(lambda counts: counts.sum(0).all() and counts.sum(1).all()))
-def test_generators_that_show_what_clients_hold_give_the_true_weights(counts):
+def test_perfect_generators_give_the_true_weights(counts):
     true, sizes = expert_weights(counts), counts.sum(1)
     guess = estimate(counts / sizes[:, None], sizes)
     np.testing.assert_allclose(guess, true, atol=1e-12)
@@ -77,7 +77,7 @@ def test_a_class_that_no_generator_shows_is_weighed_by_size():
     assert guess.tolist() == [[0.75, 0.75], [0.25, 0.25]]
 
 
-def test_figures_of_an_estimate_by_hand():
+def test_metrics_of_an_estimate_by_hand():
     true, guess = np.array([[0.7, 0.0], [0.2, 0.5], [0.1, 0.5]]), np.array([[0.5, 0.6], [0.3, 0.3], [0.2, 0.1]])
     row = compared("x", true, guess)
     assert row["class_distance"] == pytest.approx([0.2, 0.6])
@@ -87,7 +87,7 @@ def test_figures_of_an_estimate_by_hand():
     assert (alike["rank_correlation"], alike["owner"]) == (None, None)
 
 
-def test_lines_over_seeds():
+def test_summary_over_seeds():
     study = dataclasses.replace(moe_weights.STUDY, by="what", columns={"a": ("A", ".2f"), "b": ("B", "+.1%")})
     rows = [{"seed": 0, "what": "x", "a": 1.0, "b": 0.5}, {"seed": 1, "what": "x", "a": 2.0, "b": None}]
     (line,) = over_seeds(rows, study)
@@ -104,7 +104,7 @@ def test_csv_gives_lists_a_column_each():
 # --- whole studies ---------------------------------------------------------------------------------------------------
 
 
-def test_generator_quality_leaves_its_files_and_computes_nothing_twice(data, tmp_path, monkeypatch):
+def test_generator_quality_writes_its_files_and_is_cached(data, tmp_path, monkeypatch):
     config = tiny(generator_quality.BASE)
     found = run(generator_quality.STUDY, config, tmp_path, (0, 1))
     folder = Path(found["paths"]["results"])
@@ -153,7 +153,7 @@ def test_moe_weights_uses_the_stages_of_an_ordinary_run(data, tmp_path, monkeypa
         assert len(row["class_distance"]) == 3
 
 
-def test_meta_training_compares_teachers_that_differ_in_what_they_learn_from(data, tmp_path, monkeypatch):
+def test_meta_training_compares_its_arms(data, tmp_path, monkeypatch):
     config = tiny(meta_training.BASE)
     found = run(meta_training.STUDY, config, tmp_path)
     lines = {line["learns_from"]: line for line in found["summary"]}
@@ -184,7 +184,7 @@ def test_experiments_are_listed():
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, part",
     [
         (("generator-quality", "--images", "5"), "--images 5: it may be 20 to 143"),
         (("generator-quality", "--images", "x"), "--images x"),
@@ -200,10 +200,10 @@ def test_experiments_are_listed():
         (("moe-weihgts",), 'unknown command "moe-weihgts"; did you mean "moe-weights"?'),
     ],
 )
-def test_wrong_requests_are_answered_in_one_line(words, said, tmp_path, monkeypatch):
+def test_wrong_requests_are_refused_in_one_line(words, part, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mosaic_ray.execution.placement.Placement.backend", lambda *_: pytest.fail("it started"))
-    assert said in refusal(ask("experiment", *words))
+    assert part in refusal(ask("experiment", *words))
 
 
 def test_the_command_prints_a_table_or_json(data, tmp_path, monkeypatch):

@@ -22,11 +22,11 @@ NARROW = "federation.widths=[1.0,0.5]"
         (" mosaic , mosaic+heterofl", [{"method": "mosaic"}, {"method": "mosaic", "federation.optimiser": "heterofl"}]),
     ],
 )
-def test_a_word_is_a_method_an_optimiser_or_one_over_the_other(methods, points):
+def test_compare_takes_methods_optimisers_and_both(methods, points):
     assert list(compare_plan(methods).points) == points
 
 
-def test_where_every_point_names_its_optimiser_clients_may_be_narrow():
+def test_widths_are_allowed_where_every_point_names_its_optimiser():
     assert compare_plan("fedrolex,mosaic+fedrolex").base == {"federation.optimiser": "fedrolex"}
     assert compare_plan("fedrolex,mosaic").base == {}, "mosaic means the optimiser that is configured"
 
@@ -44,7 +44,7 @@ def test_where_every_point_names_its_optimiser_clients_may_be_narrow():
     ],
 )
 @pytest.mark.usefixtures("two_cpus")
-def test_a_wrong_word_is_answered_in_one_line(words, says):
+def test_a_wrong_option_is_refused_in_one_line(words, says):
     assert says in refusal(ask("compare", *words))
 
 

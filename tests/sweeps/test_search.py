@@ -1,4 +1,4 @@
-"""Which point comes next: a function of the plan alone, whatever ends when, and one that learns."""
+"""The searches and ASHA: points are a function of the plan alone, and optuna's improve."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mosaic_ray.config.resolve import flatten, override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.sweeps.search import LAG, Listed, Optuna, Search, problems, searched
+from mosaic_ray.sweeps.search import LAG, FixedTrials, OptunaSearch, Search, searched_knobs, settings_of
 from mosaic_ray.sweeps.space import Choice, Range, SweepPlan
 from mosaic_ray.sweeps.state import Trial, make_trials
 
@@ -29,15 +29,15 @@ PLAN = SweepPlan(
         "meta.pool": Choice(("mean", "sum")),
     },
 )
-ONE_PROBLEM = SweepPlan("a test", {name: d for name, d in PLAN.knobs.items() if name != "partition.omega"})
+ONE_SETTING = SweepPlan("a test", {name: d for name, d in PLAN.knobs.items() if name != "partition.omega"})
 
 Score = Callable[[Trial], float | None]
 
 
 def concave(trial: Trial) -> float:
     """Best at lambda_e 1.5, lambda_d 8."""
-    room = trial.config.generator
-    return 1.0 - (room.lambda_e - 1.5) ** 2 - ((room.lambda_d - 8.0) / 4) ** 2
+    section = trial.config.generator
+    return 1.0 - (section.lambda_e - 1.5) ** 2 - ((section.lambda_d - 8.0) / 4) ** 2
 
 
 def played(
@@ -45,7 +45,7 @@ def played(
 ) -> list[Trial]:
     """Every trial in the order in which it is handed out.
 
-    ``slots`` are under way at once and end in a random ``order``; the first ``found`` trials ended long ago.
+    ``slots`` trials run at once and finish in a random ``order``; the first ``found`` have finished before.
     """
     order = order or random.Random(0)
     handed: list[Trial] = []
@@ -58,19 +58,19 @@ def played(
                 return handed
             trial = None
         if trial is None:
-            assert under_way, "nothing is under way and nothing is handed out: the sweep would stand still"
+            assert under_way, "no trial runs and none is handed out: the sweep would hang"
             ended = under_way.pop(order.randrange(len(under_way)))
-            search.ended(ended, score(ended))
+            search.finished(ended, score(ended))
         else:
             handed.append(trial)
             if len(handed) <= found:
-                search.ended(trial, score(trial))
+                search.finished(trial, score(trial))
             else:
                 under_way.append(trial)
 
 
-def optuna(plan: SweepPlan = PLAN, samples: int = 12, seeds: Sequence[int] = (0,), base=BASE) -> Optuna:
-    return Optuna(plan, samples, seeds, base)
+def optuna(plan: SweepPlan = PLAN, samples: int = 12, seeds: Sequence[int] = (0,), base=BASE) -> OptunaSearch:
+    return OptunaSearch(plan, samples, seeds, base)
 
 
 def section_knobs(trials: Sequence[Trial]) -> list[dict]:
@@ -78,28 +78,28 @@ def section_knobs(trials: Sequence[Trial]) -> list[dict]:
 
 
 def refusal(call, *args) -> str:
-    """The one line that ``call`` refuses with."""
+    """Return the one-line error of ``call``."""
     with pytest.raises(RequestError) as caught:
         call(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# --- listed ----------------------------------------------------------------------------------------------------------
+# --- fixed trials -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 3, 100])
-def test_listed_trials_come_in_order_and_all(slots):
+def test_fixed_trials_come_in_order(slots):
     trials = make_trials(BASE, [{"warmup.lr": 0.1}, {}, {"warmup.lr": 0.2}], (1, 0))
-    listed = Listed(trials)
+    listed = FixedTrials(trials)
     assert listed.total == 6
     assert played(listed, lambda trial: None, slots=slots) == trials
     with pytest.raises(StopIteration):
         listed.next()
 
 
-def test_listed_trials_wait_for_nothing():
-    listed = Listed(make_trials(BASE, [{}], (0, 1, 2)))
+def test_fixed_trials_never_wait():
+    listed = FixedTrials(make_trials(BASE, [{}], (0, 1, 2)))
     assert [listed.next().seed for _ in range(3)] == [0, 1, 2]
 
 
@@ -114,11 +114,11 @@ def in_turn() -> list[Trial]:
 
 @settings(max_examples=15)
 @given(order=st.randoms(use_true_random=False), slots=st.integers(1, 30), found=st.integers(0, 24))
-def test_points_do_not_depend_on_who_ends_when_or_on_how_many_are_under_way(in_turn, order, slots, found):
+def test_points_depend_on_neither_order_nor_concurrency(in_turn, order, slots, found):
     assert played(optuna(seeds=(3, 1)), concave, order=order, slots=slots, found=found) == in_turn
 
 
-def test_the_next_process_chooses_alike(in_turn):
+def test_the_same_plan_gives_the_same_points(in_turn):
     again = played(optuna(seeds=(3, 1)), concave)
     assert [(t.name, t.point, t.seed, t.config) for t in again] == [
         (t.name, t.point, t.seed, t.config) for t in in_turn
@@ -134,8 +134,8 @@ def test_another_plan_has_other_points(in_turn, changed):
     assert section_knobs(other[:24]) != section_knobs(in_turn)
 
 
-@pytest.mark.parametrize("plan, count", [(PLAN, 3), (ONE_PROBLEM, 1)])
-def test_a_point_knows_only_scores_that_every_order_lets_it_know(plan, count):
+@pytest.mark.parametrize("plan, count", [(PLAN, 3), (ONE_SETTING, 1)])
+def test_a_point_depends_only_on_earlier_points_of_its_setting(plan, count):
     samples = 5 * count
     points = section_knobs(played(optuna(plan, samples), concave))
     moved = set()
@@ -149,34 +149,34 @@ def test_a_point_knows_only_scores_that_every_order_lets_it_know(plan, count):
         may_know = {point for point in range(known + LAG * count, samples) if point % count == known % count}
         assert set(changed) <= may_know, known
         moved |= set(changed)
-    assert moved, "no score ever told anything"
+    assert moved, "no score changed any point"
 
 
-def test_what_must_be_known_is_waited_for():
+def test_the_search_waits_for_earlier_scores():
     search = optuna(samples=12)
     first = [search.next() for _ in range(3 * LAG)]
     assert None not in first
     assert search.next() is None is search.next()
     for trial in first[1:]:
-        search.ended(trial, 1.0)
+        search.finished(trial, 1.0)
     assert search.next() is None, "the seventh point follows the first"
-    search.ended(first[0], 1.0)
+    search.finished(first[0], 1.0)
     assert search.next().point == 6
 
 
-def test_a_point_has_ended_when_all_its_seeds_have():
-    search = optuna(ONE_PROBLEM, seeds=(0, 1))
+def test_a_point_finishes_with_its_last_seed():
+    search = optuna(ONE_SETTING, seeds=(0, 1))
     trials = [search.next() for _ in range(2 * LAG)]
-    search.ended(trials[0], 1.0)
+    search.finished(trials[0], 1.0)
     assert search.next() is None
-    search.ended(trials[1], 1.0)
+    search.finished(trials[1], 1.0)
     assert search.next().name == f"p00{LAG}s0"
 
 
-# --- optuna: problems ------------------------------------------------------------------------------------------------
+# --- optuna: settings ------------------------------------------------------------------------------------------------
 
 
-def test_problems_are_dealt_in_turn_and_never_searched():
+def test_settings_are_taken_in_turn():
     plan = SweepPlan("a test", PLAN.knobs | {"partition.num_clients": Choice((5, 10))})
     trials = played(optuna(plan, 14), lambda trial: trial.config.partition.omega)  # the largest is always best
     dealt = [(t.knobs["partition.omega"], t.knobs["partition.num_clients"]) for t in trials]
@@ -184,7 +184,7 @@ def test_problems_are_dealt_in_turn_and_never_searched():
     assert [list(t.knobs) for t in trials] == [list(plan.knobs)] * 14
 
 
-def test_problems_do_not_teach_one_another():
+def test_settings_do_not_affect_each_other():
     alone = section_knobs(played(optuna(samples=15), concave))
 
     def loud(trial: Trial) -> float:
@@ -196,11 +196,11 @@ def test_problems_do_not_teach_one_another():
     assert other[1::3] != alone[1::3]
 
 
-def test_fewer_samples_than_problems():
+def test_fewer_samples_than_settings():
     assert [t.knobs["partition.omega"] for t in played(optuna(samples=2), concave)] == [0.01, 0.1]
 
 
-def test_a_range_of_problems_needs_a_grid():
+def test_a_range_in_the_setting_needs_a_grid():
     plan = SweepPlan("a test", PLAN.knobs | {"partition.omega": Range(0.01, 1.0, log=True)})
     line = refusal(optuna, plan)
     assert line.startswith("--search optuna: partition.omega is a range (0.01 .. 1 (log)) without a grid")
@@ -214,10 +214,10 @@ def test_nothing_to_search_is_refused():
     assert "(partition.omega, data.name)" in line and "--search grid" in line
 
 
-def test_what_is_a_problem_and_what_is_searched():
-    assert problems(PLAN) == [{"partition.omega": omega} for omega in OMEGAS]
-    assert problems(ONE_PROBLEM) == [{}]
-    assert list(searched(PLAN)) == ["generator.lambda_e", "generator.lambda_d", "meta.pool"]
+def test_settings_and_searched_knobs():
+    assert settings_of(PLAN) == [{"partition.omega": omega} for omega in OMEGAS]
+    assert settings_of(ONE_SETTING) == [{}]
+    assert list(searched_knobs(PLAN)) == ["generator.lambda_e", "generator.lambda_d", "meta.pool"]
 
 
 # --- optuna: scores --------------------------------------------------------------------------------------------------
@@ -228,15 +228,15 @@ def test_a_points_score_is_the_mean_over_its_seeds():
         return concave(trial) + {0: 0.3, 1: -0.1, 2: -0.2}[trial.seed]
 
     seeds = (0, 1, 2)
-    told = played(optuna(ONE_PROBLEM, seeds=seeds), spread, slots=6, order=random.Random(4))
-    first = [t.knobs for t in told if t.seed == 0]
-    assert first == [t.knobs for t in told if t.seed == 1]
-    assert first == section_knobs(played(optuna(ONE_PROBLEM), concave))
-    last = played(optuna(ONE_PROBLEM, seeds=seeds), lambda t: spread(t) if t.seed == 2 else -9.0 * concave(t))
+    trials = played(optuna(ONE_SETTING, seeds=seeds), spread, slots=6, order=random.Random(4))
+    first = [t.knobs for t in trials if t.seed == 0]
+    assert first == [t.knobs for t in trials if t.seed == 1]
+    assert first == section_knobs(played(optuna(ONE_SETTING), concave))
+    last = played(optuna(ONE_SETTING, seeds=seeds), lambda t: spread(t) if t.seed == 2 else -9.0 * concave(t))
     assert [t.knobs for t in last if t.seed == 0] != first
 
 
-def test_a_point_with_a_failed_seed_teaches_nothing():
+def test_a_point_with_a_failed_seed_has_no_score():
     def failing(known: float) -> Score:
         def score(trial: Trial) -> float | None:
             if trial.point in (1, 4):
@@ -245,19 +245,19 @@ def test_a_point_with_a_failed_seed_teaches_nothing():
 
         return score
 
-    one, other = (played(optuna(ONE_PROBLEM, seeds=(0, 1)), failing(known)) for known in (-9.0, 9.0))
+    one, other = (played(optuna(ONE_SETTING, seeds=(0, 1)), failing(known)) for known in (-9.0, 9.0))
     assert one == other
-    assert one != played(optuna(ONE_PROBLEM, seeds=(0, 1)), concave)
+    assert one != played(optuna(ONE_SETTING, seeds=(0, 1)), concave)
 
 
 def test_a_search_goes_on_where_everything_fails():
     assert len(played(optuna(), lambda trial: None, slots=4)) == 12
 
 
-def test_it_learns():
+def test_later_points_score_better():
     first, last = [], []
     for seed in range(3):
-        trials = played(optuna(ONE_PROBLEM, 40, base=override(BASE, {"seed": seed})), concave)
+        trials = played(optuna(ONE_SETTING, 40, base=override(BASE, {"seed": seed})), concave)
         first += [concave(trial) for trial in trials[:10]]
         last += [concave(trial) for trial in trials[-10:]]
     assert fmean(last) > fmean(first) + 0.2
@@ -303,10 +303,10 @@ def test_every_kind_of_knob():
 class Halving:
     """The scheduler with trials that are names alone; ``result`` says whether a trial goes on."""
 
-    def __init__(self, conditions: Sequence[str] = ("partition.omega", "seed"), num_rounds: int = 3) -> None:
-        from mosaic_ray.sweeps.tune import HalvingByCondition
+    def __init__(self, setting: Sequence[str] = ("partition.omega", "seed"), num_rounds: int = 3) -> None:
+        from mosaic_ray.sweeps.tune import HalvingBySetting
 
-        self.scheduler = HalvingByCondition(conditions, num_rounds)
+        self.scheduler = HalvingBySetting(setting, num_rounds)
         self.trials: dict[str, SimpleNamespace] = {}
 
     def result(self, trial: str, result: dict[str, object], **config: object) -> bool:
@@ -325,12 +325,12 @@ def test_the_worse_half_at_a_rung_is_stopped():
     halving = Halving()
     goes_on = [halving.score(f"t{i}", 2, score) for i, score in enumerate((0.5, 0.4, 0.6, 0.45, 0.7, 0.49))]
     assert goes_on == [True, False, True, False, True, False]
-    assert halving.score("t0", 4, 0.1), "the first at a rung has nobody to be worse than"
+    assert halving.score("t0", 4, 0.1), "the first at a rung has no other to compare with"
     assert not halving.score("t2", 4, 0.05)
     assert halving.score("t4", 4, 0.2)
 
 
-def test_halving_keeps_conditions_apart():
+def test_halving_compares_within_a_setting():
     halving = Halving()
     for name, omega, seed, score in (
         ("easy", 1.0, 0, 0.9), ("hard", 0.01, 0, 0.2), ("seed", 1.0, 1, 0.3), ("base", None, 0, 0.1),
@@ -352,7 +352,7 @@ def test_ties_go_on():
     assert all(halving.score(f"t{i}", rung, 0.5) for rung in (1, 2, 4) for i in range(9))
 
 
-def test_a_result_without_a_score_stops_nobody():
+def test_a_result_without_a_score_stops_no_trial():
     halving = Halving()
     assert halving.score("good", 2, 0.9)
     for result in ({"stage": "warmup"}, {"status": "done"}, {"status": "failed", "score": 0.0, "rung": 2}, {}):
@@ -369,15 +369,15 @@ def test_the_best_trial_runs_to_its_end(num_rounds):
         assert halving.score("best", rung, 0.6)
 
 
-def test_a_trial_that_begins_again_is_not_judged_twice_at_a_rung():
+def test_a_restarted_trial_is_not_compared_twice_at_a_rung():
     halving = Halving()
     assert halving.score("t0", 1, 0.5) and halving.score("t0", 2, 0.5)
     assert halving.score("t1", 1, 0.9) and halving.score("t1", 2, 0.9)
-    assert halving.score("t0", 1, 0.5) and halving.score("t0", 2, 0.5), "its process died and came back"
+    assert halving.score("t0", 1, 0.5) and halving.score("t0", 2, 0.5), "its process died and started again"
 
 
 @pytest.mark.parametrize("num_rounds", [0, 4, 12])
-def test_nobody_is_stopped_at_the_last_round(num_rounds):
+def test_no_trial_is_stopped_at_the_last_round(num_rounds):
     halving = Halving(num_rounds=num_rounds)
     assert halving.score("best", 4 + num_rounds, 0.9)
     assert halving.score("worst", 4 + num_rounds, 0.1)

@@ -1,4 +1,4 @@
-"""Where spaces are found: by name, in a file, in a module; and what is said of one that cannot be used."""
+"""Loading spaces by name, from a file and from a module, and the errors of those that cannot be used."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_an_unknown_space_is_named(here, word, says):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["file", "module"])
-def test_a_space_that_fails_is_told_by_its_own_file_and_line(here, source, says, form, request, capsys):
+def test_an_error_in_a_space_names_its_file_and_line(here, source, says, form, request, capsys):
     module = f"bad_{request.node.callspec.indices['source']}"  # another name each time: imports are remembered
     (here / f"{module}.py").write_bytes(source.encode("latin-1"))
     word, file = (f"{module}.py", f"{module}.py") if form == "file" else (f"{module}:plan", str(here / f"{module}.py"))
@@ -79,7 +79,7 @@ def test_a_space_that_fails_is_told_by_its_own_file_and_line(here, source, says,
     assert capsys.readouterr().out == ""  # standard output is for results
 
 
-def test_a_fault_further_down_is_told_by_the_line_that_led_to_it(here):
+def test_an_error_in_an_imported_file_names_the_importing_line(here):
     (here / "outer_space.py").write_text("x = 1\nimport inner_space\n")
     (here / "inner_space.py").write_text("\n\n\nx = = 1\n")
     says = f"--space outer_space:plan: {here / 'outer_space.py'}, line 2: SyntaxError: invalid syntax (inner_space.py, "
@@ -98,7 +98,7 @@ def test_a_space_from_a_file(here, capsys):
     assert load_space(str(here / "mine.v2.py"))[0] == "mine.v2"
 
 
-def test_a_file_may_define_dataclasses_and_know_where_it_lies(here):
+def test_a_space_file_has_dataclasses_and_its_path(here):
     head = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 1\n"
     (here / "typed.py").write_text(head + GOOD.replace("'mine'", "__file__"))
     assert load_space("typed.py")[1].summary == str(here / "typed.py")

@@ -1,4 +1,4 @@
-"""Sweep plans: how they are found, what they may say, and which points they stand for."""
+"""Sweep plans: the shipped ones, the checks of a plan, and its points."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from mosaic_ray.sweeps.space import (
     Range,
     SweepPlan,
     check_space,
-    conditions,
     describe,
     grid_points,
     list_spaces,
     load_space,
     random_points,
+    setting_knobs,
 )
 
 REPO = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_the_shipped_spaces_are_these():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_space_says_where_it_comes_from_and_holds_only_possible_points(name):
+def test_shipped_spaces_name_their_source_and_have_valid_points(name):
     found, plan = load_space(name)
     assert found == name
     assert len(sys.modules[f"tune_spaces.{name}"].__doc__.splitlines()) > 2
@@ -330,11 +330,11 @@ def test_a_possible_plan_passes():
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def test_conditions_are_what_sets_the_problem():
+def test_setting_knobs():
     names = ["generator.lambda_e", "partition.omega", "data.name", "warmup.lr", "partition.num_clients", "seed"]
-    assert conditions(names) == ("partition.omega", "data.name", "partition.num_clients")
+    assert setting_knobs(names) == ("partition.omega", "data.name", "partition.num_clients")
     mending = {"data.root", "data.download", "partition.policy", "partition.max_tries"}
-    assert set(conditions(KNOBS)) == {k for k in KNOBS if k.split(".")[0] in ("data", "partition")} - mending
+    assert set(setting_knobs(KNOBS)) == {k for k in KNOBS if k.split(".")[0] in ("data", "partition")} - mending
     assert mending <= set(KNOBS)
 
 

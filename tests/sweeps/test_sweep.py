@@ -1,4 +1,4 @@
-"""Whole sweeps on Ray: shared stages are computed once, whatever fails or is killed; every trial is a plain run."""
+"""Whole sweeps on Ray: shared stages are computed once, also after failures and kills; every trial is a plain run."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def stripes_as_data(monkeypatch):
 
 
 def sweep(folder: Path, plan: SweepPlan = PLAN, knobs: dict | None = None, **options) -> sweep_runner.Outcome:
-    """Two client hosts and two trials at once, unless said otherwise."""
+    """Run a sweep, by default on two client hosts with two trials at once."""
     base = {"runtime.host": "ray", "runtime.max_hosts": 2, "partition.validation_fraction": 0.2} | (knobs or {})
     asked = {"max_concurrent": 2} | {name: options.pop(name) for name in ASKED if name in options}
-    request = sweep_runner.Request(override(TINY, base), "tiny", plan, **asked)
+    request = sweep_runner.SweepRequest(override(TINY, base), "tiny", plan, **asked)
     return sweep_runner.run(request, storage=str(folder), progress=False, **options)
 
 
@@ -89,11 +89,11 @@ def test_seeds_repeat_every_point_and_a_finished_sweep_starts_nothing(tmp_path, 
     assert comparable(again) == comparable(outcome) and len(again.results) == 4
 
 
-def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_path, ray_up, monkeypatch):
-    """Of the problem's (no such partition), of a client's work on the pool (weights become infinite), and dead ones."""
+def test_failed_trials_are_recorded_and_the_rest_go_on(tmp_path, ray_up, monkeypatch):
+    """One has no possible partition, one diverges on a client, one's process is killed three times."""
     from mosaic_ray.sweeps import tune as tuning
 
-    follow = tuning._Follow.on_trial_result
+    follow = tuning._Progress.on_trial_result
 
     def kill(self, iteration, trials, trial, result, **info):
         follow(self, iteration, trials, trial, result, **info)
@@ -104,7 +104,7 @@ def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_p
     points = ({}, impossible, {"warmup.lr": 1e30}, {"generator.lambda_d": 2.0})
     plan, one = SweepPlan("two that cannot be", points=points), {"runtime.max_hosts": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(tuning._Follow, "on_trial_result", kill)
+        patch.setattr(tuning._Progress, "on_trial_result", kill)
         outcome = sweep(tmp_path, plan, one, max_concurrent=1)
     assert [r.summary["status"] for r in outcome.results] == ["done", "failed", "failed", "failed"]
     assert "process died 3 times" in outcome.results[3].summary["error"]
@@ -122,11 +122,11 @@ def test_failing_trials_are_recorded_with_their_address_and_the_rest_go_on(tmp_p
 
 
 @pytest.mark.slow
-def test_a_trial_whose_process_is_killed_begins_again_where_it_was(tmp_path, ray_up, monkeypatch):
+def test_a_killed_trial_resumes_at_its_last_stored_stage(tmp_path, ray_up, monkeypatch):
     from mosaic_ray.sweeps import tune as tuning
 
     undisturbed = comparable(sweep(tmp_path / "a"))
-    killed, follow = [], tuning._Follow.on_trial_result
+    killed, follow = [], tuning._Progress.on_trial_result
 
     def kill_once(self, iteration, trials, trial, result, **info):
         follow(self, iteration, trials, trial, result, **info)
@@ -134,7 +134,7 @@ def test_a_trial_whose_process_is_killed_begins_again_where_it_was(tmp_path, ray
             killed.append(trial.config["trial"])
             os.kill(result["pid"], signal.SIGKILL)
 
-    monkeypatch.setattr(tuning._Follow, "on_trial_result", kill_once)
+    monkeypatch.setattr(tuning._Progress, "on_trial_result", kill_once)
     outcome = sweep(tmp_path / "b")
     assert killed and comparable(outcome) == undisturbed
     stages = next(r for r in outcome.results if r.trial == killed[0]).summary["stages"]
@@ -185,7 +185,7 @@ def command(folder: Path, storage: str, host: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("host", ["serial", pytest.param("ray", marks=pytest.mark.slow)])
-def test_killed_and_resumed_it_ends_with_the_results_of_undisturbed_runs(tmp_path, host, monkeypatch):
+def test_a_killed_and_resumed_sweep_equals_undisturbed_runs(tmp_path, host, monkeypatch):
     with subprocess.Popen(
         command(tmp_path, "sweep", host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -204,8 +204,8 @@ def test_killed_and_resumed_it_ends_with_the_results_of_undisturbed_runs(tmp_pat
     resumed = subprocess.run(command(tmp_path, "sweep", host, "--json"), capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert {path: path.stat().st_mtime_ns for path in ended} == stamps, "a finished trial was run again"
-    told = json.loads(resumed.stdout)
-    assert told["status"] == "done" and len(told["trials"]) == 2
+    summary = json.loads(resumed.stdout)
+    assert summary["status"] == "done" and len(summary["trials"]) == 2
     table = read_results(next((tmp_path / "sweep").glob("sweeps/*/results.parquet")))
     assert table.column("cached_warmup").to_pylist() == [False, True]
     monkeypatch.undo()  # the commands' data

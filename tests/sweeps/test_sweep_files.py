@@ -1,4 +1,4 @@
-"""The files of a sweep: found again, resumed, damaged, in the way."""
+"""The files of a sweep: resumed, damaged, or blocked by another file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from click.testing import Result
 from door import ask, refusal
 
-from mosaic_ray.cli import commands as door
+from mosaic_ray.cli.request import parse_config
 from mosaic_ray.config.resolve import flatten
 from mosaic_ray.execution import precision
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps.results import read_results
-from mosaic_ray.sweeps.runner import Request, prepare
+from mosaic_ray.sweeps.runner import SweepRequest, prepare
 from mosaic_ray.sweeps.space import load_space
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
@@ -31,7 +31,7 @@ def sweep(*words: str) -> Result:
 
 
 def files(folder: Path = Path()) -> dict[str, bytes]:
-    """All that lies below the working directory."""
+    """Return all files below the working directory."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -64,10 +64,10 @@ def test_json_alone_on_standard_output(trials):
     assert facts["trials"][0]["knobs"] == {"partition.omega": 0.1, "generator.lambda_d": 2.0}
 
 
-def test_the_name_is_the_one_that_a_dry_run_says(trials):
-    told = re.match(r"sweep (\S+): ", sweep("--space", "smoke", "--dry-run").stdout)[1]
+def test_a_dry_run_prints_the_name_of_the_sweep(trials):
+    name = re.match(r"sweep (\S+): ", sweep("--space", "smoke", "--dry-run").stdout)[1]
     assert sweep("--space", "smoke").exit_code == 0
-    assert [path.name for path in Path("mosaic_runs/sweeps").iterdir()] == [told]
+    assert [path.name for path in Path("mosaic_runs/sweeps").iterdir()] == [name]
 
 
 def test_failed_trials_are_listed_and_tried_again(trials):
@@ -112,7 +112,7 @@ def test_a_fresh_sweep_runs_everything_and_keeps_the_old_one(trials):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, part",
     [
         (["--set", "warmup.lr=0.5"], "(warmup.lr 0.05 there, 0.5 here)"),
         (["--seeds", "0,1"], "(seeds [0] there, [0, 1] here)"),
@@ -121,17 +121,17 @@ def test_a_fresh_sweep_runs_everything_and_keeps_the_old_one(trials):
         (["--search", "random", "--samples", "6"], "(search grid there, random here; samples none there, 6 here; "),
     ],
 )
-def test_a_name_with_another_plan_is_refused_and_kept(trials, words, told):
+def test_another_plan_under_the_same_name_is_refused(trials, words, part):
     sweep(*SMOKE)
     before = files()
     line = refusal(sweep(*SMOKE, *words))
-    assert line.startswith("mosaic: error: --name n: that sweep has another plan (") and told in line
+    assert line.startswith("mosaic: error: --name n: that sweep has another plan (") and part in line
     assert "another --name" in line and "--fresh" in line
     assert files() == before
     assert len(trials) == 6
 
 
-def test_a_sweep_goes_on_with_the_precision_that_it_began_with(trials, monkeypatch):
+def test_a_resumed_sweep_keeps_its_precision(trials, monkeypatch):
     monkeypatch.setattr(precision, "has_native_bf16", lambda cuda: True)
     trials.interrupts = ("p003s0",)
     sweep(*SMOKE)
@@ -144,7 +144,7 @@ def test_a_sweep_goes_on_with_the_precision_that_it_began_with(trials, monkeypat
     assert json.loads((PLACE / "plan.json").read_bytes())["base"]["runtime"]["precision"] == "auto"
 
 
-def test_how_many_run_at_once_is_no_part_of_the_plan(trials):
+def test_max_concurrent_is_not_part_of_the_plan(trials):
     sweep(*SMOKE)
     assert sweep(*SMOKE, "--max-concurrent", "1").exit_code == 0
     assert len(trials) == 6
@@ -161,7 +161,7 @@ def test_how_many_run_at_once_is_no_part_of_the_plan(trials):
         ("trials/p005s0/summary.json", "empty"),
     ],
 )
-def test_a_damaged_file_is_said_in_one_line_and_mended_as_it_says(trials, name, way):
+def test_a_damaged_file_is_refused_and_can_be_removed(trials, name, way):
     trials.interrupts = ("p003s0",)  # so that a damaged trial lies behind one that is still to run
     sweep(*SMOKE)
     (PLACE / "trials/p005s0").mkdir()
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_said_in_one_line_and_mended_as_it_says(trials, name, 
 
 
 @pytest.mark.parametrize("name", ["plan.json", "results.parquet", "trials/p005s0/summary.json"])
-def test_fresh_mends_what_is_damaged(trials, name):
+def test_fresh_replaces_damaged_files(trials, name):
     sweep(*SMOKE)
     (PLACE / name).write_bytes(b"{")
     assert sweep(*SMOKE, "--fresh").exit_code == 0
@@ -209,27 +209,27 @@ def test_a_file_in_the_way_of_the_storage_is_named_and_kept(trials, way, fresh):
 
 
 @pytest.mark.parametrize("storage", ["/proc/nowhere", "nosuch://bucket/x"])
-def test_a_storage_that_cannot_be_is_refused(trials, storage):
+def test_an_impossible_storage_is_refused(trials, storage):
     assert f"--storage {storage}: " in refusal(sweep(*SMOKE, "--storage", storage))
     assert trials == []
     assert not files()
 
 
-def test_missing_data_are_said_before_anything_runs(trials):
+def test_missing_data_are_refused_before_any_trial(trials):
     line = refusal(sweep(*SMOKE, "--dataset", "cifar100", "--set", "data.root=empty"))
     assert "empty" in line and "download" in line
     assert trials == []
     assert not PLACE.exists()
 
 
-def test_a_sweep_that_runs_already_is_left_alone(trials):
+def test_a_running_sweep_cannot_start_twice(trials):
     with Store("mosaic_runs").try_lease("sweep-n"):
         assert "running already" in refusal(sweep(*SMOKE))
     assert trials == []
     assert sweep(*SMOKE).exit_code == 0
 
 
-def test_optuna_goes_through_the_same_files(trials):
+def test_an_optuna_sweep_resumes(trials):
     words = ["--space", "lambdas_omega", "--search", "optuna", "--samples", "8", "--name", "n"]
     trials.interrupts = ("p005s0",)
     assert sweep(*words).exit_code == 130
@@ -239,9 +239,10 @@ def test_optuna_goes_through_the_same_files(trials):
     rows = read_results(PLACE / "results.parquet").to_pylist()
     assert [row["partition.omega"] for row in rows] == [0.01, 0.1, 1.0, 0.01, 0.1, 1.0, 0.01, 0.1]
     plan = load_space("lambdas_omega")[1]
-    straight = prepare(Request(door.parse_config(base=sweep_runner.SWEEP_BASE), "x", plan, search="optuna", samples=8))
+    base = parse_config(base=sweep_runner.SWEEP_BASE)
+    straight = prepare(SweepRequest(base, "x", plan, search="optuna", samples=8))
     for row in rows:
         trial = straight.search.next()
         assert {name: row[name] for name in trial.knobs} == trial.knobs
         assert flatten(trial.config)["generator.lambda_e"] == row["generator.lambda_e"]
-        straight.search.ended(trial, 0.5)
+        straight.search.finished(trial, 0.5)

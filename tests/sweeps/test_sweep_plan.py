@@ -1,4 +1,4 @@
-"""A request made definite: which points a sweep has, and what its plan says."""
+"""A prepared sweep: its points, its plan.json and its resources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mosaic_ray.config.resolve import as_dict, override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.execution.resource_plan import Node
-from mosaic_ray.sweeps.runner import Request, prepare, resources_of
+from mosaic_ray.sweeps.runner import SweepRequest, prepare, resources_of
 from mosaic_ray.sweeps.space import Choice, Range, SweepPlan
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
@@ -24,8 +24,8 @@ REPO = Path(__file__).resolve().parents[2]
 VALID = override(ExperimentConfig(), {"partition.validation_fraction": 0.1})
 
 
-def request(plan: SweepPlan, **more: object) -> Request:
-    return Request(VALID, "mine", plan, **more)
+def request(plan: SweepPlan, **more: object) -> SweepRequest:
+    return SweepRequest(VALID, "mine", plan, **more)
 
 
 GRID = SweepPlan(
@@ -33,18 +33,18 @@ GRID = SweepPlan(
 )
 
 
-def test_prepare_says_what_the_plan_is():
+def test_prepare_fills_in_plan_json():
     sweep = prepare(request(GRID, seeds=(1, 0)))
-    assert sweep.facts == {
+    assert sweep.plan_json == {
         "space": "mine", "search": "grid", "samples": None, "seeds": [1, 0], "scheduler": "fifo",
         "knobs": {"partition.omega": "0.1, 1", "generator.lambda_d": "2 .. 10"},
         "points": [trial.knobs for trial in sweep.trials if trial.seed == 1],
         "base": as_dict(VALID),
     }  # fmt: skip
-    assert (sweep.swept, sweep.conditions) == (("partition.omega", "generator.lambda_d"), ("partition.omega",))
+    assert (sweep.swept, sweep.setting) == (("partition.omega", "generator.lambda_d"), ("partition.omega",))
     assert sweep.search.total == len(sweep.trials) == len(sweep.configs) == 8
     assert [sweep.search.next() for _ in range(8)] == list(sweep.trials)
-    assert json.loads(json.dumps(sweep.facts)) == sweep.facts
+    assert json.loads(json.dumps(sweep.plan_json)) == sweep.plan_json
 
 
 @pytest.mark.parametrize(
@@ -53,18 +53,18 @@ def test_prepare_says_what_the_plan_is():
 def test_how_many_points(search, samples, count):
     sweep = prepare(request(GRID, search=search, samples=samples, seeds=(0, 1)))
     assert sweep.search.total == 2 * count
-    assert sweep.facts["samples"] == (None if not search else count)
+    assert sweep.plan_json["samples"] == (None if not search else count)
     if search == "optuna":
-        assert sweep.facts["points"] is None
+        assert sweep.plan_json["points"] is None
     else:
-        assert len(sweep.facts["points"]) == count
+        assert len(sweep.plan_json["points"]) == count
 
 
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
-def test_what_this_machine_settles_is_no_part_of_the_plan(search):
+def test_the_machines_precision_is_not_part_of_the_plan(search):
     settled = override(VALID, {"runtime.precision": "fp32"})
     asked, made = prepare(request(GRID, search=search)), prepare(request(GRID, search=search), settled)
-    assert asked.facts == made.facts
+    assert asked.plan_json == made.plan_json
     assert {config.runtime.precision for config in made.configs} == {"fp32"}
     assert made.search.next().config.runtime.precision == "fp32"
 
@@ -72,7 +72,7 @@ def test_what_this_machine_settles_is_no_part_of_the_plan(search):
 def test_explicit_points_keep_the_base_itself():
     sweep = prepare(request(SweepPlan("a test", points=({}, {"meta.pool": "sum"}))))
     assert [trial.knobs for trial in sweep.trials] == [{}, {"meta.pool": "sum"}]
-    assert (sweep.swept, sweep.conditions) == (("meta.pool",), ())
+    assert (sweep.swept, sweep.setting) == (("meta.pool",), ())
 
 
 WIDE = SweepPlan(
@@ -89,7 +89,7 @@ WIDE = SweepPlan(
 )
 
 
-def test_before_optuna_begins_every_pair_of_values_is_looked_at():
+def test_optuna_checks_every_pair_of_values_first():
     sweep = prepare(request(WIDE, samples=30))
     points = [trial.knobs for trial in sweep.trials]
     ends = {name: getattr(domain, "values", (0.5, 2.0)) for name, domain in WIDE.knobs.items()}
@@ -99,18 +99,18 @@ def test_before_optuna_begins_every_pair_of_values_is_looked_at():
     assert sweep.swept == tuple(WIDE.knobs)
 
 
-def test_optunas_points_need_no_data_that_were_not_looked_at():
+def test_optuna_points_use_only_checked_data():
     sweep = prepare(request(WIDE, samples=30))
     known = {config.data for config in sweep.configs}
     for number in range(30):
         trial = sweep.search.next()
         assert trial.config.data in known
-        sweep.search.ended(trial, float(number % 7))
+        sweep.search.finished(trial, float(number % 7))
     with pytest.raises(StopIteration):
         sweep.search.next()
 
 
-def test_a_lone_knob_is_looked_at_from_end_to_end():
+def test_optuna_checks_both_ends_of_a_single_knob():
     plan = SweepPlan("a test", {"warmup.lr": Range(0.1, 0.2)}, search="optuna")
     assert [trial.knobs for trial in prepare(request(plan)).trials] == [{"warmup.lr": 0.1}, {"warmup.lr": 0.2}]
 
@@ -118,7 +118,7 @@ def test_a_lone_knob_is_looked_at_from_end_to_end():
 @pytest.mark.parametrize(
     "scheduler, search, ok", [("fifo", "grid", True), ("asha", "grid", False), ("fifo", "optuna", False)]
 )
-def test_who_learns_needs_validation_images(scheduler, search, ok):
+def test_asha_and_optuna_need_validation_images(scheduler, search, ok):
     blind = replace(request(GRID, scheduler=scheduler, search=search), config=ExperimentConfig())
     if ok:
         prepare(blind)

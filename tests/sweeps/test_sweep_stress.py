@@ -1,4 +1,4 @@
-"""Random sweeps on a Ray of two pretended nodes: each ends, computes nothing twice and leaves nothing behind."""
+"""Random sweeps on a Ray cluster of two pretended nodes: each finishes, computes nothing twice and frees everything."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mosaic_ray.sweeps.space import Choice, SweepPlan
 
 GIB = 2**30
 
-#: (CPUs, bytes) of the pretended nodes, the driver's first: room for three trials at once, or six client hosts.
+#: (CPUs, bytes) of the pretended nodes, the driver's first: enough for three trials at once, or six client hosts.
 NODES = ((2, 5 * GIB), (1, 2 * GIB))
 
 #: A plan takes half a minute, or with Ray Train a few of them; what takes this long hangs.
@@ -50,7 +50,7 @@ KNOBS = {
 }
 
 
-def random_request(number: int) -> sweep_runner.Request:
+def random_request(number: int) -> sweep_runner.SweepRequest:
     """The plan of this number, the same one whenever it is drawn."""
     draws = random.Random(number)
     base = {
@@ -64,7 +64,7 @@ def random_request(number: int) -> sweep_runner.Request:
     }
     names = draws.sample(sorted(KNOBS), draws.randint(1, 2))
     search = draws.choice(("grid", "random"))
-    return sweep_runner.Request(
+    return sweep_runner.SweepRequest(
         override(TINY, base),
         f"random {number}",
         SweepPlan("random", knobs={name: Choice(KNOBS[name]) for name in names}),
@@ -75,8 +75,8 @@ def random_request(number: int) -> sweep_runner.Request:
     )
 
 
-def refusal(request: sweep_runner.Request, nodes: list[Node]) -> str | None:
-    """Why the plan cannot fit, as the resource plan has it; None where it fits."""
+def refusal(request: sweep_runner.SweepRequest, nodes: list[Node]) -> str | None:
+    """Return the resource plan's error for ``request``; None where it fits."""
     sweep = sweep_runner.prepare(request)
     options = {"num_trials": sweep.search.total, "max_concurrent": request.max_concurrent, "trials_on": 0}
     try:
@@ -86,8 +86,8 @@ def refusal(request: sweep_runner.Request, nodes: list[Node]) -> str | None:
     return None
 
 
-def test_the_random_plans_are_of_every_kind():
-    """What the stress test is worth: its plans meet every kind of host, Train's workers, and a cluster too small."""
+def test_random_plans_cover_every_kind():
+    """The plans of the stress test include every kind of host, Train workers, and some that cannot fit."""
     nodes = [Node(name, cpus, 0, size) for name, (cpus, size) in zip("ab", NODES, strict=True)]
     requests = [random_request(number) for number in range(20)]
     fit = [request for request in requests if refusal(request, nodes) is None]
@@ -120,7 +120,7 @@ def cluster():
     from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="mc", dir="/tmp") as folder:
-        # of its own, so that the address of a Ray that somebody else runs here stays what it is; short, for sockets
+        # its own folder, so that the address of another Ray on this machine stays; a short one, for sockets
         patch.setenv("RAY_TMPDIR", folder)
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
@@ -142,7 +142,7 @@ def stripes_as_data(monkeypatch):
 
 
 def in_time(work: Callable[[], Any], storage: Path) -> Any:
-    """What ``work`` returns or raises; where it hangs, every thread's stack, the trials' last words, and a failure."""
+    """Return or raise the result of ``work``; where it hangs, dump stacks and the last log lines, and fail."""
     ended: list[Any] = []
 
     def go() -> None:
@@ -157,15 +157,15 @@ def in_time(work: Callable[[], Any], storage: Path) -> Any:
     if not ended:
         faulthandler.dump_traceback(sys.__stderr__)
         logs = sorted(storage.glob("sweeps/*/trials/*/log.txt"))
-        said = "\n".join(f"{path.parent.name}: {path.read_text().splitlines()[-1:]}" for path in logs)
-        pytest.fail(f"it hangs: no end within {PATIENCE_SECONDS:g} s\n{said}")
+        last_lines = "\n".join(f"{path.parent.name}: {path.read_text().splitlines()[-1:]}" for path in logs)
+        pytest.fail(f"it hangs: no end within {PATIENCE_SECONDS:g} s\n{last_lines}")
     result, error = ended[0]
     if error is not None:
         raise error
     return result
 
 
-def run(request: sweep_runner.Request, storage: Path, cluster: Any) -> sweep_runner.Outcome:
+def run(request: sweep_runner.SweepRequest, storage: Path, cluster: Any) -> sweep_runner.Outcome:
     return in_time(
         lambda: sweep_runner.run(request, storage=str(storage), address=cluster.address, progress=False), storage
     )
@@ -242,7 +242,7 @@ def test_killed_client_hosts_change_nothing(tmp_path, cluster, monkeypatch):
     """Both hosts of the second node are killed while trials are at work on them."""
     import ray
 
-    request = sweep_runner.Request(
+    request = sweep_runner.SweepRequest(
         override(TINY, {"runtime.host": "ray", "runtime.cpus_per_client": 0.5, "partition.num_clients": 4}),
         "killed",
         SweepPlan("two", knobs={"generator.lambda_d": Choice((2.0, 5.0)), "partition.omega": Choice((0.3, 3.0))}),
@@ -251,7 +251,7 @@ def test_killed_client_hosts_change_nothing(tmp_path, cluster, monkeypatch):
 
     second = next(node["NodeID"] for node in ray.nodes() if node["Resources"]["CPU"] == NODES[1][0])
     victims, killed = [], []
-    started, follow = tuning.started, tuning._Follow.on_trial_result
+    started, follow = tuning.started, tuning._Progress.on_trial_result
 
     def note(hosts: list[Any]) -> list[Any]:
         up = started(hosts)
@@ -268,7 +268,7 @@ def test_killed_client_hosts_change_nothing(tmp_path, cluster, monkeypatch):
             killed.append(victims.pop(0))
 
     monkeypatch.setattr(tuning, "started", note)
-    monkeypatch.setattr(tuning._Follow, "on_trial_result", kill)
+    monkeypatch.setattr(tuning._Progress, "on_trial_result", kill)
     outcome = run(request, tmp_path / "b", cluster)
     assert len(killed) == 2 and not victims
     check_computed_once(outcome)

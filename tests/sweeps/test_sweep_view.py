@@ -22,7 +22,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_plain_lines_tell_begin_and_end_with_the_best_and_the_time_left(clock: Clock) -> None:
+def test_plain_lines(clock: Clock) -> None:
     stream = io.StringIO()
     with SweepView(4, stream=stream) as view:
         view.begin("p000s0", "a")
@@ -51,7 +51,7 @@ def test_plain_lines_tell_begin_and_end_with_the_best_and_the_time_left(clock: C
     ]
 
 
-def test_time_left_is_unknown_until_something_finished_and_counts_side_by_side(clock: Clock) -> None:
+def test_time_left(clock: Clock) -> None:
     with SweepView(20, stream=io.StringIO()) as view:
         for _ in range(10):
             view.found("done", 0.9, "old")
@@ -60,7 +60,7 @@ def test_time_left_is_unknown_until_something_finished_and_counts_side_by_side(c
         view.begin("b", "b")
         clock.now += 5
         view.end("a", "failed", None, "a")
-        assert view.seconds_left() is None, "what failed at once tells no pace"
+        assert view.seconds_left() is None, "a trial that failed at once gives no pace"
         view.begin("c", "c")
         clock.now += 95
         view.end("b", "done", 0.5, "b")
@@ -77,7 +77,7 @@ def test_time_left_is_unknown_until_something_finished_and_counts_side_by_side(c
     assert lines[-1] == "[20/20] c: done, best so far 90.0% (old), 0:00 left"
 
 
-def test_the_best_is_told_within_a_condition() -> None:
+def test_the_best_is_shown_within_a_setting() -> None:
     with SweepView(3, stream=io.StringIO()) as view:
         view.end("a", "done", 0.9, "easy", "omega 1")
         view.end("b", "done", 0.5, "hard", "omega 0.01")
@@ -105,11 +105,11 @@ def shown(view: SweepView, stream: Terminal) -> list[str]:
     stream.truncate(0)
     stream.seek(0)
     assert view._live is not None
-    view._live.live.refresh()
+    view._live.refresh()
     return [line.rstrip() for line in Text.from_ansi(stream.getvalue()).plain.splitlines() if line.strip()]
 
 
-def test_the_live_view_tells_of_the_sweep_and_of_each_running_trial(clock: Clock, tty: Terminal) -> None:
+def test_the_live_view(clock: Clock, tty: Terminal) -> None:
     with SweepView(18, stream=tty) as view:
         for _ in range(3):
             view.found("done", None, "old")
@@ -140,7 +140,7 @@ def test_the_live_view_tells_of_the_sweep_and_of_each_running_trial(clock: Clock
     assert "begins" not in text
 
 
-def test_an_error_leaves_the_terminal_sane(tty: Terminal) -> None:
+def test_an_error_restores_the_terminal(tty: Terminal) -> None:
     hide, show = "\x1b[?25l", "\x1b[?25h"
 
     def interrupted() -> None:

@@ -1,4 +1,4 @@
-"""A sweep's ledger: what a trial is called, whose plan it is, what has ended, and that nothing is ever lost."""
+"""The state of a sweep on disk: names of trials, its plan, finished trials, and files moved aside."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mosaic_ray.core.errors import RequestError
 from mosaic_ray.storage import store as store_module
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import state as module
-from mosaic_ray.sweeps.state import Ledger, Trial, make_trials, plan_name
+from mosaic_ray.sweeps.state import SweepState, Trial, make_trials, plan_name
 
 BASE = ExperimentConfig()
 KNOBS = {"generator.lambda_d": 2.0}
 TRIAL = make_trials(BASE, [KNOBS], [0])[0]
-FACTS = {
+PLAN = {
     "space": "mine",
     "search": "grid",
     "samples": None,
@@ -37,7 +37,7 @@ FACTS = {
 
 @pytest.fixture(params=["local", "other"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A local store, and one whose file system the store cannot know to be local (as s3:// and gs:// are)."""
+    """A local store, and one with a file system that is not known to be local (as s3:// and gs:// are)."""
     if request.param == "other":
         os.makedirs(tmp_path / "bucket")
         remote = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
@@ -45,15 +45,15 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     return Store(str(tmp_path / "s"))
 
 
-def begun(store: Store, *, fresh: bool = False, name: str = "n", **changed: object) -> Ledger:
-    """A ledger whose plan is ``FACTS``, but for what is ``changed``."""
-    ledger = Ledger(store, name)
-    ledger.begin(FACTS | changed, fresh, "fp32")
-    return ledger
+def begun(store: Store, *, fresh: bool = False, name: str = "n", **changed: object) -> SweepState:
+    """Begin a sweep with the plan ``PLAN``, with some entries ``changed``."""
+    state = SweepState(store, name)
+    state.begin(PLAN | changed, fresh, "fp32")
+    return state
 
 
 def refusal(call, *args, **options) -> str:
-    """The one line that ``call`` refuses with."""
+    """Return the one-line error of ``call``."""
     with pytest.raises(RequestError) as caught:
         call(*args, **options)
     assert "\n" not in str(caught.value)
@@ -61,7 +61,7 @@ def refusal(call, *args, **options) -> str:
 
 
 def files(store: Store) -> dict[str, bytes]:
-    """All that lies in the store."""
+    """Return all files in the store."""
     folder = store.local_root or Path(store.uri).parent / "bucket"
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -108,35 +108,35 @@ def test_a_label_says_the_point_in_a_few_words(knobs, label):
     assert Trial("p000s3", 0, 3, knobs, BASE).label == label
 
 
-def test_a_point_that_cannot_be_is_named():
+def test_an_impossible_point_is_named():
     points = [{}, {"federation.cohort_size": 50, "partition.omega": 1.0}]
-    told = refusal(make_trials, BASE, points, [0])
-    assert told.startswith("point 1 of the sweep (federation.cohort_size=50, partition.omega=1.0): ")
-    assert "there are 10 clients" in told
+    line = refusal(make_trials, BASE, points, [0])
+    assert line.startswith("point 1 of the sweep (federation.cohort_size=50, partition.omega=1.0): ")
+    assert "there are 10 clients" in line
     impossible = replace(BASE, federation=replace(BASE.federation, cohort_size=50))
     assert refusal(make_trials, impossible, [{}], [0]).startswith("point 0 of the sweep (the base): ")
 
 
-@pytest.mark.parametrize("knobs, told", [({"meta.poll": "sum"}, '"meta.pool"'), ({"partition.omega": 0}, "above 0")])
-def test_a_point_with_a_knob_that_cannot_be_is_named(knobs, told):
+@pytest.mark.parametrize("knobs, part", [({"meta.poll": "sum"}, '"meta.pool"'), ({"partition.omega": 0}, "above 0")])
+def test_a_point_with_an_invalid_knob_is_named(knobs, part):
     line = refusal(make_trials, BASE, [{}, {}, knobs], [0])
-    assert line.startswith("point 2 of the sweep (") and told in line
+    assert line.startswith("point 2 of the sweep (") and part in line
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_request_has_the_same_name():
-    name = plan_name(FACTS)
-    assert name == plan_name(json.loads(json.dumps(FACTS)))
+    name = plan_name(PLAN)
+    assert name == plan_name(json.loads(json.dumps(PLAN)))
     assert name.startswith("mine-digits-")
     for changed in ({"seeds": [0]}, {"samples": 3}, {"base": as_dict(override(BASE, {"warmup.lr": 0.2}))}):
-        assert plan_name(FACTS | changed) != name
+        assert plan_name(PLAN | changed) != name
 
 
 def test_a_name_is_one_folder():
     data = as_dict(override(BASE, {"data.name": "parquet:/a/b/my set.v2"}))
-    assert plan_name(FACTS | {"space": "../x y.py", "base": data}).startswith("x_y-my_set_v2-")
+    assert plan_name(PLAN | {"space": "../x y.py", "base": data}).startswith("x_y-my_set_v2-")
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -145,14 +145,14 @@ def test_a_name_is_one_folder():
 def test_the_same_plan_is_found_again(store):
     begun(store)
     before = files(store)
-    assert json.loads(before[next(iter(before))]) == FACTS | {"session": None, "precision": "fp32"}
+    assert json.loads(before[next(iter(before))]) == PLAN | {"session": None, "precision": "fp32"}
     assert begun(store).session is None
-    assert begun(store, points=tuple(FACTS["points"]), seeds=(0, 1)).session is None
+    assert begun(store, points=tuple(PLAN["points"]), seeds=(0, 1)).session is None
     assert files(store) == before
 
 
 @pytest.mark.parametrize(
-    "changed, told",
+    "changed, part",
     [
         ({"space": "yours"}, "(space mine there, yours here)"),
         ({"samples": 8}, "(samples none there, 8 here)"),
@@ -166,23 +166,23 @@ def test_the_same_plan_is_found_again(store):
         ),
         ({"knobs": {"generator.lambda_d": "2, 9"}}, "(space's knobs.generator.lambda_d 2, 5 there, 2, 9 here)"),
         (
-            {"points": [*FACTS["points"][:1], {"generator.lambda_d": 9.0}]},
+            {"points": [*PLAN["points"][:1], {"generator.lambda_d": 9.0}]},
             "(point 1.generator.lambda_d 5.0 there, 9.0 here)",
         ),
         ({"search": "optuna", "points": None}, "search grid there, optuna here; number of points 2 there, none here"),
     ],
 )  # fmt: skip
-def test_another_plan_is_refused_and_says_what_differs(store, changed, told):
+def test_another_plan_is_refused_and_says_what_differs(store, changed, part):
     begun(store)
     before = files(store)
     line = refusal(begun, store, **changed)
     assert line.startswith("--name n: that sweep has another plan (")
-    assert told in line
+    assert part in line
     assert "another --name" in line and "--fresh" in line
     assert files(store) == before
 
 
-def test_of_many_differences_the_first_are_named_and_the_others_counted(store):
+def test_only_the_first_differences_are_named(store):
     begun(store)
     points = [{"generator.lambda_d": float(value)} for value in range(30)]
     base = as_dict(override(BASE, {"warmup.lr": 0.5, "data.root": "/" + "far/" * 50}))
@@ -193,7 +193,7 @@ def test_of_many_differences_the_first_are_named_and_the_others_counted(store):
     assert len(line) < 500
 
 
-def test_differences_that_lie_behind_a_long_beginning_are_told(store):
+def test_a_difference_late_in_a_point_is_named(store):
     long = {f"generator.lambda_{letter}": 1.0 for letter in "edi"}
     begun(store, points=[long])
     assert "(point 0.generator.lambda_i 1.0 there, 2.0 here)" in refusal(
@@ -207,7 +207,7 @@ def test_differences_that_lie_behind_a_long_beginning_are_told(store):
     ids=["empty", "half", "no text", "list", "null", "deep"],
 )
 @pytest.mark.parametrize("name", ["plan.json", "trials/p000s0/summary.json"])
-def test_a_damaged_file_is_said_in_one_line_and_kept(store, name, damage):
+def test_a_damaged_file_is_refused_and_kept(store, name, damage):
     begun(store).record(TRIAL, status="done")
     store.write(f"sweeps/n/{name}", damage)
     before = files(store)
@@ -222,18 +222,18 @@ def test_a_plan_of_odd_shape_is_another_plan(store):
     assert "another plan (space [6] there, mine here" in refusal(begun, store)
 
 
-def test_what_is_no_trial_is_not_read(store):
+def test_stray_files_are_not_read(store):
     begun(store)
     for stray in ("trials/.DS_Store", "trials/p000s0.1/summary.json", "trials/notes.txt"):
         store.write(f"sweeps/n/{stray}", b"{")
     begun(store)
 
 
-def test_a_removed_plan_comes_back_and_ended_trials_count(store):
-    ledger = begun(store)
-    ledger.record(TRIAL, status="done")
+def test_a_removed_plan_is_written_again(store):
+    state = begun(store)
+    state.record(TRIAL, status="done")
     store._files.delete("sweeps/n/plan.json")
-    assert begun(store).ended(TRIAL)["status"] == "done"
+    assert begun(store).finished(TRIAL)["status"] == "done"
     assert "sweeps/n/plan.json" in " ".join(files(store))
 
 
@@ -258,9 +258,9 @@ def test_fresh_moves_aside_and_loses_nothing(store):
     sessions = [begun(store, scheduler="asha").session]
     kept = files(store)
     for number in (1, 2, 3):
-        ledger = begun(store, fresh=True)
-        sessions.append(ledger.session)
-        ledger.record(TRIAL, status="done", turn=number)
+        state = begun(store, fresh=True)
+        sessions.append(state.session)
+        state.record(TRIAL, status="done", turn=number)
         now = files(store)
         moved = {name.replace("sweeps/n/", f"sweeps/n.{number}/"): data for name, data in kept.items()}
         assert moved.items() <= now.items()
@@ -281,19 +281,19 @@ def test_a_fresh_session_lasts_until_the_next_fresh_one(store):
     assert begun(store).session == second
 
 
-def test_the_precision_that_a_sweep_began_with_counts(store):
+def test_a_resumed_sweep_keeps_its_precision(store):
     for fresh, settled, counts in ((False, "bf16", "bf16"), (False, "fp32", "bf16"), (True, "fp32", "fp32")):
-        ledger = Ledger(store, "n")
-        ledger.begin(FACTS, fresh, settled)
-        assert ledger.precision == counts
+        state = SweepState(store, "n")
+        state.begin(PLAN, fresh, settled)
+        assert state.precision == counts
 
 
 @pytest.mark.parametrize("name", ["plan.json", "trials/p000s0/summary.json"])
-def test_fresh_mends_what_is_damaged(store, name):
+def test_fresh_replaces_damaged_files(store, name):
     begun(store)
     store.write(f"sweeps/n/{name}", b"{")
-    ledger = begun(store, fresh=True, seeds=[3])
-    assert ledger.session and ledger.summary("p000s0") is None
+    state = begun(store, fresh=True, seeds=[3])
+    assert state.session and state.summary("p000s0") is None
     assert store.read(f"sweeps/n.1/{name}") == b"{"
 
 
@@ -322,44 +322,44 @@ def test_a_storage_that_cannot_move_folders_says_so(store, monkeypatch):
 
 
 @pytest.mark.parametrize("status, ended", [("done", True), ("stopped", True), ("failed", False), (None, False)])
-def test_what_counts_as_ended(store, status, ended):
-    ledger = begun(store)
-    assert ledger.summary("p000s0") is ledger.ended(TRIAL) is None
-    wrote = ledger.record(TRIAL, status=status)
+def test_which_trials_count_as_finished(store, status, ended):
+    state = begun(store)
+    assert state.summary("p000s0") is state.finished(TRIAL) is None
+    wrote = state.record(TRIAL, status=status)
     again = begun(store)
     assert again.summary("p000s0") == json.loads(json.dumps(wrote))
-    assert again.ended(TRIAL) == (again.summary("p000s0") if ended else None)
+    assert again.finished(TRIAL) == (again.summary("p000s0") if ended else None)
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"warmup.lr": 0.010000000000000002}, {"generator.lambda_d": 5.0}])
 def test_a_summary_of_another_config_does_not_count(store, changed):
-    ledger = begun(store)
-    ledger.record(TRIAL, status="done")
-    assert ledger.ended(replace(TRIAL, config=override(TRIAL.config, changed))) is None
-    assert ledger.ended(TRIAL)
+    state = begun(store)
+    state.record(TRIAL, status="done")
+    assert state.finished(replace(TRIAL, config=override(TRIAL.config, changed))) is None
+    assert state.finished(TRIAL)
 
 
 @pytest.mark.parametrize("config", [None, 3, {"warmup": 3}, {"no": {"such": 1}}, {"warmup": {"lr": "fast"}}, "absent"])
 def test_a_summary_of_another_version_does_not_count(store, config):
-    ledger = begun(store)
+    state = begun(store)
     summary = {"status": "done"} | ({} if config == "absent" else {"config": config})
     store.write("sweeps/n/trials/p000s0/summary.json", json.dumps(summary).encode())
-    assert ledger.ended(TRIAL) is None
+    assert state.finished(TRIAL) is None
 
 
-def test_record_says_whose_and_keeps_what_a_trial_said_itself(store):
-    ledger = begun(store)
-    wrote = ledger.record(TRIAL, status="failed", stage="warmup", error="first")
+def test_record_keeps_the_trials_own_entries(store):
+    state = begun(store)
+    wrote = state.record(TRIAL, status="failed", stage="warmup", error="first")
     assert wrote == {
         "method": "mosaic", "seed": 0, "config": as_dict(TRIAL.config), "status": "failed", "stage": "warmup",
         "error": "first",
     }  # fmt: skip
     own = wrote | {"versions": {"ray": "1"}}
     store.write("sweeps/n/trials/p000s0/summary.json", json.dumps(own).encode())
-    assert ledger.record(TRIAL, status="failed", error="second")["versions"] == {"ray": "1"}
-    assert ledger.summary("p000s0")["error"] == "second"
-    assert "versions" not in ledger.record(TRIAL, status="stopped")
+    assert state.record(TRIAL, status="failed", error="second")["versions"] == {"ray": "1"}
+    assert state.summary("p000s0")["error"] == "second"
+    assert "versions" not in state.record(TRIAL, status="stopped")
 
 
-def test_a_trials_files_have_a_place(store):
-    assert Ledger(store, "n").folder("p001s2") == "sweeps/n/trials/p001s2"
+def test_the_folder_of_a_trial(store):
+    assert SweepState(store, "n").folder("p001s2") == "sweeps/n/trials/p001s2"
