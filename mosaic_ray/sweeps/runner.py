@@ -12,7 +12,7 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from .search import Listed, Optuna, Search, problems, searched
 from .space import Choice, SweepPlan, check_space, conditions, describe, grid_points, random_points
-from .state import Ledger, Trial, make_trials, plan_name
+from .state import Ledger, PlanFile, Trial, make_trials, plan_name
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node, ResourcePlan
@@ -82,16 +82,16 @@ def prepare(request: Request, config: ExperimentConfig | None = None) -> Sweep:
     trials = make_trials(base, points, seeds)
     if request.scheduler == "asha" or search == "optuna":
         _need_selection(request, search, trials)
-    facts = {
-        "space": request.space,
-        "search": search,
-        "samples": None if search == "grid" else samples,
-        "seeds": list(seeds),
-        "scheduler": request.scheduler,
-        "knobs": {name: describe(domain) for name, domain in plan.knobs.items()},
-        "points": None if search == "optuna" else [dict(point) for point in points],
-        "base": as_dict(request.config),
-    }
+    facts = PlanFile(
+        space=request.space,
+        search=search,
+        samples=None if search == "grid" else samples,
+        seeds=list(seeds),
+        scheduler=request.scheduler,
+        knobs={name: describe(domain) for name, domain in plan.knobs.items()},
+        points=None if search == "optuna" else [dict(point) for point in points],
+        base=as_dict(request.config),
+    ).to_json()
     chosen: Search = Optuna(plan, samples, seeds, base) if search == "optuna" else Listed(trials)
     return Sweep(request, base, chosen, tuple(trials), facts, swept, conditions(swept))
 
