@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..pipeline.partition import Shards
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageResult, StageWriter, Store
-    from ..tracking.progress import Stage
+    from ..tracking.progress import StageProgress
     from ..tracking.tracker import Tracker
 
 #: A line of results: names and plain values. Those of ``Study.by`` say of what, with the seed; lists are per class.
@@ -108,7 +108,7 @@ def measured(
     name = study.replace("-", "_")
     own = {"seed": run.config.seed, "threads": run.config.runtime.driver_threads}
 
-    def work(writer: StageWriter, progress: Stage) -> dict[str, Any]:
+    def work(writer: StageWriter, progress: StageProgress) -> dict[str, Any]:
         rows, arrays = compute()
         writer.add("arrays", arrays)
         progress.advance()
