@@ -1,4 +1,4 @@
-"""Runs and sweeps that lie on disk, for a notebook and for the report. Read only; nothing here runs what it reads."""
+"""Read runs and sweeps from disk, for a notebook and for the report. Nothing is written or executed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,34 +18,32 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
 from ..runs.provenance import client_keys, joint_keys
+from ..runs.summary import Summary
 from ..storage.store import OBJECTS, DamagedFile, StageResult, Store
 from ..sweeps.results import SCHEMA, read_results
 from ..sweeps.space import setting_knobs
-from .schema import check_plan, check_summary
+from ..sweeps.state import PlanFile
 from .sweep_table import best_sections
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
 _METRIC = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
 
 
 class NotAvailable(LookupError):
-    """Something that this run or sweep does not have; the message says why, in words for a reader."""
+    """Raised for data that a run or sweep does not have; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run, or a sweep's trial, as far as it got.
+    """A run or a trial of a sweep, which may be unfinished.
 
-    ``summary`` is summary.json's content (empty before there is one), ``config`` the knobs by room, ``metrics`` a frame
-    [stage, tag, step, value], ``label_counts`` int64 [clients, classes] where known, ``command`` how it was called.
-    What the store holds of it is read when it is asked for; ``NotAvailable`` says why something is not there.
+    ``summary`` is the content of summary.json (empty before there is one), ``config`` the knobs by section, ``metrics``
+    a frame [stage, tag, step, value], ``label_counts`` int64 [clients, classes] or None, ``command`` the command line.
+    Methods read the store when they are called and raise ``NotAvailable`` with the reason where a result is missing.
     """
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
     config: dict[str, Any]
     metrics: pd.DataFrame
     label_counts: np.ndarray | None
@@ -58,49 +56,41 @@ class RunReport:
 
     @property
     def status(self) -> str:
-        """done, failed, stopped (by a sweep's scheduler) or unfinished."""
-        return self.summary.get("status", "unfinished")
-
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.label_counts is None else self.label_counts.shape[1]
+        """Return done, failed, stopped (by a sweep's scheduler) or unfinished."""
+        return self.summary.status or "unfinished"
 
     def accuracy(self, role: str) -> float | None:
-        """Test accuracy of a role's model in [0, 1]: initial, teacher, distilled, final or control."""
-        return (self.summary.get("accuracy") or {}).get(role)
+        """Return the test accuracy in [0, 1] of a role's model: initial, teacher, distilled, final or control."""
+        return (self.summary.accuracy or {}).get(role)
 
     @property
     def gain(self) -> float | None:
-        """Final over control, in [-1, 1]."""
+        """Return the final model's accuracy minus the control's, in [-1, 1]."""
         final, control = self.accuracy("final"), self.accuracy("control")
         return None if final is None or control is None else final - control
 
     def knob(self, name: str) -> Any:
-        """A knob's value by its dotted name; None where the configuration does not tell."""
+        """Return a knob's value by its dotted name; None where the configuration lacks it."""
         return dotted(self.config).get(name)
 
     def curve(self, tag: str) -> pd.Series:
-        """The values of one metric by step, those that are not numbers left out."""
+        """Return the values of one metric by step, without those that are not numbers."""
         rows = self.metrics[self.metrics["tag"] == tag]
         return pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(), name=tag).dropna()
 
     def result(self, stage: str) -> StageResult:
-        """What the store holds of a stage."""
-        key = (self.summary.get("stages") or {}).get(stage, {}).get("key")
-        if key is None:
+        """Return the stored result of a stage."""
+        stages = self.summary.stages or {}
+        if stage not in stages:
             raise NotAvailable(f"this run has no finished stage {stage}")
-        return self._stored(key)
-
-    def figures(self, stage: str) -> dict[str, Any]:
-        """The numbers that a stage keeps about itself."""
-        return self.result(stage).facts.get("figures") or {}
+        return self._stored(stages[stage].key)
 
     def arrays(self, stage: str, part: str) -> Weights:
-        """The arrays of one part of a stage's result."""
+        """Return the arrays of one part of a stage's result."""
         return _load(self.result(stage), part)
 
     def confusion(self, role: str, split: str = "test") -> np.ndarray:
-        """int64 [classes, classes]: images by true class (rows) and predicted class."""
+        """Return int64 [classes, classes]: images by true class (rows) and predicted class."""
         tables = self.arrays("evaluate", "confusion")
         if f"{role}/{split}" not in tables:
             raise NotAvailable(f"nothing was evaluated as {role} on {split} images")
@@ -110,7 +100,7 @@ class RunReport:
         return table
 
     def diagnostic(self, stage: str, name: str, ndim: int) -> np.ndarray:
-        """One array of a stage's part "diagnostics"."""
+        """Return one array of a stage's part "diagnostics"."""
         arrays = self.arrays(stage, "diagnostics")
         if name not in arrays or arrays[name].ndim != ndim:
             raise NotAvailable(f"stage {stage} kept no {name.replace('_', ' ')}")
@@ -118,15 +108,15 @@ class RunReport:
 
     @cached_property
     def generators(self) -> dict[int, StageResult]:
-        """Client -> its generator's stored result; without clients that were left out or whose result is gone."""
-        stages = self.summary.get("stages") or {}
+        """Return client -> its generator's stored result, without failed clients and lost results."""
+        stages = self.summary.stages or {}
         if "generators" not in stages:
             raise NotAvailable("this run trained no generators")
         if self.label_counts is None or not {"partition", "warmup"} <= stages.keys():
             raise NotAvailable("the clients' generators cannot be found without the partition")
         try:
-            config = override(ExperimentConfig(), self.summary["config"])
-            before = {name: stage["key"] for name, stage in stages.items()}
+            config = override(ExperimentConfig(), self.summary.config or {})
+            before = {name: record.key for name, record in stages.items()}
             keys = client_keys(config, "generators", self.label_counts.sum(axis=1), before)
         except (RequestError, KeyError) as error:
             raise NotAvailable(f"the clients' generators cannot be found: {error}") from None
@@ -138,16 +128,16 @@ class RunReport:
                 why = str(absent)
         if found:
             return found
-        if joint_keys(config, "generators", keys) != stages["generators"]["key"]:
+        if joint_keys(config, "generators", keys) != stages["generators"].key:
             why = "the clients' generators were made by another version, which stored them under other keys"
         raise NotAvailable(why)
 
     def samples(self) -> dict[int, np.ndarray]:
-        """Client -> synthetic images uint8 [N, C, H, W] of its generator."""
+        """Return client -> synthetic images uint8 [N, C, H, W] of its generator."""
         return {k: _images(_load(made, "samples"), 4) for k, made in self.generators.items()}
 
     def progress(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Client -> (steps int64 [T], synthetic images uint8 [T, M, C, H, W] of the same latents at each)."""
+        """Return client -> (steps int64 [T], synthetic images uint8 [T, M, C, H, W] of the same latents at each)."""
         found = {}
         for client_id, made in self.generators.items():
             arrays = _load(made, "progress")
@@ -157,14 +147,8 @@ class RunReport:
             found[client_id] = steps, images
         return found
 
-    def plot(self, name: str, **how: Any) -> Figure:
-        """Draw one of the report's figures by name; ``NotAvailable`` where this run lacks its data."""
-        from .figures.run import FIGURES
-
-        return _figure(FIGURES, name)(self, **how)
-
     def _stored(self, key: str) -> StageResult:
-        # not ``Store.get``, which removes what is damaged
+        # not ``Store.get``, which removes damaged results
         if self.store is None:
             raise NotAvailable("there is no store beside this folder; stage results were not copied along")
         if not _KEY.fullmatch(key):
@@ -180,14 +164,14 @@ class RunReport:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A sweep as far as it got: ``results`` has a row a trial (``sweeps.results.SCHEMA``), ``plan`` is plan.json.
+    """A sweep, which may be unfinished: ``results`` has a row per trial (``sweeps.results.SCHEMA``).
 
-    ``swept``: dotted names of the knobs that the plan varies; ``conditions``: those of them that set the problem,
-    within whose values configurations compete.
+    ``swept``: dotted names of the knobs that the plan varies; ``conditions``: those among them that define the
+    problem. Configurations are compared within each value of the conditions.
     """
 
     folder: Path
-    plan: dict[str, Any]
+    plan: PlanFile
     results: pd.DataFrame
     rows: list[dict[str, Any]] = field(repr=False)
     swept: tuple[str, ...]
@@ -199,36 +183,28 @@ class SweepReport:
 
     @cached_property
     def varying(self) -> tuple[str, ...]:
-        """Those of ``swept`` that took more than one value."""
+        """Return the knobs of ``swept`` that took more than one value."""
         return tuple(name for name in self.swept if len({row[name] for row in self.rows}) > 1)
 
     @cached_property
     def done(self) -> pd.DataFrame:
-        """The rows of finished trials."""
+        """Return the rows of finished trials."""
         return self.results[self.results["status"] == "done"]
 
     def best(self) -> list[tuple[str, list[str], list[list[dict[str, Any]]]]]:
-        """(what it is under, knobs to show, configurations as their finished trials' rows, best first) by condition."""
+        """Return (title, knobs to show, configurations as rows of their finished trials, best first) by condition."""
         return best_sections(self.rows, self.conditions, self.swept)
 
-    def trial(self, name: str) -> RunReport:
-        """One trial, as a run."""
+    def trial_folder(self, name: str) -> Path:
+        """Return the folder of one trial; ``RequestError`` where it has none."""
         folder = self.folder / "trials" / name
         if name not in set(self.results["trial"]) or not folder.is_dir():
             raise RequestError(f'{self.folder}: it has no files of a trial "{name}"')
-        return load_run(folder)
-
-    def plot(self, name: str, **how: Any) -> Figure:
-        """One of the report's figures by name, for a notebook."""
-        from .figures.sweep import FIGURES
-
-        return _figure(FIGURES, name)(self, **how)
+        return folder
 
 
-def _figure(figures: Mapping[str, Any], name: str) -> Any:
-    if name not in figures:
-        raise RequestError(f'plot("{name}"): it may be {", ".join(figures)}')
-    return figures[name]
+R = TypeVar("R", bound=RunReport)
+S = TypeVar("S", bound=SweepReport)
 
 
 def _load(result: StageResult, part: str) -> Weights:
@@ -251,9 +227,9 @@ def _images(arrays: Weights, ndim: int) -> np.ndarray:
 
 
 def find(path: str | Path) -> tuple[str, Path]:
-    """("run" or "sweep", its folder) that ``path`` means; ``RequestError`` otherwise.
+    """Return "run" or "sweep", and its folder; ``RequestError`` where ``path`` is neither.
 
-    A run's or a sweep's folder, a trial's, or a storage that holds exactly one run or sweep.
+    ``path``: the folder of a run, a trial or a sweep, or a storage that holds exactly one run or sweep.
     """
     if "://" in str(path):
         raise RequestError(f"{path}: a report is made from files on a disk; copy the run's folder here first")
@@ -264,7 +240,7 @@ def find(path: str | Path) -> tuple[str, Path]:
         return "sweep", folder
     if any((folder / name).is_file() for name in ("summary.json", "config.toml", "metrics.jsonl")):
         return "run", folder
-    held = [found for room in ("runs", "sweeps") for found in sorted((folder / room).glob("*")) if found.is_dir()]
+    held = [found for kind in ("runs", "sweeps") for found in sorted((folder / kind).glob("*")) if found.is_dir()]
     if len(held) == 1:
         return find(held[0])
     if held:
@@ -274,36 +250,51 @@ def find(path: str | Path) -> tuple[str, Path]:
     raise RequestError(f"{path}: no run or sweep lies there (neither summary.json nor config.toml nor plan.json)")
 
 
-def load_run(path: str | Path) -> RunReport:
-    """The run in the folder ``path``; ``RequestError`` where there is none, or its files are not whole."""
-    kind, folder = find(path)
-    if kind != "run":
+def read_run(path: str | Path, kind: type[R] = RunReport) -> R:
+    """Read the run in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+    found, folder = find(path)
+    if found != "run":
         raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
-    summary = check_summary(_json(folder / "summary.json"), folder / "summary.json")
-    told = folder / "config.toml"
-    config = summary.get("config") or (read_toml(told) if told.is_file() else {})
-    return RunReport(
+    summary = _checked(Summary, _json(folder / "summary.json"), folder / "summary.json")
+    toml = folder / "config.toml"
+    config = summary.config or (read_toml(toml) if toml.is_file() else {})
+    return kind(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
         read_text(folder / "command.txt"), _store_of(folder),
     )  # fmt: skip
 
 
-def load_sweep(path: str | Path) -> SweepReport:
-    """The sweep in the folder ``path``; ``RequestError`` where there is none, or its files are not whole."""
-    kind, folder = find(path)
-    if kind != "sweep":
+def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
+    """Read the sweep in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+    found, folder = find(path)
+    if found != "sweep":
         raise RequestError(f"{path}: that is a run; load_run reads it")
-    plan = check_plan(_json(folder / "plan.json"), folder / "plan.json")
+    content = _json(folder / "plan.json")
+    if not isinstance(content.get("knobs"), dict) or not isinstance(content.get("space"), str):
+        raise RequestError(f"{folder / 'plan.json'}: it is no sweep's plan")
+    plan = _checked(PlanFile, content, folder / "plan.json")
     results = folder / "results.parquet"
     rows = read_results(results).to_pylist() if results.is_file() else []
     rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
-    points = plan["points"] if plan.get("points") is not None else [plan["knobs"]]
+    points = [plan.knobs] if plan.points is None else plan.points
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
-    return SweepReport(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
+    return kind(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
+
+
+T = TypeVar("T", Summary, PlanFile)
+
+
+def _checked(kind: type[T], content: dict[str, Any], path: Path) -> T:
+    try:
+        return kind.from_json(content)
+    except ValueError as error:
+        raise RequestError(
+            f"{path}: its {error} is not what a run or sweep writes; the same command writes it again"
+        ) from None
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's object; nothing where there is no file."""
+    """Return a file's object; an empty one where there is no file."""
     text = read_text(path)
     try:
         found = {} if text is None else json.loads(text)
@@ -326,7 +317,7 @@ def read_text(path: Path) -> str | None:
 
 
 def _metrics(path: Path) -> pd.DataFrame:
-    """metrics.jsonl as a frame; its last line may be half written, by a run at work or one that was killed."""
+    """Return metrics.jsonl as a frame; its last line may be incomplete in a running or killed run."""
     lines = (read_text(path) or "").splitlines()
     rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -343,9 +334,9 @@ def _metrics(path: Path) -> pd.DataFrame:
     return frame.astype({"step": "int64", "value": "float64"})
 
 
-def _label_counts(folder: Path, summary: Mapping[str, Any]) -> np.ndarray | None:
-    """Of summary.json, else of label_counts.json."""
-    rows = summary.get("label_counts") or _json(folder / "label_counts.json").get("label_counts")
+def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
+    """Return the label counts of summary.json, else of label_counts.json."""
+    rows = summary.label_counts or _json(folder / "label_counts.json").get("label_counts")
     if rows is None:
         return None
     try:
@@ -358,7 +349,7 @@ def _label_counts(folder: Path, summary: Mapping[str, Any]) -> np.ndarray | None
 
 
 def _store_of(folder: Path) -> Store | None:
-    """The storage that a run's or a trial's folder lies in."""
+    """Return the storage that holds a run's or a trial's folder."""
     for above in list(folder.parents)[:4]:
         if (above / OBJECTS).is_dir():
             return Store(above, create=False)

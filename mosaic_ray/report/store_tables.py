@@ -1,4 +1,4 @@
-"""What `mosaic store` says: tables for a terminal, and the same as JSON."""
+"""Build the output of `mosaic store`: tables for a terminal, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -13,29 +13,17 @@ from ..runs.provenance import UNNAMED
 from ..storage.gc import Entry, Garbage, Inventory, Plan, Verdict
 from ..storage.store import CHECKPOINTS, OBJECTS
 from .tables import _table
+from .text import counted, size
 
-#: Users of one result that are named; more are counted.
+#: Most users of a result that are named; the others are counted.
 MOST_USERS = 2
-
-
-def in_words(size: float) -> str:
-    """Bytes for a person, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
 # --- ls --------------------------------------------------------------------------------------------------------------
 
 
 def listing(holdings: Inventory) -> list[RenderableType | str]:
-    """Every result: when it was stored, its size, who uses it. A run's per-client results share a row."""
+    """List every result with its time, size and users. A run's per-client results share a row."""
     users = holdings.used_by()
     rows: dict[Any, list[Entry]] = {}
     for entry in holdings.entries:
@@ -47,7 +35,7 @@ def listing(holdings: Inventory) -> list[RenderableType | str]:
         first = entries[0]
         name = first.key if len(entries) == 1 else f"{first.stage}-... ({len(entries)} of them)"
         when = datetime.fromtimestamp(max(entry.modified for entry in entries)).strftime("%Y-%m-%d %H:%M")
-        table.add_row(Text(name), in_words(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
+        table.add_row(Text(name), size(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
     return [table, "", _totals(holdings)] if rows else ["no results"]
 
 
@@ -65,22 +53,22 @@ def _totals(holdings: Inventory) -> str:
     used, results, checkpoints = holdings.used_by(), holdings.of(OBJECTS), holdings.of(CHECKPOINTS)
     idle = [entry for entry in results if entry.key not in used]
     runs = sum(owner.name.startswith("run ") for owner in holdings.owners)
-    said = [
-        f"{_sum(results, 'result')}, used by {_count(runs, 'run')} and {_count(len(holdings.owners) - runs, 'trial')}"
+    parts = [
+        f"{_sum(results, 'result')}, used by {counted(runs, 'run')} and {counted(len(holdings.owners) - runs, 'trial')}"
     ]
     if idle:
-        said.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
+        parts.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
     if checkpoints:
-        said.append(_sum(checkpoints, "checkpoint"))
-    return "; ".join(said)
+        parts.append(_sum(checkpoints, "checkpoint"))
+    return "; ".join(parts)
 
 
 def _sum(entries: Sequence[Entry], word: str) -> str:
-    return f"{_count(len(entries), word)}, {in_words(sum(entry.size for entry in entries))}"
+    return f"{counted(len(entries), word)}, {size(sum(entry.size for entry in entries))}"
 
 
 def listed(holdings: Inventory) -> dict[str, Any]:
-    """For ``--json``: every key by itself."""
+    """Return the content of ``--json``, with every key in its own entry."""
     users = holdings.used_by()
     return {
         "results": [_facts(entry) | {"used_by": users.get(entry.key, [])} for entry in holdings.of(OBJECTS)],
@@ -101,16 +89,16 @@ def _facts(entry: Entry) -> dict[str, Any]:
 
 
 def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
-    """What went, or would go, and what stays for now."""
+    """List the freed results (those to free, with ``dry_run``), and those that stay."""
     word = "would free" if dry_run else "freed"
     parts: list[RenderableType | str] = []
     if plan.free:
         table = _table(word, "size")
         table.add_column("why")
         for item in plan.free:
-            table.add_row(Text(f"{item.what} {item.name}"), in_words(item.size), Text(item.why))
+            table.add_row(Text(f"{item.what} {item.name}"), size(item.size), Text(item.why))
         parts += [table, ""]
-    parts.append(f"{word} {in_words(_bytes(plan.free))} in {_count(len(plan.free), 'place')}")
+    parts.append(f"{word} {size(_bytes(plan.free))} in {counted(len(plan.free), 'place')}")
     parts += [f"stays: {_sum(entries, 'result')}: {why}" for why, entries in _sorted(plan)]
     return parts
 
@@ -124,7 +112,7 @@ def _sorted(plan: Plan) -> list[tuple[str, list[Entry]]]:
 
 
 def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
-    """For ``--json``."""
+    """Return the content of ``--json``."""
     return {
         "dry_run": dry_run,
         "freed": [{"what": x.what, "name": x.name, "bytes": x.size, "why": x.why} for x in plan.free],
@@ -140,7 +128,7 @@ def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
 
 
 def verdict(found: Verdict) -> list[RenderableType | str]:
-    """What is damaged, and how much was looked at."""
+    """List the damaged results, and count all that were checked."""
     parts: list[RenderableType | str] = []
     if found.damaged:
         table = _table("damaged")
@@ -149,4 +137,4 @@ def verdict(found: Verdict) -> list[RenderableType | str]:
             table.add_row(Text(folder), Text(why))
         parts = [table, ""]
     bad = f"{len(found.damaged):,} damaged; a run that needs one computes it again" if found.damaged else "all sound"
-    return [*parts, f"{found.results:,} results and checkpoints, {in_words(found.size)} hashed: {bad}"]
+    return [*parts, f"{found.results:,} results and checkpoints, {size(found.size)} hashed: {bad}"]

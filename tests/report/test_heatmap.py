@@ -1,4 +1,4 @@
-"""The picture of a partition: a PNG whose cells stand where they should, drawn without touching anything global."""
+"""The heat map of a partition: cells in their places, and no change of global settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from PIL import Image
 
 from mosaic_ray.config.resolve import resolve
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.report.figures.heatmap import default_name, heading, partition_heatmap, save_png
+from mosaic_ray.report.figures.heatmap import MOST_ROWS, default_name, heading, partition_heatmap, save_png
 
 #: The colours of a class that is all that its client holds, and of one that it has none of.
-WHOLE, NONE = (8, 29, 88), (255, 255, 255)
+WHOLE, NONE = (11, 44, 102), (254, 254, 254)
+#: The first colour, where cells are too many to be drawn one by one.
+WHOLE_OF_MANY = (64, 128, 208)
 
 
 def pixels(counts: np.ndarray, title: str = "a title", class_names: tuple[str, ...] = ()) -> np.ndarray:
@@ -36,7 +38,7 @@ def place(client: int, c: int, shape: tuple[int, int] = (4, 3)) -> np.ndarray:
     """Where the one cell stands that is not empty: its middle's row and column."""
     counts = np.zeros(shape, np.int64)
     counts[client, c] = 7
-    found = area(pixels(counts), WHOLE)
+    found = area(pixels(counts), WHOLE if shape[0] <= MOST_ROWS else WHOLE_OF_MANY)
     assert len(found), "the cell is there to be seen"
     return found.mean(axis=0)
 
@@ -62,7 +64,7 @@ def test_colour_is_the_share_of_the_client_and_the_scale_is_always_the_same():
     assert len(area(pixels(np.array([[1, 1], [1, 1]])), WHOLE)) == 0
 
 
-def test_one_sample_among_thousands_is_told_from_none():
+def test_one_sample_among_thousands_differs_from_none():
     none, one = (len(area(pixels(np.array([[9999, n, 5000]])), NONE)) for n in (0, 1))
     assert none > 1.1 * one
 
@@ -101,7 +103,7 @@ def test_no_pyplot_is_loaded():
 
 
 @pytest.mark.parametrize(
-    "sets, name, told",
+    "sets, name, title",
     [
         ({}, "digits-reference-omega0.1-5clients-s0.png", "digits, 5 clients; sampler reference, omega 0.1, seed 0"),
         (
@@ -116,10 +118,10 @@ def test_no_pyplot_is_loaded():
         ),
     ],
 )
-def test_names_and_headings(sets, name, told):
+def test_names_and_headings(sets, name, title):
     config = resolve(sets=sets)
     assert default_name(config) == name
-    assert heading(config) == told
+    assert heading(config) == title
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):

@@ -29,7 +29,7 @@ def lines_of(renderable: object) -> list[str]:
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def test_closing_table_tells_gain_cost_health_and_places():
+def test_closing_table_shows_gain_cost_health_and_places():
     findings = [
         {"code": "a", "severity": severity, "stage": "generators", "client": client, "value": 1.0, "message": message}
         for severity, client, message in (
@@ -55,8 +55,8 @@ def test_closing_table_tells_gain_cost_health_and_places():
     assert ["(final)", "75.0", "%", "+5.0", "points"] in [row[-5:] for row in rows]
     assert ["partition", "9.0", "cached"] in rows
     assert ["computed", "in", "this", "run", "12.3"] in rows
-    assert ["weights", "3.00", "0.50"] in rows
-    assert ["prototypes", "<0.01", "0"] in rows
+    assert ["weights", "3.0", "MiB", "512.0", "KiB"] in rows
+    assert ["prototypes", "1", "B", "0", "B"] in rows
     assert [row[0] for row in rows if row[:1] in (["error"], ["warning"], ["info"])] == ["error", "warning", "info"]
     assert " ".join(lines).count("lost") == 30
     assert any(line.endswith("widths [1.0]") for line in lines)
@@ -65,7 +65,7 @@ def test_closing_table_tells_gain_cost_health_and_places():
     assert max(len(line) for line in lines if path not in line) <= 80
 
 
-def test_closing_table_leaves_out_what_there_is_not():
+def test_closing_table_leaves_out_missing_parts():
     lines = lines_of(closing_table({"accuracy": {"initial": None, "final": 0.5, "control": None}}))
     assert not [line for line in lines if "points" in line or "MiB" in line or "stage" in line]
 

@@ -33,7 +33,7 @@ QUICK = {"generator.steps": 4, "meta.updates": 5, "distill.steps": 5}
 
 
 def shown(folder: Path | str) -> dict[str, dict[str, list]]:
-    """What TensorBoard reads from a run's folder: kind -> tag -> what it shows, without the times."""
+    """Return what TensorBoard reads from a run's folder: kind -> tag -> content, without times."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     files = sorted(Path(folder, "tensorboard").iterdir())
@@ -145,7 +145,7 @@ def test_what_a_stage_stored_is_shown_when_the_next_begins_and_only_once(tmp_pat
     with Tracker(tmp_path, progress=False) as tracker:
         boards = TensorBoardImages(tracker, TINY, stripes_dataset(), results, {})
         boards.begin()
-        tracker.between_stages = boards.catch_up
+        tracker.before_stage = boards.catch_up
         tracker.replay("partition", [])
         assert "partition/label_counts" not in shown(tmp_path)["images"]
         results["partition"] = result

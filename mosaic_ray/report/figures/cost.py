@@ -1,4 +1,4 @@
-"""Figures of what a run cost: bytes moved, and time by stage."""
+"""Draw the cost of a run: bytes sent, and time by stage."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ...core.types import STAGES
 from ..load import NotAvailable, RunReport
 from ..text import duration, percent, size
 from .base import ReportFigure
-from .style import WIDTH, axes, colour, drawn
+from .style import WIDTH, axes, bar_axes, colour, label_bars, styled
 
-#: Between bars and their labels, of the axis' length.
-_ROOM = 1.42
+#: Length of the axis over the longest bar; the labels of the bars fill the rest.
+_AXIS = 1.42
 
 
 def traffic(run: RunReport) -> dict[str, dict[str, float]]:
-    """direction -> kind -> bytes."""
-    moved = run.summary.get("communication_bytes") or {}
+    """Return direction -> kind -> bytes."""
+    moved = run.summary.communication_bytes or {}
     return {way: {kind: count or 0 for kind, count in (moved.get(way) or {}).items()} for way in ("uplink", "downlink")}
 
 
 def communication_frame(run: RunReport) -> pd.DataFrame:
-    """Bytes by kind, up from the clients and down to them."""
+    """Return bytes by kind, from the clients (uplink) and to them (downlink)."""
     frame = pd.DataFrame(traffic(run)).fillna(0).astype("int64")
     if frame.empty:
         raise NotAvailable("the run ended before its traffic was added up")
@@ -31,32 +31,18 @@ def communication_frame(run: RunReport) -> pd.DataFrame:
     return frame.loc[largest_first].rename_axis("kind")
 
 
-@drawn
+@styled
 def communication(run: RunReport) -> Figure:
-    """Bytes by kind and direction."""
+    """Draw bytes by kind and direction."""
     frame = communication_frame(run)
     figure, over = axes(WIDTH, 0.75 + 0.5 * len(frame))
     places, most = np.arange(len(frame)), frame.to_numpy().max() or 1
     for offset, (way, tint) in zip((-0.19, 0.19), (("uplink", "s1"), ("downlink", "s2")), strict=True):
         over.barh(places + offset, frame[way], 0.34, color=colour(tint), label=f"{way} ({size(frame[way].sum())})")
-        for place, count in zip(places, frame[way], strict=True):
-            if count:
-                over.annotate(
-                    size(count), (count, place + offset), xytext=(5, 0), textcoords="offset points", va="center", size=9
-                )
-    _bars(over, [kind.replace("_", " ") for kind in frame.index], most)
+        label_bars(over, frame[way], places + offset, [size(count) if count else "" for count in frame[way]])
+    bar_axes(over, [kind.replace("_", " ") for kind in frame.index], _AXIS * most)
     figure.legend(loc="outside upper center", ncols=2, columnspacing=1.2)
     return figure
-
-
-def _bars(over, names: list[str], most: float) -> None:
-    """Horizontal bars with their own labels need no axis."""
-    over.set(xlim=(0, _ROOM * most), ylim=(len(names) - 0.5, -0.5))
-    over.set_yticks(range(len(names)), names)
-    over.tick_params(axis="y", labelcolor=colour("ink"), length=0)
-    over.set_xticks([])
-    over.grid(False)
-    over.spines["bottom"].set_visible(False)
 
 
 def _communication_words(run: RunReport) -> str:
@@ -69,11 +55,11 @@ def _communication_words(run: RunReport) -> str:
 
 
 def baselines_frame(run: RunReport) -> pd.DataFrame:
-    """Bytes of this run, as measured and as predicted, and of FedAvg and FedRolex in the same rounds, by direction."""
-    ledger = run.summary.get("communication") or {}
-    rows = {"this run": traffic(run), "predicted": ledger.get("predicted") or {}, **(ledger.get("baselines") or {})}
-    if "baselines" not in ledger or not any(rows["this run"].values()):
+    """Return bytes by direction: of this run, measured and predicted, and of FedAvg and FedRolex in the same rounds."""
+    sent, record = traffic(run), run.summary.communication
+    if record is None or record.baselines is None or not any(sent.values()):
         raise NotAvailable("the run keeps no comparison of its traffic; an older version made it")
+    rows = {"this run": sent, "predicted": record.predicted or {}, **record.baselines}
     names = {"fedavg": "FedAvg", "fedrolex": "FedRolex"}
     frame = pd.DataFrame(
         {
@@ -84,51 +70,49 @@ def baselines_frame(run: RunReport) -> pd.DataFrame:
     return frame.rename_axis("method")
 
 
-@drawn
+@styled
 def baselines(run: RunReport) -> Figure:
-    """All bytes of this run beside what FedAvg and FedRolex send in as many rounds."""
+    """Draw all bytes of this run beside the bytes of FedAvg and FedRolex in as many rounds."""
     frame = baselines_frame(run).drop(index="predicted", errors="ignore")
     figure, over = axes(WIDTH, 0.6 + 0.4 * len(frame))
     places, total = np.arange(len(frame)), frame.sum(axis=1)
     over.barh(places, frame["uplink"], 0.62, color=colour("s1"), label="uplink")
     over.barh(places, frame["downlink"], 0.62, frame["uplink"], color=colour("s2"), label="downlink")
-    for place, count in zip(places, total, strict=True):
-        over.annotate(size(count), (count, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
-    _bars(over, list(frame.index), total.max() or 1)
+    label_bars(over, total, places, map(size, total))
+    bar_axes(over, list(frame.index), _AXIS * (total.max() or 1))
     figure.legend(loc="outside upper center", ncols=2, columnspacing=1.2)
     return figure
 
 
 def _baselines_words(run: RunReport) -> str:
     total = baselines_frame(run).sum(axis=1)
-    told = [
+    parts = [
         f"{total['this run'] / max(total[name], 1):.2f} times what {name} sends"
         for name in total.index if name not in ("this run", "predicted")
     ]  # fmt: skip
     off = abs(total["this run"] / max(total["predicted"], 1) - 1) if "predicted" in total.index else None
     agree = "" if off is None else f" Arithmetic predicts it {'to the byte' if off == 0 else f'within {percent(off)}'}."
-    return f"In as many rounds the run sends {' and '.join(told)}.{agree}"
+    return f"In as many rounds the run sends {' and '.join(parts)}.{agree}"
 
 
 def time_frame(run: RunReport) -> pd.DataFrame:
-    """Seconds by stage: spent in this run, of which waiting for others, and what a stage that was found had cost."""
-    told = run.summary.get("stages") or {}
+    """Return seconds per stage: spent, waiting for another run, and when the result was computed."""
+    records = run.summary.stages or {}
     rows = [
         {
-            "stage": name, "state": "cached" if told[name]["cached"] else "computed",
-            "seconds": told[name].get("seconds") or 0.0, "waited": told[name].get("waited_seconds") or 0.0,
-            "when computed": told[name].get("computed_seconds") or 0.0,
+            "stage": name, "state": "cached" if record.cached else "computed", "seconds": record.seconds or 0.0,
+            "waited": record.waited_seconds or 0.0, "when computed": record.computed_seconds or 0.0,
         }
-        for name in STAGES if name in told
+        for name in STAGES if (record := records.get(name))
     ]  # fmt: skip
     if not rows:
         raise NotAvailable("the run ended before its first stage did")
     return pd.DataFrame(rows).set_index("stage")
 
 
-@drawn
+@styled
 def time(run: RunReport) -> Figure:
-    """Seconds by stage; a cached stage is an outline as long as it took when it was computed."""
+    """Draw seconds per stage; a cached stage is an outline as long as its computation took."""
     frame = time_frame(run)
     cached = frame["state"] == "cached"
     length = frame["seconds"].where(~cached, frame["when computed"])
@@ -136,10 +120,9 @@ def time(run: RunReport) -> Figure:
     places = np.arange(len(frame))
     over.barh(places[~cached], length[~cached], 0.62, color=colour("s1"))
     over.barh(places[cached], length[cached], 0.62, facecolor="none", edgecolor=colour("s6"), ls=(0, (3, 2)), lw=1.2)
-    for place, (seconds, found) in enumerate(zip(length, cached, strict=True)):
-        told = f"cached ({duration(seconds)})" if found else duration(seconds)
-        over.annotate(told, (seconds, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
-    _bars(over, list(frame.index), length.max() or 1)
+    texts = length.map(duration)
+    label_bars(over, length, places, texts.where(~cached, "cached (" + texts + ")"))
+    bar_axes(over, list(frame.index), _AXIS * (length.max() or 1))
     return figure
 
 
@@ -147,17 +130,17 @@ def _time_words(run: RunReport) -> str:
     frame = time_frame(run)
     computed, cached = frame[frame["state"] == "computed"], frame[frame["state"] == "cached"]
     total = computed["seconds"].sum()
-    said = "Nothing was computed in this run"
+    text = "Nothing was computed in this run"
     if not computed.empty:
         longest = computed["seconds"].idxmax()
-        said = f"{duration(total)} computing, {percent(computed['seconds'].max() / (total or 1))} of it {longest}"
+        text = f"{duration(total)} computing, {percent(computed['seconds'].max() / (total or 1))} of it {longest}"
     if cached.empty:
-        return f"{said}; no stage was found in the store."
-    spared = duration(cached["when computed"].sum())
-    return f"{said}; {len(cached)} of {len(frame)} stages (outlined) came from the store, and had cost {spared}."
+        return f"{text}; no stage was found in the store."
+    saved = duration(cached["when computed"].sum())
+    return f"{text}; {len(cached)} of {len(frame)} stages (outlined) came from the store, which saved {saved}."
 
 
-EXHIBITS = [
+FIGURES = [
     ReportFigure("time", "Time by stage", time, time_frame, _time_words),
     ReportFigure("communication", "Communication by kind", communication, communication_frame, _communication_words),
     ReportFigure("baselines", "Communication beside other methods", baselines, baselines_frame, _baselines_words),

@@ -1,4 +1,4 @@
-"""Figures of what clients hold, and of the synthetic images that their generators make."""
+"""Draw the partition, and the synthetic images of the clients' generators."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ...data.partition import skew
 from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
-from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers, skew_in_words
-from .style import axes, cells, colour, drawn
+from .heatmap import MOST_COLUMNS, MOST_ROWS, partition_figure, skew_in_words
+from .style import axes, colour, label_bars, styled
 
-#: Clients whose images are shown, and images of each.
+#: Largest number of clients with images, and of images per client.
 MOST_CLIENTS, MOST_SAMPLES = 12, 32
 
 
 def _counts(run: RunReport) -> np.ndarray:
     if run.label_counts is None:
-        raise NotAvailable("the run ended before its images were dealt, or keeps no label counts")
+        raise NotAvailable("the run ended before its partition, or keeps no label counts")
     return run.label_counts
 
 
 def partition_frame(run: RunReport) -> pd.DataFrame:
-    """Training images by client and class; of large tables sizes and the numbers of classes."""
+    """Return training images by client and class; for many classes only their number and the largest one."""
     counts = _counts(run)
     if counts.shape[1] <= MOST_COLUMNS:
         frame = pd.DataFrame(counts)
@@ -36,31 +36,9 @@ def partition_frame(run: RunReport) -> pd.DataFrame:
     return frame.assign(images=counts.sum(axis=1)).rename_axis("client")
 
 
-@drawn
 def partition(run: RunReport) -> Figure:
-    """Who holds how many images of which class; colour is the share of the client's images."""
-    counts = _counts(run)
-    num_clients, num_classes = counts.shape
-    sizes = counts.sum(axis=1)
-    each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
-    width = 0.31 * num_classes if each else 4.2
-    height = 0.28 * num_clients if each else 4.0
-    figure = Figure((width + 1.45, height + 0.75), layout="constrained")
-    table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
-    cells(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None)
-    table.set(xlabel="class", ylabel="client")
-    table.set_xticks(_numbers(num_classes, MOST_COLUMNS))
-    table.set_yticks(_numbers(num_clients, MOST_ROWS))
-    bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
-    bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
-    bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
-    for client, count in enumerate(sizes if each else []):
-        bars.annotate(f"{count:,}", (count, client), xytext=(3, 0), textcoords="offset points", va="center", size=8)
-    bars.tick_params(axis="y", length=0, labelleft=False)
-    bars.spines["left"].set_visible(False)
-    bars.spines["bottom"].set_visible(False)
-    bars.grid(False)
-    return figure
+    """Draw images by client and class; the colour is the share of the client's images."""
+    return partition_figure(_counts(run))
 
 
 def _partition_words(run: RunReport) -> str:
@@ -78,7 +56,7 @@ def _partition_words(run: RunReport) -> str:
 
 
 def coverage_frame(run: RunReport) -> pd.DataFrame:
-    """By client: the share of its classes that its generator shows, and how many it has."""
+    """Return, by client, the share of its classes that its generator covers, and their number."""
     frame = pd.DataFrame(
         {
             "coverage": run.curve("generator/coverage"), "classes": run.curve("generator/owned_classes"),
@@ -91,9 +69,9 @@ def coverage_frame(run: RunReport) -> pd.DataFrame:
     return frame.rename_axis("client")
 
 
-@drawn
+@styled
 def coverage(run: RunReport) -> Figure:
-    """The share of each client's classes that its generator shows."""
+    """Draw the share of each client's classes that its generator covers."""
     frame, low = coverage_frame(run), _low(run)
     if len(frame) > MOST_ROWS:
         figure, over = axes()
@@ -103,9 +81,11 @@ def coverage(run: RunReport) -> Figure:
         figure, over = axes(height=0.8 + 0.28 * len(frame))
         places = np.arange(len(frame))
         over.barh(places, frame["coverage"], 0.62, color=[colour("s2" if k in low else "s7") for k in frame.index])
-        for place, (share, owned) in enumerate(zip(frame["coverage"], frame["classes"], strict=True)):
-            told = f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
-            over.annotate(told, (share, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
+        texts = [
+            f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
+            for share, owned in zip(frame["coverage"], frame["classes"], strict=True)
+        ]
+        label_bars(over, frame["coverage"], places, texts)
         over.set(xlim=(0, 1.18), ylim=(len(frame) - 0.5, -0.5), ylabel="client", xlabel="share of its classes shown")
         over.set_yticks(places, frame.index)
         over.grid(axis="y", visible=False)
@@ -114,42 +94,41 @@ def coverage(run: RunReport) -> Figure:
 
 
 def _low(run: RunReport) -> set[int]:
-    """Clients whose generator's coverage is a health finding."""
-    findings = run.summary.get("health") or []
-    return {f["client"] for f in findings if f["code"] == "generator.low_coverage" and f.get("client") is not None}
+    """Return the clients with a health finding about their generator's coverage."""
+    findings = run.summary.health or []
+    return {f.client for f in findings if f.code == "generator.low_coverage" and f.client >= 0}
 
 
 def _coverage_words(run: RunReport) -> str:
     frame, low = coverage_frame(run), sorted(_low(run))
     least, most = percent(frame["coverage"].min()), percent(frame["coverage"].max())
-    told = f"so low that health speaks of it: client {listed(low)}" if low else "health finds none too low"
-    return f"The generators show {least} to {most} of their clients' classes; {told}."
+    text = f"health warns of client {listed(low)}" if low else "health finds none too low"
+    return f"The generators show {least} to {most} of their clients' classes; {text}."
 
 
 def samples_of(run: RunReport) -> dict[int, np.ndarray]:
-    """Client -> synthetic images uint8 [N, C, H, W], as many as are shown."""
+    """Return client -> the synthetic images uint8 [N, C, H, W] that are shown."""
     return {k: images[:MOST_SAMPLES] for k, images in list(run.samples().items())[:MOST_CLIENTS]}
 
 
-def progress_of(run: RunReport) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Client -> (steps [T], synthetic images uint8 [T, M, C, H, W]), of as many clients as are shown."""
-    return dict(list(run.progress().items())[:MOST_CLIENTS])
+def progress_of(run: RunReport) -> dict[int, tuple[str, np.ndarray]]:
+    """Return client -> (its steps as text, a grid uint8 [C, H, W] with a row per step) for shown clients."""
+    return {
+        k: (f"steps {listed(steps.tolist())}", image_grid(images.reshape(-1, *images.shape[2:]), images.shape[1]))
+        for k, (steps, images) in list(run.progress().items())[:MOST_CLIENTS]
+    }
 
 
-@drawn
+@styled
 def samples(run: RunReport) -> Figure:
-    """Synthetic images of each client's generator."""
+    """Draw synthetic images of each client's generator."""
     return _pictures({f"client {k}": image_grid(images, 8) for k, images in samples_of(run).items()})
 
 
-@drawn
+@styled
 def progress(run: RunReport) -> Figure:
-    """The same latents while the generators train: a row for each moment, the last below."""
-    pictures = {}
-    for client_id, (steps, images) in progress_of(run).items():
-        rows = images.reshape(-1, *images.shape[2:])
-        pictures[f"client {client_id}, steps {listed(steps.tolist())}"] = image_grid(rows, images.shape[1])
-    return _pictures(pictures)
+    """Draw images of the same latents while the generators train: a row per snapshot, the last at the bottom."""
+    return _pictures({f"client {k}, {steps}": grid for k, (steps, grid) in progress_of(run).items()})
 
 
 def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
@@ -165,7 +144,7 @@ def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-EXHIBITS = [
-    ReportFigure("partition", "Who holds what", partition, partition_frame, _partition_words, wide=True),
+FIGURES = [
+    ReportFigure("partition", "Images by client and class", partition, partition_frame, _partition_words, wide=True),
     ReportFigure("coverage", "Generators' coverage", coverage, coverage_frame, _coverage_words),
 ]

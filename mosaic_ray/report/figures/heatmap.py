@@ -1,4 +1,4 @@
-"""Pictures of a partition. Drawn by Agg through matplotlib's objects, so nothing global is touched."""
+"""Draw the heat map of a partition: clients by classes."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
+from .style import STEPS, colour, styled
 
-#: More rows or columns than this, and they are no longer named and counted one by one.
+#: With more rows or columns than this, not every one has a label and no cell its number.
 MOST_ROWS, MOST_COLUMNS = 40, 20
-_INK = "#30343b"
-#: From a tint that is told from white (no sample at all) to nearly black.
-_SHADES = ListedColormap(colormaps["YlGnBu"](np.linspace(0.15, 1.0, 256)))
+
+#: Most rows of pixels in a PNG, so that it fits a screen.
+MOST_PIXELS = 1800
 
 
 def default_name(config: ExperimentConfig) -> str:
-    """The file name of a partition's picture: what it is of, and no folder."""
+    """Return the file name of a partition's PNG, without a folder."""
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rstrip("/").rpartition("/")[2])
-    room = config.partition
-    return f"{data}-{room.sampler}-omega{room.omega:g}-{room.num_clients}clients-s{config.seed}.png"
+    section = config.partition
+    return f"{data}-{section.sampler}-omega{section.omega:g}-{section.num_clients}clients-s{config.seed}.png"
 
 
 def heading(config: ExperimentConfig) -> str:
-    """What a picture of ``config``'s partition is of, with the knob that its sampler looks at."""
-    room = config.partition
-    knobs = {"iid": "", "pathological": f", {room.classes_per_client} classes each"}
-    knob = knobs.get(room.sampler, f", omega {room.omega:g}")
-    return f"{config.data.name}, {room.num_clients} clients; sampler {room.sampler}{knob}, seed {config.seed}"
+    """Return the title for ``config``'s partition, with the knob that its sampler uses."""
+    section = config.partition
+    knobs = {"iid": "", "pathological": f", {section.classes_per_client} classes each"}
+    knob = knobs.get(section.sampler, f", omega {section.omega:g}")
+    return f"{config.data.name}, {section.num_clients} clients; sampler {section.sampler}{knob}, seed {config.seed}"
 
 
 def skew_in_words(skewness: float, num_classes: int) -> str:
-    """``skewness`` in nats, and the most that it could be: one class for each client."""
+    """Format ``skewness`` [nats] beside its largest value, which one class per client would have."""
     return f"skew {skewness:.2f} of {np.log(num_classes):.2f} nats"
 
 
 def save_png(place: str, picture: bytes) -> None:
-    """Write ``picture`` whole; ``RequestError`` where ``place`` cannot be written."""
+    """Write ``picture`` to the file ``place``; ``RequestError`` where it cannot be written."""
     try:
         write_whole(Path(place).expanduser().absolute(), picture)
     except OSError as error:
@@ -57,73 +57,87 @@ def save_png(place: str, picture: bytes) -> None:
         raise RequestError(f"--png {place}: {why}; name a file in a folder that can be written") from None
 
 
-def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
-    """``counts`` [clients, classes] as PNG: clients down, classes across.
+def heat_map(
+    over: Axes, shares: np.ndarray, texts: np.ndarray | None, ylabel: str, xlabel: str = "class", size: float = 8
+) -> None:
+    """Draw ``shares`` [rows, columns] in [0, 1] as coloured cells with ``texts``; the cells of zeros stay blank.
 
-    Colour is the share of the client's samples, on a root scale from 0 to 100 % that is the same in every picture;
-    white is none at all. Beside it stand the clients' sizes. ``class_names`` [C] are shown where there is room.
+    The colour follows the square root of the share. Without ``texts`` (for many cells) it is one image of one colour,
+    more opaque for larger shares, which fits a light and a dark page alike.
     """
-    counts = np.asarray(counts)
+    rows, columns = shares.shape
+    roots = np.sqrt(np.clip(shares, 0, 1))
+    over.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+    over.set_xticks(_numbers(columns, MOST_COLUMNS))
+    over.set_yticks(_numbers(rows, MOST_ROWS))
+    over.grid(False)
+    over.tick_params(length=0)
+    over.spines[:].set_visible(False)
+    if texts is None:
+        picture = np.full((rows, columns, 4), (64, 128, 208, 0), np.uint8)
+        picture[..., 3] = np.where(shares > 0, np.rint(30 + 225 * roots), 0)
+        over.imshow(picture, aspect="auto", interpolation="nearest" if rows <= 1000 else "auto")
+        return
+    for row, column in np.argwhere(shares > 0):
+        step = min(int(roots[row, column] * STEPS), STEPS - 1)
+        over.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, color=colour(f"h{step}"), lw=0))
+        over.text(column, row, texts[row, column], ha="center", va="center", size=size, color=colour(f"t{step}"))
+
+
+@styled
+def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)) -> Figure:
+    """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
+
+    The colour is the share of the client's samples, on a root scale from 0 to 1 that is the same in every figure; a
+    class without samples stays blank. ``least``: the least width and height of the map [inches].
+    """
     num_clients, num_classes = counts.shape
     sizes = counts.sum(axis=1)
-    shares = counts / np.maximum(sizes, 1)[:, None]
-    width, height = np.clip(0.52 * num_classes, 4.2, 11.0), np.clip(0.3 * num_clients, 3.0, 10.0)
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(9 * (width + 3.4)))]
-    with style.context("default"), warnings.catch_warnings():
+    each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
+    width = max(0.31 * num_classes if each else 4.2, least[0])
+    height = max(0.28 * num_clients if each else 4.0, least[1])
+    figure = Figure((width + 1.45, height + 0.75), layout="constrained")
+    table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
+    heat_map(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None, "client")
+    bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
+    bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
+    bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
+    for client, count in enumerate(sizes if each else []):
+        bars.annotate(f"{count:,}", (count, client), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+    bars.tick_params(axis="y", length=0, labelleft=False)
+    bars.spines["left"].set_visible(False)
+    bars.spines["bottom"].set_visible(False)
+    bars.grid(False)
+    return figure
+
+
+@styled
+def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
+    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] label few classes."""
+    figure = partition_figure(np.asarray(counts), (4.2, 3.0))
+    _name_classes(figure.axes[0], np.shape(counts)[1], class_names)
+    text = f"{title}\ncolour: share of the client's images (root scale)"
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(13 * figure.get_figwidth()))]
+    figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
+    figure.suptitle("\n".join(lines), size=10)
+    FigureCanvasAgg(figure)
+    out = io.BytesIO()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
-        figure = Figure((width + 3.4, height + 1.2 + 0.2 * len(lines)), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 1.5))
-        image = cells.imshow(
-            np.ma.masked_equal(shares, 0.0),
-            aspect="auto", cmap=_SHADES, norm=PowerNorm(0.5, 0.0, 1.0),
-            interpolation="nearest" if num_clients <= 1000 else "auto",
-        )  # fmt: skip
-        edge = num_clients / 400  # or the frame would cover the first of a thousand clients
-        cells.set_ylim(num_clients - 0.5 + edge, -0.5 - edge)
-        _name(cells, num_clients, num_classes, class_names)
-        if num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS:
-            for client, c in zip(*np.nonzero(counts), strict=True):
-                ink = "white" if shares[client, c] > 0.25 else _INK
-                cells.text(c, client, str(counts[client, c]), ha="center", va="center", size=8, color=ink)
-        _sizes(bars, sizes)
-        bar = figure.colorbar(
-            image, ax=bars, ticks=[0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0], fraction=0.1, aspect=height / 0.16, pad=0.12
-        )
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        bar.set_label("share of the client's samples\n(white: none)")
-        figure.suptitle("\n".join(lines), size=11, parse_math=False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png")
+        figure.savefig(out, format="png", dpi=min(300, MOST_PIXELS / figure.get_figheight()))
     return out.getvalue()
 
 
-def _name(cells: Axes, num_clients: int, num_classes: int, class_names: Sequence[str]) -> None:
-    """Clients and classes by number, all of them where there is room, and then classes by name as well."""
-    cells.set_xlabel("class")
-    cells.set_ylabel("client")
-    cells.tick_params(length=0)
-    clients, classes = _numbers(num_clients, MOST_ROWS), _numbers(num_classes, MOST_COLUMNS)
-    cells.set_yticks(clients)
-    cells.set_xticks(classes)
-    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in classes]):
+def _name_classes(over: Axes, num_classes: int, class_names: Sequence[str]) -> None:
+    """Label few classes by name and number, unless their names are their numbers."""
+    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in range(num_classes)]):
         named = [f"{name if len(name) <= 20 else name[:19] + '…'} ({c})" for c, name in enumerate(class_names)]
-        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
-        cells.set_xticks(classes, named, **slanted)
+        over.set_xticks(range(num_classes), named, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def _numbers(count: int, most: int) -> list[int]:
-    """0 to ``count`` - 1, or round numbers among them where there are more than ``most``."""
+    """Return 0 to ``count`` - 1, or only round numbers among them if ``count`` exceeds ``most``."""
     if count <= most:
         return list(range(count))
     round_ones = MaxNLocator(10, steps=[1, 2, 5, 10], integer=True).tick_values(0, count - 1)
     return [int(number) for number in round_ones if 0 <= number < count]
-
-
-def _sizes(bars: Axes, sizes: np.ndarray) -> None:
-    """The clients' sizes as horizontal bars."""
-    bars.stairs(sizes, np.arange(len(sizes) + 1) - 0.5, orientation="horizontal", fill=True, color="#8a94a3")
-    bars.set_xlabel(f"samples\n(at least {sizes.min():,})")
-    bars.set_xticks([0, sizes.max()], ["0", f"{sizes.max():,}"])
-    bars.tick_params(axis="y", length=0, labelleft=False)
-    bars.spines[["top", "right"]].set_visible(False)

@@ -1,10 +1,9 @@
-"""A sweep's page: what was best, how sure that is, what failed, and what trials shared."""
+"""Build a sweep's page: best configurations and their spread, failures, and shared stages."""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,35 +13,36 @@ import tomli_w
 from ...config.fields import short_names, shown
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
-from ..figures.sweep import exhibits, sharing_frame
-from ..load import NotAvailable, SweepReport
-from ..sweep_table import mean_and_sd
-from ..text import counted, duration, listed, percent, points, size
+from ...sweeps.state import PlanFile
+from ..figures.sweep import figures_of
+from ..load import SweepReport
+from ..sweep_table import mean_and_sd, shared_stages
+from ..text import address, counted, duration, listed, percent, points, size
 from .blocks import FILE, Card, Page, Section, Table, Text, link
 
-#: Configurations of one best table, and trials of the list, that the page shows.
+#: Most configurations in a table of the best, and most trials in the list of all.
 MOST_POINTS, MOST_TRIALS = 20, 500
 
 _ENDS = {"done": "done", "stopped": "stopped early", "failed": "failed"}
 
 
 def sweep_page(sweep: SweepReport, beside: Path) -> Page:
-    """The page of ``sweep``, as far as it got; links are relative to the folder ``beside``."""
+    """Return the page of ``sweep``, which may be unfinished; links are relative to the folder ``beside``."""
     best = sweep.best() if sweep.rows and len(sweep.done) else []
     sections = [_best(sweep, best)]
     if failed := [row for row in sweep.rows if row["status"] == "failed"]:
         sections.append(_failures(failed))
-    sections += [Section(title).show(shown_there, sweep) for title, shown_there in exhibits(sweep).items()]
+    sections += [Section(title).show(figures, sweep) for title, figures in figures_of(sweep).items()]
     sections += [_trials(sweep, beside), _reproduce(sweep)]
     return Page(sweep.name, _about(sweep), verdict(sweep, best), _cards(sweep, best), sections, _failure(failed))
 
 
 def _about(sweep: SweepReport) -> str:
-    plan, data = sweep.plan, (sweep.plan.get("base") or {}).get("data")
+    plan, data = sweep.plan, (sweep.plan.base or {}).get("data")
     name = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
-    seeds = plan.get("seeds") or []
-    what = f"space {plan['space']}{name}, {plan.get('search') or 'no'} search over {listed(sweep.swept) or 'nothing'}"
-    return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.get('scheduler') or 'fifo'}"
+    seeds = plan.seeds or []
+    what = f"space {plan.space}{name}, {plan.search or 'no'} search over {listed(sweep.swept) or 'nothing'}"
+    return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.scheduler or 'fifo'}"
 
 
 def _mean(point: Point, column: str) -> float | None:
@@ -56,35 +56,35 @@ def _label(row: dict[str, Any], knobs: list[str]) -> str:
 
 
 def _chosen(best: list[tuple[str, list[str], list[Point]]]) -> list[tuple[str, list[str], Point]]:
-    """The sections in which something was chosen, and what."""
+    """Return the sections in which a configuration was chosen, with that configuration."""
     return [(title, knobs, section[0]) for title, knobs, section in best if "best by" in title]
 
 
 def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> str:
     if not len(sweep.done):
         return "No trial has ended well yet." if sweep.rows else "No trial has ended yet."
-    said = []
+    parts = []
     for title, knobs, point in _chosen(best)[:3]:
         under = title.rpartition(", best by")[0]
         gain = _mean(point, "gain")
         over = f", {points(gain)} points over the control" if gain is not None else ""
-        said.append(
+        parts.append(
             f"{f'At {under}, ' if under else ''}{_label(point[0], knobs)} was chosen, with "
             f"{percent(_mean(point, 'accuracy_final'))} on test images{over}"
         )
-    if not said:
+    if not parts:
         reached = sweep.done["accuracy_final"].dropna()
         between = f"{percent(reached.min())} to {percent(reached.max())}"
         return f"{counted(len(reached), 'finished trial')} reach {between} on test images."
-    return "; ".join([said[0], *(words[0].lower() + words[1:] for words in said[1:])]) + "."
+    return "; ".join([parts[0], *(words[0].lower() + words[1:] for words in parts[1:])]) + "."
 
 
 def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
     ends = Counter(row["status"] for row in sweep.rows)
-    told = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
-    seeds = f"{counted(len(sweep.plan.get('seeds') or [0]), 'seed')} each"
+    counts = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
+    seeds = f"{counted(len(sweep.plan.seeds or [0]), 'seed')} each"
     cards = [
-        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", told or "none has ended"),
+        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", counts or "none has ended"),
         Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
     ]
     if chosen := _chosen(best):
@@ -94,24 +94,11 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
             cards.append(Card("gain of the chosen", spread, "points over the control"))
         value = [v for *_, point in chosen if (v := _mean(point, "accuracy_final")) is not None]
         if value:
-            cards.append(
-                Card(
-                    "final, chosen",
-                    percent(max(value)),
-                    "the highest of the chosen" if len(value) > 1 else "test accuracy",
-                )
-            )
-    try:
-        frame = sharing_frame(sweep)
-        cards.append(
-            Card(
-                "time spent",
-                duration(frame["seconds spent"].sum()),
-                f"{duration(frame['seconds spared'].sum())} spared by sharing",
-            )
-        )
-    except NotAvailable:
-        pass
+            note = "the highest of the chosen" if len(value) > 1 else "test accuracy"
+            cards.append(Card("final, chosen", percent(max(value)), note))
+    if shared := shared_stages(sweep.rows):
+        *_, spent, saved = map(sum, list(zip(*shared, strict=True))[1:])
+        cards.append(Card("time spent", duration(spent), f"{duration(saved)} saved by sharing"))
     moved = [sum(row[f"communication_{way}"] or 0 for row in sweep.rows) for way in ("uplink", "downlink")]
     if any(moved):
         cards.append(Card("bytes sent", size(sum(moved)), f"{size(moved[0])} up, {size(moved[1])} down, all trials"))
@@ -124,8 +111,8 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
 
 
 def _planned(sweep: SweepReport) -> str:
-    """`` of 12`` where more are planned than have ended."""
-    points, seeds = sweep.plan.get("points"), sweep.plan.get("seeds")
+    """Return `` of 12`` where more trials are planned than have ended."""
+    points, seeds = sweep.plan.points, sweep.plan.seeds
     planned = len(points) * len(seeds) if points and seeds else 0
     return f" of {planned:,}" if planned > len(sweep.rows) else ""
 
@@ -168,15 +155,14 @@ def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) ->
 
 
 def _failures(failed: list[dict[str, Any]]) -> Section:
-    rows = []
-    for row in failed:
-        places = [
-            f"{what} {row[f'error_{what}']}"
-            for what in ("stage", "round", "client")
-            if row[f"error_{what}"] is not None
+    rows = [
+        [
+            row["trial"], address(row["error_stage"], row["error_round"], row["error_client"]) or "–",
+            row["error"] or "no reason was kept",
         ]
-        rows.append([row["trial"], ", ".join(places) or "–", row["error"] or "no reason was kept"])
-    return Section("Failed trials", tables=[Table("What went wrong", ["trial", "where", "error"], rows)])
+        for row in failed
+    ]  # fmt: skip
+    return Section("Failed trials", tables=[Table("Errors", ["trial", "where", "error"], rows)])
 
 
 def _trials(sweep: SweepReport, beside: Path) -> Section:
@@ -200,10 +186,10 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
     return section
 
 
-def _compared(plan: Mapping[str, Any]) -> list[str]:
-    """What `mosaic compare` was asked to compare; empty for any other sweep."""
-    names, tried = ("method", "federation.optimiser"), plan.get("points") or []
-    if plan["space"] != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
+def _compared(plan: PlanFile) -> list[str]:
+    """Return the methods of a `mosaic compare`; empty for any other sweep."""
+    names, tried = ("method", "federation.optimiser"), plan.points or []
+    if plan.space != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
         return []
     return ["+".join(point[name] for name in names if name in point) for point in tried]
 
@@ -211,20 +197,20 @@ def _compared(plan: Mapping[str, Any]) -> list[str]:
 def _reproduce(sweep: SweepReport) -> Section:
     plan = sweep.plan
     methods = _compared(plan)
-    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan["space"]]
+    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan.space]
     words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]
     for option in () if methods else ("search", "samples", "scheduler"):
-        if plan.get(option) is not None:
-            words += [f"--{option}", str(plan[option])]
-    if plan.get("seeds"):
-        words += ["--seeds", ",".join(map(str, plan["seeds"]))]
-    knobs = [f"{name}: {domain}" for name, domain in plan["knobs"].items()]
+        if (value := getattr(plan, option)) is not None:
+            words += [f"--{option}", str(value)]
+    if plan.seeds:
+        words += ["--seeds", ",".join(map(str, plan.seeds))]
+    knobs = [f"{name}: {domain}" for name, domain in plan.knobs.items()]
     if methods:
         knobs = [f"methods: {', '.join(methods)}"]
     texts = [Text("Command", shlex.join(words)), Text("Plan", "\n".join(knobs) or "points listed by the space")]
-    if isinstance(plan.get("base"), dict):
-        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan["base"]), folded=True))
+    if plan.base is not None:
+        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan.base), folded=True))
     lead = "With what all trials share saved as base.toml, this asks for the same trials."
-    if not methods and plan["space"] not in list_spaces():
+    if not methods and plan.space not in list_spaces():
         lead += " The space does not ship with the package: --space takes its path, or module:function."
     return Section("Reproduce", lead, texts=texts)
