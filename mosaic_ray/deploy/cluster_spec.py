@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import RequestError, neighbours
+from ..execution.ray_internals import known_providers, validate_cluster
 from ..execution.ray_session import MEMORY_A_CPU
 from ..execution.resource_plan import Node
 
@@ -160,25 +160,15 @@ def _prepared(document: Document) -> tuple[dict[str, Any] | None, list[Problem]]
     """The content with Ray's defaults, as Ray's own validation takes it; unknown keys are told, and left out."""
     import click
 
-    try:
-        from ray.autoscaler._private.providers import _NODE_PROVIDERS
-        from ray.autoscaler._private.util import prepare_config, validate_config
-    except ImportError as error:
-        raise RequestError(f"--cluster {document.path}: Ray, which checks it, cannot be imported ({error})") from None
-
-    if document.kind not in _NODE_PROVIDERS:
-        return None, [
-            Problem(f"provider.type: Ray knows no {document.kind}", neighbours(document.kind, _NODE_PROVIDERS))
-        ]
-    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it tells every default that it fills in
+    providers = known_providers()
+    if document.kind not in providers:
+        return None, [Problem(f"provider.type: Ray knows no {document.kind}", neighbours(document.kind, providers))]
     content, faults = copy.deepcopy(document.content), []
     while True:
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                prepared = prepare_config(copy.deepcopy(content))
-                validate_config(prepared)
-            return prepared, faults
+                return validate_cluster(copy.deepcopy(content)), faults
         except Exception as error:  # whatever Ray raises says what is wrong
             way = list(getattr(error, "absolute_path", ()))
             unknown = []
