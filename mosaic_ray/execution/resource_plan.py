@@ -256,9 +256,10 @@ class _Cluster:
             best = values.max(axis=0)
         if best[-1, -1] < 0:
             return None
-        left, counts = (most, trials, workers), []
+        left: tuple[float, ...] = (most, trials, workers)
+        counts: list[tuple[int, ...]] = []
         for each, choice in zip(options, reversed(choices), strict=True):
-            option = each[choice[min(groups, left[1] // block), min(placed, left[2])]]
+            option = each[choice[min(groups, int(left[1]) // block), min(placed, int(left[2]))]]
             counts.append(tuple(int(min(pair)) for pair in zip(option, left, strict=True)))
             left = tuple(a - b for a, b in zip(left, counts[-1], strict=True))
         packing = _Packing(*zip(*counts, strict=True))
@@ -372,7 +373,7 @@ def _scarce(fits: Callable[[Sequence[str]], object]) -> str:
 
 
 def _refusal(cluster: _Cluster, need: _Need) -> str:
-    """Return one line: the knob for which one trial, its workers and one host do not fit, and a value that would fit."""
+    """Return one line: the knob for which one trial, its workers and one host do not fit, and what would."""
     alone = replace(need, workers=0)
     if cluster.fits(alone):
         kind = _scarce(lambda plenty: cluster.fits(need, plenty)).partition(" and ")[0]
@@ -412,7 +413,11 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
     line = f"{knob} = {value:g}: {wants}; {cluster.there(kind)}{together}"
     below = [v for v in below if v < value]
     for base, beside in ((need, ""), (alone, " with distill.workers = 0")):
-        most = _largest(below, lambda v, base=base: cluster.fits(replace(base, **{field: v})))
+        most = _largest(below, functools.partial(_fits_with, cluster, base, field))
         if most is not None:
             return f"{line}, so it may be at most {most:g}{beside}" + " (0 runs clients on CPUs)" * (kind == "GPUs")
     return line
+
+
+def _fits_with(cluster: _Cluster, need: _Need, field: str, value: float) -> bool:
+    return cluster.fits(replace(need, **{field: value}))  # type: ignore[arg-type]
