@@ -37,15 +37,17 @@ def examine_cluster(path: str, asked: ClusterRequest, storage: str | None = None
     `ray up` does.
     """
     document = load(path)
-    cluster, faults = understand(document)
-    for fault in faults:
-        yield Check("schema", "problem", fault.found, fault.fix)
+    cluster, problems = understand(document)
+    for problem in problems:
+        yield Check("schema", "problem", problem.found, problem.fix)
     if cluster is None:
-        yield Check("cluster", "problem", f"{path} cannot be understood further", "mend its schema first")
+        yield Check("cluster", "problem", f"{path} cannot be understood further", "fix its schema first")
         return
-    if not faults:
-        taker = "KubeRay" if document.kind == "kuberay" else f"Ray {importlib.metadata.version('ray')}"
-        yield Check("schema", "ok", f"{path} is as {taker} takes it")
+    if document.kind == "kuberay":
+        found = f"{path} describes its machines; `kubectl apply --dry-run=server -f {path}` checks every field"
+        yield Check("schema", "ok", found)
+    else:
+        yield Check("schema", "ok", f"{path} is as Ray {importlib.metadata.version('ray')} takes it")
     for where, text in _scalars(document.content):
         for word in re.findall(rf"\S*{FILL_IN}\S*", text):
             yield Check("fill in", "problem", f"{where} has {word}", f"put your own in place of {FILL_IN}")
