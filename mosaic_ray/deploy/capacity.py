@@ -11,10 +11,11 @@ from itertools import accumulate, pairwise
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
+from ..core.units import size
 from ..execution.ray_session import Resources, num_hosts
 from ..execution.resource_plan import Node, ResourcePlan, plan
 from .cluster_spec import Cluster, NodeType, mapping
-from .doctor import GIB, Check
+from .doctor import Check
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
 
 def _has(kind: NodeType) -> str:
     parts = [f"{kind.cpus:g} CPUs", *([f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}"] if kind.gpus else [])]
-    return ", ".join([*parts, f"{kind.memory / GIB:.1f} GiB"])
+    return ", ".join([*parts, size(kind.memory, "GiB")])
 
 
 def _room(kind: NodeType, configs: Sequence[ExperimentConfig]) -> str:

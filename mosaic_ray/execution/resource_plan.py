@@ -19,6 +19,7 @@ import numpy as np
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
+from ..core.units import GIB, size
 
 #: Resident memory of one client actor with torch loaded, before its model's own needs (measured: 0.3 to 0.6 GB).
 HOST_BYTES = 600 * 2**20
@@ -112,7 +113,7 @@ class ResourcePlan:
                 has = sum(getattr(self.nodes[i], field) for i in group)
                 free = has - sum(counts[i] * asks.get(kind, 0.0) for counts, asks in held for i in group)
                 if kind == "memory":
-                    amounts.append(f"{free / 2**30:.1f} of {_gib(has)}")
+                    amounts.append(f"{free / GIB:.1f} of {size(has, 'GiB')}")
                 elif has:
                     amounts.append(f"{round(free, 4):g} of {_count(has, kind)}")
             name = f"{self.nodes[group[0]].label}: " if 1 < len(everywhere) <= MAX_NAMED else ""
@@ -123,15 +124,11 @@ class ResourcePlan:
 def _amounts(asks: Mapping[str, float]) -> str:
     """Format ``{"CPU": 1, "GPU": 0, "memory": 2**30}`` as ``1 CPU, 1.0 GiB``."""
     parts = [_count(asks[kind], kind) for kind in ("CPU", "GPU") if asks[kind]]
-    return ", ".join([*parts, *([_gib(asks["memory"])] if "memory" in asks else [])])
+    return ", ".join([*parts, *([size(asks["memory"], "GiB")] if "memory" in asks else [])])
 
 
 def _count(amount: float, noun: str) -> str:
     return f"{amount:g} {noun}{'' if 0 < amount <= 1 else 's'}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
 
 
 @dataclass(frozen=True)
@@ -276,8 +273,8 @@ class _Cluster:
     def there(self, kind: str) -> str:
         """Describe how much of a resource the nodes have."""
         amounts = [getattr(n, kind.lower()) for n in self.nodes]
-        show = _gib if kind == "memory" else "{:g}".format
-        total = _gib(sum(amounts)) if kind == "memory" else _count(sum(amounts), kind[:-1])
+        show = functools.partial(size, unit="GiB") if kind == "memory" else "{:g}".format
+        total = size(sum(amounts), "GiB") if kind == "memory" else _count(sum(amounts), kind[:-1])
         what = f"there {'is' if kind == 'memory' or sum(amounts) == 1 else 'are'} {total}"
         if len(amounts) == 1:
             return what
@@ -388,11 +385,11 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
         )
     short = [kind for kind in SCARCE if not cluster.fits(alone, [other for other in SCARCE if other != kind])]
     if "memory" in short:
-        host = f" and a client host {_gib(HOST_BYTES)}" if need.pool else ""
-        enough = _gib((DRIVER_BYTES + HOST_BYTES * need.pool) / MEMORY_SHARE)
+        host = f" and a client host {size(HOST_BYTES, 'GiB')}" if need.pool else ""
+        enough = size((DRIVER_BYTES + HOST_BYTES * need.pool) / MEMORY_SHARE, "GiB")
         serial = replace(alone, pool=False, trial_cpus=max(1.0, need.host_cpus, need.trial_cpus))
         return (
-            f"memory: a trial needs {_gib(DRIVER_BYTES)}{host}, within {MEMORY_SHARE:.0%} of a node's; "
+            f"memory: a trial needs {size(DRIVER_BYTES, 'GiB')}{host}, within {MEMORY_SHARE:.0%} of a node's; "
             f"{cluster.there('memory')}; a node with {enough} would do"
             + (", or runtime.host = serial" if need.pool and cluster.fits(serial) else "")
         )
