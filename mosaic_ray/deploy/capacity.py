@@ -1,4 +1,4 @@
-"""Whether a request fits the cluster that a file describes: its machines, its storage, its plan."""
+"""Check whether a request fits the cluster that a file describes: its machines, its storage, its plan."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from itertools import accumulate, pairwise
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
+from ..core.units import size
 from ..execution.ray_session import Resources, num_hosts
 from ..execution.resource_plan import Node, ResourcePlan, plan
 from .cluster_spec import Cluster, NodeType, mapping
-from .doctor import GIB, Check
+from .doctor import Check
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A request on a cluster's machines: what runs at once, in words, and how many machines of each type hold it."""
+    """A request on a cluster's machines: lines about what runs at once, and the machines used of each type."""
 
     lines: tuple[str, ...]
     used: Mapping[str, int]
@@ -27,33 +28,33 @@ class Fit:
 
 @dataclass(frozen=True)
 class ClusterRequest:
-    """A request to hold against a cluster: its configs, and how it fits nodes (the first is the head) and a storage."""
+    """A request: its configs, and a function that fits it to nodes (the first is the head) and a storage."""
 
     configs: Sequence[ExperimentConfig]
     fit_on: Callable[[Sequence[Node], str], Fit]
 
 
 def fit_of_sweep(made: ResourcePlan) -> Fit:
-    """Of the sweep's own plan."""
+    """Return the ``Fit`` of a sweep's resource plan."""
     counts = [sum(held) for held in zip(made.hosts, made.trials, made.kept, strict=True)]
     return Fit(tuple(made.lines()), _used(made.nodes, counts))
 
 
 def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
-    """Of a run on its own, whose client hosts have gone when Train's workers come; ``RequestError`` where none fits."""
+    """Fit a single run, which releases its client hosts before Ray Train starts; ``RequestError`` if none fits."""
     if config.runtime.host == "serial":
         return Fit(("clients run inside the run's own process, on the head (runtime.host = serial)",), {})
     clients, workers = config.partition.num_clients, config.distill.workers
-    room = [_hosts_on(node.cpus, node.gpus, node.memory, config) for node in nodes]
-    if not any(room):
-        plan(nodes, [config], num_trials=1)  # refuses, and says what would fit
-    hosts = min(clients, config.runtime.max_hosts or clients, sum(room))
+    capacity = [_hosts_on(node.cpus, node.gpus, node.memory, config) for node in nodes]
+    if not any(capacity):
+        plan(nodes, [config], num_trials=1)  # raises, with what would fit
+    hosts = min(clients, config.runtime.max_hosts or clients, sum(capacity))
     gpus = bool(config.runtime.gpus_per_client)
     places = [int(min(node.cpus, node.gpus) if gpus else node.cpus) for node in nodes]
     if workers > sum(places):
         kind = "GPUs" if gpus else "CPUs"
         raise RequestError(f"distill.workers = {workers}: all machines together have {sum(places)} {kind} for them")
-    held = [max(pair) for pair in zip(_dealt(hosts, room), _dealt(workers, places), strict=True)]
+    held = [max(pair) for pair in zip(_dealt(hosts, capacity), _dealt(workers, places), strict=True)]
     lines = [
         f"client hosts: {hosts}, up to {math.ceil(clients / hosts)} of the run's {clients} clients on each, in turn"
     ]
@@ -62,21 +63,21 @@ def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
     return Fit(tuple(lines), _used(nodes, held))
 
 
-def _dealt(count: int, room: Sequence[int]) -> list[int]:
-    """``count`` things on machines in their order, each full before the next."""
-    taken = [min(count, total) for total in accumulate(room)]
+def _dealt(count: int, capacity: Sequence[int]) -> list[int]:
+    """Fill machines in their order, each to its capacity, with ``count`` things."""
+    taken = [min(count, total) for total in accumulate(capacity)]
     return [after - before for before, after in pairwise([0, *taken])]
 
 
 def _used(nodes: Sequence[Node], counts: Sequence[int]) -> Mapping[str, int]:
-    """How many of each type's machines hold something, those to come alone."""
+    """Count each type's machines that hold something, among those to come."""
     return Counter(
         node.name.rpartition(" ")[0] for node, count in zip(nodes, counts, strict=True) if node.to_come and count
     )
 
 
 def _hosts_on(cpus: float, gpus: float, memory: float, config: ExperimentConfig) -> int:
-    """Client hosts that one machine holds."""
+    """Return the number of client hosts that one machine holds."""
     try:
         return num_hosts(config, Resources(cpus, gpus, memory))
     except RequestError:
@@ -84,7 +85,7 @@ def _hosts_on(cpus: float, gpus: float, memory: float, config: ExperimentConfig)
 
 
 def machines(cluster: Cluster) -> Iterator[Check]:
-    """What the provider would start."""
+    """Check the machines that the provider would start."""
     if cluster.head.spot:
         fix = "let it be on demand: it is the cheap one"
         yield Check("machines", "warning", "the head may be taken away, and the cluster ends with it", fix)
@@ -116,7 +117,7 @@ def _hands_gpus_on(cluster: Cluster, kind: NodeType) -> bool:
 
 
 def named_storage(commands: Sequence[str]) -> str | None:
-    """The place of the results that a command of the file names."""
+    """Return the storage that a command of the file names."""
     text = " ".join(commands)
     typed = re.search(r"--storage[= ]([^\s'\"$]+)", text)
     exported = re.search(r"MOSAIC_STORAGE=([^\s'\"]+)", text)
@@ -124,7 +125,7 @@ def named_storage(commands: Sequence[str]) -> str | None:
 
 
 def storage_checks(cluster: Cluster, commands: Sequence[str], storage: str | None) -> Iterator[Check]:
-    """Whether every machine reaches the place of the results. ``storage``: as it was said, if it was."""
+    """Check that every machine can reach the storage. ``storage``: the --storage option, or None."""
     named = named_storage(commands)
     place = storage or named
     if place is None:
@@ -161,7 +162,7 @@ def _local_storage(cluster: Cluster, text: str, path: str) -> Check:
 
 
 def _shared_mounts(cluster: Cluster, text: str) -> list[str]:
-    """Folders that a command mounts from the network, or that every pod mounts from a claim or from NFS."""
+    """Return folders that a command mounts from the network, or that every pod mounts from a claim or from NFS."""
     if cluster.document.kind != "kuberay":
         return re.findall(r"\bmount\s+(?:-\S+\s+\S+\s+)*\S+:\S*\s+(/[^\s;&]+)", text)
     places = []
@@ -180,7 +181,7 @@ def _shared_mounts(cluster: Cluster, text: str) -> list[str]:
 
 
 def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterator[Check]:
-    """What a machine of each type holds, what would run at once, and which machines that asks for."""
+    """Report what a machine of each type holds, what would run at once, and how many machines that needs."""
     unknown = sorted({kind.name for kind in cluster.types if kind.cpus is None})
     if unknown:
         found = f"the file does not say what {', '.join(unknown)} has, so nothing is compared"
@@ -188,7 +189,7 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
         yield Check("plan", "warning" if cluster.document.kind != "local" else "ok", found, fix)
         return
     for kind in cluster.types:
-        yield Check(f"node {kind.name}", "ok", f"{_has(kind)}: {_room(kind, asked.configs)}")
+        yield Check(f"node {kind.name}", "ok", f"{_has(kind)}: {_describe_capacity(kind, asked.configs)}")
     nodes = cluster.nodes(gpus=any(config.runtime.gpus_per_client for config in asked.configs))
     try:
         fit = asked.fit_on(nodes, storage)
@@ -203,11 +204,11 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
 
 def _has(kind: NodeType) -> str:
     parts = [f"{kind.cpus:g} CPUs", *([f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}"] if kind.gpus else [])]
-    return ", ".join([*parts, f"{kind.memory / GIB:.1f} GiB"])
+    return ", ".join([*parts, size(kind.memory, "GiB")])
 
 
-def _room(kind: NodeType, configs: Sequence[ExperimentConfig]) -> str:
-    """Client hosts of the request's largest that one machine holds, in words."""
+def _describe_capacity(kind: NodeType, configs: Sequence[ExperimentConfig]) -> str:
+    """Describe how many of the request's largest client hosts one machine holds."""
     on_ray = [config for config in configs if config.runtime.host == "ray"]
     if not on_ray:
         return "clients run inside the run's own process"

@@ -1,4 +1,4 @@
-"""What would not work on the cluster that a file describes, seen before anything is started or paid."""
+"""Find what would not work on the cluster that a file describes, before anything is started or paid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .capacity import ClusterRequest, machines, named_storage, plan_checks, stor
 from .cluster_spec import Cluster, cluster_spec, load, mapping, understand
 from .doctor import Check
 
-#: What a shipped file leaves to its user.
+#: The mark in a shipped file for a value that its user must fill in.
 FILL_IN = "FILL_IN"
 
 TOKEN = "~/.ray/auth_token"  # where Ray looks for it
@@ -31,28 +31,30 @@ _SECRETS = (
 
 
 def examine_cluster(path: str, asked: ClusterRequest, storage: str | None = None) -> Iterator[Check]:
-    """Every check of the file at ``path``; ``RequestError`` where it is no cluster's file.
+    """Yield every check of the file at ``path``; ``RequestError`` if it describes no cluster.
 
-    ``storage``: where results would go, if that is said. Local files are looked up from the working directory, as
+    ``storage``: the --storage option, or None. Local files are looked up from the working directory, as
     `ray up` does.
     """
     document = load(path)
-    cluster, faults = understand(document)
-    for fault in faults:
-        yield Check("schema", "problem", fault.found, fault.fix)
+    cluster, problems = understand(document)
+    for problem in problems:
+        yield Check("schema", "problem", problem.found, problem.fix)
     if cluster is None:
-        yield Check("cluster", "problem", f"{path} cannot be understood further", "mend its schema first")
+        yield Check("cluster", "problem", f"{path} cannot be understood further", "fix its schema first")
         return
-    if not faults:
-        taker = "KubeRay" if document.kind == "kuberay" else f"Ray {importlib.metadata.version('ray')}"
-        yield Check("schema", "ok", f"{path} is as {taker} takes it")
+    if document.kind == "kuberay":
+        found = f"{path} describes its machines; `kubectl apply --dry-run=server -f {path}` checks every field"
+        yield Check("schema", "ok", found)
+    else:
+        yield Check("schema", "ok", f"{path} is as Ray {importlib.metadata.version('ray')} takes it")
     for where, text in _scalars(document.content):
         for word in re.findall(rf"\S*{FILL_IN}\S*", text):
             yield Check("fill in", "problem", f"{where} has {word}", f"put your own in place of {FILL_IN}")
     yield from _versions(cluster)
     yield from _files(cluster)
     yield from _token(cluster)
-    yield from _doors(cluster)
+    yield from _ports(cluster)
     yield from _secrets(cluster)
     yield from machines(cluster)
     commands = _commands(cluster)
@@ -61,7 +63,7 @@ def examine_cluster(path: str, asked: ClusterRequest, storage: str | None = None
 
 
 def _scalars(content: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in the file, with its place."""
+    """Yield every text in the file, with its place."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _scalars(value, f"{where}.{key}" if where else str(key))
@@ -73,7 +75,7 @@ def _scalars(content: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _commands(cluster: Cluster) -> list[str]:
-    """All shell commands of the file."""
+    """Return all shell commands of the file."""
     names = ("initialization_commands", "head_setup_commands", "worker_setup_commands")
     own = [
         kind.get("worker_setup_commands") or []
@@ -84,19 +86,19 @@ def _commands(cluster: Cluster) -> list[str]:
     return [*(command for commands in listed for command in commands), *([job] if job else [])]
 
 
-# --- what runs there -------------------------------------------------------------------------------------------------
+# --- versions, files -------------------------------------------------------------------------------------------------
 
 
 def _versions(cluster: Cluster) -> Iterator[Check]:
-    """Ray and Python of every node against this project's own."""
+    """Compare Ray and Python of every node with those of this installation."""
     ray, python = importlib.metadata.version("ray"), sys.version_info[:2]
     here = f"Ray {ray} and Python {python[0]}.{python[1]} are here"
-    said: list[tuple[str, str]] = []  # where, Ray's version
+    declared: list[tuple[str, str]] = []  # where, Ray's version
     for image in dict.fromkeys(kind.image for kind in cluster.types if kind.image):
         name, _, tag = image.rpartition(":")
         version, minor = re.search(r"(\d+\.\d+\.\d+)", tag if name else ""), re.search(r"py3(\d+)", tag)
         if version:
-            said.append((f"image {image}", version[1]))
+            declared.append((f"image {image}", version[1]))
         else:
             stock = "rayproject/ray" in image
             fix = f"name one, such as rayproject/ray:{ray}-py3{python[1]}"
@@ -111,32 +113,32 @@ def _versions(cluster: Cluster) -> Iterator[Check]:
             fix = "submit by `ray job submit` or `ray exec`: a driver here cannot talk to it"
             yield Check("versions", "warning", f"image {image} has Python 3.{minor[1]}; {here}", fix)
     commands = " ".join(_commands(cluster))
-    said += [("a setup command", pin) for pin in re.findall(r"\bray(?:\[[^\]]*\])?==([0-9][0-9.]*)", commands)]
+    declared += [("a setup command", pin) for pin in re.findall(r"\bray(?:\[[^\]]*\])?==([0-9][0-9.]*)", commands)]
     if cluster.document.kind == "kuberay":
-        declared = cluster_spec(cluster.content).get("rayVersion")
-        if declared is None:
+        ray_version = cluster_spec(cluster.content).get("rayVersion")
+        if ray_version is None:
             yield Check("versions", "problem", "rayVersion is missing", f'rayVersion: "{ray}"')
         else:
-            said.append(("rayVersion", str(declared)))
+            declared.append(("rayVersion", str(ray_version)))
     for file in re.findall(r"-c\s+(\S+)", commands):
         local = _local(cluster, file)
-        pin = (
+        found = (
             re.search(r"^ray==(\S+)", local.read_text(encoding="utf-8"), re.MULTILINE)
             if local and local.is_file()
             else None
         )
-        said += [(f"{local}", pin[1])] if pin else []
-    wrong = dict.fromkeys((where, version) for where, version in said if version != ray)
+        declared += [(f"{local}", found[1])] if found else []
+    wrong = dict.fromkeys((where, version) for where, version in declared if version != ray)
     for where, version in wrong:
         yield Check("versions", "problem", f"{where}: Ray {version}; {here}", f"let both be {ray}")
-    if not said and not any(kind.image for kind in cluster.types) and "-c " not in commands:
+    if not declared and not any(kind.image for kind in cluster.types) and "-c " not in commands:
         yield Check("versions", "problem", "nothing says which Ray is installed", f"pip install 'ray[default]=={ray}'")
-    if said and not wrong:
+    if declared and not wrong:
         yield Check("versions", "ok", f"Ray {ray} on every node, as here")
 
 
 def _local(cluster: Cluster, remote: str) -> Path | None:
-    """The file here that becomes ``remote`` there; None where no mount brings it."""
+    """Return the local file that is mounted as ``remote``; None without such a mount."""
     for there, here in mapping(cluster.content.get("file_mounts")).items():
         if remote == there or remote.startswith(there.rstrip("/") + "/"):
             return Path(here).expanduser() / remote[len(there) :].lstrip("/")
@@ -144,7 +146,7 @@ def _local(cluster: Cluster, remote: str) -> Path | None:
 
 
 def _files(cluster: Cluster) -> Iterator[Check]:
-    """What is brought there exists here, and the project is among it."""
+    """Check that the mounted files exist here, and that the project is installed."""
     if cluster.document.kind == "kuberay":
         pip = "pip" in str(mapping(cluster.content.get("spec")).get("runtimeEnvYAML", ""))
         for kind in cluster.types:
@@ -176,11 +178,11 @@ def _files(cluster: Cluster) -> Iterator[Check]:
             yield Check("project", "ok", f"{found[0]} is installed on every node")
 
 
-# --- who may come in -------------------------------------------------------------------------------------------------
+# --- access ----------------------------------------------------------------------------------------------------------
 
 
 def _token(cluster: Cluster) -> Iterator[Check]:
-    """The token is brought to every node, and asked of everyone."""
+    """Check that every node gets the token and requires it."""
     if cluster.document.kind == "kuberay":
         mode = mapping(cluster_spec(cluster.content).get("authOptions")).get("mode")
         if mode != "token":
@@ -209,8 +211,8 @@ def _starts_without_token(command: str) -> bool:
     return bool(starts) and "RAY_AUTH_MODE=token" not in before
 
 
-def _doors(cluster: Cluster) -> Iterator[Check]:
-    """Nothing but SSH listens to the world."""
+def _ports(cluster: Cluster) -> Iterator[Check]:
+    """Check that nothing but SSH listens to the world."""
     found = []
     for command in _commands(cluster):
         tunnel = "--dashboard-host=127.0.0.1, and `ray attach -p 8265`"
@@ -243,7 +245,7 @@ def _doors(cluster: Cluster) -> Iterator[Check]:
 
 
 def _secrets(cluster: Cluster) -> Iterator[Check]:
-    """None stands in the file; a finding says where, not what."""
+    """Check that the file holds no secrets; a finding contains the place, not the secret."""
     found = []
     for where, text in _scalars(cluster.document.content):
         name = where.rpartition(".")[2]

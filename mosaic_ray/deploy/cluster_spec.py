@@ -1,43 +1,25 @@
-"""A cluster's file, read: what `ray up` or KubeRay would start, as machines. Nothing is contacted."""
+"""Read a cluster's file: the machines that `ray up` or KubeRay would start. Nothing is contacted."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import RequestError, neighbours
+from ..execution.ray_internals import known_providers, validate_cluster
 from ..execution.ray_session import MEMORY_A_CPU
 from ..execution.resource_plan import Node
 
 KUBERAY = ("RayJob", "RayCluster")
 
-#: Machines that a plan looks at, at most: larger limits are no machines that anybody counts on.
+#: The most machines that a plan considers; KubeRay's default limit is 2**31 - 1.
 MOST_MACHINES = 512
-
-#: KubeRay's fields by level: its types RayJobSpec, RayClusterSpec, HeadGroupSpec and WorkerGroupSpec (1.6).
-_JOB = (
-    "activeDeadlineSeconds", "backoffLimit", "clusterSelector", "deletionStrategy", "entrypoint",
-    "entrypointNumCpus", "entrypointNumGpus", "entrypointResources", "jobId", "managedBy", "metadata",
-    "preRunningDeadlineSeconds", "rayClusterSpec", "runtimeEnvYAML", "schedule", "shutdownAfterJobFinishes",
-    "submissionMode", "submitterConfig", "submitterPodTemplate", "suspend", "ttlSecondsAfterFinished",
-)  # fmt: skip
-_CLUSTER = (
-    "authOptions", "autoscalerOptions", "enableInTreeAutoscaling", "gcsFaultToleranceOptions", "headGroupSpec",
-    "headServiceAnnotations", "managedBy", "networkPolicy", "rayVersion", "suspend", "upgradeStrategy",
-    "workerGroupSpecs",
-)  # fmt: skip
-_HEAD = ("enableIngress", "headService", "labels", "rayStartParams", "resources", "serviceType", "template")
-_WORKERS = (
-    "groupName", "idleTimeoutSeconds", "labels", "maxReplicas", "minReplicas", "numOfHosts", "rayStartParams",
-    "replicas", "resources", "scaleStrategy", "suspend", "template",
-)  # fmt: skip
 
 _QUANTITY = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _QUANTITY |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -54,7 +36,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that Ray or KubeRay would not take; ``fix`` says what it may be."""
+    """Something that Ray or KubeRay would refuse, and how to fix it (may be empty)."""
 
     found: str
     fix: str = ""
@@ -62,7 +44,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of machine. ``cpus`` is None where the file does not say; ``memory``: bytes that actors may ask for."""
+    """A kind of machine. ``cpus``: None if the file does not contain it; ``memory``: bytes that actors may request."""
 
     name: str
     cpus: float | None
@@ -76,7 +58,7 @@ class NodeType:
 
     @property
     def spot(self) -> bool:
-        """Whether the provider may take it away."""
+        """Return whether the provider may take it away."""
         market = (self.content.get("InstanceMarketOptions") or {}).get("MarketType")
         schedules = self.content.get("scheduling") or []
         for schedule in [schedules] if isinstance(schedules, Mapping) else schedules:
@@ -87,7 +69,7 @@ class NodeType:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What would be started: a head, and up to ``most`` workers of these types."""
+    """The machines of a file: a head, and up to ``most`` workers of these types."""
 
     document: Document
     content: Mapping[str, Any]  # with Ray's defaults filled in
@@ -99,25 +81,23 @@ class Cluster:
     def types(self) -> tuple[NodeType, ...]:
         return (self.head, *self.workers)
 
-    def nodes(self, gpus: bool) -> list[Node] | None:
-        """All machines that there may be at once, the head first; None where the file does not say what they have.
+    def nodes(self, gpus: bool) -> list[Node]:
+        """Return all machines that there may be at once, the head first; a machine of unknown CPUs counts none.
 
-        Where not every type may come in full, those with GPUs come first if ``gpus``, else last.
+        If ``most`` cuts the list, types with GPUs come first if ``gpus``, else last.
         """
-        if any(kind.cpus is None for kind in self.types):
-            return None
         found = [Node(self.head.name, self.head.cpus or 0.0, self.head.gpus, self.head.memory)]
         for kind in sorted(self.workers, key=lambda kind: bool(kind.gpus) != gpus):
-            room = min(kind.most, self.most + 1 - len(found), MOST_MACHINES - len(found))
+            count = min(kind.most, self.most + 1 - len(found), MOST_MACHINES - len(found))
             found += [
                 Node(f"{kind.name} {number + 1}", kind.cpus or 0.0, kind.gpus, kind.memory, to_come=True)
-                for number in range(room)
+                for number in range(count)
             ]
         return found
 
 
 def load(path: str) -> Document:
-    """The file at ``path``; ``RequestError`` where it is none that `ray up` or KubeRay could take."""
+    """Read the file at ``path``; ``RequestError`` if neither `ray up` nor KubeRay could take it."""
     import yaml
 
     try:
@@ -134,8 +114,8 @@ def load(path: str) -> Document:
     for part in parts:
         if isinstance(part, dict) and part.get("kind") in KUBERAY:
             return Document(path, "kuberay", part)
-    first = parts[0] if parts else None
-    provider = first.get("provider") if isinstance(first, dict) else None
+    first = parts[0] if parts and isinstance(parts[0], dict) else {}
+    provider = first.get("provider")
     if not isinstance(provider, dict) or not isinstance(provider.get("type"), str):
         raise RequestError(
             f"--cluster {path}: it is neither a file for `ray up` (no provider.type) nor a KubeRay manifest "
@@ -145,66 +125,39 @@ def load(path: str) -> Document:
 
 
 def understand(document: Document) -> tuple[Cluster | None, list[Problem]]:
-    """The cluster that the file asks for, and what is wrong with it; no cluster where that hides what is meant."""
+    """Return the cluster that the file describes; without one, the problems that hide it."""
     if document.kind == "kuberay":
-        faults = list(_kuberay_faults(document.content))
-        return (None, faults) if any(not fault.fix for fault in faults) else (_of_kuberay(document), faults)
-    prepared, faults = _prepared(document)
-    return (None if prepared is None else _of_ray_up(document, prepared)), faults
+        try:
+            return _of_kuberay(document), []
+        except ValueError as error:
+            return None, [Problem(str(error))]
+    prepared, problems = _validate(document)
+    return (None if prepared is None else _of_ray_up(document, prepared)), problems
 
 
 # --- files for `ray up` ----------------------------------------------------------------------------------------------
 
 
-def _prepared(document: Document) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """The content with Ray's defaults, as Ray's own validation takes it; unknown keys are told, and left out."""
-    import click
-
+def _validate(document: Document) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """Return the content with Ray's defaults, or the problem that Ray's own validation finds."""
+    providers = known_providers()
+    if document.kind not in providers:
+        return None, [Problem(f"provider.type: Ray knows no {document.kind}", neighbours(document.kind, providers))]
+    printed = io.StringIO()
     try:
-        from ray.autoscaler._private.providers import _NODE_PROVIDERS
-        from ray.autoscaler._private.util import prepare_config, validate_config
-    except ImportError as error:
-        raise RequestError(f"--cluster {document.path}: Ray, which checks it, cannot be imported ({error})") from None
-
-    if document.kind not in _NODE_PROVIDERS:
-        return None, [
-            Problem(f"provider.type: Ray knows no {document.kind}", neighbours(document.kind, _NODE_PROVIDERS))
-        ]
-    logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it tells every default that it fills in
-    content, faults = copy.deepcopy(document.content), []
-    while True:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                prepared = prepare_config(copy.deepcopy(content))
-                validate_config(prepared)
-            return prepared, faults
-        except Exception as error:  # whatever Ray raises says what is wrong
-            way = list(getattr(error, "absolute_path", ()))
-            unknown = []
-            if getattr(error, "validator", None) == "additionalProperties":
-                place = _reach(content, way)
-                unknown = sorted(set(place) - set(error.schema["properties"]), key=str)
-            for key in unknown:
-                name = ".".join(map(str, [*way, key]))
-                faults.append(
-                    Problem(f"{name}: Ray knows no such key", neighbours(str(key), error.schema["properties"]))
-                )
-                del place[key]
-            if unknown:
-                continue
-            if isinstance(error, click.ClickException):
-                message = said.getvalue().strip() or error.message
-            else:
-                message = str(getattr(error, "message", error))
-            where = f"{'.'.join(map(str, way))}: " if way else ""
-            return None, [*faults, Problem(where + " ".join(message.split()))]
-
-
-def _reach(content: Any, way: list[Any]) -> dict[str, Any]:
-    for step in way:
-        content = content[step]
-    return content
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return validate_cluster(copy.deepcopy(document.content)), []
+    except RequestError:
+        raise
+    except Exception as error:  # of Ray or of jsonschema; its text names the problem
+        where, schema = ".".join(map(str, getattr(error, "absolute_path", ()))), getattr(error, "schema", {})
+        if getattr(error, "validator", None) == "additionalProperties":
+            known = schema["properties"]
+            key = min(set(error.instance) - set(known), key=str)  # type: ignore[attr-defined]
+            name = f"{where}.{key}" if where else key
+            return None, [Problem(f"{name}: Ray knows no such key", neighbours(str(key), known))]
+        text = " ".join((printed.getvalue().strip() or str(getattr(error, "message", error))).split())
+        return None, [Problem(f"{where}: {text}" if where else text)]
 
 
 def _of_ray_up(document: Document, content: dict[str, Any]) -> Cluster:
@@ -239,61 +192,14 @@ def _of_ray_up(document: Document, content: dict[str, Any]) -> Cluster:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """``value`` where it is a mapping, else an empty one."""
+    """Return ``value`` if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def cluster_spec(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A manifest's spec of the Ray cluster."""
+    """Return a manifest's spec of the Ray cluster."""
     spec = mapping(content.get("spec"))
     return spec if content["kind"] == "RayCluster" else mapping(spec.get("rayClusterSpec"))
-
-
-def _groups(spec: Mapping[str, Any]) -> list[tuple[str, Any, tuple[str, ...]]]:
-    """The head's group and the workers': where, what, the fields that there are."""
-    workers = spec.get("workerGroupSpecs") or []
-    return [
-        ("headGroupSpec", spec.get("headGroupSpec"), _HEAD),
-        *((f"workerGroupSpecs.{number}", group, _WORKERS) for number, group in enumerate(workers)),
-    ]
-
-
-def _kuberay_faults(content: Mapping[str, Any]) -> Iterator[Problem]:
-    """A fault without a mend hides what is meant."""
-    if content.get("apiVersion") != "ray.io/v1":
-        yield Problem(f"apiVersion = {content.get('apiVersion')}: KubeRay's is another", "apiVersion: ray.io/v1")
-    if not mapping(content.get("metadata")).get("name"):
-        yield Problem("metadata.name: missing", "name it")
-    above, spec = "spec", cluster_spec(content)
-    if content["kind"] == "RayJob":
-        above, job = "spec.rayClusterSpec", mapping(content.get("spec"))
-        yield from _unknown(job, _JOB, "spec")
-        if not job.get("entrypoint"):
-            yield Problem("spec.entrypoint: missing", "entrypoint: mosaic sweep ...")
-    if not spec:
-        yield Problem(f"{above}: missing, so there is no cluster to look at")
-        return
-    yield from _unknown(spec, _CLUSTER, above)
-    for name, group, known in _groups(spec):
-        where = f"{above}.{name}"
-        if not mapping(_container(mapping(group))):
-            yield Problem(f"{where}.template.spec.containers: missing, so there is no machine to look at")
-            continue
-        yield from _unknown(group, known, where)
-        if known is _WORKERS and not group.get("groupName"):
-            yield Problem(f"{where}.groupName: missing, and required")
-        if "rayStartParams" not in group:
-            yield Problem(f"{where}.rayStartParams: missing, and required", "rayStartParams: {}")
-        try:
-            _machine(name, group, None)
-        except ValueError as error:
-            yield Problem(f"{where}: {error}")
-
-
-def _unknown(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> Iterator[Problem]:
-    for key in content:
-        if key not in known:
-            yield Problem(f"{where}.{key}: KubeRay knows no such field", neighbours(str(key), known))
 
 
 def _pod(group: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -301,22 +207,31 @@ def _pod(group: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _container(group: Mapping[str, Any]) -> Any:
-    """The one that runs Ray: the first."""
+    """Return the container that runs Ray: the first."""
     containers = _pod(group).get("containers")
     return containers[0] if isinstance(containers, list) and containers else None
 
 
 def _of_kuberay(document: Document) -> Cluster:
+    """Read the machines of a manifest; ``ValueError`` if a part that describes them is missing.
+
+    Everything else is left to KubeRay's own definition: `kubectl apply --dry-run=server`.
+    """
     spec = cluster_spec(document.content)
+    if not spec:
+        raise ValueError("spec.rayClusterSpec: missing" if document.content["kind"] == "RayJob" else "spec: missing")
     scales = bool(spec.get("enableInTreeAutoscaling"))
-    head = _machine("head", spec["headGroupSpec"], None)
-    workers = tuple(_machine(group["groupName"], group, scales) for group in spec.get("workerGroupSpecs") or [])
-    return Cluster(document, document.content, head, workers, sum(kind.most for kind in workers))
+    head = _machine("headGroupSpec", spec.get("headGroupSpec"), None)
+    groups = enumerate(spec.get("workerGroupSpecs") or [])
+    workers = tuple(_machine(f"workerGroupSpecs.{number}", group, scales) for number, group in groups)
+    return Cluster(document, document.content, replace(head, name="head"), workers, sum(kind.most for kind in workers))
 
 
-def _machine(name: str, group: Mapping[str, Any], scales: bool | None) -> NodeType:
-    """A group's pods; ``scales``: whether their number follows demand (None: there is one)."""
-    container = _container(group)
+def _machine(where: str, group: Any, scales: bool | None) -> NodeType:
+    """Read a group's pods. ``scales``: whether their number follows demand (None: there is one)."""
+    container = _container(mapping(group))
+    if not isinstance(container, Mapping):
+        raise ValueError(f"{where}.template.spec.containers: missing")
     asks = mapping(container.get("resources"))
     has = dict(asks.get("requests") or {}) | dict(asks.get("limits") or {})
     params = mapping(group.get("rayStartParams"))
@@ -326,21 +241,24 @@ def _machine(name: str, group: Mapping[str, Any], scales: bool | None) -> NodeTy
     if scales:
         least, most = group.get("minReplicas") or 0, group.get("maxReplicas", 2**31 - 1)
     each = group.get("numOfHosts", 1)
-    return NodeType(
-        name=name,
-        cpus=None if cpus is None else quantity(cpus),
-        gpus=sum(quantity(amount) for resource, amount in has.items() if resource.endswith("/gpu")),
-        memory=quantity(has["memory"]) if "memory" in has else quantity(cpus or 0) * MEMORY_A_CPU,
-        least=least * each,
-        most=most * each,
-        image=str(container.get("image") or ""),
-        starts=(),
-        content=_pod(group),
-    )
+    try:
+        return NodeType(
+            name=str(group.get("groupName") or where),
+            cpus=None if cpus is None else quantity(cpus),
+            gpus=sum(quantity(amount) for resource, amount in has.items() if resource.endswith("/gpu")),
+            memory=quantity(has["memory"]) if "memory" in has else quantity(cpus or 0) * MEMORY_A_CPU,
+            least=least * each,
+            most=most * each,
+            image=str(container.get("image") or ""),
+            starts=(),
+            content=_pod(group),
+        )
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def quantity(word: Any) -> float:
-    """Kubernetes' way of writing an amount: 500m, 8, 28Gi."""
+    """Parse an amount as Kubernetes writes it: 500m, 8, 28Gi."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(m|k|[KMGT]i|[MGT]|)", str(word))
     if not match:
         raise ValueError(f"{word} is no amount; it takes such as 4, 500m or 16Gi")

@@ -1,4 +1,4 @@
-"""What this machine has, what would not work on it, and what to do about that."""
+"""Check this machine: its hardware, its packages, its storage and data, with a fix for each problem."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import os
 import platform
 import shutil
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
+from ..core.units import GIB, size
 from ..data.specs import folders
 from ..execution.precision import has_native_bf16
 
-GIB = 2**30
 LEAST_MEMORY = 2 * GIB  # one driver (0.7 GiB) and two client actors (0.3 to 0.6 GiB each)
 LEAST_DISK = 1 * GIB
-LEAST_SHARED_MEMORY = GIB // 2  # containers give 64 MiB unless told otherwise
+LEAST_SHARED_MEMORY = GIB // 2  # containers give 64 MiB by default
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Check:
 
 
 def examine(data: DataConfig, storage: str, address: str | None = None) -> Iterator[Check]:
-    """Every check, cheap ones first. Ray is started (or joined) only where ``address`` is given."""
+    """Yield every check, cheap ones first. Ray is started (or joined) only if ``address`` is given."""
     yield _python()
     yield from _packages()
     yield _cpu()
@@ -54,7 +53,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """Each dependency against the lower bound that this distribution declares."""
+    """Compare each dependency with the lower bound that this distribution declares."""
     from packaging.requirements import Requirement
 
     try:
@@ -98,7 +97,7 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Iterator[Check]:
-    """Linux only: Ray's object store lies there, and falls back to the disk where it does not fit."""
+    """Check /dev/shm (Linux), which holds Ray's object store; what does not fit goes to the disk."""
     shared = Path("/dev/shm")
     if sys.platform == "linux" and shared.is_dir():
         free = shutil.disk_usage(shared).free
@@ -111,7 +110,7 @@ def _shared_memory() -> Iterator[Check]:
 
 
 def _torch() -> Iterator[Check]:
-    """The GPUs that torch can use, and native bf16."""
+    """List the GPUs that torch can use, and native bf16."""
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library is missing or damaged
@@ -135,7 +134,7 @@ def _torch() -> Iterator[Check]:
 
 
 def _storage(storage: str) -> Iterator[Check]:
-    """Whether results can be written, and the room for them."""
+    """Check that results can be written, and the free space."""
     if "://" in storage:
         yield _remote_storage(storage)
         return
@@ -148,7 +147,7 @@ def _storage(storage: str) -> Iterator[Check]:
     else:
         yield Check("storage", "ok", f"{wanted} is writable")
         usage = shutil.disk_usage(place)
-        found = f"{usage.free / GIB:.1f} GiB free for {wanted}"
+        found = f"{size(usage.free, 'GiB')} free for {wanted}"
         short = usage.free < LEAST_DISK
         yield Check(
             "disk", "warning" if short else "ok", found, "make room, or name another by --storage" if short else ""
@@ -156,19 +155,13 @@ def _storage(storage: str) -> Iterator[Check]:
 
 
 def _remote_storage(uri: str) -> Check:
-    """Writes a small object and takes it away."""
-    from pyarrow import fs
+    """Write and remove a small object, by the check that every run makes."""
+    from ..storage.store import Store
 
     try:
-        filesystem, root = fs.FileSystem.from_uri(uri)
-        probe = f"{root}/.mosaic-doctor-{uuid.uuid4().hex[:8]}"
-        filesystem.create_dir(root, recursive=True)
-        with filesystem.open_output_stream(probe) as stream:
-            stream.write(b"writable?")
-        filesystem.delete_file(probe)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        return Check("storage", "problem", f"{uri}: {reason}", "check the address, the credentials and the rights")
+        Store(uri).check_writable()
+    except RequestError as error:
+        return Check("storage", "problem", str(error).removeprefix("--storage "))
     return Check("storage", "ok", f"{uri} is writable")
 
 
@@ -177,7 +170,7 @@ def _data(data: DataConfig) -> Check:
 
     root = data_root(data)
     if (data.root or os.environ.get("MOSAIC_DATA")) and not root.is_dir():
-        return Check("data", "warning", f"{root} is not a folder", "mend MOSAIC_DATA or --set data.root")
+        return Check("data", "warning", f"{root} is not a folder", "fix MOSAIC_DATA or --set data.root")
     there = {name: folder for name, folder in folders().items() if (root / folder).exists()}
     absent = [name for name in folders() if name not in there]
     found = f"digits (bundled){''.join(f', {name} ({folder})' for name, folder in there.items())} under {root}"
@@ -194,6 +187,6 @@ def _ray(address: str) -> Check:
     except (RequestError, ImportError) as error:
         return Check("ray", "problem", str(error), "run without it: --host serial")
     try:
-        return Check("ray", "ok", f"{address}: {have.cpus:g} CPUs, {have.gpus:g} GPUs, {have.memory / GIB:.1f} GiB")
+        return Check("ray", "ok", f"{address}: {have.cpus:g} CPUs, {have.gpus:g} GPUs, {size(have.memory, 'GiB')}")
     finally:
         ray_session.disconnect()

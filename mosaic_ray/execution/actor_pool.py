@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import RunError
+from .ray_internals import killed_for_memory
 
 #: Seconds between two looks at whether the cluster has grown, while clients wait for a host.
 LOOK_SECONDS = 2.0
@@ -19,9 +20,6 @@ MAX_LOSSES = 5
 
 #: How long nobody at all may be up: other jobs hold the room, or the cluster's autoscaler is starting machines.
 PATIENCE_SECONDS, PATIENCE_FOR_MACHINES = 120.0, 1800.0
-
-#: How long Ray may take to tell what a worker died of.
-VERDICT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -275,26 +273,6 @@ class ClientMap:
             with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
                 ray.cancel(done, force=False)
         self._running.clear()
-
-
-def killed_for_memory(worker_id: str) -> bool:
-    """Whether Ray's memory monitor killed the worker.
-
-    Of an actor that is started again the error does not say so (Ray 2.60), and Ray's State API needs the dashboard, so
-    this asks the table behind it. Ray says "no" here where the worker's node died with it.
-    """
-    import ray
-    from ray._private.state import state
-    from ray.core.generated.common_pb2 import WorkerExitType
-    from ray.core.generated.gcs_pb2 import WorkerTableData
-
-    table, deadline = state._connect_and_get_accessor(), time.monotonic() + VERDICT_SECONDS
-    while time.monotonic() < deadline:
-        found = table.get_worker_info(ray.WorkerID.from_hex(worker_id))
-        if found and not (row := WorkerTableData.FromString(found)).is_alive:
-            return row.exit_type == WorkerExitType.NODE_OUT_OF_MEMORY
-        time.sleep(0.05)
-    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -1,17 +1,17 @@
-"""Freed memory: kept by a process that trains, which wants it again at once, and given back when it rests."""
+"""Keep freed memory in a process that trains, which needs it again at once; return it when the process is idle."""
 
 from __future__ import annotations
 
 import ctypes
 
-#: Parameters of glibc's ``mallopt`` (malloc.h), with bytes: what is smaller comes from the heap, up to its largest
-#: threshold, and up to so much may lie free at the heap's end.
+#: Parameters of glibc's ``mallopt`` (malloc.h), with bytes: smaller blocks come from the heap (the largest threshold),
+#: and up to so much may stay free at the heap's end.
 _MMAP_THRESHOLD, _HEAP_BELOW = -3, 32 << 20
 _TRIM_THRESHOLD, _KEPT = -1, 256 << 20
 
 
 def keep_freed() -> None:
-    """Have this process keep up to 256 MB that it freed.
+    """Make this process keep up to 256 MB that it freed.
 
     A training step frees and asks for the same buffers; glibc gives them to the kernel, which zeroes them in between:
     up to a fifth of a small network's time. Nothing where the C library has no ``mallopt`` (macOS).

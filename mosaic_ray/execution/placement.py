@@ -1,4 +1,4 @@
-"""Where a run's clients and its distillation go: this process, Ray actors of its own, or a sweep's shared pool."""
+"""Place a run's clients and its distillation: in this process, on its own Ray actors, or on a sweep's shared pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .ray_train import Outcome, distil_on_ray, distil_serial
 
 @dataclass(frozen=True)
 class Placement:
-    """Nothing starts before it is asked for.
+    """Start clients and distillation where the configuration requests them; nothing starts before its first use.
 
     ``address``: the Ray cluster of a run on its own. ``pool``: client actors that a sweep's trials share; Ray is
     joined already, and distillation without Train workers happens in this process, since Ray Train's in-process mode
@@ -36,7 +36,7 @@ class Placement:
         shards: Callable[[int], ImageSet],
         say: Callable[[str], None],
     ) -> ClientBackend:
-        """The clients of ``config``; ``shards`` answers a client's training images."""
+        """Return the clients of ``config``; ``shards`` returns a client's training images."""
         if config.runtime.host == "serial":
             return SerialBackend(config, facts, shards)
         if self.pool:
@@ -44,10 +44,10 @@ class Placement:
         needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpus_per_client}
 
         def more(have: int) -> list[Any]:
-            """For machines that joined unforeseen; actors for those to come wait already, which makes them come."""
+            """Add actors for nodes that joined later; pending actors make the autoscaler start expected ones."""
             try:
                 wanted = num_hosts(config, in_all(all_resources(), machines_to_come()))
-            except RequestError:  # machines went away, and none is left that fits; what there was is waited for
+            except RequestError:  # nodes went away and none that is left fits: wait for their return
                 return []
             return start_hosts(needs, {"": max(0, wanted - have)})
 
@@ -65,7 +65,7 @@ class Placement:
         return RayBackend(config, facts, shards, own)
 
     def distil(self, task: DistillTask, report: Callable[[int, Mapping[str, float]], None], storage: str) -> Outcome:
-        """The distilled student; ``storage`` is Ray Train's own folder, a local one's workers beside it."""
+        """Return the distilled student. ``storage``: Ray Train's folder; with a local one, workers run on this node."""
         knobs = task.config
         if knobs.runtime.host == "serial" or (self.in_trial and not knobs.distill.workers):
             return distil_serial(task, report)

@@ -1,10 +1,24 @@
-"""Whether the processor computes in bf16 natively."""
+"""Choose the torch device, and find out whether a processor computes in bf16 natively."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from ..config.schema import ExperimentConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_of(config: ExperimentConfig) -> torch.device:
+    """Return the device that ``config`` trains on: CUDA if clients have GPUs and torch can use one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
+
 
 def has_native_bf16(cuda: bool) -> bool:
-    """Read it from what the processor declares; nothing is timed, so every start on a machine gives the same answer.
+    """Return whether the processor declares native bf16; nothing is timed, so every start gives the same answer.
 
     ``cuda``: ask the GPUs, which all need compute capability 8.0 or more; without a usable GPU the CPU is asked, which
     needs AVX512-BF16, AMX-BF16 or Arm's BF16. Emulated bf16 does not count.

@@ -1,4 +1,4 @@
-"""Start or join Ray, and the resource plan: a pure function of what there is and what is asked."""
+"""Start or join Ray, and read what its cluster has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
@@ -31,13 +32,13 @@ RAY_ENVIRONMENT = {
 #: Where `ray up` leaves the cluster's file on its head.
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
-#: Bytes a CPU of a machine whose memory nobody says.
+#: Bytes of memory per CPU of a machine whose memory is unknown.
 MEMORY_A_CPU = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a cluster has: CPUs, GPUs, bytes of memory."""
+    """The CPUs, GPUs and bytes of memory of a cluster."""
 
     cpus: float
     gpus: float
@@ -45,7 +46,7 @@ class Resources:
 
 
 def local_resources() -> Resources:
-    """This machine's CPUs, GPUs and available memory, without Ray."""
+    """Return this machine's CPUs, GPUs and available memory, without Ray."""
     import psutil
 
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,7 +60,7 @@ def _local_gpus() -> int:
 
 
 def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
-    """Client actors at once: one per client while CPUs, GPUs, memory and ``runtime.max_hosts`` allow; at least one.
+    """Return the number of client actors: one per client if CPUs, GPUs, memory and ``runtime.max_hosts`` allow it.
 
     ``RequestError`` where not even one fits.
     """
@@ -87,8 +88,8 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
 
 
 def check_room(config: ExperimentConfig, address: str) -> None:
-    """``RequestError`` where no client fits: on this machine for want of a GPU, which is said before Ray starts, or on
-    the cluster at ``address``, which is joined here, and what it may still start."""
+    """Raise ``RequestError`` if no client fits: for lack of a GPU on this machine, before Ray starts, or on the cluster
+    at ``address``, which is joined here, with the nodes that it may still start."""
     if config.runtime.host == "ray" and address != "local":
         num_hosts(config, in_all(connect(address), machines_to_come()))
     elif config.runtime.gpus_per_client:
@@ -96,7 +97,7 @@ def check_room(config: ExperimentConfig, address: str) -> None:
 
 
 def connect(address: str = "local") -> Resources:
-    """Start Ray here (``local``) or join a cluster (``auto``, ``HOST:PORT``); answers what it has.
+    """Start Ray here (``local``) or join a cluster (``auto``, ``HOST:PORT``); return its resources.
 
     Safe to call again: a Ray that this process has joined already is used as it is.
     """
@@ -107,7 +108,7 @@ def connect(address: str = "local") -> Resources:
     if not ray.is_initialized():
         if address != "local":
             check_cluster(address)
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         on_term = signal.getsignal(signal.SIGTERM)
         try:
             if address == "local":
@@ -123,15 +124,15 @@ def connect(address: str = "local") -> Resources:
 
 
 def all_resources() -> Resources:
-    """What the cluster has now, all nodes together, whoever holds it."""
+    """Return the resources of all nodes that are up together, free or in use."""
     import ray
 
-    total = ray.cluster_resources()
+    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
 
 
 def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
-    """What there is, and what machines ``to_come`` would add."""
+    """Return the sum of ``there`` and of the nodes ``to_come``."""
     return Resources(
         there.cpus + sum(node.cpus for node in to_come),
         there.gpus + sum(node.gpus for node in to_come),
@@ -140,7 +141,7 @@ def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
 
 
 def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
-    """The workers that the cluster's autoscaler may start beside those that are up; none where it cannot be known.
+    """Return the workers that the autoscaler may start beside the nodes that are up; none if this is unknown.
 
     It is read from the file that ``ray up`` leaves on the cluster's head, so for drivers that run there. A type whose
     ``resources`` the provider fills in counts once they stand in that file; a type without memory counts 4 GiB a CPU.
@@ -153,7 +154,7 @@ def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
         types, head = dict(cluster["available_node_types"]), cluster["head_node_type"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return []
-    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     left = int(cluster.get("max_workers", 2)) + 1 - len(up)
     found: list[Node] = []
     for name, kind in types.items():
@@ -168,15 +169,15 @@ def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
 
 
 def nodes(expect: bool = False) -> list[Node]:
-    """The nodes of the cluster that this process has joined, this one first; named by Ray's ids.
+    """Return the nodes of the cluster that this process has joined, this one first; named by Ray's ids.
 
-    ``expect``: at the end those that the cluster may still start too.
+    ``expect``: add the nodes that the cluster may still start, at the end.
     """
     import ray
 
     own = ray.get_runtime_context().get_node_id()
     found = []
-    for facts in ray.nodes():
+    for facts in ray.nodes():  # type: ignore[no-untyped-call]
         if facts["Alive"]:
             has = facts["Resources"]
             found.append(Node(facts["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0)))
@@ -184,14 +185,14 @@ def nodes(expect: bool = False) -> list[Node]:
 
 
 def own_node() -> dict[str, float]:
-    """A sliver of a resource that this node alone has: who asks for it runs here."""
+    """Return a request for Ray's ``node:<ip>`` resource, which pins a task to this node."""
     import ray
 
-    return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
+    return {f"node:{ray.util.get_node_ip_address()}": 1e-3}  # type: ignore[no-untyped-call]
 
 
 def disconnect() -> None:
-    """Leave Ray; a Ray that ``connect`` started here ends with it."""
+    """Leave Ray; stop a Ray that ``connect`` started here."""
     import ray
 
     ray.shutdown()

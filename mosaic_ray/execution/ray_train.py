@@ -1,4 +1,4 @@
-"""Where distillation runs: one Ray Train ``fit()`` (0, 1 or more workers), or this process without Ray."""
+"""Run distillation: one Ray Train ``fit()`` (0, 1 or more workers), or in this process without Ray."""
 
 from __future__ import annotations
 
@@ -14,43 +14,37 @@ from ..core.errors import RunError
 from ..core.types import Weights
 from ..distillation.student_training import DistContext, DistillTask, distil
 from .malloc import keep_freed
+from .precision import device_of
 from .ray_session import own_node
 
 Report = Callable[[int, Mapping[str, float]], None]
 Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
 
-#: Seconds between two looks at what Train's workers have reported.
-LOOK_SECONDS = 1.0
+#: Seconds between two reads of the reports of Train's workers.
+POLL_SECONDS = 1.0
 
 #: A worker group that lost a worker starts again this often; the loop is deterministic, so it ends the same.
 MAX_FAILURES = 3
 
 
-def _device(task: DistillTask) -> Any:
-    import torch
-
-    wanted = task.config.runtime.gpus_per_client and torch.cuda.is_available()
-    return torch.device("cuda" if wanted else "cpu")
-
-
 def _loop(task: DistillTask, dist: DistContext, report: Report) -> Outcome:
-    """The training loop of one worker; the curve is gathered and handed back."""
+    """Run the training loop of one worker; return its weights, metrics and curve."""
     import torch
 
     keep_freed()
     torch.set_num_threads(task.config.runtime.driver_threads)
     curve: list[tuple[int, dict[str, float]]] = []
 
-    def look(step: int, metrics: dict[str, float]) -> None:
+    def record(step: int, metrics: dict[str, float]) -> None:
         curve.append((step, metrics))
         report(step, metrics)
 
-    weights, figures = distil(task, _device(task), dist, look)
-    return weights, figures, curve
+    weights, final = distil(task, device_of(task.config), dist, record)
+    return weights, final, curve
 
 
 def distil_serial(task: DistillTask, report: Report) -> Outcome:
-    """In this process, without Ray; torch's thread count is put back."""
+    """Distil in this process, without Ray; restore torch's thread count afterwards."""
     import torch
 
     threads = torch.get_num_threads()
@@ -61,64 +55,64 @@ def distil_serial(task: DistillTask, report: Report) -> Outcome:
 
 
 class ReportQueue:
-    """An actor that holds what Train's first worker reports until the driver, which waits in ``fit``, looks."""
+    """Hold the reports of Train's first worker until the driver, which waits in ``fit``, reads them. A Ray actor."""
 
     def __init__(self) -> None:
         self._reports: list[tuple[int, dict[str, float]]] = []
 
-    def post(self, step: int, metrics: dict[str, float]) -> None:
+    def put(self, step: int, metrics: dict[str, float]) -> None:
         self._reports.append((step, metrics))
 
-    def take(self) -> list[tuple[int, dict[str, float]]]:
-        """All since the last look."""
-        taken, self._reports = self._reports, []
-        return taken
+    def drain(self) -> list[tuple[int, dict[str, float]]]:
+        """Return all reports since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
 
 
 class ReportForwarder:
-    """``report`` once for every step, in order: live from the letterbox, and at the end whatever did not come."""
+    """Forward each step's metrics exactly once, in order: live during training, the rest at the end."""
 
-    def __init__(self, report: Report, box: Any) -> None:
-        self._report, self._box, self._last, self._over = report, box, 0, threading.Event()
+    def __init__(self, report: Report, queue: Any) -> None:
+        self._report, self._queue, self._last, self._done = report, queue, 0, threading.Event()
         self._failure: Exception | None = None
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """Reports while the block runs; an error of ``report`` itself is raised at its end."""
-        thread = threading.Thread(target=self._look, daemon=True)
+        """Forward reports while the block runs; raise an error of ``report`` at its end."""
+        thread = threading.Thread(target=self._poll, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._over.set()
+            self._done.set()
             thread.join()
         if self._failure:
             raise self._failure
 
-    def rest(self, curve: list[tuple[int, dict[str, float]]]) -> None:
-        """Report what of ``curve`` has not been; a loop that began again repeats itself."""
+    def flush(self, curve: list[tuple[int, dict[str, float]]]) -> None:
+        """Forward the steps of ``curve`` that were not forwarded yet; a loop that was restarted repeats its steps."""
         for step, metrics in curve:
             if step > self._last:
                 self._report(step, metrics)
                 self._last = step
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         import ray
 
-        while not self._over.wait(LOOK_SECONDS):
+        while not self._done.wait(POLL_SECONDS):
             try:
-                reports = ray.get(self._box.take.remote())
+                reports = ray.get(self._queue.drain.remote())
             except ray.exceptions.RayError:  # its node died: the curve comes at the end
                 return
             try:
-                self.rest(reports)
+                self.flush(reports)
             except Exception as error:
                 self._failure = error
                 return
 
 
 def _worker(settings: dict[str, Any]) -> Outcome:
-    """Runs on each Ray Train worker (or in process, with no workers)."""
+    """Run the loop on a Ray Train worker (or in process, with no workers)."""
     import ray
     import torch
     from ray import train
@@ -132,9 +126,9 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     if size > 1:
         dist = DistContext(context.get_world_rank(), size, torch.distributed.all_reduce)
     report = settings.get("report") or (lambda step, metrics: None)
-    if settings.get("box") and dist.rank == 0:
-        [box] = settings["box"]
-        report = box.post.remote  # nobody waits for an answer
+    if settings.get("queue") and dist.rank == 0:
+        [queue] = settings["queue"]
+        report = queue.put.remote  # the answer is not waited for
     outcome = _loop(task, dist, report)
     if settings["checkpoint"]:
         with tempfile.TemporaryDirectory() as folder:
@@ -147,8 +141,8 @@ def _worker(settings: dict[str, Any]) -> Outcome:
 
 
 def _fit(trainer: Any) -> Any:
-    """``trainer.fit()``; again where a process dies that Train does not replace: its controller, or a worker that is
-    just starting. A wait for room that ends in vain is not repeated."""
+    """Call ``trainer.fit()``, again if a process dies that Train does not replace: its controller, or a worker that is
+    just starting. A wait for resources that ends in vain is not repeated."""
     from ray.exceptions import RayActorError
 
     for attempt in range(MAX_FAILURES + 1):
@@ -163,7 +157,7 @@ def _fit(trainer: Any) -> Any:
 
 
 def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool = False) -> Outcome:
-    """One ``TorchTrainer.fit()``: ``distill.workers`` workers, or in process with 0; ``here``: all on this node.
+    """Distil in one ``TorchTrainer.fit()``: ``distill.workers`` workers, in process with 0; ``here``: all on this node.
 
     Results do not depend on the number of workers beyond rounding: each draws its share of the generators' images and
     gradients are summed. A worker that dies costs the steps since the start of the loop.
@@ -180,8 +174,8 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         settings |= {"task": task, "report": report}
     else:
         settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
-        settings["box"] = [ray.remote(num_cpus=0)(ReportQueue).remote()]
-        log_validation = ReportForwarder(report, *settings["box"])
+        settings["queue"] = [ray.remote(num_cpus=0)(ReportQueue).remote()]
+        forwarder = ReportForwarder(report, *settings["queue"])
     threads = torch.get_num_threads()
     each = {"CPU": 1.0, "GPU": float(gpu)} | (own_node() if here else {})
     trainer = TorchTrainer(
@@ -199,11 +193,11 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         ),
     )
     try:
-        with log_validation.live() if workers else contextlib.nullcontext():
+        with forwarder.live() if workers else contextlib.nullcontext():
             result = _fit(trainer)
     except RunError:
         raise
-    except Exception as error:  # Train wraps whatever a worker raised; the address is what the user needs
+    except Exception as error:  # Train wraps the error of a worker
         failures = getattr(error, "worker_failures", None)
         cause = next(iter(failures.values())) if failures else error
         line = next((ln for ln in reversed(str(cause).splitlines()) if ln.strip()), type(cause).__name__)
@@ -212,5 +206,5 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         torch.set_num_threads(threads)
     outcome = result.return_value
     if workers > 0:
-        log_validation.rest(outcome[2])
+        forwarder.flush(outcome[2])
     return outcome

@@ -1,24 +1,25 @@
-"""The resource plan of a sweep: a pure function of what there is and what is asked, without Ray.
+"""Plan the resources of a sweep from the nodes and the trials' configs alone, without Ray.
 
-A sweep holds three kinds of things at once: client hosts (one pool for all trials), trials, and the Ray Train workers
-of trials that distil. Hosts and workers wait for nothing, so whatever a trial waits for ends, provided that everything
-that may be held at once also fits at once. That is what ``plan`` solves for: a few linear inequalities in whole
-numbers, node by node.
+A sweep holds client hosts (one pool for all trials), trials, and the Ray Train workers of trials that distil. Hosts and
+workers wait for nothing, so no trial waits forever if everything that may be held at once also fits at once. ``plan``
+finds the most trials and hosts for which it does, exactly, by dynamic programming over the nodes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
+from ..core.units import GIB, size
 
 #: Resident memory of one client actor with torch loaded, before its model's own needs (measured: 0.3 to 0.6 GB).
 HOST_BYTES = 600 * 2**20
@@ -35,13 +36,10 @@ MAX_NAMED = 6
 #: Ray counts CPUs and GPU shares in ten-thousandths; counted in whole units, ten shares of 0.1 are exactly one.
 UNITS = 10_000
 
-#: The solver stops within half a per cent of the most hosts (exact below 100 of them), or after these many branches.
-GAP, MAX_BRANCHES = 0.005, 1000
-
 
 @dataclass(frozen=True)
 class Node:
-    """A machine: CPUs, GPUs, bytes of memory. ``to_come``: the cluster's autoscaler may start it when it is asked."""
+    """A machine: CPUs, GPUs, bytes of memory. ``to_come``: not up yet, but the autoscaler may start it."""
 
     name: str
     cpus: float
@@ -51,13 +49,13 @@ class Node:
 
     @property
     def label(self) -> str:
-        """The name in words; Ray's own ids are long."""
+        """Return the name, shortened: Ray's ids are long."""
         return self.name[:16]
 
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """What runs where, and how much of it at once.
+    """How many hosts, trials and Train workers run on which node at once.
 
     ``hosts``, ``trials`` and ``kept`` (places for Train workers) hold one count per node: together they fit.
     """
@@ -77,7 +75,7 @@ class ResourcePlan:
     clients: int  # of the largest trial
 
     def lines(self) -> list[str]:
-        """The plan in words."""
+        """Return the plan as lines of text."""
         hosts, kept = sum(self.hosts), sum(self.kept)
         bound = "" if self.trials_on is None else f", all on {self.nodes[self.trials_on].label}"
         trials = (
@@ -99,14 +97,14 @@ class ResourcePlan:
         return [*out, self._left()]
 
     def _spread(self, counts: Sequence[int]) -> str:
-        """How ``counts`` lie on the nodes, where there is more than one."""
+        """Return the nodes that ``counts`` are on; empty with one node."""
         used = [f"{n} on {node.label}" for n, node in zip(counts, self.nodes, strict=True) if n]
         if len(self.nodes) == 1:
             return ""
         return f" ({', '.join(used) if len(used) <= MAX_NAMED else f'on {len(used)} nodes'})"
 
     def _left(self) -> str:
-        """What nobody may hold, memory for everything else included."""
+        """Return what the plan leaves free, with the memory for everything else."""
         held = list(zip((self.hosts, self.trials, self.kept), (self.host, self.trial, self.worker), strict=True))
         everywhere, parts = list(range(len(self.nodes))), []
         for group in [[i] for i in everywhere] if len(everywhere) <= MAX_NAMED else [everywhere]:
@@ -115,7 +113,7 @@ class ResourcePlan:
                 has = sum(getattr(self.nodes[i], field) for i in group)
                 free = has - sum(counts[i] * asks.get(kind, 0.0) for counts, asks in held for i in group)
                 if kind == "memory":
-                    amounts.append(f"{free / 2**30:.1f} of {_gib(has)}")
+                    amounts.append(f"{free / GIB:.1f} of {size(has, 'GiB')}")
                 elif has:
                     amounts.append(f"{round(free, 4):g} of {_count(has, kind)}")
             name = f"{self.nodes[group[0]].label}: " if 1 < len(everywhere) <= MAX_NAMED else ""
@@ -124,22 +122,18 @@ class ResourcePlan:
 
 
 def _amounts(asks: Mapping[str, float]) -> str:
-    """``{"CPU": 1, "GPU": 0, "memory": 2**30}`` as ``1 CPU, 1.0 GiB``."""
+    """Format ``{"CPU": 1, "GPU": 0, "memory": 2**30}`` as ``1 CPU, 1.0 GiB``."""
     parts = [_count(asks[kind], kind) for kind in ("CPU", "GPU") if asks[kind]]
-    return ", ".join([*parts, *([_gib(asks["memory"])] if "memory" in asks else [])])
+    return ", ".join([*parts, *([size(asks["memory"], "GiB")] if "memory" in asks else [])])
 
 
 def _count(amount: float, noun: str) -> str:
     return f"{amount:g} {noun}{'' if 0 < amount <= 1 else 's'}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
 @dataclass(frozen=True)
 class _Need:
-    """The worst that any trial of the sweep asks for."""
+    """The largest request of any trial of the sweep."""
 
     pool: bool  # clients run on hosts
     host_cpus: float
@@ -149,6 +143,11 @@ class _Need:
     clients: int
     per_round: int  # clients asked in a round; the fewest of any trial, since they leave most hosts idle
     max_hosts: float
+
+    @property
+    def compete(self) -> bool:
+        """Return whether trials and workers compete for CPUs or GPUs."""
+        return bool(self.workers and (self.trial_cpus or self.gpus))
 
 
 def _need(configs: Sequence[ExperimentConfig]) -> _Need:
@@ -166,8 +165,7 @@ def _need(configs: Sequence[ExperimentConfig]) -> _Need:
     )
 
 
-@dataclass(frozen=True)
-class _Packing:
+class _Packing(NamedTuple):
     """Counts per node."""
 
     hosts: tuple[int, ...]
@@ -176,6 +174,34 @@ class _Packing:
 
 
 SCARCE = ("CPUs", "GPUs", "memory")
+
+#: More of a resource than any request asks for.
+ENDLESS = 2**60
+
+
+@functools.lru_cache
+def _options(
+    need: _Need, has: tuple[float, ...], trials: int, workers: int, most: float, block: int, plenty: tuple[str, ...]
+) -> list[tuple[int, int, int]]:
+    """Return every (hosts, trials, workers) that a node holds at once and to which nothing can be added.
+
+    The most hosts come first. ``has``: the node's CPUs, GPUs and memory. At most ``most`` hosts, ``workers``, and
+    ``trials``, the latter in groups of ``block``. ``plenty``: resources to count as endless.
+    """
+    amounts = zip(SCARCE, (_units(has[0]), int(has[1]), int(has[2] * MEMORY_SHARE)), strict=True)
+    cpus, gpus, memory = (ENDLESS if kind in plenty else amount for kind, amount in amounts)
+    host, trial, share = (max(1, _units(x)) if x else 0 for x in (need.host_cpus, need.trial_cpus, need.gpus))
+    asks, slots = (share // UNITS, 1) if share > UNITS else (1, UNITS // share) if share else (0, 1)
+    found: dict[tuple[int, int], int] = {}
+    bounds = [most, memory // HOST_BYTES, *([cpus // host] if host else []), *([slots * gpus // asks] if asks else [])]
+    for hosts in range(int(min(bounds)) + 1):
+        free = cpus - host * hosts
+        limits = [trials, (memory - HOST_BYTES * hosts) // DRIVER_BYTES, *([free // trial] if trial else [])]
+        held = min([*limits, *([slots * gpus // asks - hosts] if asks else [])]) // block * block
+        for count in range(0 if need.compete else held, held + 1, block):
+            gpus_left = gpus + (asks * (hosts + count) // -slots) if share else workers
+            found[count, min(workers, (free - trial * count) // UNITS, gpus_left)] = hosts
+    return sorted(((hosts, *others) for others, hosts in found.items()), reverse=True)
 
 
 @dataclass(frozen=True)
@@ -186,9 +212,9 @@ class _Cluster:
     trials_on: int | None
 
     def pack(
-        self, need: _Need, trials: int, *, least: int = 0, most: float = math.inf, plenty: Iterable[str] = ()
+        self, need: _Need, trials: int, *, least: int = 0, most: float = math.inf, plenty: Sequence[str] = ()
     ) -> _Packing | None:
-        """``trials`` with their workers and as many hosts as fit (``least`` to ``most``), or None.
+        """Place ``trials``, their workers and as many hosts as fit (``least`` to ``most``); None if they do not fit.
 
         On every node, with h hosts, t trials, w workers and s GPUs that are shared out:
 
@@ -196,76 +222,74 @@ class _Cluster:
             memory   HOST_BYTES h + DRIVER_BYTES t <= MEMORY_SHARE of the node's
             GPUs     h + t <= s floor(1 / share), or share (h + t) <= s for whole GPUs;   s + w <= the node's
 
-        These are also enough where Ray chooses the places. Trials are alike, workers are alike, and Ray puts a share
-        on the fullest GPU that has room (met in 2.60), so a new GPU is opened only where all others are full. Trials
-        and workers compete for GPUs alone, or for whole CPUs, of which one is as good as another: with GPUs, all trials
-        are bound to one node, since one that strayed could open the GPU that a worker needs.
-        ``plenty``: resources to count as endless.
-        """
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        These conditions are sufficient too where Ray chooses the places. Trials are alike, workers are alike, and Ray
+        puts a share on the fullest GPU that has room (2.60), so a new GPU is opened only if all others are full. Trials
+        and workers compete for GPUs alone, or for whole CPUs, which are interchangeable: with GPUs, all trials are
+        bound to one node, since a trial elsewhere could open the GPU that a worker needs.
 
-        size = len(self.nodes)
-        block = trials if self.bound(need) else 1  # trials that share a node
-        host, driver, share = (max(1, _units(x)) if x else 0 for x in (need.host_cpus, need.trial_cpus, need.gpus))
-        asks, slots = (share // UNITS, 1) if share > UNITS else (1, UNITS // share) if share else (0, 1)
-        rows = [
-            ([host, driver * block, UNITS, 0], [_units(n.cpus) for n in self.nodes], "CPUs"),
-            ([HOST_BYTES, DRIVER_BYTES * block, 0, 0], [int(n.memory * MEMORY_SHARE) for n in self.nodes], "memory"),
-            ([asks, asks * block, 0, -slots], [0] * size, ""),
-            ([0, 0, int(need.gpus > 0), 1], [int(n.gpus) for n in self.nodes], "GPUs"),
-        ]
-        matrix, low, high = [], [], []
-        for row, has, name in rows:  # a row's common divisor keeps its numbers small, and exact
-            divisor = math.gcd(*row)
-            matrix.append(np.kron([a // divisor for a in row], np.eye(size)))
-            low += [-math.inf] * size
-            high += [math.inf if name in plenty else amount // divisor for amount in has]
-        totals = ((least, most), (trials // block, trials // block), (trials * need.workers, trials * need.workers))
-        for kind, (least_total, most_total) in enumerate(totals):
-            matrix.append(np.kron(np.eye(4)[kind], np.ones(size))[None])
-            low.append(least_total)
-            high.append(most_total if kind or need.pool else 0)
-        section = np.full((4, size), math.inf)
-        if self.trials_on is not None:  # local storage: Train's workers write beside their trial
-            section[1:3] = 0
-            section[1:3, self.trials_on] = math.inf
-        # hosts count alike, but for a hair in favour of the first nodes
-        hair = 0.5 / (size * (1 + sum(_units(n.cpus) // max(1, host) for n in self.nodes)))
-        answer = milp(
-            np.concatenate([hair * np.arange(size) - 1, np.zeros(3 * size)]),
-            integrality=np.ones(4 * size),
-            bounds=Bounds(0, section.ravel()),
-            constraints=LinearConstraint(np.vstack(matrix), low, high),
-            options={"mip_rel_gap": GAP, "node_limit": MAX_BRANCHES},
-        )
-        if answer.x is None:
+        The search adds one node after the other: ``best[t, w]`` is the most hosts that the nodes so far hold beside t
+        trials and w workers. It tries each of a node's ``_options``, so it is exact. Among equals, the first nodes get
+        the most hosts.
+        """
+        workers = trials * need.workers
+        block = max(1, trials) if self.bound(need) else 1  # trials that share a node
+        options = []
+        for number, node in enumerate(self.nodes):  # with local storage, Train's workers write beside their trial
+            limits = (trials, workers) if self.trials_on in (None, number) else (0, 0)
+            has = (node.cpus, node.gpus, node.memory)
+            options.append(_options(need, has, *limits, most if need.pool else 0, block, tuple(plenty)))
+        if any(sum(max(o[kind] for o in each) for each in options) < n for kind, n in ((1, trials), (2, workers))):
             return None
-        hosts, blocks, workers, _ = np.rint(answer.x).astype(int).reshape(4, size).tolist()
-        return _Packing(tuple(hosts), tuple(t * block for t in blocks), tuple(workers))
+        # if the two do not compete, what fits beside the most hosts of every node needs no search
+        alone = [-1 if need.compete else sum(each[0][kind] for each in options) for kind in range(3)]
+        groups = 0 if alone[1] >= trials else trials // block
+        placed = 0 if alone[2] >= workers else workers
+        best = np.full((groups + 1, placed + 1), -ENDLESS)
+        best[0, 0] = 0
+        choices = []
+        for each in reversed(options):
+            values = np.stack([hosts + best[_rest(groups, t // block)][:, _rest(placed, w)] for hosts, t, w in each])
+            choices.append(values.argmax(axis=0))
+            best = values.max(axis=0)
+        if best[-1, -1] < 0:
+            return None
+        left: tuple[float, ...] = (most, trials, workers)
+        counts: list[tuple[int, ...]] = []
+        for each, choice in zip(options, reversed(choices), strict=True):
+            option = each[choice[min(groups, int(left[1]) // block), min(placed, int(left[2]))]]
+            counts.append(tuple(int(min(pair)) for pair in zip(option, left, strict=True)))
+            left = tuple(a - b for a, b in zip(left, counts[-1], strict=True))
+        packing = _Packing(*zip(*counts, strict=True))
+        return packing if sum(packing.hosts) >= least else None
 
     def bound(self, need: _Need) -> bool:
-        """Whether all trials must be on one node."""
+        """Return whether all trials must be on one node."""
         return self.trials_on is not None or bool(need.workers and need.gpus)
 
-    def fits(self, need: _Need, plenty: Iterable[str] = ()) -> bool:
-        """One trial, its workers, and one host."""
+    def fits(self, need: _Need, plenty: Sequence[str] = ()) -> bool:
+        """Return whether one trial, its workers and one host fit."""
         return self.pack(need, 1, least=need.pool, most=1, plenty=plenty) is not None
 
     def there(self, kind: str) -> str:
-        """What there is of a resource, in words."""
+        """Describe how much of a resource the nodes have."""
         amounts = [getattr(n, kind.lower()) for n in self.nodes]
-        say = _gib if kind == "memory" else "{:g}".format
-        total = _gib(sum(amounts)) if kind == "memory" else _count(sum(amounts), kind[:-1])
+        show = functools.partial(size, unit="GiB") if kind == "memory" else "{:g}".format
+        total = size(sum(amounts), "GiB") if kind == "memory" else _count(sum(amounts), kind[:-1])
         what = f"there {'is' if kind == 'memory' or sum(amounts) == 1 else 'are'} {total}"
         if len(amounts) == 1:
             return what
         if self.trials_on is None:
-            return f"{what}, at most {say(max(amounts))} on one node"
-        return f"{what}, {say(amounts[self.trials_on])} on {self.nodes[self.trials_on].label}, where trials run"
+            return f"{what}, at most {show(max(amounts))} on one node"
+        return f"{what}, {show(amounts[self.trials_on])} on {self.nodes[self.trials_on].label}, where trials run"
 
 
 def _units(amount: float) -> int:
     return round(amount * UNITS)
+
+
+def _rest(total: int, held: int) -> np.ndarray:
+    """Return what is left of 0 to ``total`` things beside ``held`` of them."""
+    return np.maximum(np.arange(total + 1) - held, 0)
 
 
 def plan(
@@ -276,9 +300,9 @@ def plan(
     max_concurrent: int | None = None,
     trials_on: int | None = None,
 ) -> ResourcePlan:
-    """Client hosts on each node and trials at once, such that no trial can wait for what another holds.
+    """Plan client hosts on each node and concurrent trials, so that no trial can wait for what another holds.
 
-    ``configs``: the trials', at least one; the plan is for the worst of them. Unless ``max_concurrent`` says otherwise,
+    ``configs``: of the trials, at least one; the plan is for the largest requests. Unless ``max_concurrent`` is given,
     there are as many trials as keep every host busy in federated rounds, and one more for while a trial is in stages of
     its own. ``trials_on``: the node that trials and their Train workers must run on, where storage is local.
     ``RequestError`` where not even one trial fits.
@@ -300,6 +324,7 @@ def plan(
         raise RequestError(_refusal(cluster, need))
     cap = min(need.clients * concurrent, need.max_hosts)
     packing = cluster.pack(need, concurrent, least=least, most=cap)
+    assert packing is not None  # ``fits`` placed as many trials
     hosts = sum(packing.hosts)
 
     if concurrent == wanted:
@@ -333,19 +358,19 @@ def plan(
 
 
 def _largest(values: Sequence[Any], fits: Callable[[Any], bool]) -> Any:
-    """The largest of rising ``values`` that fits, or None; whatever fits, less of it does too."""
+    """Return the largest of rising ``values`` that fits, or None; everything below a value that fits, fits too."""
     count = bisect_left(values, True, key=lambda value: not fits(value))
     return values[count - 1] if count else None
 
 
-def _scarce(fits: Callable[[Iterable[str]], object]) -> str:
-    """The fewest resources that would have to be more."""
+def _scarce(fits: Callable[[Sequence[str]], object]) -> str:
+    """Name the fewest resources that would have to grow."""
     choices = (c for count in range(1, len(SCARCE) + 1) for c in combinations(SCARCE, count))
     return " and ".join(next(choice for choice in choices if fits(choice)))
 
 
 def _refusal(cluster: _Cluster, need: _Need) -> str:
-    """One line: the knob that keeps one trial, its workers and one host from fitting, what it needs, what would fit."""
+    """Return one line: the knob for which one trial, its workers and one host do not fit, and what would."""
     alone = replace(need, workers=0)
     if cluster.fits(alone):
         kind = _scarce(lambda plenty: cluster.fits(need, plenty)).partition(" and ")[0]
@@ -358,13 +383,13 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
             f"beside {beside}; {cluster.there(kind)}, so distill.workers may be at most {most} "
             "(0 distils in the trial's own process)"
         )
-    short = [kind for kind in SCARCE if not cluster.fits(alone, set(SCARCE) - {kind})]
+    short = [kind for kind in SCARCE if not cluster.fits(alone, [other for other in SCARCE if other != kind])]
     if "memory" in short:
-        host = f" and a client host {_gib(HOST_BYTES)}" if need.pool else ""
-        enough = _gib((DRIVER_BYTES + HOST_BYTES * need.pool) / MEMORY_SHARE)
+        host = f" and a client host {size(HOST_BYTES, 'GiB')}" if need.pool else ""
+        enough = size((DRIVER_BYTES + HOST_BYTES * need.pool) / MEMORY_SHARE, "GiB")
         serial = replace(alone, pool=False, trial_cpus=max(1.0, need.host_cpus, need.trial_cpus))
         return (
-            f"memory: a trial needs {_gib(DRIVER_BYTES)}{host}, within {MEMORY_SHARE:.0%} of a node's; "
+            f"memory: a trial needs {size(DRIVER_BYTES, 'GiB')}{host}, within {MEMORY_SHARE:.0%} of a node's; "
             f"{cluster.there('memory')}; a node with {enough} would do"
             + (", or runtime.host = serial" if need.pool and cluster.fits(serial) else "")
         )
@@ -385,7 +410,11 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
     line = f"{knob} = {value:g}: {wants}; {cluster.there(kind)}{together}"
     below = [v for v in below if v < value]
     for base, beside in ((need, ""), (alone, " with distill.workers = 0")):
-        most = _largest(below, lambda v, base=base: cluster.fits(replace(base, **{field: v})))
+        most = _largest(below, functools.partial(_fits_with, cluster, base, field))
         if most is not None:
             return f"{line}, so it may be at most {most:g}{beside}" + " (0 runs clients on CPUs)" * (kind == "GPUs")
     return line
+
+
+def _fits_with(cluster: _Cluster, need: _Need, field: str, value: float) -> bool:
+    return cluster.fits(replace(need, **{field: value}))  # type: ignore[arg-type]

@@ -36,6 +36,15 @@ def test_doctor_fails_on_a_storage_that_is_a_file(tmp_path):
     assert re.search(r"^problem +storage: .*file.*--storage", result.stdout, re.MULTILINE)
 
 
+def test_doctor_refuses_the_remote_storage_that_a_run_refuses(tmp_path):
+    check = doctor._remote_storage("s3://key:hunter2@bucket/results")
+    assert check.severity == "problem" and "hunter2" not in check.found and "holds no secrets" in check.found
+    assert doctor._remote_storage("ftp9://host/path").severity == "problem"
+    assert doctor._remote_storage(f"file://{tmp_path}/new") == doctor.Check(
+        "storage", "ok", f"file://{tmp_path}/new is writable"
+    )
+
+
 def test_doctor_compares_versions_with_the_declared_bounds(monkeypatch):
     declared = ["numpy>=1", "click>=999", "no-such-thing>=1", "torch>=999; extra == 'x'"]
     monkeypatch.setattr("importlib.metadata.requires", lambda name: declared)

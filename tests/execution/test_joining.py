@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.execution import ray_preflight
+from mosaic_ray.execution import ray_internals, ray_preflight
 from mosaic_ray.execution.ray_preflight import check_cluster
 
 VERSIONS = {"ray_version": ray.__version__, "python_version": platform.python_version()}
@@ -46,7 +46,7 @@ def address() -> Iterator[str]:
 @pytest.fixture
 def head(monkeypatch):
     """``head(code)``: the head answers what ``code`` prints."""
-    return lambda code: monkeypatch.setattr(ray_preflight, "_PROBE", code)
+    return lambda code: monkeypatch.setattr(ray_internals, "HEAD_PROBE", code)
 
 
 def keep_token(home: Path) -> Path:
@@ -110,8 +110,21 @@ def test_a_probe_that_fails_gives_its_last_line(home, address, head):
     assert refused(address).endswith("no Ray cluster answers there (the reason)")
 
 
+def test_a_ray_without_its_private_modules_is_named(home, address, head, monkeypatch):
+    head("from ray._raylet import NoSuchClient")
+    with pytest.raises(RequestError, match=r"^Ray \S+: ImportError: .*NoSuchClient.*read from Ray 2\.60"):
+        check_cluster(address)
+    head(answer())
+    monkeypatch.delattr("ray._private.utils.check_version_info")
+    with pytest.raises(RequestError, match=r"^Ray \S+: ray\._private\.utils has no check_version_info .*2\.60\.\*"):
+        check_cluster(address)
+    monkeypatch.setitem(sys.modules, "ray._private.state", None)  # an import of it fails
+    with pytest.raises(RequestError, match=r"ray\._private\.state has no state\._connect_and_get_accessor"):
+        ray_internals.killed_for_memory("00")
+
+
 def test_patience_is_ten_seconds_at_most():
-    assert ray_preflight.KNOCK_SECONDS + ray_preflight.PATIENCE_SECONDS <= 10
+    assert ray_preflight.CONNECT_SECONDS + ray_preflight.PATIENCE_SECONDS <= 10
 
 
 DENIED = "raise SystemExit('RPC error: InvalidAuthToken: ...')"

@@ -21,23 +21,23 @@ def test_a_loop_that_begins_again_is_reported_once(lengths):
     seen = []
     log_validation = ReportForwarder(lambda step, metrics: seen.append((step, metrics)), None)
     for length in lengths:  # each attempt gets so far
-        log_validation.rest(CURVE[:length])
-    log_validation.rest(CURVE)
+        log_validation.flush(CURVE[:length])
+    log_validation.flush(CURVE)
     assert seen == CURVE
 
 
 def test_a_letter_is_taken_once():
     box = ReportQueue()
     for step, metrics in CURVE[:2]:
-        box.post(step, metrics)
-    assert box.take() == CURVE[:2] and box.take() == []
+        box.put(step, metrics)
+    assert box.drain() == CURVE[:2] and box.drain() == []
 
 
 class Box:
     """Stands for the actor, and its method for a remote one; ``take`` is asked in the watch's own thread."""
 
     def __init__(self, answers):
-        self.answers, self.empty, self.take = answers, threading.Event(), self
+        self.answers, self.empty, self.drain = answers, threading.Event(), self
 
     def remote(self):
         if not self.answers:
@@ -48,7 +48,7 @@ class Box:
 
 @pytest.fixture
 def at_once(monkeypatch):
-    monkeypatch.setattr(ray_train, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(ray_train, "POLL_SECONDS", 0.0)
 
     def get(answer):
         if isinstance(answer, Exception):
@@ -64,7 +64,7 @@ def test_reports_come_while_the_block_runs(at_once):
     with log_validation.live():
         assert box.empty.wait(60)
         assert seen == [1, 2, 3, 4]
-    log_validation.rest(CURVE)
+    log_validation.flush(CURVE)
     assert seen == [1, 2, 3, 4, 5]
 
 
@@ -73,7 +73,7 @@ def test_when_the_queue_dies_the_curve_comes_at_the_end(at_once):
     log_validation = ReportForwarder(lambda step, metrics: seen.append(step), Box([CURVE[:1], ActorDiedError()]))
     with log_validation.live():
         pass
-    log_validation.rest(CURVE)
+    log_validation.flush(CURVE)
     assert seen == [1, 2, 3, 4, 5]
 
 
