@@ -11,6 +11,9 @@ from ..core.types import Weights
 from ..federated.aggregation import PartialAverage, RunningAverage
 from ..models.submodel import ChannelIndices, ChannelLayout
 
+#: A client and its weights; with partial-width clients also its channels, None for all.
+ClientWeights = tuple[int, Weights] | tuple[int, Weights, ChannelIndices | None]
+
 #: Relative distance below which two experts count as the same model (docs/algorithm.md 4.2).
 SAME = 1e-3
 
@@ -82,7 +85,7 @@ def _distances(experts: Sequence[Weights], chunk: int = 2**18) -> tuple[np.ndarr
 
 
 def form_experts(
-    client_weights: Iterable[tuple[int, Weights] | tuple[int, Weights, ChannelIndices | None]],
+    client_weights: Iterable[ClientWeights],
     counts: np.ndarray,
     fallback: Weights | None,
     *,
@@ -106,7 +109,8 @@ def form_experts(
     for client_id, weights, *sets in client_weights:
         for average, label in zip(averages, representatives, strict=True):
             if counts[client_id, label]:
-                average.add(weights, int(counts[client_id, label]), *sets)
+                part = (sets[0],) if sets and isinstance(average, PartialAverage) else ()
+                average.add(weights, int(counts[client_id, label]), *part)
     experts = []
     for average, label in zip(averages, representatives, strict=True):
         if counts[:, label].sum():

@@ -16,6 +16,7 @@ have other label frequencies than real ones, the discriminator can rely on the l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,9 @@ from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
 from ..federated.local_training import Shard, batches
 from ..models.batch_norm import bn_statistics
+from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
-from ..models.generator import build_generator
+from ..models.generator import Generator, build_generator
 from ..models.state_dict import freeze, load_weights, to_weights, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
@@ -64,7 +66,7 @@ def num_steps(config: GeneratorConfig, num_samples: int) -> int:
     return config.epochs * max(1, -(-num_samples // config.batch_size)) if config.epochs else config.steps
 
 
-def latents(generator: nn.Module, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
+def latents(generator: Generator, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
     """Draw z ~ N(0, I) [count, latent_dim] on the CPU, so that all devices get the same numbers."""
     return torch.randn(count, generator.latent_dim, generator=draws).to(device)
 
@@ -74,7 +76,7 @@ def label_cdf(labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(labels, minlength=num_classes).cumsum(0).double() / len(labels)
 
 
-def draw(generator: nn.Module, count: int, draws: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
+def draw(generator: Generator, count: int, draws: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
     """Draw the generator's inputs: (latents,), or (latents, labels int64 [count]) if it is conditional.
 
     Labels are a systematic sample of its label distribution in random order: the count of each class differs from its
@@ -88,7 +90,7 @@ def draw(generator: nn.Module, count: int, draws: torch.Generator, device: torch
     return z, torch.searchsorted(generator.label_cdf, places.to(device), right=True)
 
 
-def sample(generator: nn.Module, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
+def sample(generator: Generator, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
     """Generate ``count`` images float32 [count, channels, H, W] in [-1, 1], with drawn labels if conditional."""
     images: Tensor = generator(*draw(generator, count, draws, device))
     return images.float()
@@ -114,8 +116,17 @@ def real_batches(
         yield real, shard.labels[rows]
 
 
+class TrainedGenerator(NamedTuple):
+    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, rows [step, loss_g, loss_d, entropy, diversity]."""
+
+    weights: Weights
+    samples: np.ndarray
+    figures: dict[str, float]
+    curve: list[list[float]]
+
+
 def train_generator(
-    classifier: nn.Module,
+    classifier: Classifier,
     bn_targets: Weights | None,
     shard: Shard,
     config: GeneratorConfig,
@@ -123,7 +134,7 @@ def train_generator(
     address: tuple[int, int],
     precision: str,
     on_snapshot: Callable[[int, np.ndarray], None] | None = None,
-) -> tuple[Weights, np.ndarray, dict[str, float], list[list[float]]]:
+) -> TrainedGenerator:
     """Train one client's generator; ``address`` is (seed, client).
 
     Minimises L_G = L_adv + lambda_e L_ent + lambda_d L_div + lambda_i 1[n_k < tau] scale L_inv (if ``conditional``
@@ -162,7 +173,8 @@ def train_generator(
         # A shared trunk belongs to a classifier, so it always reads classifier inputs.
         images = classifier_view(images, config.gan_range, facts) if shared else images
         with use_precision(precision, device):
-            return discriminator(images, *labels).float()
+            logits: Tensor = discriminator(images, *labels)
+        return logits.float()
 
     for step, (real, labels) in enumerate(real_batches(shard, config, facts, address, steps)):
         z, *asked = draw(generator, config.batch_size, draws, device)
@@ -182,18 +194,18 @@ def train_generator(
         if inverts:
             with inversion_probe(classifier, bn_targets) as probe, use_precision(precision, device):
                 logits = classifier(seen).float()
-            inversion = config.lambda_i * config.inversion_scale * probe.loss()
+            inversion: Tensor | float = config.lambda_i * config.inversion_scale * probe.loss()
         else:
             with use_precision(precision, device):
                 logits = classifier(seen).float()
             inversion = 0.0
         entropy, diversity = entropy_loss(logits), diversity_loss(logits, support)
         if asked:
-            steering = config.lambda_e * nn.functional.cross_entropy(logits, *asked)
+            steering = config.lambda_e * nn.functional.cross_entropy(logits, asked[0])
             loss_g = adversarial_loss(discriminate(fake, asked)) + steering + inversion
         else:
-            steering = config.lambda_e * entropy + config.lambda_d * diversity
-            loss_g = adversarial_loss(discriminate(fake)) + steering + inversion
+            loss_g = adversarial_loss(discriminate(fake)) + config.lambda_e * entropy
+            loss_g = loss_g + config.lambda_d * diversity + inversion
         adam_g.zero_grad(set_to_none=True)
         loss_g.backward()
         adam_g.step()
@@ -210,7 +222,7 @@ def train_generator(
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
-    return to_weights(generator), pixels, figures, curve
+    return TrainedGenerator(to_weights(generator), pixels, figures, curve)
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:
@@ -220,7 +232,7 @@ def snapshot_steps(steps: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def snapshot_images(
-    generator: nn.Module, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
+    generator: Generator, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
 ) -> np.ndarray:
     """Generate uint8 images [n, channels, H, W] from the inputs ``latent`` in eval mode, then restore the mode."""
     training = generator.training
@@ -231,8 +243,8 @@ def snapshot_images(
 
 @torch.no_grad()
 def evaluate_generator(
-    generator: nn.Module,
-    classifier: nn.Module,
+    generator: Generator,
+    classifier: Classifier,
     counts: Tensor,
     config: GeneratorConfig,
     facts: DataFacts,
@@ -252,7 +264,8 @@ def evaluate_generator(
     num_owned = int(owned.sum())
     count = max(NUM_EVALUATED, NUM_EVALUATED_PER_CLASS * num_owned)
     drawn = draw(generator, count, stream(seed, "generator/judge", client_id), owned.device)
-    logits, pixels = [], np.empty(0)
+    logits: list[Tensor] = []
+    pixels = np.empty(0)
     for part in zip(*(x.split(NUM_EVALUATED) for x in drawn), strict=True):
         fake = generator(*part).float()
         pixels = pixels if logits else to_pixels(fake[:NUM_SAMPLES], config.gan_range, facts)
@@ -282,8 +295,8 @@ def evaluate_generator(
 
 @torch.no_grad()
 def compare_with_real(
-    generator: nn.Module,
-    classifier: nn.Module,
+    generator: Generator,
+    classifier: Classifier,
     shard: Shard,
     config: GeneratorConfig,
     facts: DataFacts,
@@ -325,24 +338,24 @@ def sampling_shares(config_sampling: str, sizes: np.ndarray, figures: list[dict[
     with few images hardly change it.
     """
     if config_sampling == "uniform":
-        shares = np.ones(len(sizes))
+        shares: np.ndarray = np.ones(len(sizes))
     elif config_sampling == "proportional":
         shares = sizes.astype(np.float64)
     else:
         quality = np.array([f.get("label_agreement", f["coverage"] * f["owned_mass"]) for f in figures])
         shares = np.sqrt(sizes) * np.maximum(quality, 1e-3)
-    return shares / shares.sum()
+    return np.asarray(shares / shares.sum())
 
 
 def allocate(shares: np.ndarray, total: int) -> np.ndarray:
     """Distribute ``total`` by ``shares``: int64 [K] of that sum, by largest remainders (ties to the lower client)."""
     exact = shares * total
-    counts = np.floor(exact).astype(np.int64)
+    counts: np.ndarray = np.floor(exact).astype(np.int64)
     for k in np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]:
         counts[k] += 1
     return counts
 
 
-def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> nn.Module:
+def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> Generator:
     """Build a frozen generator with ``weights``."""
     return freeze(load_weights(build_generator(config, facts.channels, facts.image_size, facts.num_classes), weights))

@@ -19,6 +19,7 @@ from ..core.errors import RequestError
 from ..core.seeding import numpy_stream, seeded
 from ..core.types import DataFacts
 from ..data.transforms import normalise
+from ..models.classifiers import Classifier
 from ..models.state_dict import freeze
 
 #: Largest number of parts for the inception score (Salimans et al. 2016), and fewest images per class in a part: the
@@ -34,7 +35,7 @@ INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 class Network(nn.Module):
     """Maps uint8 images to a classifier's features, or with ``logits`` to its logits: float64 [B, d]."""
 
-    def __init__(self, classifier: nn.Module, facts: DataFacts, *, logits: bool = False) -> None:
+    def __init__(self, classifier: Classifier, facts: DataFacts, *, logits: bool = False) -> None:
         super().__init__()
         self.classifier, self.facts, self.logits = freeze(classifier), facts, logits
         self.num_features: int = facts.num_classes if logits else classifier.feature_dim  # read by torchmetrics
@@ -42,7 +43,8 @@ class Network(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         seen = normalise(images, self.facts.mean, self.facts.std)
-        return (self.classifier(seen) if self.logits else self.classifier.features(seen)).double()
+        outputs: Tensor = self.classifier(seen) if self.logits else self.classifier.features(seen)
+        return outputs.double()
 
 
 class _LogProbabilities(nn.Module):
@@ -53,7 +55,8 @@ class _LogProbabilities(nn.Module):
         self.logits = logits
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.logits(images).double().log_softmax(1).clamp(min=-700)
+        logits: Tensor = self.logits(images)
+        return logits.double().log_softmax(1).clamp(min=-700)
 
 
 def frechet_distance(network: nn.Module | Path, first: np.ndarray, second: np.ndarray, device: str = "cpu") -> float:

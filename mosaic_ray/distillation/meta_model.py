@@ -61,7 +61,8 @@ class MetaModel(nn.Module):
         if self.identity is not None:
             tokens = tokens + self.identity
         tokens = self.transformer(tokens, tokens)
-        return self.out(tokens.mean(1) if self.pool == "mean" else tokens.sum(1))
+        logits: Tensor = self.out(tokens.mean(1) if self.pool == "mean" else tokens.sum(1))
+        return logits
 
 
 class Teacher(nn.Module):
@@ -78,10 +79,10 @@ class Teacher(nn.Module):
         self.gain = nn.Parameter(torch.zeros(())) if warm else None
 
     def forward(self, expert_logits: Tensor, features: Tensor | None = None) -> Tensor:
-        logits = self.meta(expert_logits)
-        if self.skip is None:
-            return logits
-        return self.skip(features) + self.gain * logits
+        logits: Tensor = self.meta(expert_logits)
+        if self.skip is not None and self.gain is not None:
+            logits = self.skip(features) + self.gain * logits
+        return logits
 
 
 @torch.no_grad()

@@ -6,13 +6,13 @@ import warnings
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..config.schema import PrototypesConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Prototypes
 from ..data.transforms import augment, normalise
 from ..federated.local_training import Shard, batches
+from ..models.classifiers import Classifier
 from ..models.state_dict import use_precision
 
 KMEANS_SEED = 42  # as in the authors' code; fixed, so centroids depend only on the features
@@ -45,7 +45,7 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def extract_features(model: nn.Module, shard: Shard, facts: DataFacts, precision: str, chunk: int = 500) -> np.ndarray:
+def extract_features(model: Classifier, shard: Shard, facts: DataFacts, precision: str, chunk: int = 500) -> np.ndarray:
     """Return penultimate features float32 [n, d] of a shard without augmentation; sets ``model`` to eval mode."""
     model.eval()
     parts = []
@@ -56,7 +56,7 @@ def extract_features(model: nn.Module, shard: Shard, facts: DataFacts, precision
 
 
 def client_prototypes(
-    model: nn.Module,
+    model: Classifier,
     shard: Shard,
     config: PrototypesConfig,
     facts: DataFacts,
@@ -101,4 +101,4 @@ def split_held_out(prototypes: Prototypes, fraction: float, seed: int) -> tuple[
 def prototype_weights(prototypes: Prototypes, weighting: str) -> np.ndarray:
     """Return training weights float32 [P] with mean 1: by cluster size if ``weighting`` is ``size``, else equal."""
     sizes = prototypes.sizes if weighting == "size" else np.ones(len(prototypes), np.float32)
-    return (sizes / sizes.mean()).astype(np.float32)
+    return np.asarray(sizes / sizes.mean(), np.float32)

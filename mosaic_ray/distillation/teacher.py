@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts, Weights
-from ..models.classifiers import build_classifier
+from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import freeze, head_of, load_weights
 from .meta_model import Teacher, teacher_logits
 
@@ -51,7 +52,7 @@ def group_shares(counts: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndar
     """Return float64 [G, C] with columns of sum 1: n_{g,c} / n_c, or n_g / n for a class that no client holds."""
     held = np.stack([counts[list(clients)].sum(0) for clients in groups]).astype(np.float64)
     held[:, held.sum(0) == 0] = held.sum(1, keepdims=True)
-    return held / held.sum(0)
+    return np.asarray(held / held.sum(0))
 
 
 def heads_only(weights: Weights) -> Weights:
@@ -76,10 +77,12 @@ def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Te
 class TeacherNet(nn.Module):
     """The frozen teacher network: maps classifier inputs [B, channels, H, W] to logits [B, C]."""
 
+    index: Tensor
+
     def __init__(self, config: ExperimentConfig, facts: DataFacts, state: TeacherState) -> None:
         super().__init__()
 
-        def network(weights: Weights) -> nn.Module:
+        def network(weights: Weights) -> Classifier:
             name = state.classifier or None
             model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name)
             return load_weights(model, weights)
@@ -105,10 +108,11 @@ class TeacherNet(nn.Module):
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
         """Map images to logits [B, C]; pass ``features`` [B, d] of the backbone if they are known."""
-        if self.full:
-            rows = torch.stack([expert(images) for expert in self.experts], 1)[:, self.index]
-            return self.meta(rows.float())
-        return self.by_heads(images, features)
+        if not self.full:
+            return self.by_heads(images, features)
+        rows = torch.stack([expert(images) for expert in self.experts], 1)[:, self.index]
+        logits: Tensor = self.meta(rows.float())
+        return logits
 
     def by_heads(self, images: Tensor, features: Tensor | None = None) -> Tensor:
         """Compute logits [B, C] with the experts' heads on the backbone's features, the input used in training."""
@@ -120,21 +124,28 @@ class TeacherNet(nn.Module):
 class MixedTeacherNet(nn.Module):
     """The frozen network of a ``MixedTeacher``: maps images to combined logits [B, C]."""
 
+    shares: Tensor
+
     def __init__(self, config: ExperimentConfig, facts: DataFacts, state: MixedTeacher) -> None:
         super().__init__()
         self.groups = nn.ModuleList(TeacherNet(config, facts, group) for group in state.groups)
         self.student = state.student
         self.register_buffer("shares", torch.tensor(state.shares, dtype=torch.float32))
 
+    @property
+    def teachers(self) -> list[TeacherNet]:
+        """The teachers of all architectures."""
+        return cast(list[TeacherNet], list(self.groups))
+
     def reads_student_features(self, student: Weights) -> bool:
         """Check whether the teacher of the student's architecture reads the student's features."""
-        return self.groups[self.student].reads_student_features(student)
+        return self.teachers[self.student].reads_student_features(student)
 
     def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
         """Map images to logits [B, C]; pass ``features`` [B, d] of the student's backbone if they are known."""
         logits = images.new_zeros(len(images), self.shares.shape[1], dtype=torch.float32)
-        for number, (group, shares) in enumerate(zip(self.groups, self.shares, strict=True)):
-            own = group(images, features if number == self.student else None)
+        for number, (teacher, shares) in enumerate(zip(self.teachers, self.shares, strict=True)):
+            own = teacher(images, features if number == self.student else None)
             logits = logits + shares * own.float().log_softmax(1)
         return logits
 
@@ -146,7 +157,7 @@ def shift(teacher: TeacherNet | MixedTeacherNet, images: Tensor) -> float:
     A meta model is trained on the experts' heads applied to features (prototypes). With ``meta.input = full`` it is
     then applied to full experts (M6). Needs no labels. With several architectures the largest share is returned.
     """
-    parts = teacher.groups if isinstance(teacher, MixedTeacherNet) else [teacher]
+    parts = teacher.teachers if isinstance(teacher, MixedTeacherNet) else [teacher]
     if not any(part.full for part in parts):
         return 0.0
     return max(float((part(images).argmax(1) != part.by_heads(images).argmax(1)).float().mean()) for part in parts)
@@ -156,4 +167,6 @@ def build_teacher(
     config: ExperimentConfig, facts: DataFacts, state: TeacherState | MixedTeacher
 ) -> TeacherNet | MixedTeacherNet:
     """Build the frozen teacher network of ``state``."""
-    return (MixedTeacherNet if isinstance(state, MixedTeacher) else TeacherNet)(config, facts, state)
+    if isinstance(state, MixedTeacher):
+        return MixedTeacherNet(config, facts, state)
+    return TeacherNet(config, facts, state)

@@ -15,8 +15,8 @@ from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Prototypes, Weights
 from ..federated.client import ClientContext
 from ..models.state_dict import freeze, head_of, load_weights, to_weights, use_precision
-from ..models.submodel import ChannelIndices, ChannelLayout
-from .experts import effective_owners, expert_weights, form_experts, redundancy
+from ..models.submodel import ChannelLayout
+from .experts import ClientWeights, effective_owners, expert_weights, form_experts, redundancy
 from .generator_training import classifier_view, draw, load_generator
 from .image_quality import domain_auc
 from .linear_head import fit_head, scores
@@ -91,7 +91,7 @@ def make_teacher(
     config: ExperimentConfig,
     facts: DataFacts,
     global_weights: Weights,
-    client_weights: Iterable[tuple[int, Weights] | tuple[int, Weights, ChannelIndices | None]],
+    client_weights: Iterable[ClientWeights],
     counts: np.ndarray,
     prototypes: Prototypes,
     progress: Callable[[int, dict[str, float]], None],
@@ -110,7 +110,7 @@ def make_teacher(
     """
     whole = global_weights
     if config.meta.input == "head":
-        client_weights = ((k, heads_only(w), *sets) for k, w, *sets in client_weights)
+        client_weights = ((k, heads_only(w), sets[0] if sets else None) for k, w, *sets in client_weights)
         whole = heads_only(global_weights)
     fallback = whole if config.meta.expert_fallback == "global" else None
     experts, index = form_experts(client_weights, counts, fallback, whole=whole, channels=channels)

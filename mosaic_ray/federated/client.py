@@ -14,14 +14,13 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
 from ..core.seeding import seeded
 from ..core.types import DataFacts, Update, Weights
-from ..models.classifiers import build_classifier
+from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import load_weights, to_weights
 from ..models.submodel import ChannelIndices, fit, scale_activations
 from .client_models import Federation, Models
@@ -46,13 +45,13 @@ class ClientContext:
         """Each client's network, width and channels."""
         return Federation(self.config, self.facts)
 
-    def classifier(self, weights: Weights | None = None, name: str | None = None) -> nn.Module:
+    def classifier(self, weights: Weights | None = None, name: str | None = None) -> Classifier:
         """Build a whole classifier on this device: the student's or that of ``name``, with a copy of ``weights``."""
         facts = self.facts
         model = build_classifier(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
         return (model if weights is None else load_weights(model, weights)).to(self.device)
 
-    def client_classifier(self, client_id: int, weights: Weights) -> nn.Module:
+    def client_classifier(self, client_id: int, weights: Weights) -> Classifier:
         """Build a client's own classifier, as wide as ``weights`` are."""
         name = self.federation.classifiers[client_id]
         if self.federation.widths[client_id] == 1:

@@ -21,6 +21,8 @@ class Generator(nn.Module):
     float64 [C] then holds the cumulative distribution of the training labels, from which callers draw labels.
     """
 
+    label_cdf: Tensor
+
     def __init__(
         self, latent_dim: int, ngf: int, channels: int, stages: tuple[tuple[int, int], ...], num_classes: int = 0
     ) -> None:

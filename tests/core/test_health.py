@@ -89,7 +89,7 @@ class Still(nn.Module):
         return torch.linspace(-1, 1, 64).view(1, 1, 8, 8).expand(len(z), -1, -1, -1)
 
 
-def test_one_image_again_and_again_is_a_collapse_also_where_the_client_has_one_class(classifier):
+def test_identical_images_are_a_mode_collapse_also_for_one_class(classifier):
     data = stripes(90)
     shard = shard_of(data.take(np.flatnonzero(data.labels == 1)))
     figures = compare_with_real(Still(), classifier, shard, TINY.generator, FACTS, (0, 0))

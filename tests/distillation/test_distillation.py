@@ -89,7 +89,7 @@ def test_the_guard_never_hands_back_a_worse_student(task):
     assert guarded["held_out_after"] >= wrecked["held_out_after"]
 
 
-def test_the_guard_hands_back_the_student_that_went_in_where_nothing_was_better(task):
+def test_the_guard_returns_the_initial_student_if_none_is_better(task):
     """The head that goes in loses nothing on held-out prototypes (exp(-50) is below the last bit of 1), and its teacher
     says the contrary of it."""
     dim = task.kept.vectors.shape[1]

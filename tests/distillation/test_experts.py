@@ -102,7 +102,7 @@ def test_o6_meta_model_has_the_authors_size_less_its_dead_parameters(classes, pa
     assert sum(p.numel() for p in meta.parameters()) == parameters
 
 
-def test_a_token_stays_small_where_classes_are_many_and_is_the_authors_up_to_ten():
+def test_token_size_is_bounded_and_the_authors_up_to_ten_classes():
     assert all(token_size(0, classes) == token_size(-1, classes) == (10 * classes, classes) for classes in range(1, 11))
     assert token_size(0, 100) == (200, 10) and token_size(-1, 100) == (1000, 100)
     for dim in range(1, 60):
@@ -124,7 +124,7 @@ def test_the_meta_model_in_parts_is_the_meta_model(monkeypatch):
     assert any(not np.array_equal(parts[name], value) for name, value in whole.items()), "it was never split"
 
 
-def test_o11_the_average_holds_decay_to_the_n_of_its_start_and_the_correction_takes_it_out():
+def test_o11_bias_correction_removes_the_start_from_the_ema():
     model = torch.nn.Linear(1, 1, bias=False)
     start = {"weight": torch.full((1, 1), 7.0)}
     kept = {"weight": start["weight"].clone()}
@@ -161,7 +161,7 @@ def make(config, seed: int = 0):
     return weights, state, figures, prototypes, seen
 
 
-def test_a_teacher_begun_at_the_refitted_head_is_never_worse_on_held_out_prototypes():
+def test_a_teacher_from_the_refitted_head_is_never_worse_held_out():
     _, _, figures, _, seen = make(TINY)
     assert figures["meta_held_out_accuracy"] >= figures["head_held_out_accuracy"]
     assert seen[0] == 0

@@ -85,7 +85,7 @@ def images_of(k: int) -> torch.Tensor:
     return classifier_view(generator(z), TINY.generator.gan_range, FACTS)
 
 
-def test_a_synthetic_set_has_the_number_and_the_weight_of_the_prototypes_client_by_client():
+def test_synthetic_prototypes_keep_count_and_weight_of_each_client():
     made = synthetic("synthetic")
     for k in range(3):
         assert (made.clients == k).sum() == (KEPT.clients == k).sum() > 0

@@ -73,7 +73,7 @@ def test_o24_how_often_a_rolling_window_holds_each_channel(size):
             counts[held] += 1
 
 
-def test_o24_a_window_of_neighbours_moves_up_by_one_channel_a_round_for_all_clients_alike():
+def test_o24_fedrolex_window_moves_one_channel_per_round():
     held = [held_by(one_group(5), 0.6, "fedrolex", t, k)[0].tolist() for t in range(6) for k in (0, 7)]
     assert held[::2] == held[1::2] == [[0, 1, 2], [1, 2, 3], [2, 3, 4], [0, 3, 4], [0, 1, 4], [0, 1, 2]]
 
@@ -93,7 +93,7 @@ def test_o24_dropout_holds_each_channel_equally_often_on_average():
     assert (abs(counts - 0.375 * rounds) < 5 * spread).all() and counts.std() > 0
 
 
-def test_dropout_draws_anew_for_each_space_client_and_round_and_the_same_again():
+def test_feddropout_draws_per_group_client_and_round():
     channels = ChannelLayout((64, 64), ("a", "b"), {}, ())
     draws = [held_by(channels, 0.5, "feddropout", t, k) for t in (0, 1) for k in (0, 1)]
     assert len({held.tobytes() for sets in draws for held in sets}) == 8
@@ -127,7 +127,7 @@ def test_a_width_that_rounds_to_no_channel_names_the_layer():
 # --- groups ----------------------------------------------------------------------------------------------------------
 
 
-def test_spaces_are_numbered_from_the_image_to_the_head():
+def test_groups_are_numbered_from_the_image_to_the_head():
     channels = channel_layout(network("cnn"))
     assert channels.sizes == (8, 8, 16, 16, 32, 32)
     assert channels.layers == ("trunk.0", "trunk.3", "trunk.7", "trunk.10", "trunk.14", "trunk.17")
@@ -139,11 +139,11 @@ def test_spaces_are_numbered_from_the_image_to_the_head():
     assert channels.heads == ("head.weight", "head.bias")
 
 
-def test_a_resnet_has_a_space_for_each_stage_and_one_inside_each_block():
+def test_a_resnet_has_a_group_for_each_stage_and_one_inside_each_block():
     assert channel_layout(network("resnet18")).sizes == (8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64, 64)
 
 
-def test_depthwise_convolutions_stay_in_the_space_that_they_read():
+def test_depthwise_convolutions_stay_in_their_input_group():
     entries = channel_layout(network("mobilenet")).entries
     depthwise = [n for n, m in network("mobilenet").named_modules() if getattr(m, "groups", 1) > 1]
     assert depthwise
@@ -309,7 +309,7 @@ def test_weights_of_another_network_do_not_fit():
         fit(network("cnn"), to_weights(network("resnet18")))
 
 
-def test_the_scaler_divides_what_convolutions_give_while_training_and_nothing_else():
+def test_scaler_divides_only_convolution_outputs_in_training():
     model, images = network("cnn").train(), torch.randn(4, 3, 16, 16).double()
     given = {}
     model.trunk[1].register_forward_pre_hook(lambda _, inputs: given.update(x=inputs[0].detach()))

@@ -135,7 +135,7 @@ def test_what_does_not_pass_is_raised_at_once(tmp_path: Path, clock: Clock) -> N
     assert len(calls) == 1 and clock.slept == []
 
 
-def test_patience_is_bounded_and_storage_that_is_down_is_tried_once_until_it_answers(
+def test_retries_end_and_storage_that_is_down_is_tried_once(
     tmp_path: Path, clock: Clock
 ) -> None:
     files, error = local(tmp_path), TimeoutError(errno.ETIMEDOUT, "x")
@@ -265,7 +265,7 @@ def test_storage_that_is_down_is_not_taken_for_damage(
 # ---------------------------------------------------------------- leases
 
 
-def test_a_watcher_does_not_take_an_owner_for_dead_because_its_own_storage_was_away(
+def test_an_outage_at_the_watcher_does_not_expire_a_lease(
     flaky: Flaky, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both were cut off for longer than the lease lives; the watcher is back first."""

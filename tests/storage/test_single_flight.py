@@ -110,7 +110,7 @@ def bare_run(storage: Path, tracker: Tracker) -> RunContext:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_stage_waits_for_the_run_that_computes_it_and_goes_on_where_that_fails(storage: Path, fails: bool) -> None:
+def test_a_stage_waits_for_its_lease_and_takes_over_on_failure(storage: Path, fails: bool) -> None:
     computed = []
 
     def compute(writer: Any, progress: Any) -> dict[str, Any]:
