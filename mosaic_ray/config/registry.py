@@ -4,31 +4,39 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-#: Data sets that ship: name -> (summary, module:object of its ``data.specs.DatasetSpec``).
-DATASETS: dict[str, tuple[str, str]] = {
-    "digits": (
+
+class Entry(NamedTuple):
+    """One line on a data set, a method or a strategy, and the object that implements it, as ``module:object``."""
+
+    summary: str
+    target: str
+
+
+#: Data sets that ship, by name; each target is a ``data.specs.DatasetSpec``.
+DATASETS: dict[str, Entry] = {
+    "digits": Entry(
         "scikit-learn's handwritten digits: 1,797 images of 8x8, bundled",
         "mosaic_ray.data.array_sources:DIGITS",
     ),
-    "mnist": ("MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:MNIST"),
-    "fmnist": ("Fashion-MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:FASHION_MNIST"),
-    "svhn": (
+    "mnist": Entry("MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:MNIST"),
+    "fmnist": Entry("Fashion-MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:FASHION_MNIST"),
+    "svhn": Entry(
         "Street View House Numbers: 73,257 + 26,032 colour images of 32x32, 10 classes",
         "mosaic_ray.data.array_sources:SVHN",
     ),
-    "cifar10": (
+    "cifar10": Entry(
         "CIFAR-10: 50,000 + 10,000 colour images of 32x32, 10 classes",
         "mosaic_ray.data.array_sources:CIFAR10",
     ),
-    "cifar100": (
+    "cifar100": Entry(
         "CIFAR-100: 50,000 + 10,000 colour images of 32x32, 100 classes",
         "mosaic_ray.data.array_sources:CIFAR100",
     ),
-    "tiny_imagenet": (
+    "tiny_imagenet": Entry(
         "Tiny-ImageNet: 100,000 + 10,000 colour images of 64x64, 200 classes",
         "mosaic_ray.data.image_sources:TINY_IMAGENET",
     ),
-    "food101": (
+    "food101": Entry(
         "Food-101: 75,750 + 25,250 colour photographs, 101 classes; drawn at 64x64",
         "mosaic_ray.data.image_sources:FOOD101",
     ),
@@ -40,13 +48,6 @@ DATASET_PREFIXES = {
     "parquet": "mosaic_ray.data.image_sources:parquet",
     "imported": "mosaic_ray.data.image_cache_build:imported",
 }
-
-
-class Entry(NamedTuple):
-    """One line on a method or a strategy, and the object that implements it, as ``module:object``."""
-
-    summary: str
-    target: str
 
 
 #: Federated strategies by name; ``federated/strategies/base.py`` has their contract. Names joined by ``+`` combine.

@@ -24,7 +24,7 @@ def overview(config: DataConfig) -> dict[str, str]:
     root = data_root(config)
     copies = _copies(root)
     rows = {}
-    for name, (summary, _) in DATASETS.items():
+    for name, entry in DATASETS.items():
         spec = spec_of(name)
         gives = [root / given for resource in spec.resources for given in resource.gives]
         there = [path for path in gives if path.exists()]
@@ -34,7 +34,7 @@ def overview(config: DataConfig) -> dict[str, str]:
             state += "" if len(there) == len(gives) else ", incomplete"
         else:
             state = "not there" if gives else "at hand"
-        rows[name] = "; ".join([summary, state, *copies.pop(name, [])])
+        rows[name] = "; ".join([entry.summary, state, *copies.pop(name, [])])
     for name in imported_names(root):
         rows[name] = f"imported; {_copy(root / IMPORTED / name)}"
     return rows | {name: "; ".join(found) for name, found in copies.items()}

@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import hashlib
 import http.client
+import itertools
 import os
 import shutil
 import tarfile
@@ -169,12 +170,6 @@ def _unpack(archive: Path, first: Path, root: Path) -> None:
         shutil.unpack_archive(archive, beside, **({} if archive.suffix == ".zip" else {"filter": "data"}))
         folder = root / first.relative_to(root).parts[0]
         if folder.exists():  # it lacks files, and may hold the user's own
-            folder.rename(_unused(folder))
+            asides = (folder.with_name(f"{folder.name}.incomplete-{number}") for number in itertools.count(1))
+            folder.rename(next(aside for aside in asides if not aside.exists()))
         (beside / folder.name).rename(folder)
-
-
-def _unused(folder: Path) -> Path:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.incomplete-{number}")).exists():
-        number += 1
-    return aside

@@ -93,7 +93,7 @@ def spec_of(name: str) -> DatasetSpec:
     if not colon and name not in DATASETS:
         known = neighbours(name, [*DATASETS, *(f"{prefix}:PATH" for prefix in DATASET_PREFIXES)])
         raise RequestError(f"data.name = {name}: unknown data set; {known}")
-    found = load_object(f"data.name = {name}", DATASET_PREFIXES.get(prefix, name) if colon else DATASETS[name][1])
+    found = load_object(f"data.name = {name}", DATASET_PREFIXES.get(prefix, name) if colon else DATASETS[name].target)
     if not (callable(found) or isinstance(found, DatasetSpec)):
         raise RequestError(
             f"data.name = {name}: it has the type {type(found).__name__}, neither a function nor a DatasetSpec"

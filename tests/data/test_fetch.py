@@ -103,7 +103,7 @@ def zipped(folder: Path) -> bytes:
 
 def replace_resources(monkeypatch, name: str, *resources: Resource) -> None:
     """Give the record of the data set ``name`` other files to download."""
-    module, _, record = DATASETS[name][1].partition(":")
+    module, _, record = DATASETS[name].target.partition(":")
     monkeypatch.setattr(f"{module}.{record}", replace(spec_of(name), resources=resources))
 
 
