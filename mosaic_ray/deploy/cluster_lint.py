@@ -122,12 +122,12 @@ def _versions(cluster: Cluster) -> Iterator[Check]:
             declared.append(("rayVersion", str(ray_version)))
     for file in re.findall(r"-c\s+(\S+)", commands):
         local = _local(cluster, file)
-        found = (
+        pinned = (
             re.search(r"^ray==(\S+)", local.read_text(encoding="utf-8"), re.MULTILINE)
             if local and local.is_file()
             else None
         )
-        declared += [(f"{local}", found[1])] if found else []
+        declared += [(f"{local}", pinned[1])] if pinned else []
     wrong = dict.fromkeys((where, version) for where, version in declared if version != ray)
     for where, version in wrong:
         yield Check("versions", "problem", f"{where}: Ray {version}; {here}", f"let both be {ray}")
