@@ -23,7 +23,7 @@ CODE = "reference/code"
 
 #: What is documented, by the room that it stands in: modules, or all modules of a package.
 MODULES: dict[str, tuple[str, ...]] = {
-    "From a notebook": ("mosaic_ray", "report.load"),
+    "From a notebook": ("mosaic_ray", "report.api", "report.load"),
     "A run": ("runs.experiment", "runs.runner"),
     "Configuration": ("config.schema", "config.fields", "config.resolve", "config.presets", "config.registry"),
     "Foundations": ("core.types", "core.seeding", "core.errors", "spaces"),

@@ -1,6 +1,6 @@
 """Experiments in heterogeneous federated learning, built around Mosaic (arXiv 2505.19699).
 
-For a notebook: ``load_run(path)`` and ``load_sweep(path)`` (``report.load``), loaded when they are asked for.
+For a notebook: ``load_run(path)`` and ``load_sweep(path)`` (``report.api``), loaded when they are asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["load_run", "load_sweep"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"{__name__}.report.load"), name)
+        return getattr(import_module(f"{__name__}.report.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

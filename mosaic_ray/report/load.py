@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,6 @@ from ..sweeps.results import SCHEMA, read_results
 from ..sweeps.space import setting_knobs
 from .schema import check_plan, check_summary
 from .sweep_table import best_sections
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
 _METRIC = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
@@ -157,12 +154,6 @@ class RunReport:
             found[client_id] = steps, images
         return found
 
-    def plot(self, name: str, **how: Any) -> Figure:
-        """Draw one of the report's figures by name; ``NotAvailable`` where this run lacks its data."""
-        from .figures.run import FIGURES
-
-        return _figure(FIGURES, name)(self, **how)
-
     def _stored(self, key: str) -> StageResult:
         # not ``Store.get``, which removes what is damaged
         if self.store is None:
@@ -211,24 +202,16 @@ class SweepReport:
         """(what it is under, knobs to show, configurations as their finished trials' rows, best first) by condition."""
         return best_sections(self.rows, self.conditions, self.swept)
 
-    def trial(self, name: str) -> RunReport:
-        """One trial, as a run."""
+    def trial_folder(self, name: str) -> Path:
+        """Return the folder of one trial; ``RequestError`` where it has none."""
         folder = self.folder / "trials" / name
         if name not in set(self.results["trial"]) or not folder.is_dir():
             raise RequestError(f'{self.folder}: it has no files of a trial "{name}"')
-        return load_run(folder)
-
-    def plot(self, name: str, **how: Any) -> Figure:
-        """One of the report's figures by name, for a notebook."""
-        from .figures.sweep import FIGURES
-
-        return _figure(FIGURES, name)(self, **how)
+        return folder
 
 
-def _figure(figures: Mapping[str, Any], name: str) -> Any:
-    if name not in figures:
-        raise RequestError(f'plot("{name}"): it may be {", ".join(figures)}')
-    return figures[name]
+R = TypeVar("R", bound=RunReport)
+S = TypeVar("S", bound=SweepReport)
 
 
 def _load(result: StageResult, part: str) -> Weights:
@@ -274,24 +257,24 @@ def find(path: str | Path) -> tuple[str, Path]:
     raise RequestError(f"{path}: no run or sweep lies there (neither summary.json nor config.toml nor plan.json)")
 
 
-def load_run(path: str | Path) -> RunReport:
-    """The run in the folder ``path``; ``RequestError`` where there is none, or its files are not whole."""
-    kind, folder = find(path)
-    if kind != "run":
+def read_run(path: str | Path, kind: type[R] = RunReport) -> R:
+    """Read the run in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+    found, folder = find(path)
+    if found != "run":
         raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
     summary = check_summary(_json(folder / "summary.json"), folder / "summary.json")
     told = folder / "config.toml"
     config = summary.get("config") or (read_toml(told) if told.is_file() else {})
-    return RunReport(
+    return kind(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
         read_text(folder / "command.txt"), _store_of(folder),
     )  # fmt: skip
 
 
-def load_sweep(path: str | Path) -> SweepReport:
-    """The sweep in the folder ``path``; ``RequestError`` where there is none, or its files are not whole."""
-    kind, folder = find(path)
-    if kind != "sweep":
+def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
+    """Read the sweep in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+    found, folder = find(path)
+    if found != "sweep":
         raise RequestError(f"{path}: that is a run; load_run reads it")
     plan = check_plan(_json(folder / "plan.json"), folder / "plan.json")
     results = folder / "results.parquet"
@@ -299,7 +282,7 @@ def load_sweep(path: str | Path) -> SweepReport:
     rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
     points = plan["points"] if plan.get("points") is not None else [plan["knobs"]]
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
-    return SweepReport(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
+    return kind(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from door import ask, refusal
 from reports import ACCURACY, FINDING, Reader, make_run, write_run
 
 from mosaic_ray.core.errors import RequestError
+from mosaic_ray.report.api import load_run
 from mosaic_ray.report.figures import cost, data, teacher
 from mosaic_ray.report.figures import run as figures
 from mosaic_ray.report.figures.style import PALETTE, STEPS, axes, cells, contrast
@@ -18,7 +19,6 @@ from mosaic_ray.report.html import run as run_page
 from mosaic_ray.report.html.blocks import FILE
 from mosaic_ray.report.html.render import render, write_report
 from mosaic_ray.report.html.svg import inline_svg
-from mosaic_ray.report.load import load_run
 
 LARGEST = 3 << 20  # bytes of a page
 NAMES = [exhibit.name for section in figures.EXHIBITS.values() for exhibit in section]

@@ -11,12 +11,13 @@ from reports import Reader, make_sweep, write_run
 from trials import LAMBDA_E, OMEGA, STOPPED, failed, grid, trial
 
 from mosaic_ray.cli.request import compare_plan, sweep_request
+from mosaic_ray.report.api import load_sweep
 from mosaic_ray.report.figures import sweep as sweep_cost
 from mosaic_ray.report.figures import sweep as sweep_figures
 from mosaic_ray.report.html import sweep as sweep_page
 from mosaic_ray.report.html.blocks import FILE
 from mosaic_ray.report.html.render import render
-from mosaic_ray.report.load import NotAvailable, load_sweep
+from mosaic_ray.report.load import NotAvailable
 from mosaic_ray.sweeps.runner import prepare
 
 

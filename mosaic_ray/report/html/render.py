@@ -15,7 +15,7 @@ from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
 from ..figures.style import PALETTE
-from ..load import find, load_run, load_sweep
+from ..load import find, read_run, read_sweep
 from .blocks import FILE
 
 
@@ -39,7 +39,7 @@ def render(path: str | Path, beside: Path | None = None) -> str:
     from .sweep import sweep_page
 
     kind, folder = find(path)
-    page = run_page(load_run(folder)) if kind == "run" else sweep_page(load_sweep(folder), beside or folder)
+    page = run_page(read_run(folder)) if kind == "run" else sweep_page(read_sweep(folder), beside or folder)
     house = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     house.filters["whole"] = lambda words: words.replace(" %", "\N{NO-BREAK SPACE}%")
     template = house.from_string(package_files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
