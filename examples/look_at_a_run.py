@@ -26,7 +26,7 @@ if not Path(PATH).exists():
     runner.run(resolve("demo", sets=small), storage=PATH)
 
 run = load_run(PATH)
-print(run.name, run.status, run.config["data"]["name"], run.summary.get("accuracy"))
+print(run.name, run.status, run.config["data"]["name"], run.summary.accuracy)
 
 # %% Metrics: a pandas frame [stage, tag, step, value]
 print(run.metrics.groupby(["stage", "tag"])["value"].agg(["count", "last"]))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from .serialization import from_json
 
 #: A network's state dict as numpy arrays: parameters and buffers under torch's own names.
 Weights = dict[str, np.ndarray]
@@ -120,7 +122,7 @@ class Finding:
     """
 
     code: str
-    severity: str
+    severity: Literal["info", "warning", "error"]
     stage: str
     message: str
     client: int = -1
@@ -128,15 +130,14 @@ class Finding:
     threshold: float | None = None
     advice: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        """As it stands in summary.json."""
-        return {
-            "code": self.code,
-            "severity": self.severity,
-            "stage": self.stage,
-            "client": None if self.client < 0 else self.client,
-            "value": self.value,
-            "threshold": self.threshold,
-            "message": self.message,
-            "advice": self.advice,
-        }
+    def to_json(self) -> dict[str, Any]:
+        """Return the finding as summary.json holds it."""
+        names = ("code", "severity", "stage", "client", "value", "threshold", "message", "advice")
+        return {name: getattr(self, name) for name in names} | {"client": None if self.client < 0 else self.client}
+
+    as_dict = to_json
+
+    @staticmethod
+    def from_json(value: Any) -> Finding:
+        """Check and return a finding that was read from JSON; ``ValueError`` names the field that does not fit."""
+        return from_json(Finding, value)

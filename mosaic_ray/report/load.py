@@ -18,10 +18,11 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
 from ..runs.provenance import client_keys, joint_keys
+from ..runs.summary import Summary
 from ..storage.store import OBJECTS, DamagedFile, StageResult, Store
 from ..sweeps.results import SCHEMA, read_results
 from ..sweeps.space import setting_knobs
-from .schema import check_plan, check_summary
+from ..sweeps.state import PlanFile
 from .sweep_table import best_sections
 
 _KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
@@ -36,13 +37,13 @@ class NotAvailable(LookupError):
 class RunReport:
     """A run, or a sweep's trial, as far as it got.
 
-    ``summary`` is summary.json's content (empty before there is one), ``config`` the knobs by room, ``metrics`` a frame
-    [stage, tag, step, value], ``label_counts`` int64 [clients, classes] where known, ``command`` how it was called.
-    What the store holds of it is read when it is asked for; ``NotAvailable`` says why something is not there.
+    ``summary`` is the content of summary.json (empty before there is one), ``config`` the knobs by section, ``metrics``
+    a frame [stage, tag, step, value], ``label_counts`` int64 [clients, classes] or None, ``command`` the command line.
+    Methods read the store when they are called and raise ``NotAvailable`` with the reason where a result is missing.
     """
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
     config: dict[str, Any]
     metrics: pd.DataFrame
     label_counts: np.ndarray | None
@@ -56,7 +57,7 @@ class RunReport:
     @property
     def status(self) -> str:
         """done, failed, stopped (by a sweep's scheduler) or unfinished."""
-        return self.summary.get("status", "unfinished")
+        return self.summary.status or "unfinished"
 
     @property
     def num_classes(self) -> int | None:
@@ -64,7 +65,7 @@ class RunReport:
 
     def accuracy(self, role: str) -> float | None:
         """Test accuracy of a role's model in [0, 1]: initial, teacher, distilled, final or control."""
-        return (self.summary.get("accuracy") or {}).get(role)
+        return (self.summary.accuracy or {}).get(role)
 
     @property
     def gain(self) -> float | None:
@@ -83,10 +84,10 @@ class RunReport:
 
     def result(self, stage: str) -> StageResult:
         """What the store holds of a stage."""
-        key = (self.summary.get("stages") or {}).get(stage, {}).get("key")
-        if key is None:
+        stages = self.summary.stages or {}
+        if stage not in stages:
             raise NotAvailable(f"this run has no finished stage {stage}")
-        return self._stored(key)
+        return self._stored(stages[stage].key)
 
     def figures(self, stage: str) -> dict[str, Any]:
         """The numbers that a stage keeps about itself."""
@@ -116,14 +117,14 @@ class RunReport:
     @cached_property
     def generators(self) -> dict[int, StageResult]:
         """Client -> its generator's stored result; without clients that were left out or whose result is gone."""
-        stages = self.summary.get("stages") or {}
+        stages = self.summary.stages or {}
         if "generators" not in stages:
             raise NotAvailable("this run trained no generators")
         if self.label_counts is None or not {"partition", "warmup"} <= stages.keys():
             raise NotAvailable("the clients' generators cannot be found without the partition")
         try:
-            config = override(ExperimentConfig(), self.summary["config"])
-            before = {name: stage["key"] for name, stage in stages.items()}
+            config = override(ExperimentConfig(), self.summary.config or {})
+            before = {name: record.key for name, record in stages.items()}
             keys = client_keys(config, "generators", self.label_counts.sum(axis=1), before)
         except (RequestError, KeyError) as error:
             raise NotAvailable(f"the clients' generators cannot be found: {error}") from None
@@ -135,7 +136,7 @@ class RunReport:
                 why = str(absent)
         if found:
             return found
-        if joint_keys(config, "generators", keys) != stages["generators"]["key"]:
+        if joint_keys(config, "generators", keys) != stages["generators"].key:
             why = "the clients' generators were made by another version, which stored them under other keys"
         raise NotAvailable(why)
 
@@ -178,7 +179,7 @@ class SweepReport:
     """
 
     folder: Path
-    plan: dict[str, Any]
+    plan: PlanFile
     results: pd.DataFrame
     rows: list[dict[str, Any]] = field(repr=False)
     swept: tuple[str, ...]
@@ -262,9 +263,9 @@ def read_run(path: str | Path, kind: type[R] = RunReport) -> R:
     found, folder = find(path)
     if found != "run":
         raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
-    summary = check_summary(_json(folder / "summary.json"), folder / "summary.json")
-    told = folder / "config.toml"
-    config = summary.get("config") or (read_toml(told) if told.is_file() else {})
+    summary = _checked(Summary, _json(folder / "summary.json"), folder / "summary.json")
+    toml = folder / "config.toml"
+    config = summary.config or (read_toml(toml) if toml.is_file() else {})
     return kind(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
         read_text(folder / "command.txt"), _store_of(folder),
@@ -276,13 +277,28 @@ def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
     found, folder = find(path)
     if found != "sweep":
         raise RequestError(f"{path}: that is a run; load_run reads it")
-    plan = check_plan(_json(folder / "plan.json"), folder / "plan.json")
+    content = _json(folder / "plan.json")
+    if not isinstance(content.get("knobs"), dict) or not isinstance(content.get("space"), str):
+        raise RequestError(f"{folder / 'plan.json'}: it is no sweep's plan")
+    plan = _checked(PlanFile, content, folder / "plan.json")
     results = folder / "results.parquet"
     rows = read_results(results).to_pylist() if results.is_file() else []
     rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
-    points = plan["points"] if plan.get("points") is not None else [plan["knobs"]]
+    points = [plan.knobs] if plan.points is None else plan.points
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
     return kind(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
+
+
+T = TypeVar("T", Summary, PlanFile)
+
+
+def _checked(kind: type[T], content: dict[str, Any], path: Path) -> T:
+    try:
+        return kind.from_json(content)
+    except ValueError as error:
+        raise RequestError(
+            f"{path}: its {error} is not what a run or sweep writes; the same command writes it again"
+        ) from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -326,9 +342,9 @@ def _metrics(path: Path) -> pd.DataFrame:
     return frame.astype({"step": "int64", "value": "float64"})
 
 
-def _label_counts(folder: Path, summary: Mapping[str, Any]) -> np.ndarray | None:
+def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
     """Of summary.json, else of label_counts.json."""
-    rows = summary.get("label_counts") or _json(folder / "label_counts.json").get("label_counts")
+    rows = summary.label_counts or _json(folder / "label_counts.json").get("label_counts")
     if rows is None:
         return None
     try:

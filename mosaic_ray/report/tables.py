@@ -11,7 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..core.types import Finding
 from ..runs.plan import StageWork
+from ..runs.summary import CommunicationRecord, StageRecord, Summary
 
 MIB = 2**20
 
@@ -36,27 +38,28 @@ def _table(first: str, *columns: str, gap: int = 2) -> Table:
 # --- the closing table -----------------------------------------------------------------------------------------------
 
 
-def closing_table(summary: Mapping[str, Any]) -> RenderableType:
-    """What a run reached, what it cost, what looked unwell, and where its files lie (``summary.json``'s facts).
+def closing_table(content: Mapping[str, Any]) -> RenderableType:
+    """Show a run's accuracies, its cost, its health findings and the places of its files; summary.json's ``content``.
 
     Print it with ``crop=False``: paths are never broken.
     """
+    summary = Summary.from_json(content)
     parts: list[RenderableType] = [_accuracy(summary), ""]
-    if summary.get("stages"):
-        parts += [_stages(summary["stages"]), ""]
-    if summary.get("communication_bytes"):
-        parts += [_communication(summary["communication_bytes"]), ""]
-    if summary.get("communication"):
-        parts += [_ledger(summary["communication"]), ""]
-    if summary.get("health"):
-        parts += [*_health(summary["health"]), ""]
-    return Group(*parts, *_places(summary.get("paths") or {}))
+    if summary.stages:
+        parts += [_stages(summary.stages), ""]
+    if summary.communication_bytes:
+        parts += [_communication(summary.communication_bytes), ""]
+    if summary.communication:
+        parts += [_comparison(summary.communication), ""]
+    if summary.health:
+        parts += [*_health(summary.health), ""]
+    return Group(*parts, *_places(summary.paths or {}))
 
 
-def _accuracy(summary: Mapping[str, Any]) -> Table:
+def _accuracy(summary: Summary) -> Table:
     """Accuracies in percent; the gain is ``final`` over ``control``, in points."""
-    values = summary["accuracy"]
-    optimiser = (summary.get("config") or {}).get("federation", {}).get("optimiser", "fedavg")
+    values = summary.accuracy or {}
+    optimiser = (summary.config or {}).get("federation", {}).get("optimiser", "fedavg")
     optimiser = {"fedavg": "FedAvg"}.get(optimiser, optimiser)
     rows = {
         "initial": f"{optimiser} after the warm-up",
@@ -65,9 +68,8 @@ def _accuracy(summary: Mapping[str, Any]) -> Table:
         "final": "student after the closing rounds (final)",
         "control": f"{optimiser} after the same rounds (control)",
     }
-    table = _table(
-        f"{summary.get('method', 'run')}, seed {summary.get('seed', '-')}", "test accuracy", "gain over control"
-    )
+    seed = "-" if summary.seed is None else summary.seed
+    table = _table(f"{summary.method or 'run'}, seed {seed}", "test accuracy", "gain over control")
     final, control = values.get("final"), values.get("control")
     for key, label in rows.items():
         gain = f"{100 * (final - control):+.1f} points" if key == "final" and None not in (final, control) else ""
@@ -76,11 +78,11 @@ def _accuracy(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:
+def _stages(stages: Mapping[str, StageRecord]) -> Table:
     table = _table("stage", "seconds", "")
-    for name, facts in stages.items():
-        table.add_row(Text(name), _seconds(facts.get("seconds")), "cached" if facts.get("cached") else "computed")
-    total = sum(facts.get("seconds") or 0.0 for facts in stages.values() if not facts.get("cached"))
+    for name, record in stages.items():
+        table.add_row(Text(name), _seconds(record.seconds), "cached" if record.cached else "computed")
+    total = sum(record.seconds or 0.0 for record in stages.values() if not record.cached)
     table.add_row("computed in this run", _seconds(total), "", style="bold")
     return table
 
@@ -99,30 +101,30 @@ def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
     return table
 
 
-def _ledger(found: Mapping[str, Any]) -> Text:
-    """All that was sent, against arithmetic, and against FedAvg and FedRolex in the same rounds."""
-    words = [f"{100 * found['measured_over_predicted']:.1f} % of what arithmetic predicts"]
-    for name, ways in found["baselines"].items():
-        words.append(f"{found['total'] / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
-    return Text(f"{_mib(found['total'])} MiB in all: {'; '.join(words)}")
+def _comparison(record: CommunicationRecord) -> Text:
+    """Compare all bytes with the predicted ones, and with those of FedAvg and FedRolex in the same rounds."""
+    words = [f"{100 * record.measured_over_predicted:.1f} % of what arithmetic predicts"]
+    for name, ways in record.baselines.items():
+        words.append(f"{record.total / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
+    return Text(f"{_mib(record.total)} MiB in all: {'; '.join(words)}")
 
 
 def _mib(count: int) -> str:
     return "0" if not count else "<0.01" if count < MIB / 100 else f"{count / MIB:,.2f}"
 
 
-def _health(findings: list[Mapping[str, Any]]) -> list[RenderableType]:
+def _health(findings: list[Finding]) -> list[RenderableType]:
     """Findings, the worst first; advice stands with the first of its kind."""
-    findings = sorted(findings, key=lambda f: list(SEVERITIES).index(f["severity"]))
+    findings = sorted(findings, key=lambda finding: list(SEVERITIES).index(finding.severity))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for column in ("health", "where", ""):
         table.add_column(Text(column))
     advised: set[str] = set()
     for finding in findings[:MOST_FINDINGS]:
-        client, severity, advice = finding.get("client"), finding["severity"], finding.get("advice")
-        where = finding["stage"] + ("" if client is None else f", client {client}")
-        words = [finding["message"], *([advice] if advice and advice not in advised else [])]
-        advised |= {advice or ""}
+        severity, advice = finding.severity, finding.advice
+        where = finding.stage + (f", client {finding.client}" if finding.client >= 0 else "")
+        words = [finding.message, *([advice] if advice and advice not in advised else [])]
+        advised.add(advice)
         table.add_row(Text(severity, style=SEVERITIES[severity]), Text(where), Text("; ".join(words)))
     left = len(findings) - MOST_FINDINGS
     return [table, Text(f"and {left} more in summary.json")] if left > 0 else [table]

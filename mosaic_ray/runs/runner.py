@@ -17,9 +17,10 @@ from ..config.plugins import load
 from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml
 from ..config.schema import DataConfig, ExperimentConfig
 from ..core.errors import RequestError, RunError
+from ..core.serialization import from_json
 from ..core.types import Dataset, Finding, Weights
 from ..storage.filesystem import write_whole
-from .summary import _summary, _versions
+from .summary import StageRecord, Summary, build_summary, versions
 
 if TYPE_CHECKING:
     from ..execution.placement import Placement
@@ -230,7 +231,7 @@ def _run_once(
     finally:
         ctx.backend.close()
     student = results.pop("student")
-    return _summary(config, ctx, results), student
+    return build_summary(config, ctx, results).to_json(), student
 
 
 def _failure(
@@ -243,14 +244,14 @@ def _failure(
         failure = RunError(f"{folder}: {error.strerror or error}")
     else:
         failure = RunError(f"{type(error).__name__}: {error}")
-    facts = {
-        "status": "failed", "error": str(failure), "stage": failure.stage, "round": failure.round,
-        "client": failure.client, "method": config.method, "seed": config.seed, "config": as_dict(config),
-        "versions": _versions(), "stages": dict(log), "health": [finding.as_dict() for finding in findings],
-    }  # fmt: skip
+    summary = Summary(
+        status="failed", error=str(failure), stage=failure.stage, round=failure.round, client=failure.client,
+        method=config.method, seed=config.seed, config=as_dict(config), versions=versions(),
+        stages=from_json(dict[str, StageRecord], log), health=list(findings),
+    )  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed
         write_whole(folder / "error.log", "".join(traceback.format_exception(error)).encode())
-        write_whole(folder / "summary.json", (json.dumps(facts, indent=1) + "\n").encode())
+        write_whole(folder / "summary.json", (json.dumps(summary.to_json(), indent=1) + "\n").encode())
         failure.add_note(f"log: {folder / 'error.log'}")
     return failure
 

@@ -1,19 +1,107 @@
-"""Build the content of summary.json."""
+"""The content of summary.json: ``Summary``, and how a finished run builds it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any
 
 from ..config.resolve import as_dict
 from ..config.schema import ExperimentConfig
+from ..core.serialization import from_json
+from ..core.types import Finding
 
 VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
 
+Share = Annotated[float, (0.0, 1.0)]
+Amount = Annotated[float, (0.0, sys.float_info.max)]
 
-def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> dict[str, Any]:
-    """summary.json, as DESIGN's outside contract has it."""
+#: Direction (uplink, downlink) -> kind of message -> bytes.
+Traffic = dict[str, dict[str, Amount | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """How a run came by the result of a stage.
+
+    ``key`` is the result's in the store, ``seconds`` this run's, of which ``waited_seconds`` for another run, and
+    ``computed_seconds`` those of the run that computed it; ``cached_clients`` counts the results of clients found.
+    """
+
+    seconds: Amount | None = None
+    cached: bool
+    key: str
+    computed_seconds: Amount | None = None
+    waited_seconds: Amount | None = None
+    cached_clients: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommunicationRecord:
+    """Bytes sent, beside what arithmetic predicts and what other methods send in as many rounds."""
+
+    total: Amount | None = None
+    predicted: Traffic | None = None
+    measured_over_predicted: float | None = None
+    baselines: dict[str, Traffic] | None = None
+    generator_bytes: Amount | None = None
+    widths: list[dict[str, Any]] | None = None
+    clients: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The content of summary.json; None where the run did not get so far, or an earlier version wrote the file.
+
+    ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` tell of a failure. Accuracies
+    and calibration (NLL, ECE) are by role, ``communication_bytes`` [bytes] by direction and kind, ``label_counts``
+    [clients, classes] counts training images.
+    """
+
+    status: str | None = None
+    error: str | None = None
+    stage: str | None = None
+    round: int | None = None
+    client: int | None = None
+    method: str | None = None
+    seed: int | None = None
+    accuracy: dict[str, Share | None] | None = None
+    validation_accuracy: dict[str, Share | None] | None = None
+    selection: dict[str, Any] | None = None
+    per_class_accuracy: dict[str, list[Share | None]] | None = None
+    calibration: dict[str, dict[str, float | None]] | None = None
+    stages: dict[str, StageRecord] | None = None
+    communication_bytes: Traffic | None = None
+    communication: CommunicationRecord | None = None
+    health: list[Finding] | None = None
+    config: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+    label_counts: list[list[int]] | None = None
+    paths: dict[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of summary.json: without fields that are None, but for those that its status has."""
+        found = dict(vars(self))
+        if self.stages is not None:
+            records = {name: vars(record) for name, record in self.stages.items()}
+            found["stages"] = {n: {k: v for k, v in row.items() if v is not None} for n, row in records.items()}
+        if self.communication is not None:
+            found["communication"] = dict(vars(self.communication))
+        if self.health is not None:
+            found["health"] = [finding.to_json() for finding in self.health]
+        null = {"done": ("validation_accuracy",), "failed": ("stage", "round", "client")}.get(self.status or "", ())
+        return {name: value for name, value in found.items() if value is not None or name in null}
+
+    @staticmethod
+    def from_json(value: Any) -> Summary:
+        """Check and return what was read from JSON; ``ValueError`` whose text is the place that does not fit."""
+        return from_json(Summary, value)
+
+
+def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> Summary:
+    """Build the summary of a finished run (a ``RunContext``) from the ``results`` of ``run_experiment``."""
     import numpy as np
 
     from .communication import COMPARISONS, communication
@@ -25,34 +113,38 @@ def _summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]) -> 
         for direction, amounts in kinds.items():
             for kind, amount in amounts.items():
                 traffic[direction][kind] = traffic[direction].get(kind, 0) + amount
-    return {
-        "status": "done",
-        "method": config.method,
-        "seed": config.seed,
-        "accuracy": results["accuracy"],
-        "validation_accuracy": results["validation_accuracy"],
-        "selection": _selection(results),
-        "per_class_accuracy": results["per_class_accuracy"],
-        "calibration": results["calibration"],
-        "stages": dict(run.log),
-        "communication_bytes": traffic,
-        "communication": communication(run, np.array(results["label_counts"])),
-        "health": [finding.as_dict() for finding in run.findings],
-        "config": as_dict(config),
-        "versions": _versions(),
-        "label_counts": results["label_counts"],
-    }
+    return Summary(
+        status="done",
+        method=config.method,
+        seed=config.seed,
+        accuracy=results["accuracy"],
+        validation_accuracy=results["validation_accuracy"],
+        selection=_selection(results),
+        per_class_accuracy=results["per_class_accuracy"],
+        calibration=results["calibration"],
+        stages=from_json(dict[str, StageRecord], run.log),
+        communication_bytes=traffic,
+        communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
+        health=run.findings,
+        config=as_dict(config),
+        versions=versions(),
+        label_counts=results["label_counts"],
+    )
 
 
 def _selection(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What configurations are chosen by, never test images: the final model on the clients' validation images, or
-    where there are none, the distilled student on held-out prototypes (None without prototypes)."""
+    """Return the metric that configurations are chosen by, and its value. Test images never enter it.
+
+    It is the final model's accuracy on the clients' validation images; without such images the distilled student's on
+    held-out prototypes (None without prototypes).
+    """
     if results["validation_accuracy"]:
         return {"metric": "validation accuracy", "value": results["validation_accuracy"]["final"]}
     return {"metric": "held-out prototypes", "value": results["held_out_accuracy"]}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
     found = {}
     for name in VERSIONS_OF:
         try:

@@ -12,7 +12,7 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from .search import FixedTrials, OptunaSearch, Search, searched_knobs, settings_of
 from .space import Choice, SweepPlan, check_space, describe, grid_points, random_points, setting_knobs
-from .state import SweepState, Trial, make_trials, plan_name
+from .state import PlanFile, SweepState, Trial, make_trials, plan_name
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node, ResourcePlan
@@ -89,16 +89,16 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
         raise RequestError(
             f"{option}: it compares trials on validation images; set partition.validation_fraction above 0"
         )
-    plan_json = {
-        "space": request.space,
-        "search": search,
-        "samples": None if search == "grid" else samples,
-        "seeds": list(seeds),
-        "scheduler": request.scheduler,
-        "knobs": {name: describe(domain) for name, domain in plan.knobs.items()},
-        "points": None if search == "optuna" else [dict(point) for point in points],
-        "base": as_dict(request.config),
-    }
+    plan_json = PlanFile(
+        space=request.space,
+        search=search,
+        samples=None if search == "grid" else samples,
+        seeds=list(seeds),
+        scheduler=request.scheduler,
+        knobs={name: describe(domain) for name, domain in plan.knobs.items()},
+        points=None if search == "optuna" else [dict(point) for point in points],
+        base=as_dict(request.config),
+    ).to_json()
     chosen: Search = OptunaSearch(plan, samples, seeds, base) if search == "optuna" else FixedTrials(trials)
     return Sweep(request, base, chosen, tuple(trials), plan_json, swept, setting_knobs(swept))
 

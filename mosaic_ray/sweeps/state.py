@@ -18,6 +18,7 @@ from ..config.resolve import as_dict, dotted, override
 from ..config.schema import ExperimentConfig
 from ..config.validate import check
 from ..core.errors import RequestError
+from ..core.serialization import from_json
 
 if TYPE_CHECKING:
     from ..storage.store import Store
@@ -27,6 +28,29 @@ FINISHED = ("done", "stopped")
 
 #: How many differences between two plans are named.
 MOST_DIFFERENCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFile:
+    """The request in plan.json; ``knobs`` are domains in words, ``points`` None where a search finds them."""
+
+    space: str
+    search: str | None = None
+    samples: int | None = None
+    seeds: list[int] | None = None
+    scheduler: str | None = None
+    knobs: dict[str, Any]
+    points: list[dict[str, Any]] | None = None
+    base: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of plan.json, to which ``SweepState`` adds the session and the precision."""
+        return dict(vars(self))
+
+    @staticmethod
+    def from_json(value: Any) -> PlanFile:
+        """Check and return what was read from JSON; ``ValueError`` whose text is the place that does not fit."""
+        return from_json(PlanFile, value)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from trials import LAMBDA_E, OMEGA, failed, trial
 
 import mosaic_ray
 from mosaic_ray import load_run, load_sweep
+from mosaic_ray.core.types import Finding
 from mosaic_ray.report.load import NotAvailable, find
+from mosaic_ray.runs.summary import Summary
 from mosaic_ray.storage.store import OBJECTS, Store
 
 
@@ -105,6 +107,32 @@ def test_a_run_at_work_reads_as_far_as_it_got(tmp_path):
 def test_foreign_facts_are_refused_in_one_line(tmp_path, changes):
     folder = make_run(tmp_path, **changes)
     assert str(folder) in refused_by(load_run, folder)
+
+
+def test_a_refusal_names_the_place_of_the_fault(tmp_path):
+    folder = make_run(tmp_path, stages={"warmup": {"key": 3, "cached": True}})
+    expected = f"{folder}/summary.json: its stages.warmup.key is not what a run or sweep writes"
+    assert refused_by(load_run, folder).startswith(expected)
+
+
+def test_a_summary_of_an_earlier_or_later_version_is_read(tmp_path):
+    finding = {"code": "a.b", "severity": "info", "stage": "warmup", "message": "m"}  # before thresholds and advice
+    stages = {"warmup": {"key": "warmup-0", "cached": True, "later": 1}}
+    new = {"communication": None, "calibration": None, "later": {"x": [1]}}
+    run = load_run(make_run(tmp_path, health=[finding], stages=stages, **new))
+    assert run.summary.health == [Finding("a.b", "info", "warmup", "m")]
+    assert run.summary.stages["warmup"].seconds is None and run.summary.communication is None
+    assert "later" not in run.summary.to_json()
+
+
+def test_a_summary_that_is_read_and_written_stays_as_it_is(tmp_path):
+    content = json.loads((make_run(tmp_path) / "summary.json").read_text())
+    again = Summary.from_json(content).to_json()
+    assert again.pop("validation_accuracy") is None
+    communication = again["communication"] | content["communication"]
+    assert again == content | {"communication": communication}
+    failed = {"status": "failed", "error": "e", "stage": "warmup", "round": 2, "client": None, "method": "mosaic"}
+    assert Summary.from_json(failed).to_json() == failed
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "\ud800", '{"status": "do'])

@@ -18,7 +18,7 @@ _ROOM = 1.42
 
 def traffic(run: RunReport) -> dict[str, dict[str, float]]:
     """direction -> kind -> bytes."""
-    moved = run.summary.get("communication_bytes") or {}
+    moved = run.summary.communication_bytes or {}
     return {way: {kind: count or 0 for kind, count in (moved.get(way) or {}).items()} for way in ("uplink", "downlink")}
 
 
@@ -70,10 +70,10 @@ def _communication_words(run: RunReport) -> str:
 
 def baselines_frame(run: RunReport) -> pd.DataFrame:
     """Bytes of this run, as measured and as predicted, and of FedAvg and FedRolex in the same rounds, by direction."""
-    ledger = run.summary.get("communication") or {}
-    rows = {"this run": traffic(run), "predicted": ledger.get("predicted") or {}, **(ledger.get("baselines") or {})}
-    if "baselines" not in ledger or not any(rows["this run"].values()):
+    sent, record = traffic(run), run.summary.communication
+    if record is None or record.baselines is None or not any(sent.values()):
         raise NotAvailable("the run keeps no comparison of its traffic; an older version made it")
+    rows = {"this run": sent, "predicted": record.predicted or {}, **record.baselines}
     names = {"fedavg": "FedAvg", "fedrolex": "FedRolex"}
     frame = pd.DataFrame(
         {
@@ -112,14 +112,13 @@ def _baselines_words(run: RunReport) -> str:
 
 def time_frame(run: RunReport) -> pd.DataFrame:
     """Seconds by stage: spent in this run, of which waiting for others, and what a stage that was found had cost."""
-    told = run.summary.get("stages") or {}
+    records = run.summary.stages or {}
     rows = [
         {
-            "stage": name, "state": "cached" if told[name]["cached"] else "computed",
-            "seconds": told[name].get("seconds") or 0.0, "waited": told[name].get("waited_seconds") or 0.0,
-            "when computed": told[name].get("computed_seconds") or 0.0,
+            "stage": name, "state": "cached" if record.cached else "computed", "seconds": record.seconds or 0.0,
+            "waited": record.waited_seconds or 0.0, "when computed": record.computed_seconds or 0.0,
         }
-        for name in STAGES if name in told
+        for name in STAGES if (record := records.get(name))
     ]  # fmt: skip
     if not rows:
         raise NotAvailable("the run ended before its first stage did")

@@ -115,8 +115,8 @@ def coverage(run: RunReport) -> Figure:
 
 def _low(run: RunReport) -> set[int]:
     """Clients whose generator's coverage is a health finding."""
-    findings = run.summary.get("health") or []
-    return {f["client"] for f in findings if f["code"] == "generator.low_coverage" and f.get("client") is not None}
+    findings = run.summary.health or []
+    return {f.client for f in findings if f.code == "generator.low_coverage" and f.client >= 0}
 
 
 def _coverage_words(run: RunReport) -> str:

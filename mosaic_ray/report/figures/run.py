@@ -32,7 +32,7 @@ def stages_frame(run: RunReport) -> pd.DataFrame:
     reached = {role: run.accuracy(role) for role in ROLES if run.accuracy(role) is not None}
     if not reached:
         raise NotAvailable("the run ended before anything was evaluated")
-    calibration = run.summary.get("calibration") or {}
+    calibration = run.summary.calibration or {}
     frame = pd.DataFrame({"model": list(reached), "test accuracy": list(reached.values())})
     for name, head in (("nll", "NLL"), ("ece", "calibration error")):
         frame[head] = [(calibration.get(role) or {}).get(name, np.nan) for role in reached]
@@ -148,7 +148,7 @@ def _rounds_words(run: RunReport) -> str:
 
 def per_class_frame(run: RunReport) -> pd.DataFrame:
     """Test accuracy of each class (NaN where the test set has none of it) by role."""
-    found = run.summary.get("per_class_accuracy") or {}
+    found = run.summary.per_class_accuracy or {}
     shown = {role: found[role] for role in ("initial", "teacher", "final") if found.get(role)}
     if not shown or len({len(values) for values in shown.values()}) > 1:
         raise NotAvailable("the run ended before anything was evaluated by class")

@@ -47,7 +47,7 @@ def run_page(run: RunReport) -> Page:
 
 
 def _about(run: RunReport) -> str:
-    words = [str(run.summary.get("method") or run.knob("method") or "a run")]
+    words = [str(run.summary.method or run.knob("method") or "a run")]
     told = {
         "data.name": "on {}", "partition.num_clients": "{} clients", "partition.omega": "omega {}",
         "partition.sampler": "sampler {}", "seed": "seed {}",
@@ -81,13 +81,12 @@ def verdict(run: RunReport) -> str:
 def _failure(run: RunReport) -> tuple[str, str] | None:
     if run.status != "failed":
         return None
-    places = [
-        f"{what} {run.summary[what]}" for what in ("stage", "round", "client") if run.summary.get(what) is not None
-    ]
+    found = {what: getattr(run.summary, what) for what in ("stage", "round", "client")}
+    places = [f"{what} {value}" for what, value in found.items() if value is not None]
     log = "; the whole story is in error.log" if (run.folder / "error.log").is_file() else ""
     return (
         f"Failed{' in ' + ', '.join(places) if places else ''}",
-        f"{run.summary.get('error') or 'no reason was kept'}{log}.",
+        f"{run.summary.error or 'no reason was kept'}{log}.",
     )
 
 
@@ -106,8 +105,8 @@ def _cards(run: RunReport) -> list[Card]:
     if any(moved.values()):
         up, down = (sum(moved[way].values()) for way in ("uplink", "downlink"))
         cards.append(Card("bytes sent", size(up + down), f"{size(up)} up, {size(down)} down"))
-    if "health" in run.summary:
-        found = [finding["severity"] for finding in run.summary["health"]]
+    if run.summary.health is not None:
+        found = [finding.severity for finding in run.summary.health]
         counts = [
             counted(found.count(kind), kind) if kind != "info" else f"{found.count(kind)} info" for kind in SEVERITIES
         ]
@@ -119,22 +118,19 @@ def _cards(run: RunReport) -> list[Card]:
 
 def health(run: RunReport) -> Section:
     section = Section("Health")
-    if "health" not in run.summary:
+    if run.summary.health is None:
         section.lead = "Findings are told once a run is done."
         return section
-    findings = sorted(run.summary["health"], key=lambda finding: SEVERITIES.index(finding["severity"]))
+    findings = sorted(run.summary.health, key=lambda finding: SEVERITIES.index(finding.severity))
     section.lead = "" if findings else "Nothing looked unwell."
     for finding in findings[:MOST_FINDINGS]:
-        client = finding.get("client")
-        measured = [
-            f"{what} {finding[what]:.4g}" if isinstance(finding[what], int | float) else f"{what} {finding[what]}"
-            for what in ("value", "threshold") if finding.get(what) is not None
-        ]  # fmt: skip
+        numbers = {"value": finding.value, "threshold": finding.threshold}
+        measured = [f"{what} {number:.4g}" for what, number in numbers.items() if number is not None]
         section.findings.append(
             {
-                "severity": finding["severity"], "code": finding["code"], "message": sentence(finding["message"]),
-                "where": finding["stage"] + ("" if client is None else f", client {client}"),
-                "advice": finding.get("advice") or "", "measured": ", ".join(measured),
+                "severity": finding.severity, "code": finding.code, "message": sentence(finding.message),
+                "where": finding.stage + (f", client {finding.client}" if finding.client >= 0 else ""),
+                "advice": finding.advice, "measured": ", ".join(measured),
             }
         )  # fmt: skip
     if len(findings) > MOST_FINDINGS:
@@ -226,6 +222,6 @@ def _reproduce(run: RunReport) -> Section:
         section.texts.append(Text("Command", shlex.join(["mosaic", "run", "--config", "config.toml"])))
     if told:
         section.texts.append(Text("Configuration, config.toml", told, folded=True))
-    if versions := run.summary.get("versions"):
+    if versions := run.summary.versions:
         section.texts.append(Text("Versions", "\n".join(f"{name} {number}" for name, number in versions.items())))
     return section

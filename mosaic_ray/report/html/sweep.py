@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +13,7 @@ import tomli_w
 from ...config.fields import short_names, shown
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
+from ...sweeps.state import PlanFile
 from ..figures.sweep import exhibits, sharing_frame
 from ..load import NotAvailable, SweepReport
 from ..sweep_table import mean_and_sd
@@ -38,11 +38,11 @@ def sweep_page(sweep: SweepReport, beside: Path) -> Page:
 
 
 def _about(sweep: SweepReport) -> str:
-    plan, data = sweep.plan, (sweep.plan.get("base") or {}).get("data")
+    plan, data = sweep.plan, (sweep.plan.base or {}).get("data")
     name = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
-    seeds = plan.get("seeds") or []
-    what = f"space {plan['space']}{name}, {plan.get('search') or 'no'} search over {listed(sweep.swept) or 'nothing'}"
-    return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.get('scheduler') or 'fifo'}"
+    seeds = plan.seeds or []
+    what = f"space {plan.space}{name}, {plan.search or 'no'} search over {listed(sweep.swept) or 'nothing'}"
+    return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.scheduler or 'fifo'}"
 
 
 def _mean(point: Point, column: str) -> float | None:
@@ -82,7 +82,7 @@ def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) 
 def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
     ends = Counter(row["status"] for row in sweep.rows)
     told = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
-    seeds = f"{counted(len(sweep.plan.get('seeds') or [0]), 'seed')} each"
+    seeds = f"{counted(len(sweep.plan.seeds or [0]), 'seed')} each"
     cards = [
         Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", told or "none has ended"),
         Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
@@ -125,7 +125,7 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
 
 def _planned(sweep: SweepReport) -> str:
     """`` of 12`` where more are planned than have ended."""
-    points, seeds = sweep.plan.get("points"), sweep.plan.get("seeds")
+    points, seeds = sweep.plan.points, sweep.plan.seeds
     planned = len(points) * len(seeds) if points and seeds else 0
     return f" of {planned:,}" if planned > len(sweep.rows) else ""
 
@@ -200,10 +200,10 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
     return section
 
 
-def _compared(plan: Mapping[str, Any]) -> list[str]:
+def _compared(plan: PlanFile) -> list[str]:
     """What `mosaic compare` was asked to compare; empty for any other sweep."""
-    names, tried = ("method", "federation.optimiser"), plan.get("points") or []
-    if plan["space"] != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
+    names, tried = ("method", "federation.optimiser"), plan.points or []
+    if plan.space != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
         return []
     return ["+".join(point[name] for name in names if name in point) for point in tried]
 
@@ -211,20 +211,20 @@ def _compared(plan: Mapping[str, Any]) -> list[str]:
 def _reproduce(sweep: SweepReport) -> Section:
     plan = sweep.plan
     methods = _compared(plan)
-    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan["space"]]
+    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan.space]
     words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]
     for option in () if methods else ("search", "samples", "scheduler"):
-        if plan.get(option) is not None:
-            words += [f"--{option}", str(plan[option])]
-    if plan.get("seeds"):
-        words += ["--seeds", ",".join(map(str, plan["seeds"]))]
-    knobs = [f"{name}: {domain}" for name, domain in plan["knobs"].items()]
+        if (value := getattr(plan, option)) is not None:
+            words += [f"--{option}", str(value)]
+    if plan.seeds:
+        words += ["--seeds", ",".join(map(str, plan.seeds))]
+    knobs = [f"{name}: {domain}" for name, domain in plan.knobs.items()]
     if methods:
         knobs = [f"methods: {', '.join(methods)}"]
     texts = [Text("Command", shlex.join(words)), Text("Plan", "\n".join(knobs) or "points listed by the space")]
-    if isinstance(plan.get("base"), dict):
-        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan["base"]), folded=True))
+    if plan.base is not None:
+        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan.base), folded=True))
     lead = "With what all trials share saved as base.toml, this asks for the same trials."
-    if not methods and plan["space"] not in list_spaces():
+    if not methods and plan.space not in list_spaces():
         lead += " The space does not ship with the package: --space takes its path, or module:function."
     return Section("Reproduce", lead, texts=texts)
