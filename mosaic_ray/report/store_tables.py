@@ -13,22 +13,10 @@ from ..runs.provenance import UNNAMED
 from ..storage.gc import Entry, Garbage, Inventory, Plan, Verdict
 from ..storage.store import CHECKPOINTS, OBJECTS
 from .tables import _table
+from .text import counted, size
 
 #: Users of one result that are named; more are counted.
 MOST_USERS = 2
-
-
-def in_words(size: float) -> str:
-    """Bytes for a person, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number:,} {word}" + ("" if number == 1 else "s")
 
 
 # --- ls --------------------------------------------------------------------------------------------------------------
@@ -47,7 +35,7 @@ def listing(holdings: Inventory) -> list[RenderableType | str]:
         first = entries[0]
         name = first.key if len(entries) == 1 else f"{first.stage}-... ({len(entries)} of them)"
         when = datetime.fromtimestamp(max(entry.modified for entry in entries)).strftime("%Y-%m-%d %H:%M")
-        table.add_row(Text(name), in_words(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
+        table.add_row(Text(name), size(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
     return [table, "", _totals(holdings)] if rows else ["no results"]
 
 
@@ -66,7 +54,7 @@ def _totals(holdings: Inventory) -> str:
     idle = [entry for entry in results if entry.key not in used]
     runs = sum(owner.name.startswith("run ") for owner in holdings.owners)
     said = [
-        f"{_sum(results, 'result')}, used by {_count(runs, 'run')} and {_count(len(holdings.owners) - runs, 'trial')}"
+        f"{_sum(results, 'result')}, used by {counted(runs, 'run')} and {counted(len(holdings.owners) - runs, 'trial')}"
     ]
     if idle:
         said.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
@@ -76,7 +64,7 @@ def _totals(holdings: Inventory) -> str:
 
 
 def _sum(entries: Sequence[Entry], word: str) -> str:
-    return f"{_count(len(entries), word)}, {in_words(sum(entry.size for entry in entries))}"
+    return f"{counted(len(entries), word)}, {size(sum(entry.size for entry in entries))}"
 
 
 def listed(holdings: Inventory) -> dict[str, Any]:
@@ -108,9 +96,9 @@ def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
         table = _table(word, "size")
         table.add_column("why")
         for item in plan.free:
-            table.add_row(Text(f"{item.what} {item.name}"), in_words(item.size), Text(item.why))
+            table.add_row(Text(f"{item.what} {item.name}"), size(item.size), Text(item.why))
         parts += [table, ""]
-    parts.append(f"{word} {in_words(_bytes(plan.free))} in {_count(len(plan.free), 'place')}")
+    parts.append(f"{word} {size(_bytes(plan.free))} in {counted(len(plan.free), 'place')}")
     parts += [f"stays: {_sum(entries, 'result')}: {why}" for why, entries in _sorted(plan)]
     return parts
 
@@ -149,4 +137,4 @@ def verdict(found: Verdict) -> list[RenderableType | str]:
             table.add_row(Text(folder), Text(why))
         parts = [table, ""]
     bad = f"{len(found.damaged):,} damaged; a run that needs one computes it again" if found.damaged else "all sound"
-    return [*parts, f"{found.results:,} results and checkpoints, {in_words(found.size)} hashed: {bad}"]
+    return [*parts, f"{found.results:,} results and checkpoints, {size(found.size)} hashed: {bad}"]

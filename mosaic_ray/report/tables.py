@@ -14,8 +14,7 @@ from rich.text import Text
 from ..core.types import Finding
 from ..runs.plan import StageWork
 from ..runs.summary import CommunicationRecord, StageRecord, Summary
-
-MIB = 2**20
+from .text import size
 
 #: More classes than this, and the partition table names each client's largest classes instead.
 WIDEST_PARTITION = 10
@@ -92,12 +91,12 @@ def _seconds(value: float | None) -> str:
 
 
 def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
-    """MiB by kind, up from the clients and down to them."""
+    """Show bytes by kind, from the clients (uplink) and to them (downlink)."""
     up, down = moved.get("uplink", {}), moved.get("downlink", {})
-    table = _table("communication, MiB", "uplink", "downlink")
+    table = _table("communication", "uplink", "downlink")
     for kind in dict.fromkeys([*up, *down]):
-        table.add_row(Text(kind), _mib(up.get(kind, 0)), _mib(down.get(kind, 0)))
-    table.add_row("total", _mib(sum(up.values())), _mib(sum(down.values())), style="bold")
+        table.add_row(Text(kind), size(up.get(kind, 0)), size(down.get(kind, 0)))
+    table.add_row("total", size(sum(up.values())), size(sum(down.values())), style="bold")
     return table
 
 
@@ -106,11 +105,7 @@ def _comparison(record: CommunicationRecord) -> Text:
     words = [f"{100 * record.measured_over_predicted:.1f} % of what arithmetic predicts"]
     for name, ways in record.baselines.items():
         words.append(f"{record.total / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
-    return Text(f"{_mib(record.total)} MiB in all: {'; '.join(words)}")
-
-
-def _mib(count: int) -> str:
-    return "0" if not count else "<0.01" if count < MIB / 100 else f"{count / MIB:,.2f}"
+    return Text(f"{size(record.total)} in all: {'; '.join(words)}")
 
 
 def _health(findings: list[Finding]) -> list[RenderableType]:

@@ -13,10 +13,12 @@ from PIL import Image
 
 from mosaic_ray.config.resolve import resolve
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.report.figures.heatmap import default_name, heading, partition_heatmap, save_png
+from mosaic_ray.report.figures.heatmap import MOST_ROWS, default_name, heading, partition_heatmap, save_png
 
 #: The colours of a class that is all that its client holds, and of one that it has none of.
-WHOLE, NONE = (8, 29, 88), (255, 255, 255)
+WHOLE, NONE = (11, 44, 102), (254, 254, 254)
+#: The first colour, where cells are too many to be drawn one by one.
+WHOLE_OF_MANY = (64, 128, 208)
 
 
 def pixels(counts: np.ndarray, title: str = "a title", class_names: tuple[str, ...] = ()) -> np.ndarray:
@@ -36,7 +38,7 @@ def place(client: int, c: int, shape: tuple[int, int] = (4, 3)) -> np.ndarray:
     """Where the one cell stands that is not empty: its middle's row and column."""
     counts = np.zeros(shape, np.int64)
     counts[client, c] = 7
-    found = area(pixels(counts), WHOLE)
+    found = area(pixels(counts), WHOLE if shape[0] <= MOST_ROWS else WHOLE_OF_MANY)
     assert len(found), "the cell is there to be seen"
     return found.mean(axis=0)
 

@@ -198,6 +198,9 @@ def test_figures_show_their_frames(tmp_path):
     assert texts == {"8", "2", "9", "1", "3", "7"}
     assert [bar.get_height() for bar in teacher.synthetic_classes(run).axes[0].patches] == [0.6, 0.39, 0.01]
     assert [bar.get_width() for bar in data.coverage(run).axes[0].patches] == [0.25, 0.5, 0.75]
+    table, sizes = data.partition(run).axes
+    assert [text.get_text() for text in table.texts] == ["40", "3", "20", "20", "5", "30"]
+    assert [text.get_text() for text in sizes.texts] == ["43", "40", "35"]
     assert len(data.samples(run).axes) == len(data.progress(run).axes) == 3
 
 

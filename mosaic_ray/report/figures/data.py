@@ -13,8 +13,8 @@ from ...data.partition import skew
 from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
-from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers, skew_in_words
-from .style import axes, cells, colour, drawn
+from .heatmap import MOST_COLUMNS, MOST_ROWS, partition_figure, skew_in_words
+from .style import axes, colour, drawn
 
 #: Clients whose images are shown, and images of each.
 MOST_CLIENTS, MOST_SAMPLES = 12, 32
@@ -36,31 +36,9 @@ def partition_frame(run: RunReport) -> pd.DataFrame:
     return frame.assign(images=counts.sum(axis=1)).rename_axis("client")
 
 
-@drawn
 def partition(run: RunReport) -> Figure:
     """Who holds how many images of which class; colour is the share of the client's images."""
-    counts = _counts(run)
-    num_clients, num_classes = counts.shape
-    sizes = counts.sum(axis=1)
-    each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
-    width = 0.31 * num_classes if each else 4.2
-    height = 0.28 * num_clients if each else 4.0
-    figure = Figure((width + 1.45, height + 0.75), layout="constrained")
-    table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
-    cells(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None)
-    table.set(xlabel="class", ylabel="client")
-    table.set_xticks(_numbers(num_classes, MOST_COLUMNS))
-    table.set_yticks(_numbers(num_clients, MOST_ROWS))
-    bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
-    bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
-    bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
-    for client, count in enumerate(sizes if each else []):
-        bars.annotate(f"{count:,}", (count, client), xytext=(3, 0), textcoords="offset points", va="center", size=8)
-    bars.tick_params(axis="y", length=0, labelleft=False)
-    bars.spines["left"].set_visible(False)
-    bars.spines["bottom"].set_visible(False)
-    bars.grid(False)
-    return figure
+    return partition_figure(_counts(run))
 
 
 def _partition_words(run: RunReport) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a partition. Drawn by Agg through matplotlib's objects, so nothing global is touched."""
+"""Draw the heat map of a partition: clients by classes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
+from .style import cells, colour, drawn
 
 #: More rows or columns than this, and they are no longer named and counted one by one.
 MOST_ROWS, MOST_COLUMNS = 40, 20
-_INK = "#30343b"
-#: From a tint that is told from white (no sample at all) to nearly black.
-_SHADES = ListedColormap(colormaps["YlGnBu"](np.linspace(0.15, 1.0, 256)))
 
 
 def default_name(config: ExperimentConfig) -> str:
@@ -57,59 +53,58 @@ def save_png(place: str, picture: bytes) -> None:
         raise RequestError(f"--png {place}: {why}; name a file in a folder that can be written") from None
 
 
-def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
-    """``counts`` [clients, classes] as PNG: clients down, classes across.
+@drawn
+def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)) -> Figure:
+    """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
 
-    Colour is the share of the client's samples, on a root scale from 0 to 100 % that is the same in every picture;
-    white is none at all. Beside it stand the clients' sizes. ``class_names`` [C] are shown where there is room.
+    The colour is the share of the client's samples, on a root scale from 0 to 1 that is the same in every figure; a
+    class without samples stays blank. ``least``: the least width and height of the map [inches].
     """
-    counts = np.asarray(counts)
     num_clients, num_classes = counts.shape
     sizes = counts.sum(axis=1)
-    shares = counts / np.maximum(sizes, 1)[:, None]
-    width, height = np.clip(0.52 * num_classes, 4.2, 11.0), np.clip(0.3 * num_clients, 3.0, 10.0)
-    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, int(9 * (width + 3.4)))]
-    with style.context("default"), warnings.catch_warnings():
+    each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
+    width = max(0.31 * num_classes if each else 4.2, least[0])
+    height = max(0.28 * num_clients if each else 4.0, least[1])
+    figure = Figure((width + 1.45, height + 0.75), layout="constrained")
+    table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
+    cells(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None)
+    table.set(xlabel="class", ylabel="client")
+    table.set_xticks(_numbers(num_classes, MOST_COLUMNS))
+    table.set_yticks(_numbers(num_clients, MOST_ROWS))
+    bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
+    bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
+    bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
+    for client, count in enumerate(sizes if each else []):
+        bars.annotate(f"{count:,}", (count, client), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+    bars.tick_params(axis="y", length=0, labelleft=False)
+    bars.spines["left"].set_visible(False)
+    bars.spines["bottom"].set_visible(False)
+    bars.grid(False)
+    return figure
+
+
+@drawn
+def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
+    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] are shown where there is room."""
+    figure = partition_figure(np.asarray(counts), (4.2, 3.0))
+    _name_classes(figure.axes[0], np.shape(counts)[1], class_names)
+    text = f"{title}\ncolour: share of the client's images (root scale)"
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(13 * figure.get_figwidth()))]
+    figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
+    figure.suptitle("\n".join(lines), size=10)
+    FigureCanvasAgg(figure)
+    out = io.BytesIO()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
-        figure = Figure((width + 3.4, height + 1.2 + 0.2 * len(lines)), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 1.5))
-        image = cells.imshow(
-            np.ma.masked_equal(shares, 0.0),
-            aspect="auto", cmap=_SHADES, norm=PowerNorm(0.5, 0.0, 1.0),
-            interpolation="nearest" if num_clients <= 1000 else "auto",
-        )  # fmt: skip
-        edge = num_clients / 400  # or the frame would cover the first of a thousand clients
-        cells.set_ylim(num_clients - 0.5 + edge, -0.5 - edge)
-        _name(cells, num_clients, num_classes, class_names)
-        if num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS:
-            for client, c in zip(*np.nonzero(counts), strict=True):
-                ink = "white" if shares[client, c] > 0.25 else _INK
-                cells.text(c, client, str(counts[client, c]), ha="center", va="center", size=8, color=ink)
-        _sizes(bars, sizes)
-        bar = figure.colorbar(
-            image, ax=bars, ticks=[0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0], fraction=0.1, aspect=height / 0.16, pad=0.12
-        )
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        bar.set_label("share of the client's samples\n(white: none)")
-        figure.suptitle("\n".join(lines), size=11, parse_math=False)
-        out = io.BytesIO()
-        figure.savefig(out, format="png")
+        figure.savefig(out, format="png", dpi=min(300, 1800 / figure.get_figheight()))
     return out.getvalue()
 
 
-def _name(cells: Axes, num_clients: int, num_classes: int, class_names: Sequence[str]) -> None:
-    """Clients and classes by number, all of them where there is room, and then classes by name as well."""
-    cells.set_xlabel("class")
-    cells.set_ylabel("client")
-    cells.tick_params(length=0)
-    clients, classes = _numbers(num_clients, MOST_ROWS), _numbers(num_classes, MOST_COLUMNS)
-    cells.set_yticks(clients)
-    cells.set_xticks(classes)
-    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in classes]):
+def _name_classes(over: Axes, num_classes: int, class_names: Sequence[str]) -> None:
+    """Label few classes by name and number, unless their names are their numbers."""
+    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in range(num_classes)]):
         named = [f"{name if len(name) <= 20 else name[:19] + '…'} ({c})" for c, name in enumerate(class_names)]
-        slanted = {"rotation": 40, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
-        cells.set_xticks(classes, named, **slanted)
+        over.set_xticks(range(num_classes), named, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def _numbers(count: int, most: int) -> list[int]:
@@ -118,12 +113,3 @@ def _numbers(count: int, most: int) -> list[int]:
         return list(range(count))
     round_ones = MaxNLocator(10, steps=[1, 2, 5, 10], integer=True).tick_values(0, count - 1)
     return [int(number) for number in round_ones if 0 <= number < count]
-
-
-def _sizes(bars: Axes, sizes: np.ndarray) -> None:
-    """The clients' sizes as horizontal bars."""
-    bars.stairs(sizes, np.arange(len(sizes) + 1) - 0.5, orientation="horizontal", fill=True, color="#8a94a3")
-    bars.set_xlabel(f"samples\n(at least {sizes.min():,})")
-    bars.set_xticks([0, sizes.max()], ["0", f"{sizes.max():,}"])
-    bars.tick_params(axis="y", length=0, labelleft=False)
-    bars.spines[["top", "right"]].set_visible(False)

@@ -157,8 +157,8 @@ def cells(
 ) -> None:
     """``shares`` [rows, columns] in [0, 1] as a heat map with ``texts`` in the cells; zeros stay ``blank``.
 
-    Without ``texts`` (too many cells to be drawn one by one) one picture of one colour, as opaque as the share is high,
-    which fits a light and a dark page alike.
+    Without ``texts`` (too many cells to be drawn one by one) it is one image of one colour, more opaque for larger
+    shares, which fits a light and a dark page alike.
     """
     rows, columns = shares.shape
     over.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
@@ -168,7 +168,7 @@ def cells(
     if texts is None:
         picture = np.empty((rows, columns, 4), np.uint8)
         picture[..., :3] = (64, 128, 208)
-        picture[..., 3] = np.rint(255 * np.clip(shares, 0, 1) ** power)
+        picture[..., 3] = np.where(shares > 0, np.rint(30 + 225 * np.clip(shares, 0, 1) ** power), 0)
         over.imshow(picture, aspect="auto", interpolation="nearest" if rows <= 1000 else "auto")
         return
     for (row, column), step in np.ndenumerate(step_of(shares, power)):
