@@ -224,7 +224,7 @@ def _run_once(
     ctx.distil = lambda task, report: hosts.distil(task, report, train)
     boards = TensorBoardImages(tracker, config, dataset, ctx.results, ctx.generators)
     boards.begin()
-    tracker.between_stages = boards.catch_up
+    tracker.before_stage = boards.catch_up
     try:
         results = run_experiment(ctx)
         boards.catch_up()

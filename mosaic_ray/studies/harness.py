@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..pipeline.partition import Shards
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageResult, StageWriter, Store
-    from ..tracking.progress import Stage
+    from ..tracking.progress import StageProgress
     from ..tracking.tracker import Tracker
 
 #: One result row: names and plain values. ``Study.by`` and "seed" identify it; list values are per class.
@@ -108,7 +108,7 @@ def measured(
     name = study.replace("-", "_")
     common = {"seed": run.config.seed, "threads": run.config.runtime.driver_threads}
 
-    def work(writer: StageWriter, progress: Stage) -> dict[str, Any]:
+    def work(writer: StageWriter, progress: StageProgress) -> dict[str, Any]:
         rows, arrays = compute()
         writer.add("arrays", arrays)
         progress.advance()

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live row for each stage on a terminal, plain lines elsewhere."""
+"""Show a run's progress: a live row for each stage on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,33 +6,21 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-from .progress import Stage, clock
+from .progress import Display, StageProgress, clock
 
 _SECONDS_BETWEEN_LINES = 10.0
 _now = time.monotonic
 
 
-class Display(Protocol):
-    """What a person sees."""
-
-    def begin(self, stage: Stage) -> None: ...
-    def advance(self, stage: Stage) -> None: ...
-    def resume(self, stage: Stage) -> None: ...
-    def end(self, stage: Stage) -> None: ...
-    def cached(self, name: str) -> None: ...
-    def say(self, text: str, mark: str) -> None: ...
-    def close(self) -> None: ...
-
-
 class Quiet:
-    """Messages only."""
+    """Print messages only."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
-    def begin(self, stage: Stage) -> None:
+    def begin(self, stage: StageProgress) -> None:
         pass
 
     advance = resume = end = begin
@@ -49,31 +37,31 @@ class Quiet:
 
 
 class Lines(Quiet):
-    """A line when a stage begins, at its first advance, at each tenth or every ten seconds, and when it ends."""
+    """Print a line when a stage begins, at its first advance, at each tenth or every ten seconds, and when it ends."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self.tenth: dict[Stage, int] = {}  # of the line before; a stage is in it from its first advance on
+        self.tenth: dict[StageProgress, int] = {}  # tenth of the last line, from a stage's first advance on
         self.last = 0.0
 
-    def _line(self, stage: Stage, *words: str) -> None:
+    def _line(self, stage: StageProgress, *words: str) -> None:
         self.last = _now()
         self.say(f"{stage.name}: " + ", ".join(word for word in words if word), False)
 
-    def begin(self, stage: Stage) -> None:
+    def begin(self, stage: StageProgress) -> None:
         self._line(stage, "begins", "" if stage.total is None else stage.count)
 
-    def resume(self, stage: Stage) -> None:
+    def resume(self, stage: StageProgress) -> None:
         self._line(stage, f"resumed at {stage.count}")
 
-    def advance(self, stage: Stage) -> None:
+    def advance(self, stage: StageProgress) -> None:
         tenth = 0 if not stage.total else 10 * stage.done // stage.total
         if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < _SECONDS_BETWEEN_LINES:
             return
         self.tenth[stage] = tenth
         self._line(stage, stage.count, *stage.pace, stage.note)
 
-    def end(self, stage: Stage) -> None:
+    def end(self, stage: StageProgress) -> None:
         self._line(stage, f"{stage.state} after {stage.seconds:.1f} s")
 
     def cached(self, name: str) -> None:
@@ -81,7 +69,7 @@ class Lines(Quiet):
 
 
 class Live:
-    """A rich live view: a row for each stage, messages above them."""
+    """Draw a rich live view: a row for each stage, messages above them."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -90,7 +78,7 @@ class Live:
         from rich.text import Text
 
         class Row(ProgressColumn):
-            """``words`` of the row's stage."""
+            """Show the text that ``words`` makes of a row's stage."""
 
             def __init__(self, words: Callable[[Any], str], **layout: Any) -> None:
                 self.words = words
@@ -111,25 +99,25 @@ class Live:
             console=self.console,
             refresh_per_second=4,
             expand=True,
-            # a piped standard output is somebody's data: it must not be led to the terminal
+            # a piped standard output is data and must not go to the terminal
             redirect_stdout=sys.stdout.isatty(),
         )
-        self.tasks: dict[Stage, Any] = {}
+        self.tasks: dict[StageProgress, Any] = {}
 
-    def begin(self, stage: Stage) -> None:
+    def begin(self, stage: StageProgress) -> None:
         self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, row=stage)
         self.progress.start()
 
-    def advance(self, stage: Stage) -> None:
+    def advance(self, stage: StageProgress) -> None:
         self.progress.update(self.tasks[stage], completed=stage.done)
 
     resume = advance
 
-    def end(self, stage: Stage) -> None:
+    def end(self, stage: StageProgress) -> None:
         if stage.state == "done":
             self.progress.update(self.tasks[stage], total=max(stage.done, 1), completed=max(stage.done, 1))
         else:
-            self.progress.stop()  # whatever is printed about the failure finds a sane terminal
+            self.progress.stop()  # restores the terminal before the failure is printed
 
     def cached(self, name: str) -> None:
         self.progress.add_task(name, total=1, completed=1, row=name)
@@ -145,8 +133,8 @@ class Live:
         self.progress.stop()
 
 
-def _status(row: Stage | str) -> str:
-    """What stands behind a stage's bar; a cached stage is its name alone."""
+def _status(row: StageProgress | str) -> str:
+    """Return the text behind a stage's bar; a cached stage is given by its name."""
     if isinstance(row, str):
         return "cached"
     if row.state == "done":
@@ -156,11 +144,12 @@ def _status(row: Stage | str) -> str:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a live view can be drawn on ``stream``."""
+    """Return whether a live view can be drawn on ``stream``."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def display_on(stream: TextIO, progress: bool | None) -> Display:
+    """Return a display for ``stream``: live on a terminal, else lines; only messages where ``progress`` is False."""
     if progress is False:
         return Quiet(stream)
     if is_terminal(stream):

@@ -1,11 +1,11 @@
-"""The handle with which a stage reports its progress and its curves."""
+"""``StageProgress``: the handle with which a stage reports its progress and its curves."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,15 +20,38 @@ _now = time.monotonic
 
 
 def clock(seconds: float) -> str:
-    """``m:ss``, with hours in front where there are any."""
+    """Format ``seconds`` as ``m:ss``, or ``h:mm:ss`` from an hour on."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-class Stage:
-    """A stage under way; made by ``Tracker.stage`` and used in a ``with`` block."""
+class Display(Protocol):
+    """Shows stages and messages to the user (``console`` has the implementations)."""
 
-    def __init__(self, tracker: Any, name: str, total: int | None, unit: str) -> None:
+    def begin(self, stage: StageProgress) -> None: ...
+    def advance(self, stage: StageProgress) -> None: ...
+    def resume(self, stage: StageProgress) -> None: ...
+    def end(self, stage: StageProgress) -> None: ...
+    def cached(self, name: str) -> None: ...
+    def say(self, text: str, mark: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Output(Protocol):
+    """The part of ``tracker.Tracker`` that a stage writes to."""
+
+    display: Display
+
+    def scalar(self, stage: str, tag: str, step: int, value: float) -> Scalar: ...
+    def replay_scalars(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]: ...
+    def image(self, tag: str, step: int, array: np.ndarray) -> None: ...
+    def histogram(self, tag: str, step: int, values: np.ndarray) -> None: ...
+
+
+class StageProgress:
+    """A running stage; made by ``Tracker.stage`` and used in a ``with`` block."""
+
+    def __init__(self, tracker: Output, name: str, total: int | None, unit: str) -> None:
         self._tracker = tracker
         self.name, self.total, self.unit = name, total, unit
         self.recorded: list[Scalar] = []
@@ -37,9 +60,9 @@ class Stage:
         self.state = "running"  # then done or stopped
         self._begun, self._ended = _now(), math.nan
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> StageProgress:
         self._begun = _now()
-        self._tracker._display.begin(self)
+        self._tracker.display.begin(self)
         return self
 
     def __exit__(
@@ -47,48 +70,51 @@ class Stage:
     ) -> None:
         self._ended = _now()
         self.state = "done" if kind is None else "stopped"
-        self._tracker._display.end(self)
+        self._tracker.display.end(self)
 
     def scalar(self, tag: str, step: int, value: float) -> None:
-        """One point of the curve ``tag``."""
-        self.recorded.append(self._tracker._emit(self.name, tag, int(step), float(value)))
+        """Record one point of the curve ``tag``."""
+        self.recorded.append(self._tracker.scalar(self.name, tag, int(step), float(value)))
 
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
-        """An image uint8 [H, W] or [C, H, W] for TensorBoard."""
+        """Write an image uint8 [H, W] or [C, H, W] to TensorBoard."""
         self._tracker.image(tag, step, array)
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """A histogram of the finite ones of ``values`` (any shape) for TensorBoard."""
+        """Write a histogram of the finite ``values`` (any shape) to TensorBoard."""
         self._tracker.histogram(tag, step, values)
 
     def advance(self, n: int = 1, note: str = "") -> None:
-        """``n`` more units are done; ``note`` is a few words for the person who looks on, such as the loss."""
+        """Count ``n`` more finished units; ``note`` is shown beside them, such as the loss."""
         self.done += n
         self.note = note or self.note
-        self._tracker._display.advance(self)
+        self._tracker.display.advance(self)
 
     def resume(self, recorded: Sequence[Scalar], done: int) -> None:
-        """Go on from a checkpoint: its scalars are written out again and ``done`` units count as done."""
-        self.recorded += self._tracker._again(self.name, recorded)
+        """Continue from a checkpoint: write its scalars again and count ``done`` units as finished."""
+        self.recorded += self._tracker.replay_scalars(self.name, recorded)
         self.done = self.resumed_at = done
-        self._tracker._display.resume(self)
+        self._tracker.display.resume(self)
 
     @property
     def seconds(self) -> float:
-        """Since the stage began, until it ended."""
+        """Return the seconds since the stage began, until it ended."""
         return (_now() if math.isnan(self._ended) else self._ended) - self._begun
 
     @property
     def count(self) -> str:
-        """``round 3/10``, or ``round 3`` where the total is unknown."""
+        """Return ``round 3/10``, or ``round 3`` where the total is unknown."""
         return f"{self.unit} {self.done}" + ("" if self.total is None else f"/{self.total}")
 
     @property
     def pace(self) -> list[str]:
-        """Rate and time remaining, as far as they are known."""
+        """Return the rate and the remaining time, as far as they are known."""
         fresh, seconds = self.done - self.resumed_at, self.seconds
         if fresh <= 0 or seconds <= 0:
             return []
         rate = fresh / seconds
         words = [f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"]
         return words if self.total is None else [*words, f"{clock(max(0, self.total - self.done) / rate)} left"]
+
+
+Stage = StageProgress  # the name before; pipeline.context imports it

@@ -1,7 +1,7 @@
-"""Metrics out: JSON lines and TensorBoard in the run's folder, and the stages that a display shows (``displays``).
+"""``Tracker`` writes a run's metrics to JSON lines and TensorBoard, and its progress to a display (``console``).
 
-Every scalar of a stage is kept as well, so that the caller can store the curve with the stage's result and replay it
-when it is cached.
+A stage also keeps its scalars, so that the caller can store them with the stage's result and replay them when the
+result is found in the store.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import numpy as np
 
 from ..core.errors import RunError
 from .console import display_on
-from .progress import Scalar, Stage
+from .progress import Scalar, StageProgress
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 
 class Tracker:
-    """The run's one way out for metrics, images and messages; a context manager.
+    """Writes metrics, images and messages of one run; a context manager.
 
-    ``run_dir``: where metrics.jsonl and tensorboard/ are begun anew (a cached stage is replayed into them); None: no
-    files. ``progress``: False shows messages only. ``stream``: None means standard error. ``on_metric(tag, step,
-    value)`` is called for every scalar, replayed ones too, ``on_stage(name)`` when a stage begins or is found cached.
-    Before that, ``between_stages()`` may be set to show what has been stored so far, and TensorBoard's file is brought
-    up to date; within a stage that happens every ten seconds.
+    ``run_dir``: the folder in which metrics.jsonl and tensorboard/ are written anew (cached stages are replayed into
+    them); None: no files. ``progress``: False shows messages only. ``stream``: None means standard error.
+    ``on_metric(tag, step, value)`` is called for every scalar, replayed ones too, ``on_stage(name)`` when a stage
+    begins or is found cached. Before that the tracker calls ``before_stage()``, which a caller may set, and flushes
+    TensorBoard's file; within a stage it is flushed every ten seconds.
     """
 
-    between_stages: Callable[[], None] = staticmethod(lambda: None)
+    before_stage: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self,
@@ -53,11 +53,11 @@ class Tracker:
         if run_dir is not None:
             with self._writing():
                 self._open(run_dir, tensorboard)
-        self._display = display_on(sys.stderr if stream is None else stream, progress)
+        self.display = display_on(sys.stderr if stream is None else stream, progress)
 
     def _open(self, run_dir: Path, tensorboard: bool) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        # line-buffered: each metric can be read the moment it is known, and is one write
+        # line-buffered: each metric is one write and can be read at once
         self._lines = open(run_dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (close closes it)
         shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
         if tensorboard:
@@ -71,13 +71,13 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # an error on its way out is the one to tell, not that the last metrics could not be flushed
+        # an error in the block matters more than a failure to flush the last metrics
         with contextlib.suppress(RunError) if kind else contextlib.nullcontext():
             self.close()
 
     def close(self) -> None:
-        """Stop the view and finish the files; again is harmless."""
-        self._display.close()
+        """Stop the display and close the files; a second call does nothing."""
+        self.display.close()
         lines, board, self._lines, self._board = self._lines, self._board, None, None
         with self._writing():
             if lines:
@@ -85,19 +85,19 @@ class Tracker:
             if board:
                 board.close()
 
-    def stage(self, name: str, total: int | None = None, unit: str = "round") -> Stage:
-        """A stage of ``total`` units (None: unknown), to be used in a ``with`` block."""
+    def stage(self, name: str, total: int | None = None, unit: str = "round") -> StageProgress:
+        """Begin a stage of ``total`` units (None: unknown), in a ``with`` block."""
         self._enter(name)
-        return Stage(self, name, total, unit)
+        return StageProgress(self, name, total, unit)
 
     def replay(self, stage_name: str, recorded: Sequence[Scalar]) -> None:
-        """A cached stage: its scalars are written out again, and it is shown as cached."""
+        """Write the scalars of a cached stage again, and show it as cached."""
         self._enter(stage_name)
-        self._again(stage_name, recorded)
-        self._display.cached(stage_name)
+        self.replay_scalars(stage_name, recorded)
+        self.display.cached(stage_name)
 
     def _enter(self, stage_name: str) -> None:
-        self.between_stages()
+        self.before_stage()
         if self._board:
             with self._writing():
                 self._board.flush()
@@ -105,50 +105,47 @@ class Tracker:
 
     @property
     def draws(self) -> bool:
-        """Whether images, histograms and texts go anywhere."""
+        """Return whether images, histograms and texts are written."""
         return self._board is not None
 
-    def scalar(self, stage: str, tag: str, step: int, value: float) -> None:
-        """A scalar that no open stage records (a client's curve, kept with that client's result)."""
-        self._emit(stage, tag, step, value)
-
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
-        """An image uint8 [H, W] or [C, H, W] for TensorBoard."""
+        """Write an image uint8 [H, W] or [C, H, W] to TensorBoard."""
         if self._board:
             with self._writing():
                 self._board.add_image(tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """A histogram of the finite ones of ``values`` (any shape) for TensorBoard."""
+        """Write a histogram of the finite ``values`` (any shape) to TensorBoard."""
         if self._board and (finite := np.asarray(values)[np.isfinite(values)]).size:
             with self._writing():
                 self._board.add_histogram(tag, finite, step)
 
     def text(self, tag: str, markdown: str) -> None:
-        """A text for TensorBoard."""
+        """Write a text to TensorBoard."""
         if self._board:
             with self._writing():
                 self._board.add_text(tag, markdown)
 
     def layout(self, charts: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
-        """TensorBoard's page of curves that stand together: category -> title -> [kind, tags]."""
+        """Set TensorBoard's page of combined charts: category -> title -> [kind, tags]."""
         if self._board:
             with self._writing():
                 self._board.add_custom_scalars(charts)
 
     def say(self, text: str) -> None:
-        """A line for the person who looks on."""
-        self._display.say(text, "")
+        """Print a line."""
+        self.display.say(text, "")
 
     def warn(self, text: str, severity: str = "warning") -> None:
-        """A line that asks for attention, marked by its ``severity``: warning or error."""
-        self._display.say(text, severity)
+        """Print a line that is marked by its ``severity``: warning or error."""
+        self.display.say(text, severity)
 
-    def _again(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]:
-        return [self._emit(stage, tag, step, math.nan if value is None else value) for tag, step, value in recorded]
+    def replay_scalars(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]:
+        """Write recorded scalars again, and return them."""
+        return [self.scalar(stage, tag, step, math.nan if value is None else value) for tag, step, value in recorded]
 
-    def _emit(self, stage: str, tag: str, step: int, value: float) -> Scalar:
-        """Write one scalar everywhere; returns it as it is recorded."""
+    def scalar(self, stage: str, tag: str, step: int, value: float) -> Scalar:
+        """Write one scalar to all files and to ``on_metric``; return it as it is recorded."""
         kept = value if math.isfinite(value) else None
         with self._writing():
             if self._lines:

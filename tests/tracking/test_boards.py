@@ -145,7 +145,7 @@ def test_what_a_stage_stored_is_shown_when_the_next_begins_and_only_once(tmp_pat
     with Tracker(tmp_path, progress=False) as tracker:
         boards = TensorBoardImages(tracker, TINY, stripes_dataset(), results, {})
         boards.begin()
-        tracker.between_stages = boards.catch_up
+        tracker.before_stage = boards.catch_up
         tracker.replay("partition", [])
         assert "partition/label_counts" not in shown(tmp_path)["images"]
         results["partition"] = result

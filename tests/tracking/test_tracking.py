@@ -274,7 +274,7 @@ def refreshed(tracker: Tracker, stream: Terminal) -> str:
 
     stream.truncate(0)
     stream.seek(0)
-    tracker._display.progress.refresh()  # type: ignore[attr-defined]
+    tracker.display.progress.refresh()  # type: ignore[attr-defined]
     return Text.from_ansi(stream.getvalue()).plain
 
 
