@@ -34,10 +34,10 @@ print(run.metrics.groupby(["stage", "tag"])["value"].agg(["count", "last"]))
 # %% One curve, as a series by round
 print(run.curve("warmup/accuracy"))
 
-# %% Who holds what: clients by classes
+# %% Images by client and class
 print(run.label_counts)
 
-# %% Arrays come from the store when they are asked for; Absent says why one is not there
+# %% Arrays are read from the store on demand; NotAvailable gives the reason where one is missing
 from mosaic_ray.report.load import NotAvailable  # noqa: E402 (a notebook imports where it needs)
 
 print(run.confusion("final"))

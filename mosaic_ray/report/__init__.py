@@ -1,1 +1,1 @@
-"""What a person looks at. Everything here reads plain facts (a summary, counts) and computes no experiment."""
+"""Reports, figures and tables about runs, sweeps and the store. Nothing here computes an experiment."""

@@ -18,9 +18,9 @@ class Run(RunReport):
 
     def plot(self, name: str, **options: Any) -> Figure:
         """Draw the figure ``name``, such as ``rounds``; ``NotAvailable`` where this run lacks its data."""
-        from .figures.run import FIGURES
+        from .figures.run import PLOTS
 
-        return _named(FIGURES, name)(self, **options)
+        return _named(PLOTS, name)(self, **options)
 
 
 class Sweep(SweepReport):
@@ -32,9 +32,9 @@ class Sweep(SweepReport):
 
     def plot(self, name: str, **options: Any) -> Figure:
         """Draw the figure ``name``, such as ``ladder``; ``response`` takes ``knob=``."""
-        from .figures.sweep import FIGURES
+        from .figures.sweep import PLOTS
 
-        return _named(FIGURES, name)(self, **options)
+        return _named(PLOTS, name)(self, **options)
 
 
 def load_run(path: str | Path) -> Run:

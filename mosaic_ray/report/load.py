@@ -1,4 +1,4 @@
-"""Runs and sweeps that lie on disk, for a notebook and for the report. Read only; nothing here runs what it reads."""
+"""Read runs and sweeps from disk, for a notebook and for the report. Nothing is written or executed."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _METRIC = {"stage": str, "tag": str, "step": int, "value": (int, float, type(Non
 
 
 class NotAvailable(LookupError):
-    """Something that this run or sweep does not have; the message says why, in words for a reader."""
+    """Raised for data that a run or sweep does not have; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run, or a sweep's trial, as far as it got.
+    """A run or a trial of a sweep, which may be unfinished.
 
     ``summary`` is the content of summary.json (empty before there is one), ``config`` the knobs by section, ``metrics``
     a frame [stage, tag, step, value], ``label_counts`` int64 [clients, classes] or None, ``command`` the command line.
@@ -56,7 +56,7 @@ class RunReport:
 
     @property
     def status(self) -> str:
-        """done, failed, stopped (by a sweep's scheduler) or unfinished."""
+        """Return done, failed, stopped (by a sweep's scheduler) or unfinished."""
         return self.summary.status or "unfinished"
 
     @property
@@ -64,41 +64,41 @@ class RunReport:
         return None if self.label_counts is None else self.label_counts.shape[1]
 
     def accuracy(self, role: str) -> float | None:
-        """Test accuracy of a role's model in [0, 1]: initial, teacher, distilled, final or control."""
+        """Return the test accuracy in [0, 1] of a role's model: initial, teacher, distilled, final or control."""
         return (self.summary.accuracy or {}).get(role)
 
     @property
     def gain(self) -> float | None:
-        """Final over control, in [-1, 1]."""
+        """Return the final model's accuracy minus the control's, in [-1, 1]."""
         final, control = self.accuracy("final"), self.accuracy("control")
         return None if final is None or control is None else final - control
 
     def knob(self, name: str) -> Any:
-        """A knob's value by its dotted name; None where the configuration does not tell."""
+        """Return a knob's value by its dotted name; None where the configuration lacks it."""
         return dotted(self.config).get(name)
 
     def curve(self, tag: str) -> pd.Series:
-        """The values of one metric by step, those that are not numbers left out."""
+        """Return the values of one metric by step, without those that are not numbers."""
         rows = self.metrics[self.metrics["tag"] == tag]
         return pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(), name=tag).dropna()
 
     def result(self, stage: str) -> StageResult:
-        """What the store holds of a stage."""
+        """Return the stored result of a stage."""
         stages = self.summary.stages or {}
         if stage not in stages:
             raise NotAvailable(f"this run has no finished stage {stage}")
         return self._stored(stages[stage].key)
 
     def figures(self, stage: str) -> dict[str, Any]:
-        """The numbers that a stage keeps about itself."""
+        """Return the metrics that a stage stored with its result."""
         return self.result(stage).facts.get("figures") or {}
 
     def arrays(self, stage: str, part: str) -> Weights:
-        """The arrays of one part of a stage's result."""
+        """Return the arrays of one part of a stage's result."""
         return _load(self.result(stage), part)
 
     def confusion(self, role: str, split: str = "test") -> np.ndarray:
-        """int64 [classes, classes]: images by true class (rows) and predicted class."""
+        """Return int64 [classes, classes]: images by true class (rows) and predicted class."""
         tables = self.arrays("evaluate", "confusion")
         if f"{role}/{split}" not in tables:
             raise NotAvailable(f"nothing was evaluated as {role} on {split} images")
@@ -108,7 +108,7 @@ class RunReport:
         return table
 
     def diagnostic(self, stage: str, name: str, ndim: int) -> np.ndarray:
-        """One array of a stage's part "diagnostics"."""
+        """Return one array of a stage's part "diagnostics"."""
         arrays = self.arrays(stage, "diagnostics")
         if name not in arrays or arrays[name].ndim != ndim:
             raise NotAvailable(f"stage {stage} kept no {name.replace('_', ' ')}")
@@ -116,7 +116,7 @@ class RunReport:
 
     @cached_property
     def generators(self) -> dict[int, StageResult]:
-        """Client -> its generator's stored result; without clients that were left out or whose result is gone."""
+        """Return client -> its generator's stored result, without failed clients and lost results."""
         stages = self.summary.stages or {}
         if "generators" not in stages:
             raise NotAvailable("this run trained no generators")
@@ -141,11 +141,11 @@ class RunReport:
         raise NotAvailable(why)
 
     def samples(self) -> dict[int, np.ndarray]:
-        """Client -> synthetic images uint8 [N, C, H, W] of its generator."""
+        """Return client -> synthetic images uint8 [N, C, H, W] of its generator."""
         return {k: _images(_load(made, "samples"), 4) for k, made in self.generators.items()}
 
     def progress(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-        """Client -> (steps int64 [T], synthetic images uint8 [T, M, C, H, W] of the same latents at each)."""
+        """Return client -> (steps int64 [T], synthetic images uint8 [T, M, C, H, W] of the same latents at each)."""
         found = {}
         for client_id, made in self.generators.items():
             arrays = _load(made, "progress")
@@ -156,7 +156,7 @@ class RunReport:
         return found
 
     def _stored(self, key: str) -> StageResult:
-        # not ``Store.get``, which removes what is damaged
+        # not ``Store.get``, which removes damaged results
         if self.store is None:
             raise NotAvailable("there is no store beside this folder; stage results were not copied along")
         if not _KEY.fullmatch(key):
@@ -172,10 +172,10 @@ class RunReport:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A sweep as far as it got: ``results`` has a row a trial (``sweeps.results.SCHEMA``), ``plan`` is plan.json.
+    """A sweep, which may be unfinished: ``results`` has a row per trial (``sweeps.results.SCHEMA``).
 
-    ``swept``: dotted names of the knobs that the plan varies; ``conditions``: those of them that set the problem,
-    within whose values configurations compete.
+    ``swept``: dotted names of the knobs that the plan varies; ``conditions``: those among them that define the
+    problem. Configurations are compared within each value of the conditions.
     """
 
     folder: Path
@@ -191,16 +191,16 @@ class SweepReport:
 
     @cached_property
     def varying(self) -> tuple[str, ...]:
-        """Those of ``swept`` that took more than one value."""
+        """Return the knobs of ``swept`` that took more than one value."""
         return tuple(name for name in self.swept if len({row[name] for row in self.rows}) > 1)
 
     @cached_property
     def done(self) -> pd.DataFrame:
-        """The rows of finished trials."""
+        """Return the rows of finished trials."""
         return self.results[self.results["status"] == "done"]
 
     def best(self) -> list[tuple[str, list[str], list[list[dict[str, Any]]]]]:
-        """(what it is under, knobs to show, configurations as their finished trials' rows, best first) by condition."""
+        """Return (title, knobs to show, configurations as rows of their finished trials, best first) by condition."""
         return best_sections(self.rows, self.conditions, self.swept)
 
     def trial_folder(self, name: str) -> Path:
@@ -235,9 +235,9 @@ def _images(arrays: Weights, ndim: int) -> np.ndarray:
 
 
 def find(path: str | Path) -> tuple[str, Path]:
-    """("run" or "sweep", its folder) that ``path`` means; ``RequestError`` otherwise.
+    """Return "run" or "sweep", and its folder; ``RequestError`` where ``path`` is neither.
 
-    A run's or a sweep's folder, a trial's, or a storage that holds exactly one run or sweep.
+    ``path``: the folder of a run, a trial or a sweep, or a storage that holds exactly one run or sweep.
     """
     if "://" in str(path):
         raise RequestError(f"{path}: a report is made from files on a disk; copy the run's folder here first")
@@ -248,7 +248,7 @@ def find(path: str | Path) -> tuple[str, Path]:
         return "sweep", folder
     if any((folder / name).is_file() for name in ("summary.json", "config.toml", "metrics.jsonl")):
         return "run", folder
-    held = [found for room in ("runs", "sweeps") for found in sorted((folder / room).glob("*")) if found.is_dir()]
+    held = [found for kind in ("runs", "sweeps") for found in sorted((folder / kind).glob("*")) if found.is_dir()]
     if len(held) == 1:
         return find(held[0])
     if held:
@@ -302,7 +302,7 @@ def _checked(kind: type[T], content: dict[str, Any], path: Path) -> T:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file's object; nothing where there is no file."""
+    """Return a file's object; an empty one where there is no file."""
     text = read_text(path)
     try:
         found = {} if text is None else json.loads(text)
@@ -325,7 +325,7 @@ def read_text(path: Path) -> str | None:
 
 
 def _metrics(path: Path) -> pd.DataFrame:
-    """metrics.jsonl as a frame; its last line may be half written, by a run at work or one that was killed."""
+    """Return metrics.jsonl as a frame; its last line may be incomplete in a running or killed run."""
     lines = (read_text(path) or "").splitlines()
     rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -343,7 +343,7 @@ def _metrics(path: Path) -> pd.DataFrame:
 
 
 def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
-    """Of summary.json, else of label_counts.json."""
+    """Return the label counts of summary.json, else of label_counts.json."""
     rows = summary.label_counts or _json(folder / "label_counts.json").get("label_counts")
     if rows is None:
         return None
@@ -357,7 +357,7 @@ def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
 
 
 def _store_of(folder: Path) -> Store | None:
-    """The storage that a run's or a trial's folder lies in."""
+    """Return the storage that holds a run's or a trial's folder."""
     for above in list(folder.parents)[:4]:
         if (above / OBJECTS).is_dir():
             return Store(above, create=False)

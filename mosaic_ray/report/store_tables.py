@@ -1,4 +1,4 @@
-"""What `mosaic store` says: tables for a terminal, and the same as JSON."""
+"""Build the output of `mosaic store`: tables for a terminal, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..storage.store import CHECKPOINTS, OBJECTS
 from .tables import _table
 from .text import counted, size
 
-#: Users of one result that are named; more are counted.
+#: Most users of a result that are named; the others are counted.
 MOST_USERS = 2
 
 
@@ -23,7 +23,7 @@ MOST_USERS = 2
 
 
 def listing(holdings: Inventory) -> list[RenderableType | str]:
-    """Every result: when it was stored, its size, who uses it. A run's per-client results share a row."""
+    """List every result with its time, size and users. A run's per-client results share a row."""
     users = holdings.used_by()
     rows: dict[Any, list[Entry]] = {}
     for entry in holdings.entries:
@@ -53,14 +53,14 @@ def _totals(holdings: Inventory) -> str:
     used, results, checkpoints = holdings.used_by(), holdings.of(OBJECTS), holdings.of(CHECKPOINTS)
     idle = [entry for entry in results if entry.key not in used]
     runs = sum(owner.name.startswith("run ") for owner in holdings.owners)
-    said = [
+    parts = [
         f"{_sum(results, 'result')}, used by {counted(runs, 'run')} and {counted(len(holdings.owners) - runs, 'trial')}"
     ]
     if idle:
-        said.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
+        parts.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
     if checkpoints:
-        said.append(_sum(checkpoints, "checkpoint"))
-    return "; ".join(said)
+        parts.append(_sum(checkpoints, "checkpoint"))
+    return "; ".join(parts)
 
 
 def _sum(entries: Sequence[Entry], word: str) -> str:
@@ -68,7 +68,7 @@ def _sum(entries: Sequence[Entry], word: str) -> str:
 
 
 def listed(holdings: Inventory) -> dict[str, Any]:
-    """For ``--json``: every key by itself."""
+    """Return the content of ``--json``, with every key in its own entry."""
     users = holdings.used_by()
     return {
         "results": [_facts(entry) | {"used_by": users.get(entry.key, [])} for entry in holdings.of(OBJECTS)],
@@ -89,7 +89,7 @@ def _facts(entry: Entry) -> dict[str, Any]:
 
 
 def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
-    """What went, or would go, and what stays for now."""
+    """List the freed results (those to free, with ``dry_run``), and those that stay."""
     word = "would free" if dry_run else "freed"
     parts: list[RenderableType | str] = []
     if plan.free:
@@ -112,7 +112,7 @@ def _sorted(plan: Plan) -> list[tuple[str, list[Entry]]]:
 
 
 def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
-    """For ``--json``."""
+    """Return the content of ``--json``."""
     return {
         "dry_run": dry_run,
         "freed": [{"what": x.what, "name": x.name, "bytes": x.size, "why": x.why} for x in plan.free],
@@ -128,7 +128,7 @@ def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
 
 
 def verdict(found: Verdict) -> list[RenderableType | str]:
-    """What is damaged, and how much was looked at."""
+    """List the damaged results, and count all that were checked."""
     parts: list[RenderableType | str] = []
     if found.damaged:
         table = _table("damaged")

@@ -1,4 +1,4 @@
-"""The closing table of a sweep and its best points."""
+"""Print the closing table of a sweep, with its best configurations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..core.types import STAGES
 from ..sweeps.results import Point, Row, TrialResult, _rows
 from .tables import MOST_FINDINGS, _places, _seconds, _table
 
-#: More configurations than this in a section of the closing table are left to results.csv.
+#: Most configurations in a section of the closing table; results.csv has all.
 MOST_POINTS = 10
 
 
@@ -28,10 +28,10 @@ MOST_POINTS = 10
 def sweep_table(
     results: Iterable[TrialResult], conditions: Sequence[str], swept: Sequence[str], folder: str | None = None
 ) -> RenderableType:
-    """The best configurations under each of the ``conditions``, what trials shared, what failed, where the files are.
+    """Show the best configurations under each condition, the shared stages, the failures and the places of the files.
 
-    ``swept``: dotted names of the knobs that differ; those that are ``conditions`` (omega) describe the problem, so
-    that the others are compared within each of their values. ``folder``: the sweep's, for ``tensorboard --logdir``.
+    ``swept``: dotted names of the knobs that differ; ``conditions`` (such as omega) are those among them that define
+    the problem: the others are compared within each of their values. ``folder``: the sweep's, for TensorBoard.
     Print it with ``crop=False``: paths are never broken.
     """
     return _SweepTable(_rows(results), tuple(conditions), tuple(name for name in swept if name != "seed"), folder)
@@ -40,7 +40,7 @@ def sweep_table(
 def best_sections(
     rows: list[Row], conditions: Sequence[str], swept: Sequence[str]
 ) -> list[tuple[str, list[str], list[Point]]]:
-    """Of each set of conditions: what it is, the knobs to show, the finished configurations best first."""
+    """Return for each set of conditions: title, knobs to show, finished configurations with the best first."""
     finished: dict[int, Point] = {}
     for row in rows:
         if row["status"] == "done":
@@ -50,13 +50,13 @@ def best_sections(
 
 
 def mean_and_sd(point: Point, column: str, sign: str = "") -> str:
-    """Mean and sample standard deviation of ``column`` over a configuration's trials, in percent."""
+    """Format mean and sample standard deviation of ``column`` over a configuration's trials, in percent."""
     return _Layout(len(point), "± ", 0)._spread(point, column, sign)
 
 
 @dataclass(frozen=True)
 class _SweepTable:
-    """Laid out when it is printed: only then are the width and the alphabet known."""
+    """The table, laid out when it is printed, since only then the width and the character set are known."""
 
     rows: list[Row]
     conditions: tuple[str, ...]
@@ -69,8 +69,8 @@ class _SweepTable:
             finished[row["point"]] += [row] if row["status"] == "done" else []
         ends = Counter(row["status"] for row in self.rows)
         words = {"done": "done", "stopped": "stopped early", "failed": "failed"}
-        told = ", ".join(f"{ends[status]} {word}" for status, word in words.items() if ends[status]) or "none ended"
-        yield Text(f"configurations {len(finished)}, trials {len(self.rows)}: {told}")
+        counts = ", ".join(f"{ends[status]} {word}" for status, word in words.items() if ends[status]) or "none ended"
+        yield Text(f"configurations {len(finished)}, trials {len(self.rows)}: {counts}")
         if points := [point for point in finished.values() if point]:
             sign = "+-" if options.ascii_only else "±"
             layout = _Layout(max(map(len, points)), sign, options.max_width)
@@ -86,7 +86,7 @@ class _SweepTable:
             yield from ("", *_places({"run": self.folder, "tensorboard": self.folder}))
 
     def _sections(self, points: list[Point]) -> Iterator[tuple[str, list[str], list[Point]]]:
-        """Title, the knobs to show and the points, best first, of each set of conditions."""
+        """Yield title, knobs to show and points, best first, for each set of conditions."""
         if set(self.swept) <= set(self.conditions):
             yield "in order: under each condition there is one configuration", list(self.swept), points
             return
@@ -101,7 +101,7 @@ class _SweepTable:
 
 
 def _ordered(points: list[Point]) -> tuple[list[Point], str]:
-    """Best first by mean selection, and by what; in their order where that does not compare them all."""
+    """Sort by mean selection, best first, and return the metric; keep the order where values cannot be compared."""
     rows = [row for point in points for row in point]
     metrics = {row["selection_metric"] for row in rows}
     if any(row["selection"] is None for row in rows):
@@ -114,14 +114,14 @@ def _ordered(points: list[Point]) -> tuple[list[Point], str]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """``seeds``: of the points where most finished; ``deviation``: the sign before one; ``width`` in characters."""
+    """``seeds``: most finished trials of a point; ``deviation``: sign before a deviation; ``width`` [characters]."""
 
     seeds: int
     deviation: str
     width: int
 
     def section(self, points: list[Point], knobs: list[str]) -> Iterator[RenderableType]:
-        """The first of ``points``; a column for each of the ``knobs`` where they fit, else all in one."""
+        """Yield a table of the first ``points``: a column for each of the ``knobs`` where they fit, else one column."""
         first = points[:MOST_POINTS]
         names = [point[0]["trial"].rpartition("s")[0] for point in first]
         fewer = [f"{name} {len(point)}" for name, point in zip(names, first, strict=True) if len(point) < self.seeds]
@@ -137,10 +137,10 @@ class _Layout:
         widths = [max(map(len, [head, *cells])) for head, cells in [("point", names), *columns.items()]]
         if sum(widths) + 2 * len(columns) > self.width:
             common = _common(points, knobs)
-            told = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in first]
-            columns = reached | {"configuration": [_knobs(values, short) or "-" for values in told]}
+            values = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in first]
+            columns = reached | {"configuration": [_knobs(row, short) or "-" for row in values]}
             if common:
-                yield Text(f"where nothing else is said: {_knobs(common, short)}")
+                yield Text(f"unless noted otherwise: {_knobs(common, short)}")
         table = _table("point", *columns)
         if "configuration" in columns:
             table.columns[-1].justify = "left"
@@ -153,7 +153,7 @@ class _Layout:
             yield Text(f"and {len(points) - MOST_POINTS} more in results.csv")
 
     def _spread(self, point: Point, column: str, sign: str = "") -> str:
-        """Mean and sample standard deviation over the point's seeds, in percent."""
+        """Format mean and sample standard deviation over the point's seeds, in percent."""
         values = [100 * row[column] for row in point if row[column] is not None]
         if not values:
             return "-"
@@ -165,13 +165,13 @@ def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:
 
 
 def _common(points: list[Point], knobs: Sequence[str]) -> dict[str, Any]:
-    """Values that more than three quarters of the points share, as in an ablation."""
+    """Return the values that more than three quarters of the points share, as in an ablation."""
     most = {knob: Counter(point[0][knob] for point in points).most_common(1)[0] for knob in knobs}
     return {knob: value for knob, (value, count) in most.items() if 4 * count > 3 * len(points)}
 
 
 def _shared(rows: list[Row]) -> Table:
-    """How often each stage was computed and how often it was found, and what that cost and spared."""
+    """Count how often each stage was computed and found, with the seconds spent and saved."""
     table = _table("stage", "computed", "found", "seconds spent", "seconds saved")
     for stage in STAGES:
         cost: dict[bool, list[float]] = {False: [], True: []}

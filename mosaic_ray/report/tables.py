@@ -1,4 +1,4 @@
-"""Tables for a terminal, made of plain facts. They read well at 80 columns, and without colour."""
+"""Build tables for a terminal of 80 columns or more, with or without colour."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..runs.plan import StageWork
 from ..runs.summary import CommunicationRecord, StageRecord, Summary
 from .text import size
 
-#: More classes than this, and the partition table names each client's largest classes instead.
+#: With more classes than this, the partition table has each client's largest classes only.
 WIDEST_PARTITION = 10
 
-#: More findings than this are left to summary.json.
+#: Most findings in the closing table; summary.json has all.
 MOST_FINDINGS = 12
 
 SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def _table(first: str, *columns: str, gap: int = 2) -> Table:
-    """A table with a rule under its head, ``gap`` spaces apart; names first, then numbers."""
+    """Return an empty table with a column of names, then of numbers, ``gap`` spaces apart."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1))
     table.add_column(Text(first), no_wrap=True)
     for column in columns:
-        table.add_column(Text(column), justify="right", overflow="fold")  # a digit lost would be a lie
+        table.add_column(Text(column), justify="right", overflow="fold")  # never lose a digit
     return table
 
 
@@ -56,7 +56,7 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
 
 
 def _accuracy(summary: Summary) -> Table:
-    """Accuracies in percent; the gain is ``final`` over ``control``, in points."""
+    """Show accuracies in percent; the gain is final minus control, in points."""
     values = summary.accuracy or {}
     optimiser = (summary.config or {}).get("federation", {}).get("optimiser", "fedavg")
     optimiser = {"fedavg": "FedAvg"}.get(optimiser, optimiser)
@@ -101,7 +101,7 @@ def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
 
 
 def _comparison(record: CommunicationRecord) -> Text:
-    """Compare all bytes with the predicted ones, and with those of FedAvg and FedRolex in the same rounds."""
+    """Compare all bytes with the predicted ones, and with the bytes of FedAvg and FedRolex in the same rounds."""
     words = [f"{100 * record.measured_over_predicted:.1f} % of what arithmetic predicts"]
     for name, ways in record.baselines.items():
         words.append(f"{record.total / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
@@ -109,7 +109,7 @@ def _comparison(record: CommunicationRecord) -> Text:
 
 
 def _health(findings: list[Finding]) -> list[RenderableType]:
-    """Findings, the worst first; advice stands with the first of its kind."""
+    """Show findings, the worst first; each advice only once."""
     findings = sorted(findings, key=lambda finding: list(SEVERITIES).index(finding.severity))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for column in ("health", "where", ""):
@@ -136,7 +136,7 @@ def _places(paths: Mapping[str, str]) -> list[Text]:
 
 
 def partition_table(counts: np.ndarray) -> RenderableType:
-    """``counts`` [clients, classes]: samples by client and class, or each client's largest classes where many."""
+    """Show ``counts`` [clients, classes] as a table; for many classes only each client's largest ones."""
     counts = np.asarray(counts)
     num_clients, num_classes = counts.shape
     sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
@@ -160,7 +160,7 @@ def partition_table(counts: np.ndarray) -> RenderableType:
 
 
 def work_table(rows: Sequence[StageWork]) -> RenderableType:
-    """Per stage: the results that trials ask for, the distinct ones that are computed, and what they take."""
+    """Show by stage the results that trials need, the distinct ones to compute, and their work."""
     table = _table("stage", "asked for", "computed", "work")
     for row in rows:
         amounts = ", ".join(f"{amount:,} {unit}" for unit, amount in row.work.items())

@@ -1,25 +1,25 @@
-"""Numbers as a reader of the report sees them."""
+"""Format numbers and lists for the report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-#: Lists longer than this are cut short.
+#: Most names in a list; the others are counted.
 MOST_NAMED = 6
 
 
 def percent(share: float | None) -> str:
-    """``95.3 %``."""
+    """Format a share in [0, 1] as ``95.3 %``."""
     return "–" if share is None or share != share else f"{100 * share:.1f} %"
 
 
 def points(difference: float | None) -> str:
-    """``+8.6``, in percentage points."""
+    """Format a difference in [-1, 1] as percentage points: ``+8.6``."""
     return "–" if difference is None or difference != difference else f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def size(count: float) -> str:
-    """``18.6 MiB``."""
+    """Format bytes as ``18.6 MiB``."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= scale:
             return f"{count / scale:,.1f} {unit}"
@@ -27,7 +27,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``5 min 20 s``."""
+    """Format seconds as ``5 min 20 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -36,12 +36,12 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """``1 class``, ``3 classes``."""
+    """Format a number with its noun: ``1 class``, ``3 classes``."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def listed(names: Sequence[object]) -> str:
-    """``0, 3 and 7``; of many the first ones."""
+    """Format names as ``0, 3 and 7``; of many only the first."""
     words = [str(name) for name in names]
     if len(words) > MOST_NAMED:
         return f"{', '.join(words[:MOST_NAMED])} and {len(words) - MOST_NAMED} more"
@@ -49,5 +49,5 @@ def listed(names: Sequence[object]) -> str:
 
 
 def sentence(words: str) -> str:
-    """``words`` with a capital letter in front."""
+    """Return ``words`` with a capital first letter."""
     return words[:1].upper() + words[1:]

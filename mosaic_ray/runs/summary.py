@@ -24,10 +24,10 @@ Traffic = dict[str, dict[str, Amount | None]]
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """How a run came by the result of a stage.
+    """A stage of a run: ``key`` names its result in the store, ``cached`` means that it was found there.
 
-    ``key`` is the result's in the store, ``seconds`` this run's, of which ``waited_seconds`` for another run, and
-    ``computed_seconds`` those of the run that computed it; ``cached_clients`` counts the results of clients found.
+    ``seconds`` were spent in this run, ``waited_seconds`` of them waiting for another run; ``computed_seconds`` were
+    spent by the run that computed the result. ``cached_clients`` counts clients whose result was found.
     """
 
     seconds: Amount | None = None
@@ -55,7 +55,7 @@ class CommunicationRecord:
 class Summary:
     """The content of summary.json; None where the run did not get so far, or an earlier version wrote the file.
 
-    ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` tell of a failure. Accuracies
+    ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` describe a failure. Accuracies
     and calibration (NLL, ECE) are by role, ``communication_bytes`` [bytes] by direction and kind, ``label_counts``
     [clients, classes] counts training images.
     """
@@ -96,7 +96,7 @@ class Summary:
 
     @staticmethod
     def from_json(value: Any) -> Summary:
-        """Check and return what was read from JSON; ``ValueError`` whose text is the place that does not fit."""
+        """Check content read from JSON and return it; ``ValueError`` with the place of the first fault."""
         return from_json(Summary, value)
 
 

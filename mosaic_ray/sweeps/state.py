@@ -49,7 +49,7 @@ class PlanFile:
 
     @staticmethod
     def from_json(value: Any) -> PlanFile:
-        """Check and return what was read from JSON; ``ValueError`` whose text is the place that does not fit."""
+        """Check content read from JSON and return it; ``ValueError`` with the place of the first fault."""
         return from_json(PlanFile, value)
 
 

@@ -1,6 +1,6 @@
-"""What TensorBoard shows beside curves: pictures and texts, drawn from what finished stages have stored.
+"""Write images and texts to TensorBoard, drawn from the stored results of finished stages.
 
-Nothing here is drawn unless TensorBoard is on. A cached stage's pictures are those of a computed one, as both come from
+Nothing is drawn unless TensorBoard is on. A cached stage has the same images as a computed one, because both come from
 the store.
 """
 
@@ -18,24 +18,24 @@ from ..data.image_ops import image_grid
 from ..storage.store import StageResult
 from .tracker import Tracker
 
-#: Pixels of a cell at most, so that a picture of ten classes is as wide as TensorBoard shows it; those that it needs to
-#: hold a number; and between the parts of a picture.
+#: Pixels: most of a cell's side, least height and width of a cell with a number, and the gap between parts.
 CELL, FIT, GAP = 28, (14, 26), 8
 
 _INK = "#30343b"
-_LIGHT, _DARK = np.array([226, 240, 247]), np.array([12, 52, 102])  # a share near 0, which is told from white, and 1
+#: Colours of a share near 0, which differs from white, and of 1.
+_LIGHT, _DARK = np.array([226, 240, 247]), np.array([12, 52, 102])
 
-#: Letters of a class's name, at most.
+#: Most letters of a class's name.
 LONGEST_NAME = 16
 
-#: Clients whose synthetic images are shown.
+#: Most clients with synthetic images.
 MOST_CLIENTS = 50
 
-#: The confusion tables that are shown, of those that ``evaluate`` keeps.
+#: Role -> tag of the confusion tables that are shown.
 SHOWN = {"initial": "student/confusion_initial", "teacher": "teacher/confusion", "final": "student/confusion_final"}
 
 
-#: TensorBoard's page "Custom Scalars": title -> what it draws, of which tags (regular expressions).
+#: TensorBoard's page "Custom Scalars": title -> [kind of chart, tags (regular expressions)].
 LAYOUT = {
     "run": {
         "accuracy on test images, by warm-up round": ["Multiline", ["^warmup/(validation_)?accuracy$"]],
@@ -52,7 +52,7 @@ LAYOUT = {
 
 
 class TensorBoardImages:
-    """Shows each finished stage of a run once, by ``catch_up``."""
+    """Writes the images of each finished stage of a run once, in ``catch_up``."""
 
     def __init__(
         self,
@@ -62,18 +62,18 @@ class TensorBoardImages:
         results: Mapping[str, StageResult],
         generators: Mapping[int, StageResult],
     ) -> None:
-        """``results`` of the stages that are done and the clients' ``generators``: the run's, which goes on."""
+        """``results`` by stage and ``generators`` by client are the run's own mappings, which it fills."""
         self._tracker, self._config, self._dataset = tracker, config, dataset
         self._results, self._generators = results, generators
         self._done: set[str] = set()
 
     def begin(self) -> None:
-        """What was asked for, as text, and which curves stand together."""
+        """Write the configuration as text, and the layout of combined charts."""
         self._tracker.layout(LAYOUT)
         self._tracker.text("run/config", f"```toml\n{to_toml(self._config)}```")
 
     def catch_up(self) -> None:
-        """Show the stages that have ended since the last time."""
+        """Write the images of stages that have ended since the last call."""
         if not self._tracker.draws:
             return
         for stage in [name for name in SHOW if name in self._results and name not in self._done]:
@@ -89,7 +89,7 @@ class TensorBoardImages:
         self._tracker.image("partition/label_counts", 0, picture)
 
     def _show_generators(self) -> None:
-        """Every client's synthetic images as its training went on, and how the clients' figures are spread."""
+        """Write every client's synthetic images during training, and histograms of the clients' metrics."""
         figures: dict[str, list[float]] = {}
         for client_id, result in self._generators.items():
             for name, value in result.facts["figures"].items():
@@ -103,7 +103,7 @@ class TensorBoardImages:
             self._tracker.histogram(f"clients/generator_{name}", 0, np.array(values, np.float64))
 
     def _teacher(self, result: StageResult) -> None:
-        """How much the meta model listens to each expert; one picture an architecture."""
+        """Write the meta model's weight of each expert, one image per architecture."""
         for part in result.parts:
             group, found, _ = part.partition("diagnostics")
             if found and "meta_gates" in (arrays := result.load(part)):
@@ -120,7 +120,7 @@ class TensorBoardImages:
         return self._dataset.class_names
 
 
-#: What is drawn from the result of one stage.
+#: Stage -> the method that writes its images.
 SHOW: dict[str, Callable[[TensorBoardImages, StageResult], None]] = {
     "partition": TensorBoardImages._partition,
     "teacher": TensorBoardImages._teacher,
@@ -132,13 +132,13 @@ SHOW: dict[str, Callable[[TensorBoardImages, StageResult], None]] = {
 
 
 def partition_picture(counts: np.ndarray, title: str, names: Sequence[str]) -> np.ndarray:
-    """Label counts int64 [clients, classes] as uint8 [3, H, W]; colour is the share of the client's images."""
+    """Draw label counts int64 [clients, classes] as uint8 [3, H, W]; the colour is the share of the client's images."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return matrix(shares, title, ("client", "class"), (), names, counts, top=1.0)
 
 
 def confusion_picture(table: np.ndarray, role: str, names: Sequence[str]) -> np.ndarray:
-    """A confusion table int64 [C, C], true classes down, as uint8 [3, H, W]; colour is the share of the true class."""
+    """Draw a confusion table int64 [C, C] (rows: true classes) as uint8 [3, H, W], coloured by the share of the row."""
     right, count = int(np.trace(table)), int(table.sum())
     title = f"{role}: {right / max(1, count):.1%} of {count:,} test images"
     shares = table / np.maximum(table.sum(1, keepdims=True), 1)
@@ -146,10 +146,10 @@ def confusion_picture(table: np.ndarray, role: str, names: Sequence[str]) -> np.
 
 
 def gates_picture(gates: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """How much the meta model listens to each expert [experts, classes], as uint8 [3, H, W]; per cent of a class's."""
+    """Draw the meta model's weights [experts, classes] as uint8 [3, H, W], in percent of each class's sum."""
     gates = np.nan_to_num(gates, posinf=0.0, neginf=0.0).astype(np.float64)  # it may have diverged
     shares = gates / np.maximum(gates.sum(0, keepdims=True), np.finfo(np.float64).tiny)
-    title = "whom the meta model listens to: % by expert"
+    title = "meta model: weight of each expert, %"
     return matrix(shares, title, ("expert", "class"), (), names, np.rint(100 * shares).astype(int))
 
 
@@ -163,10 +163,10 @@ def matrix(
     *,
     top: float | None = None,
 ) -> np.ndarray:
-    """``values`` [rows, columns] as coloured cells, uint8 [3, H, W]: white is 0, the darkest ``top`` (the largest).
+    """Draw ``values`` [rows, columns] as coloured cells, uint8 [3, H, W]: 0 is white, ``top`` (the largest) darkest.
 
-    Colour follows the root, so that small values are seen. Integer ``numbers`` stand in the cells where they fit.
-    Drawn by Pillow: loading matplotlib alone would cost a demo 1 % of its time.
+    The colour follows the square root, so that small values are visible. Integer ``numbers`` stand in the cells where
+    they fit. Pillow draws it, because loading matplotlib would take 1 % of the time of a demo run.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -202,8 +202,7 @@ def matrix(
 
 
 def _shown(names: Sequence[str], count: int, cell: int) -> dict[int, str]:
-    """The rows or columns that are named, and how: by number where there are no ``names``; not all where cells are
-    narrower than letters are high."""
+    """Return labels of rows or columns by index: numbers without ``names``, fewer where cells are small."""
     step = -(-14 // cell)
     wanted = list(names) or [str(index) for index in range(count)]
     short = [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in wanted]
@@ -211,7 +210,7 @@ def _shown(names: Sequence[str], count: int, cell: int) -> dict[int, str]:
 
 
 def _upright(image: Any, text: str, place: tuple[int, int], font: Any, anchor: str) -> None:
-    """``text`` from below upwards, ``place`` its left and the end or the middle of it."""
+    """Write ``text`` upwards; ``place`` is the left of its upper end, or of its middle."""
     from PIL import Image, ImageDraw
 
     strip = Image.new("L", (int(font.getlength(text)) + 2, 16), 0)

@@ -1,4 +1,4 @@
-"""The picture of a partition: a PNG whose cells stand where they should, drawn without touching anything global."""
+"""The heat map of a partition: cells in their places, and no change of global settings."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_colour_is_the_share_of_the_client_and_the_scale_is_always_the_same():
     assert len(area(pixels(np.array([[1, 1], [1, 1]])), WHOLE)) == 0
 
 
-def test_one_sample_among_thousands_is_told_from_none():
+def test_one_sample_among_thousands_differs_from_none():
     none, one = (len(area(pixels(np.array([[9999, n, 5000]])), NONE)) for n in (0, 1))
     assert none > 1.1 * one
 
@@ -103,7 +103,7 @@ def test_no_pyplot_is_loaded():
 
 
 @pytest.mark.parametrize(
-    "sets, name, told",
+    "sets, name, title",
     [
         ({}, "digits-reference-omega0.1-5clients-s0.png", "digits, 5 clients; sampler reference, omega 0.1, seed 0"),
         (
@@ -118,10 +118,10 @@ def test_no_pyplot_is_loaded():
         ),
     ],
 )
-def test_names_and_headings(sets, name, told):
+def test_names_and_headings(sets, name, title):
     config = resolve(sets=sets)
     assert default_name(config) == name
-    assert heading(config) == told
+    assert heading(config) == title
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Runs and sweeps read back for a notebook: what is there, what is not, and what is refused."""
+"""Runs and sweeps read for a notebook: contents, missing results and refusals."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_path_that_means_no_single_run_is_refused_in_one_line(tmp_path):
     assert "load_run" in refused_by(load_sweep, tmp_path / "a" / "runs" / "one")
 
 
-# --- what is not whole -----------------------------------------------------------------------------------------------
+# --- incomplete files ------------------------------------------------------------------------------------------------
 
 
 def test_a_run_at_work_reads_as_far_as_it_got(tmp_path):
@@ -184,7 +184,7 @@ def test_a_key_that_leads_out_of_the_store_is_never_followed(tmp_path):
         load_run(folder).confusion("final")
 
 
-def test_generators_of_another_version_are_told_from_lost_ones(tmp_path):
+def test_generators_of_another_version_have_their_own_reason(tmp_path):
     folder = make_run(tmp_path)
     summary = json.loads((folder / "summary.json").read_text())
     assert len(load_run(folder).generators) == 3

@@ -30,8 +30,8 @@ def test_the_example_reads_a_run_and_draws_it(folder, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["look_at_a_run.py", str(folder)])
     runpy.run_path(str(REPO / "examples" / "look_at_a_run.py"), run_name="__main__")
-    said = capsys.readouterr().out
-    assert said.startswith("tiny done digits") and "warmup/accuracy" in said and "no samples" not in said
+    text = capsys.readouterr().out
+    assert text.startswith("tiny done digits") and "warmup/accuracy" in text and "no samples" not in text
     drawn = {path.stem for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"stages", "rounds", "per_class", "confusion_final", "partition", "samples", "time"}
 
@@ -39,5 +39,5 @@ def test_the_example_reads_a_run_and_draws_it(folder, tmp_path, monkeypatch, cap
 def test_a_real_runs_page_has_every_figure(folder):
     page = render(folder)
     named = [a["aria-labelledby"].removesuffix("-words") for a in Reader(page).all("figure") if "role" in a]
-    assert named == [exhibit.name for section in run.EXHIBITS.values() for exhibit in section]
+    assert named == [figure.name for section in run.FIGURES.values() for figure in section]
     assert "Not shown" not in page

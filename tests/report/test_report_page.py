@@ -1,4 +1,4 @@
-"""A run's page: everything in one file, nothing loaded, readable by everybody, and true."""
+"""A run's page: one file that loads nothing, with readable colours and true sentences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mosaic_ray.report.html.render import render, write_report
 from mosaic_ray.report.html.svg import inline_svg
 
 LARGEST = 3 << 20  # bytes of a page
-NAMES = [exhibit.name for section in figures.EXHIBITS.values() for exhibit in section]
+NAMES = [figure.name for section in figures.FIGURES.values() for figure in section]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_colours_are_the_themes(page):
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_contrast_meets_aa(theme):
     colour = {role: values[theme] for role, values in PALETTE.items()}
-    for role in ("ink", "muted", *(f"s{n}" for n in range(1, 9))):  # series colours are those of labels too
+    for role in ("ink", "muted", *(f"s{n}" for n in range(1, 9))):  # labels have the colours of series too
         assert contrast(colour[role], colour["paper"]) >= 4.5, role
     for role in ("ink", "muted"):
         assert contrast(colour[role], colour["raised"]) >= 4.5, role
@@ -121,7 +121,7 @@ BLINDNESS = {
 
 
 def _lab(colour: str, matrix: list[list[float]]) -> np.ndarray:
-    """CIELAB of a colour as somebody sees it whose cones are ``matrix``."""
+    """Return CIELAB of a colour under the colour blindness ``matrix``."""
     channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     seen = np.clip(np.array(matrix) @ linear, 0, 1)
@@ -138,7 +138,7 @@ def test_the_four_first_series_differ_to_colour_blind_readers(theme, matrix):
         assert np.linalg.norm(seen[one] - seen[other]) > 12, (one, other)
 
 
-# --- what it says ----------------------------------------------------------------------------------------------------
+# --- the content -----------------------------------------------------------------------------------------------------
 
 
 def test_it_leads_with_the_result(read):
@@ -162,28 +162,28 @@ def test_it_says_how_to_do_it_again(read):
 
 def test_sentences_are_true(tmp_path):
     run = load_run(make_run(tmp_path))
-    said = {exhibit.name: exhibit.words(run) for section in figures.EXHIBITS.values() for exhibit in section}
+    text = {figure.name: figure.words(run) for section in figures.FIGURES.values() for figure in section}
     assert (
-        "class 0 from 50.0 % to 75.0 %" in said["per_class"] and "1 class loses more than 5 points" in said["per_class"]
+        "class 0 from 50.0 % to 75.0 %" in text["per_class"] and "1 class loses more than 5 points" in text["per_class"]
     )
-    assert "of 2 classes: 1 class gains" in said["per_class"], "a class without test images is not counted"
-    assert said["confusion_final"].startswith("The final model is right on 24 of 30 test images")
-    assert "takes class 2 for 0 (3 of 10)" in said["confusion_final"]
-    assert "3 clients hold 35 to 43 training images of 2 to 2 of 3 classes" in said["partition"]
-    assert "show 25.0 % to 75.0 %" in said["coverage"] and "client 1" in said["coverage"]
-    assert "of 100 synthetic images the teacher names class 0 most (60.0 %)" in said["synthetic_classes"]
-    assert "every class" in said["synthetic_classes"]
-    assert "none comes from one client alone" in said["expert_weights"] and "88.9 %" in said["expert_weights"]
-    assert "for 100.0 % of the classes their own expert" in said["meta_gates"]
-    assert "warm-up ends at 37.5 %" in said["rounds"] and "the control from 50.0 % to 56.2 %" in said["rounds"]
-    assert "16.0 s computing" in said["time"] and "1 of 9 stages (outlined)" in said["time"] and "8.0 s" in said["time"]
+    assert "of 2 classes: 1 class gains" in text["per_class"], "a class without test images is not counted"
+    assert text["confusion_final"].startswith("The final model is right on 24 of 30 test images")
+    assert "takes class 2 for 0 (3 of 10)" in text["confusion_final"]
+    assert "3 clients hold 35 to 43 training images of 2 to 2 of 3 classes" in text["partition"]
+    assert "show 25.0 % to 75.0 %" in text["coverage"] and "client 1" in text["coverage"]
+    assert "of 100 synthetic images the teacher names class 0 most (60.0 %)" in text["synthetic_classes"]
+    assert "every class" in text["synthetic_classes"]
+    assert "none comes from one client alone" in text["expert_weights"] and "88.9 %" in text["expert_weights"]
+    assert "for 100.0 % of the classes their own expert" in text["meta_gates"]
+    assert "warm-up ends at 37.5 %" in text["rounds"] and "the control from 50.0 % to 56.2 %" in text["rounds"]
+    assert "16.0 s computing" in text["time"] and "1 of 9 stages (outlined)" in text["time"] and "8.0 s" in text["time"]
     assert (
-        said["baselines"]
+        text["baselines"]
         == "In as many rounds the run sends 1.25 times what FedAvg sends. Arithmetic predicts it to the byte."
     )
     assert (
-        "send 3.0 MiB and receive 2.0 MiB" in said["communication"]
-        and "100.0 % of both is weights" in said["communication"]
+        "send 3.0 MiB and receive 2.0 MiB" in text["communication"]
+        and "100.0 % of both is weights" in text["communication"]
     )
 
 
@@ -213,7 +213,7 @@ def test_figures_show_their_frames(tmp_path):
         ({"accuracy": ACCURACY | {"control": None}}, "no control"),
     ],
 )
-def test_other_ends_are_told_as_well(tmp_path, changes, words):
+def test_other_results_have_their_sentence(tmp_path, changes, words):
     assert words in run_page.verdict(load_run(make_run(tmp_path, **changes)))
 
 

@@ -1,4 +1,4 @@
-"""A sweep's page: the best, the spread, what failed, what was shared, and how to ask for it again."""
+"""A sweep's page: best configurations, spread, failures, shared stages, and the command."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def test_links_lead_from_where_the_page_is(tmp_path):
 
 def test_methods_compare_within_each_omega(tmp_path):
     sweep = load_sweep(make_sweep(tmp_path / "s", compare()))
-    told = sweep_figures.methods_frame(sweep)
-    assert told["mean"].round(6).tolist() == [0.71, 0.81, 0.71, 0.66] and (told["trials"] == 2).all()
-    assert told["sd"].round(6).tolist() == [0.014142] * 4
-    by_name = {exhibit.name: exhibit for section in sweep_figures.exhibits(sweep).values() for exhibit in section}
+    means = sweep_figures.methods_frame(sweep)
+    assert means["mean"].round(6).tolist() == [0.71, 0.81, 0.71, 0.66] and (means["trials"] == 2).all()
+    assert means["sd"].round(6).tolist() == [0.014142] * 4
+    by_name = {figure.name: figure for section in sweep_figures.figures_of(sweep).values() for figure in section}
     said = by_name["methods"].words(sweep)
     assert (
         "at omega=0.1 mosaic is ahead with 81.0 ± 1.4 %" in said
@@ -124,9 +124,9 @@ def test_a_response_shows_every_value_and_the_seeds_spread(tmp_path):
         for p, value in enumerate((0.5, 1.0, 2.0)) for seed in (0, 1)
     ]  # fmt: skip
     sweep = load_sweep(make_sweep(tmp_path / "s", results))
-    told = sweep_figures.response_frame(sweep, LAMBDA_E)
-    assert told[LAMBDA_E].tolist() == [0.5, 1.0, 2.0] and told["mean"].round(6).tolist() == [0.56, 0.61, 0.71]
-    assert told["sd"].round(6).tolist() == [0.014142] * 3
+    means = sweep_figures.response_frame(sweep, LAMBDA_E)
+    assert means[LAMBDA_E].tolist() == [0.5, 1.0, 2.0] and means["mean"].round(6).tolist() == [0.56, 0.61, 0.71]
+    assert means["sd"].round(6).tolist() == [0.014142] * 3
     over = sweep.plot("response", knob=LAMBDA_E).axes[0]
     assert len(over.lines[0].get_xdata()) == 6, "each trial is a mark"
     with pytest.raises(NotAvailable, match="omega does not vary"):
@@ -137,9 +137,9 @@ def test_a_response_shows_every_value_and_the_seeds_spread(tmp_path):
 
 def test_without_methods_the_ladder_compares_the_roles(tmp_path):
     results = [trial(p, 0, {OMEGA: w}, final=w, control=w / 2) for p, w in enumerate((0.1, 0.5, 0.9))]
-    told = sweep_figures.ladder_frame(load_sweep(make_sweep(tmp_path / "s", results)))
-    assert set(told["series"]) == {"initial", "distilled", "final", "control"}
-    assert told[told["series"] == "control"]["mean"].tolist() == [0.05, 0.25, 0.45]
+    means = sweep_figures.ladder_frame(load_sweep(make_sweep(tmp_path / "s", results)))
+    assert set(means["series"]) == {"initial", "distilled", "final", "control"}
+    assert means[means["series"] == "control"]["mean"].tolist() == [0.05, 0.25, 0.45]
 
 
 def test_what_trials_shared_is_counted(tmp_path):

@@ -56,7 +56,7 @@ def test_a_row_holds_what_the_summary_says() -> None:
     assert (row["accuracy_final"], row["accuracy_teacher"], row["gain"]) == (0.75, None, 0.25)
     assert (row["validation_final"], row["validation_initial"]) == (0.25, None)
     assert (row["selection_metric"], row["selection"]) == ("held-out prototypes", 0.5)
-    assert (row["seconds_warmup"], row["cached_warmup"]) == (64.0, True), "what it cost when it was computed"
+    assert (row["seconds_warmup"], row["cached_warmup"]) == (64.0, True), "seconds of the computation"
     assert (row["seconds_distill"], row["cached_distill"], row["waited_seconds"]) == (2.0, False, 3.5)
     assert (row["communication_uplink"], row["communication_downlink"]) == (7, 5)
     assert row["health"] == "gan.collapse,teacher.worse"

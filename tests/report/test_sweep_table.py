@@ -1,4 +1,4 @@
-"""A sweep's closing table: what is compared with what, and how it is shown."""
+"""A sweep's closing table: comparisons and layout."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_points_are_compared_under_equal_conditions() -> None:
 
 
 @pytest.mark.parametrize(
-    "values, metrics, told",
+    "values, metrics, expected",
     [
         ((None, None), ("held-out prototypes",) * 2, "nothing was chosen: selection values are missing"),
         ((0.1, None), ("held-out prototypes",) * 2, "nothing was chosen: selection values are missing"),
@@ -77,10 +77,10 @@ def test_points_are_compared_under_equal_conditions() -> None:
         ),
     ],
 )
-def test_nothing_is_chosen_by_what_cannot_be_compared(values: Any, metrics: Any, told: str) -> None:
+def test_nothing_is_chosen_by_what_cannot_be_compared(values: Any, metrics: Any, expected: str) -> None:
     results = [trial(n, knobs={LAMBDA_E: n + 1.0}, selection=values[n], metric=metrics[n]) for n in (0, 1)]
     lines = printed(sweep_table(results, (), (LAMBDA_E,)))
-    assert told in lines and names_in_order(lines) == ["p000", "p001"]
+    assert expected in lines and names_in_order(lines) == ["p000", "p001"]
 
 
 def test_fewer_seeds_are_marked_and_what_is_left_out_is_counted() -> None:
@@ -116,8 +116,8 @@ def test_failures_are_listed_with_their_address() -> None:
     ]
     lines = printed(sweep_table(results, (), (LAMBDA_E,)))
     assert lines[0] == "configurations 2, trials 2: 2 failed"
-    told = [re.split(r"  +", line) for line in lines if re.match(r"p\d{3}s\d", line)]
-    assert told == [
+    expected = [re.split(r"  +", line) for line in lines if re.match(r"p\d{3}s\d", line)]
+    assert expected == [
         ["p000s0", "stage warmup, round 4, client 3", "NaN in [red] weights"],
         ["p001s0", "-", "disk full"],
     ]
@@ -152,7 +152,7 @@ def test_many_knobs_go_into_one_column_and_names_stay_unambiguous() -> None:
         ["p004", "select=false"], ["p005", "rounds=all"], ["p006", "drop_class0_bug=true"],
         ["p007", "jsd=bhattacharyya"],
     ]  # fmt: skip
-    assert "where nothing else is said: warmup.lr=0.01, finetune.lr=0.0001, pool=mean" in " ".join(lines)
+    assert "unless noted otherwise: warmup.lr=0.01, finetune.lr=0.0001, pool=mean" in " ".join(lines)
 
 
 def test_a_terminal_without_unicode_can_show_it() -> None:

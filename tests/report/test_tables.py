@@ -29,7 +29,7 @@ def lines_of(renderable: object) -> list[str]:
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def test_closing_table_tells_gain_cost_health_and_places():
+def test_closing_table_shows_gain_cost_health_and_places():
     findings = [
         {"code": "a", "severity": severity, "stage": "generators", "client": client, "value": 1.0, "message": message}
         for severity, client, message in (
@@ -65,7 +65,7 @@ def test_closing_table_tells_gain_cost_health_and_places():
     assert max(len(line) for line in lines if path not in line) <= 80
 
 
-def test_closing_table_leaves_out_what_there_is_not():
+def test_closing_table_leaves_out_missing_parts():
     lines = lines_of(closing_table({"accuracy": {"initial": None, "final": 0.5, "control": None}}))
     assert not [line for line in lines if "points" in line or "MiB" in line or "stage" in line]
 

@@ -33,7 +33,7 @@ QUICK = {"generator.steps": 4, "meta.updates": 5, "distill.steps": 5}
 
 
 def shown(folder: Path | str) -> dict[str, dict[str, list]]:
-    """What TensorBoard reads from a run's folder: kind -> tag -> what it shows, without the times."""
+    """Return what TensorBoard reads from a run's folder: kind -> tag -> content, without times."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     files = sorted(Path(folder, "tensorboard").iterdir())

@@ -56,7 +56,7 @@ def metrics(run_dir: Path) -> list[dict[str, object]]:
 # ---------------------------------------------------------------- plain lines
 
 
-def test_plain_lines_tell_begin_first_round_tenths_and_end(clock: Clock) -> None:
+def test_plain_lines_show_begin_first_round_tenths_and_end(clock: Clock) -> None:
     stream = Terminal(tty=False)
     with Tracker(None, stream=stream) as tracker, tracker.stage("warmup", 40) as stage:
         assert lines(stream) == ["warmup: begins, round 0/40"]
@@ -105,7 +105,7 @@ def test_the_pace_after_a_resume_counts_only_what_was_done_since(clock: Clock) -
         assert lines(stream)[1:] == ["warmup: resumed at round 8/10", "warmup: round 9/10, 3 s/round, 0:03 left"]
 
 
-def test_a_failing_stage_is_said_to_have_stopped_and_a_cached_one_to_be_cached(clock: Clock) -> None:
+def test_a_failing_stage_has_stopped_and_a_cached_one_is_cached(clock: Clock) -> None:
     stream = Terminal(tty=False)
 
     def interrupted() -> None:

@@ -1,4 +1,4 @@
-"""Ray Train's reports on their way to the driver: each step once and in order, whatever is lost or repeated."""
+"""Ray Train's reports to the driver: each step once and in order, also after losses and repeats."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_reports_come_while_the_block_runs(at_once):
     assert seen == [1, 2, 3, 4, 5]
 
 
-def test_where_the_letterbox_dies_the_curve_comes_at_the_end(at_once):
+def test_when_the_queue_dies_the_curve_comes_at_the_end(at_once):
     seen = []
     log_validation = ReportForwarder(lambda step, metrics: seen.append(step), Box([CURVE[:1], ActorDiedError()]))
     with log_validation.live():

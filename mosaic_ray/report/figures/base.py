@@ -1,4 +1,4 @@
-"""An exhibit: a figure, what it shows in a sentence, and the numbers behind it."""
+"""``ReportFigure``: a figure, a sentence about it, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """All three take a run or a sweep, and raise ``loading.NotAvailable`` where it has not what they show.
+    """A figure of a report.
 
-    ``wide``: it may be wider than a phone, and scrolls in its own box there.
+    ``draw``, ``table`` and ``words`` take a run or a sweep, and raise ``load.NotAvailable`` where its data are missing.
+    ``wide``: the figure may be wider than a phone, where it scrolls in its own box.
     """
 
     name: str

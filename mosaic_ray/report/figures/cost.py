@@ -1,4 +1,4 @@
-"""Figures of what a run cost: bytes moved, and time by stage."""
+"""Draw the cost of a run: bytes sent, and time by stage."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from ...core.types import STAGES
 from ..load import NotAvailable, RunReport
 from ..text import duration, percent, size
 from .base import ReportFigure
-from .style import WIDTH, axes, colour, drawn
+from .style import WIDTH, axes, colour, styled
 
-#: Between bars and their labels, of the axis' length.
-_ROOM = 1.42
+#: Length of the axis over the longest bar; the labels of the bars fill the rest.
+_AXIS = 1.42
 
 
 def traffic(run: RunReport) -> dict[str, dict[str, float]]:
-    """direction -> kind -> bytes."""
+    """Return direction -> kind -> bytes."""
     moved = run.summary.communication_bytes or {}
     return {way: {kind: count or 0 for kind, count in (moved.get(way) or {}).items()} for way in ("uplink", "downlink")}
 
 
 def communication_frame(run: RunReport) -> pd.DataFrame:
-    """Bytes by kind, up from the clients and down to them."""
+    """Return bytes by kind, from the clients (uplink) and to them (downlink)."""
     frame = pd.DataFrame(traffic(run)).fillna(0).astype("int64")
     if frame.empty:
         raise NotAvailable("the run ended before its traffic was added up")
@@ -31,9 +31,9 @@ def communication_frame(run: RunReport) -> pd.DataFrame:
     return frame.loc[largest_first].rename_axis("kind")
 
 
-@drawn
+@styled
 def communication(run: RunReport) -> Figure:
-    """Bytes by kind and direction."""
+    """Draw bytes by kind and direction."""
     frame = communication_frame(run)
     figure, over = axes(WIDTH, 0.75 + 0.5 * len(frame))
     places, most = np.arange(len(frame)), frame.to_numpy().max() or 1
@@ -50,8 +50,8 @@ def communication(run: RunReport) -> Figure:
 
 
 def _bars(over, names: list[str], most: float) -> None:
-    """Horizontal bars with their own labels need no axis."""
-    over.set(xlim=(0, _ROOM * most), ylim=(len(names) - 0.5, -0.5))
+    """Set up axes for horizontal bars that carry their values as labels."""
+    over.set(xlim=(0, _AXIS * most), ylim=(len(names) - 0.5, -0.5))
     over.set_yticks(range(len(names)), names)
     over.tick_params(axis="y", labelcolor=colour("ink"), length=0)
     over.set_xticks([])
@@ -69,7 +69,7 @@ def _communication_words(run: RunReport) -> str:
 
 
 def baselines_frame(run: RunReport) -> pd.DataFrame:
-    """Bytes of this run, as measured and as predicted, and of FedAvg and FedRolex in the same rounds, by direction."""
+    """Return bytes by direction: of this run, measured and predicted, and of FedAvg and FedRolex in the same rounds."""
     sent, record = traffic(run), run.summary.communication
     if record is None or record.baselines is None or not any(sent.values()):
         raise NotAvailable("the run keeps no comparison of its traffic; an older version made it")
@@ -84,9 +84,9 @@ def baselines_frame(run: RunReport) -> pd.DataFrame:
     return frame.rename_axis("method")
 
 
-@drawn
+@styled
 def baselines(run: RunReport) -> Figure:
-    """All bytes of this run beside what FedAvg and FedRolex send in as many rounds."""
+    """Draw all bytes of this run beside the bytes of FedAvg and FedRolex in as many rounds."""
     frame = baselines_frame(run).drop(index="predicted", errors="ignore")
     figure, over = axes(WIDTH, 0.6 + 0.4 * len(frame))
     places, total = np.arange(len(frame)), frame.sum(axis=1)
@@ -101,17 +101,17 @@ def baselines(run: RunReport) -> Figure:
 
 def _baselines_words(run: RunReport) -> str:
     total = baselines_frame(run).sum(axis=1)
-    told = [
+    parts = [
         f"{total['this run'] / max(total[name], 1):.2f} times what {name} sends"
         for name in total.index if name not in ("this run", "predicted")
     ]  # fmt: skip
     off = abs(total["this run"] / max(total["predicted"], 1) - 1) if "predicted" in total.index else None
     agree = "" if off is None else f" Arithmetic predicts it {'to the byte' if off == 0 else f'within {percent(off)}'}."
-    return f"In as many rounds the run sends {' and '.join(told)}.{agree}"
+    return f"In as many rounds the run sends {' and '.join(parts)}.{agree}"
 
 
 def time_frame(run: RunReport) -> pd.DataFrame:
-    """Seconds by stage: spent in this run, of which waiting for others, and what a stage that was found had cost."""
+    """Return seconds per stage: spent, waiting for another run, and when the result was computed."""
     records = run.summary.stages or {}
     rows = [
         {
@@ -125,9 +125,9 @@ def time_frame(run: RunReport) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("stage")
 
 
-@drawn
+@styled
 def time(run: RunReport) -> Figure:
-    """Seconds by stage; a cached stage is an outline as long as it took when it was computed."""
+    """Draw seconds per stage; a cached stage is an outline as long as its computation took."""
     frame = time_frame(run)
     cached = frame["state"] == "cached"
     length = frame["seconds"].where(~cached, frame["when computed"])
@@ -136,8 +136,8 @@ def time(run: RunReport) -> Figure:
     over.barh(places[~cached], length[~cached], 0.62, color=colour("s1"))
     over.barh(places[cached], length[cached], 0.62, facecolor="none", edgecolor=colour("s6"), ls=(0, (3, 2)), lw=1.2)
     for place, (seconds, found) in enumerate(zip(length, cached, strict=True)):
-        told = f"cached ({duration(seconds)})" if found else duration(seconds)
-        over.annotate(told, (seconds, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
+        text = f"cached ({duration(seconds)})" if found else duration(seconds)
+        over.annotate(text, (seconds, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
     _bars(over, list(frame.index), length.max() or 1)
     return figure
 
@@ -146,17 +146,17 @@ def _time_words(run: RunReport) -> str:
     frame = time_frame(run)
     computed, cached = frame[frame["state"] == "computed"], frame[frame["state"] == "cached"]
     total = computed["seconds"].sum()
-    said = "Nothing was computed in this run"
+    text = "Nothing was computed in this run"
     if not computed.empty:
         longest = computed["seconds"].idxmax()
-        said = f"{duration(total)} computing, {percent(computed['seconds'].max() / (total or 1))} of it {longest}"
+        text = f"{duration(total)} computing, {percent(computed['seconds'].max() / (total or 1))} of it {longest}"
     if cached.empty:
-        return f"{said}; no stage was found in the store."
-    spared = duration(cached["when computed"].sum())
-    return f"{said}; {len(cached)} of {len(frame)} stages (outlined) came from the store, and had cost {spared}."
+        return f"{text}; no stage was found in the store."
+    saved = duration(cached["when computed"].sum())
+    return f"{text}; {len(cached)} of {len(frame)} stages (outlined) came from the store, which saved {saved}."
 
 
-EXHIBITS = [
+FIGURES = [
     ReportFigure("time", "Time by stage", time, time_frame, _time_words),
     ReportFigure("communication", "Communication by kind", communication, communication_frame, _communication_words),
     ReportFigure("baselines", "Communication beside other methods", baselines, baselines_frame, _baselines_words),

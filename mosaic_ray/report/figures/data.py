@@ -1,4 +1,4 @@
-"""Figures of what clients hold, and of the synthetic images that their generators make."""
+"""Draw the partition, and the synthetic images of the clients' generators."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
 from .heatmap import MOST_COLUMNS, MOST_ROWS, partition_figure, skew_in_words
-from .style import axes, colour, drawn
+from .style import axes, colour, styled
 
-#: Clients whose images are shown, and images of each.
+#: Largest number of clients with images, and of images per client.
 MOST_CLIENTS, MOST_SAMPLES = 12, 32
 
 
 def _counts(run: RunReport) -> np.ndarray:
     if run.label_counts is None:
-        raise NotAvailable("the run ended before its images were dealt, or keeps no label counts")
+        raise NotAvailable("the run ended before its partition, or keeps no label counts")
     return run.label_counts
 
 
 def partition_frame(run: RunReport) -> pd.DataFrame:
-    """Training images by client and class; of large tables sizes and the numbers of classes."""
+    """Return training images by client and class; for many classes only their number and the largest one."""
     counts = _counts(run)
     if counts.shape[1] <= MOST_COLUMNS:
         frame = pd.DataFrame(counts)
@@ -37,7 +37,7 @@ def partition_frame(run: RunReport) -> pd.DataFrame:
 
 
 def partition(run: RunReport) -> Figure:
-    """Who holds how many images of which class; colour is the share of the client's images."""
+    """Draw images by client and class; the colour is the share of the client's images."""
     return partition_figure(_counts(run))
 
 
@@ -56,7 +56,7 @@ def _partition_words(run: RunReport) -> str:
 
 
 def coverage_frame(run: RunReport) -> pd.DataFrame:
-    """By client: the share of its classes that its generator shows, and how many it has."""
+    """Return, by client, the share of its classes that its generator covers, and their number."""
     frame = pd.DataFrame(
         {
             "coverage": run.curve("generator/coverage"), "classes": run.curve("generator/owned_classes"),
@@ -69,9 +69,9 @@ def coverage_frame(run: RunReport) -> pd.DataFrame:
     return frame.rename_axis("client")
 
 
-@drawn
+@styled
 def coverage(run: RunReport) -> Figure:
-    """The share of each client's classes that its generator shows."""
+    """Draw the share of each client's classes that its generator covers."""
     frame, low = coverage_frame(run), _low(run)
     if len(frame) > MOST_ROWS:
         figure, over = axes()
@@ -82,8 +82,8 @@ def coverage(run: RunReport) -> Figure:
         places = np.arange(len(frame))
         over.barh(places, frame["coverage"], 0.62, color=[colour("s2" if k in low else "s7") for k in frame.index])
         for place, (share, owned) in enumerate(zip(frame["coverage"], frame["classes"], strict=True)):
-            told = f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
-            over.annotate(told, (share, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
+            text = f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
+            over.annotate(text, (share, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
         over.set(xlim=(0, 1.18), ylim=(len(frame) - 0.5, -0.5), ylabel="client", xlabel="share of its classes shown")
         over.set_yticks(places, frame.index)
         over.grid(axis="y", visible=False)
@@ -92,7 +92,7 @@ def coverage(run: RunReport) -> Figure:
 
 
 def _low(run: RunReport) -> set[int]:
-    """Clients whose generator's coverage is a health finding."""
+    """Return the clients with a health finding about their generator's coverage."""
     findings = run.summary.health or []
     return {f.client for f in findings if f.code == "generator.low_coverage" and f.client >= 0}
 
@@ -100,29 +100,29 @@ def _low(run: RunReport) -> set[int]:
 def _coverage_words(run: RunReport) -> str:
     frame, low = coverage_frame(run), sorted(_low(run))
     least, most = percent(frame["coverage"].min()), percent(frame["coverage"].max())
-    told = f"so low that health speaks of it: client {listed(low)}" if low else "health finds none too low"
-    return f"The generators show {least} to {most} of their clients' classes; {told}."
+    text = f"health warns of client {listed(low)}" if low else "health finds none too low"
+    return f"The generators show {least} to {most} of their clients' classes; {text}."
 
 
 def samples_of(run: RunReport) -> dict[int, np.ndarray]:
-    """Client -> synthetic images uint8 [N, C, H, W], as many as are shown."""
+    """Return client -> the synthetic images uint8 [N, C, H, W] that are shown."""
     return {k: images[:MOST_SAMPLES] for k, images in list(run.samples().items())[:MOST_CLIENTS]}
 
 
 def progress_of(run: RunReport) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Client -> (steps [T], synthetic images uint8 [T, M, C, H, W]), of as many clients as are shown."""
+    """Return client -> (steps [T], synthetic images uint8 [T, M, C, H, W]) for the clients that are shown."""
     return dict(list(run.progress().items())[:MOST_CLIENTS])
 
 
-@drawn
+@styled
 def samples(run: RunReport) -> Figure:
-    """Synthetic images of each client's generator."""
+    """Draw synthetic images of each client's generator."""
     return _pictures({f"client {k}": image_grid(images, 8) for k, images in samples_of(run).items()})
 
 
-@drawn
+@styled
 def progress(run: RunReport) -> Figure:
-    """The same latents while the generators train: a row for each moment, the last below."""
+    """Draw images of the same latents while the generators train: a row per snapshot, the last at the bottom."""
     pictures = {}
     for client_id, (steps, images) in progress_of(run).items():
         rows = images.reshape(-1, *images.shape[2:])
@@ -143,7 +143,7 @@ def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-EXHIBITS = [
-    ReportFigure("partition", "Who holds what", partition, partition_frame, _partition_words, wide=True),
+FIGURES = [
+    ReportFigure("partition", "Images by client and class", partition, partition_frame, _partition_words, wide=True),
     ReportFigure("coverage", "Generators' coverage", coverage, coverage_frame, _coverage_words),
 ]

@@ -18,34 +18,37 @@ from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
-from .style import cells, colour, drawn
+from .style import cells, colour, styled
 
-#: More rows or columns than this, and they are no longer named and counted one by one.
+#: With more rows or columns than this, not every one has a label and no cell its number.
 MOST_ROWS, MOST_COLUMNS = 40, 20
+
+#: Most rows of pixels in a PNG, so that it fits a screen.
+MOST_PIXELS = 1800
 
 
 def default_name(config: ExperimentConfig) -> str:
-    """The file name of a partition's picture: what it is of, and no folder."""
+    """Return the file name of a partition's PNG, without a folder."""
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rstrip("/").rpartition("/")[2])
-    room = config.partition
-    return f"{data}-{room.sampler}-omega{room.omega:g}-{room.num_clients}clients-s{config.seed}.png"
+    section = config.partition
+    return f"{data}-{section.sampler}-omega{section.omega:g}-{section.num_clients}clients-s{config.seed}.png"
 
 
 def heading(config: ExperimentConfig) -> str:
-    """What a picture of ``config``'s partition is of, with the knob that its sampler looks at."""
-    room = config.partition
-    knobs = {"iid": "", "pathological": f", {room.classes_per_client} classes each"}
-    knob = knobs.get(room.sampler, f", omega {room.omega:g}")
-    return f"{config.data.name}, {room.num_clients} clients; sampler {room.sampler}{knob}, seed {config.seed}"
+    """Return the title for ``config``'s partition, with the knob that its sampler uses."""
+    section = config.partition
+    knobs = {"iid": "", "pathological": f", {section.classes_per_client} classes each"}
+    knob = knobs.get(section.sampler, f", omega {section.omega:g}")
+    return f"{config.data.name}, {section.num_clients} clients; sampler {section.sampler}{knob}, seed {config.seed}"
 
 
 def skew_in_words(skewness: float, num_classes: int) -> str:
-    """``skewness`` in nats, and the most that it could be: one class for each client."""
+    """Format ``skewness`` [nats] beside its largest value, which one class per client would have."""
     return f"skew {skewness:.2f} of {np.log(num_classes):.2f} nats"
 
 
 def save_png(place: str, picture: bytes) -> None:
-    """Write ``picture`` whole; ``RequestError`` where ``place`` cannot be written."""
+    """Write ``picture`` to the file ``place``; ``RequestError`` where it cannot be written."""
     try:
         write_whole(Path(place).expanduser().absolute(), picture)
     except OSError as error:
@@ -53,7 +56,7 @@ def save_png(place: str, picture: bytes) -> None:
         raise RequestError(f"--png {place}: {why}; name a file in a folder that can be written") from None
 
 
-@drawn
+@styled
 def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)) -> Figure:
     """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
 
@@ -83,9 +86,9 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
     return figure
 
 
-@drawn
+@styled
 def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
-    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] are shown where there is room."""
+    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] label few classes."""
     figure = partition_figure(np.asarray(counts), (4.2, 3.0))
     _name_classes(figure.axes[0], np.shape(counts)[1], class_names)
     text = f"{title}\ncolour: share of the client's images (root scale)"
@@ -96,7 +99,7 @@ def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str]
     out = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
-        figure.savefig(out, format="png", dpi=min(300, 1800 / figure.get_figheight()))
+        figure.savefig(out, format="png", dpi=min(300, MOST_PIXELS / figure.get_figheight()))
     return out.getvalue()
 
 
@@ -108,7 +111,7 @@ def _name_classes(over: Axes, num_classes: int, class_names: Sequence[str]) -> N
 
 
 def _numbers(count: int, most: int) -> list[int]:
-    """0 to ``count`` - 1, or round numbers among them where there are more than ``most``."""
+    """Return 0 to ``count`` - 1, or only round numbers among them if ``count`` exceeds ``most``."""
     if count <= most:
         return list(range(count))
     round_ones = MaxNLocator(10, steps=[1, 2, 5, 10], integer=True).tick_values(0, count - 1)

@@ -1,6 +1,6 @@
-"""A run's figures, by name: ``load_run(path).plot("rounds")``. Each takes the run and gives a matplotlib figure.
+"""Draw a run's figures: ``load_run(path).plot("rounds")``. Each function takes the run and returns a figure.
 
-Beside each stand the frame that it shows and a sentence that says what is to be seen; the page has all three.
+Beside each figure stand the frame that it shows and a sentence about it; the page has all three.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..text import counted, percent
 from . import cost, data, teacher
 from .base import ReportFigure
 from .heatmap import MOST_COLUMNS, _numbers
-from .style import ROLE_LOOKS, WIDTH, axes, cells, colour, drawn, in_percent, label_ends
+from .style import ROLE_LOOKS, WIDTH, axes, cells, colour, in_percent, label_ends, styled
 
-#: Points by which a class's accuracy must change to be spoken of.
+#: Least change of a class's accuracy, in [0, 1], that the text mentions.
 NOTABLE = 0.05
 
 
@@ -28,7 +28,7 @@ NOTABLE = 0.05
 
 
 def stages_frame(run: RunReport) -> pd.DataFrame:
-    """Test accuracy by role."""
+    """Return test accuracy by role."""
     reached = {role: run.accuracy(role) for role in ROLES if run.accuracy(role) is not None}
     if not reached:
         raise NotAvailable("the run ended before anything was evaluated")
@@ -39,14 +39,14 @@ def stages_frame(run: RunReport) -> pd.DataFrame:
     return frame
 
 
-@drawn
+@styled
 def stages(run: RunReport) -> Figure:
-    """What each model reaches on test images."""
+    """Draw the test accuracy of each model."""
     frame = stages_frame(run)
     figure, over = axes(WIDTH, 0.5 + 0.42 * len(frame))
     reached = frame["test accuracy"].to_numpy()
     low = max(0.0, min(reached) - 0.12)
-    if run.accuracy("control") is not None:  # what gains are quoted against
+    if run.accuracy("control") is not None:  # gains are over the control
         over.axvline(run.accuracy("control"), color=colour(ROLE_LOOKS["control"][0]), lw=1, ls=(0, (3, 3)))
     for row, (role, value) in enumerate(zip(frame["model"], reached, strict=True)):
         tint, marker = ROLE_LOOKS[role]
@@ -65,12 +65,12 @@ def stages(run: RunReport) -> Figure:
 
 def _stages_words(run: RunReport) -> str:
     reached = dict(stages_frame(run)[["model", "test accuracy"]].to_numpy())
-    told = ", ".join(f"{role} {percent(value)}" for role, value in reached.items())
-    return f"Test accuracy: {told}.{' The dashed line is the control.' if 'control' in reached else ''}"
+    text = ", ".join(f"{role} {percent(value)}" for role, value in reached.items())
+    return f"Test accuracy: {text}.{' The dashed line is the control.' if 'control' in reached else ''}"
 
 
 def rounds_frame(run: RunReport) -> pd.DataFrame:
-    """[line, round, test accuracy]: the warm-up, then the closing rounds of the student and of the control."""
+    """Return [line, round, test accuracy] of the warm-up and of the closing rounds of student and control."""
     warmup = run.curve("warmup/accuracy")
     begun = _warmup_rounds(run, warmup)
     rows = [("warm-up", step, value) for step, value in warmup.items()]
@@ -84,7 +84,7 @@ def rounds_frame(run: RunReport) -> pd.DataFrame:
             line[_whole(run.knob("finetune.num_rounds"), 1)] = run.accuracy(name)
         rows += [(name, begun + step, value) for step, value in line.items()] if len(line) > 1 else []
     if not rows:
-        raise NotAvailable("no accuracy was looked at on the way (runtime.eval_rounds)")
+        raise NotAvailable("no accuracy was measured between rounds (runtime.eval_rounds)")
     return pd.DataFrame(rows, columns=["line", "round", "test accuracy"])
 
 
@@ -96,9 +96,9 @@ def _whole(number: object, otherwise: int) -> int:
     return number if isinstance(number, int) else otherwise
 
 
-@drawn
+@styled
 def rounds(run: RunReport) -> Figure:
-    """Test accuracy over the federated rounds; what lies between warm-up and closing rounds is one vertical line."""
+    """Draw test accuracy over the federated rounds; a vertical line marks the distillation between them."""
     frame, (figure, over) = rounds_frame(run), axes()
     looks = {"warm-up": ROLE_LOOKS["initial"], **ROLE_LOOKS}
     ends = []
@@ -135,19 +135,19 @@ def _rounds_words(run: RunReport) -> str:
         "final": f"closing rounds take the {before} model",
         "control": "the control",
     }
-    told = []
+    parts = []
     for line, rows in frame.groupby("line", sort=False):
         first, last = (percent(rows["test accuracy"].iloc[row]) for row in (0, -1))
-        told.append(f"{names[line]} at {last}" if line == "warm-up" else f"{names[line]} from {first} to {last}")
-    between = " The dashed line is where the student is taught." if run.accuracy("distilled") is not None else ""
-    return f"{', '.join(told)}.{between}"
+        parts.append(f"{names[line]} at {last}" if line == "warm-up" else f"{names[line]} from {first} to {last}")
+    between = " The dashed line is the distillation." if run.accuracy("distilled") is not None else ""
+    return f"{', '.join(parts)}.{between}"
 
 
 # --- by class --------------------------------------------------------------------------------------------------------
 
 
 def per_class_frame(run: RunReport) -> pd.DataFrame:
-    """Test accuracy of each class (NaN where the test set has none of it) by role."""
+    """Return test accuracy by class and role (NaN for a class without test images)."""
     found = run.summary.per_class_accuracy or {}
     shown = {role: found[role] for role in ("initial", "teacher", "final") if found.get(role)}
     if not shown or len({len(values) for values in shown.values()}) > 1:
@@ -156,9 +156,9 @@ def per_class_frame(run: RunReport) -> pd.DataFrame:
     return frame.rename_axis("class")
 
 
-@drawn
+@styled
 def per_class(run: RunReport) -> Figure:
-    """Accuracy by class from the initial model over the teacher to the final one; of many classes, in sorted order."""
+    """Draw accuracy by class for initial model, teacher and final model; many classes as sorted curves."""
     frame = per_class_frame(run)
     many = len(frame) > MOST_COLUMNS
     figure, over = axes(WIDTH, 3.2 if many else 0.9 + 0.27 * len(frame))
@@ -169,7 +169,7 @@ def per_class(run: RunReport) -> Figure:
             over.plot(np.linspace(0, 1, len(values)), values, color=colour(tint), label=role)
         else:
             face = "none" if role == "initial" else colour(tint)
-            rows = frame.index + 0.24 * (number - (frame.shape[1] - 1) / 2)  # so that none hides another
+            rows = frame.index + 0.24 * (number - (frame.shape[1] - 1) / 2)  # apart, so that all are visible
             over.plot(frame[role], rows, marker, color=colour(tint), mfc=face, ms=6, label=role, clip_on=False)
     if many:
         over.set(xlabel="share of classes that do worse", ylim=(0, 1.03))
@@ -189,17 +189,17 @@ def _per_class_words(run: RunReport) -> str:
         return f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}."
     change = (frame["final"] - frame["initial"]).dropna()
     better, worse = change[change > NOTABLE], change[change < -NOTABLE]
-    told = []
+    parts = []
     for which, moved, pick in (("gain", better, change.idxmax), ("lose", worse, change.idxmin)):
         if len(moved):
             c = pick()
             most = f"class {c} from {percent(frame['initial'][c])} to {percent(frame['final'][c])}"
-            told.append(
+            parts.append(
                 f"{counted(len(moved), 'class', 'classes')} {which}{'s' if len(moved) == 1 else ''} more than "
                 f"5 points (most: {most})"
             )
-    told = told or ["no class moves by more than 5 points"]
-    return f"From the initial to the final model, of {counted(len(change), 'class', 'classes')}: {'; '.join(told)}."
+    parts = parts or ["no class moves by more than 5 points"]
+    return f"From the initial to the final model, of {counted(len(change), 'class', 'classes')}: {'; '.join(parts)}."
 
 
 def _confusion_frame(run: RunReport, role: str) -> pd.DataFrame:
@@ -216,9 +216,9 @@ def _mistakes(table: np.ndarray) -> list[tuple[int, int]]:
     return [(int(i) // len(table), int(i) % len(table)) for i in order if wrong.flat[i] > 0]
 
 
-@drawn
+@styled
 def confusion(run: RunReport, role: str = "final") -> Figure:
-    """Which classes a role's model takes for which: rows are true classes, colour is the share of the row."""
+    """Draw the confusion table of a role's model: rows are true classes, the colour is the share of the row."""
     table = run.confusion(role)
     count = len(table)
     side = 0.95 + 0.36 * count if count <= MOST_COLUMNS else 4.9
@@ -245,7 +245,7 @@ def _confusion_words(run: RunReport, role: str) -> str:
 
 
 def distillation_frame(run: RunReport) -> pd.DataFrame:
-    """By step: accuracy on held-out prototypes, and how often student and teacher agree on synthetic images."""
+    """Return by step the accuracy on held-out prototypes, and the agreement with the teacher on synthetic images."""
     curves = {"held-out prototypes": "student/held_out_accuracy", "agreement with the teacher": "student/agreement"}
     found = {label: curve for label, tag in curves.items() if not (curve := run.curve(tag)).empty}
     if not found:
@@ -253,9 +253,9 @@ def distillation_frame(run: RunReport) -> pd.DataFrame:
     return pd.DataFrame({label: c[~c.index.duplicated(keep="last")] for label, c in found.items()}).rename_axis("step")
 
 
-@drawn
+@styled
 def distillation(run: RunReport) -> Figure:
-    """The student while it is taught."""
+    """Draw the student's curves during distillation."""
     frame, (figure, over) = distillation_frame(run), axes(height=2.9)
     low = float(np.nanmin(frame.to_numpy()))
     for (label, curve), (tint, marker) in zip(frame.items(), (("s1", "o"), ("s3", "D")), strict=False):
@@ -270,11 +270,11 @@ def distillation(run: RunReport) -> Figure:
 
 def _distillation_words(run: RunReport) -> str:
     frame = distillation_frame(run)
-    told = [f"{label} from {percent(c.iloc[0])} to {percent(c.iloc[-1])}" for label, c in frame.items()]
-    return f"While the student is taught, {' and '.join(told)}, steps {frame.index[0]} to {frame.index[-1]}."
+    parts = [f"{label} from {percent(c.iloc[0])} to {percent(c.iloc[-1])}" for label, c in frame.items()]
+    return f"During distillation, {' and '.join(parts)}, steps {frame.index[0]} to {frame.index[-1]}."
 
 
-EXHIBITS: dict[str, list[ReportFigure]] = {
+FIGURES: dict[str, list[ReportFigure]] = {
     "Accuracy": [
         ReportFigure("stages", "Accuracy by stage", stages, stages_frame, _stages_words),
         ReportFigure("rounds", "Accuracy over rounds", rounds, rounds_frame, _rounds_words),
@@ -287,16 +287,16 @@ EXHIBITS: dict[str, list[ReportFigure]] = {
         )
         for role in ("initial", "teacher", "final")
     ],
-    "Data and generators": data.EXHIBITS,
+    "Data and generators": data.FIGURES,
     "Teacher and distillation": [
-        *teacher.EXHIBITS,
+        *teacher.FIGURES,
         ReportFigure("distillation", "Distillation", distillation, distillation_frame, _distillation_words),
     ],
-    "Cost": cost.EXHIBITS,
+    "Cost": cost.FIGURES,
 }  # fmt: skip
 
-#: By name, for ``RunReport.plot``.
-FIGURES: Mapping[str, Callable[..., Figure]] = {
-    **{exhibit.name: exhibit.draw for section in EXHIBITS.values() for exhibit in section},
+#: By name, for ``api.Run.plot``.
+PLOTS: Mapping[str, Callable[..., Figure]] = {
+    **{figure.name: figure.draw for section in FIGURES.values() for figure in section},
     "samples": data.samples, "progress": data.progress,
 }  # fmt: skip

@@ -1,8 +1,8 @@
-"""What all figures share: colours that a page may exchange, axes, and a figure as SVG for a page.
+"""Colours, axes and heat map cells that all figures share.
 
-Every colour is a role with a light and a dark value. Figures are drawn with the light ones; ``inline_svg`` replaces
-them by CSS custom properties, so that one drawing fits both themes. Series colours were chosen to stay apart under the
-three common kinds of colour blindness, and never carry a meaning alone: labels, markers or order do so too.
+Every colour is a role with a light and a dark value. Figures are styled with the light ones; ``inline_svg`` replaces
+them by CSS custom properties, so that one drawing fits both themes. Series colours differ under the three common kinds
+of colour blindness, and labels, markers or order always carry the same meaning as a colour.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
-#: Steps of the scale of heat maps.
+#: Number of colours of a heat map.
 STEPS = 9
 
-#: Inches of a chart that is as wide as a phone: at 72 units an inch, about one CSS pixel a unit there.
+#: Inches of a chart as wide as a phone, where 1/72 inch is about one CSS pixel.
 WIDTH, HEIGHT = 4.7, 2.9
 
 T = TypeVar("T")
@@ -34,20 +34,20 @@ def _ramp(low: str, high: str) -> list[str]:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance in [0, 1] (WCAG 2.2)."""
+    """Return the relative luminance in [0, 1] (WCAG 2.2)."""
     channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
 def contrast(one: str, other: str) -> float:
-    """Contrast ratio in [1, 21] (WCAG 2.2)."""
+    """Return the contrast ratio in [1, 21] (WCAG 2.2)."""
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
 
 
 def _palette() -> dict[str, tuple[str, str]]:
-    """Role -> (light, dark). The light values differ from one another, for they stand for their roles in drawings."""
+    """Return role -> (light, dark). All light values differ, because ``inline_svg`` finds roles by them."""
     colours = {
         "paper": ("#fefefe", "#14171c"), "raised": ("#f2f4f8", "#1d2128"), "ink": ("#1b1f26", "#e8eaee"),
         "muted": ("#565d69", "#a6adb9"), "rule": ("#d9dde3", "#353b46"),
@@ -62,7 +62,7 @@ def _palette() -> dict[str, tuple[str, str]]:
         )
         colours[f"h{step}"] = (light, dark)
         colours[f"t{step}"] = (
-            f"#00000{step + 1}" if on_light == "black" else f"#fffff{step}",  # matplotlib leaves pure black unsaid
+            f"#00000{step + 1}" if on_light == "black" else f"#fffff{step}",  # matplotlib does not write pure black
             "#000000" if on_dark == "black" else "#ffffff",
         )  # fmt: skip
     return colours
@@ -73,18 +73,18 @@ _ROLE_OF = {light: role for role, (light, _) in PALETTE.items()}
 
 
 def colour(role: str) -> str:
-    """The light value of a role."""
+    """Return the light value of a role."""
     return PALETTE[role][0]
 
 
-#: Whose accuracy -> (role of its colour, marker).
+#: Role of a model -> (role of its colour, marker).
 ROLE_LOOKS = {
     "initial": ("s6", "o"), "teacher": ("s3", "D"), "distilled": ("s4", "s"), "final": ("s1", "o"),
     "control": ("s2", "^"),
 }  # fmt: skip
 SERIES = tuple(zip(("s1", "s2", "s3", "s4", "s7", "s5", "s8", "s6"), "o^Dsv<>P", strict=True))
 
-_LOOK = {
+_STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": colour("ink"),
     "axes.edgecolor": colour("rule"), "axes.labelcolor": colour("muted"), "axes.titlesize": 10, "axes.grid": True,
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": colour("paper"),
@@ -97,26 +97,26 @@ _LOOK = {
 
 
 @contextlib.contextmanager
-def _look() -> Iterator[None]:
+def _style() -> Iterator[None]:
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams.update(_LOOK)
+        mpl.rcParams.update(_STYLE)
         yield
 
 
-def drawn(draw: Callable[..., T]) -> Callable[..., T]:
-    """``draw`` in the look of the house, whatever matplotlib has been told elsewhere."""
+def styled(draw: Callable[..., T]) -> Callable[..., T]:
+    """Let ``draw`` use the report's style, independent of matplotlib's global settings."""
 
     @functools.wraps(draw)
-    def in_our_look(*args: Any, **how: Any) -> T:
-        with _look():
-            return draw(*args, **how)
+    def in_style(*args: Any, **options: Any) -> T:
+        with _style():
+            return draw(*args, **options)
 
-    return in_our_look
+    return in_style
 
 
 def axes(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """One pair of axes on a figure of so many inches."""
+    """Return a figure of ``width`` by ``height`` [inches] and its axes."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -128,7 +128,7 @@ def in_percent(axis: Any) -> None:
 
 
 def log_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Ticks at the values that there are, so that no power of ten must be read."""
+    """Put ticks at ``values`` of a logarithmic ``axis``, as plain numbers."""
     axis.set_major_locator(FixedLocator(sorted(set(values))))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
@@ -136,7 +136,7 @@ def log_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def label_ends(over: Axes, ends: Sequence[tuple[float, float, str, str]], lines: float = 0.075) -> None:
-    """Write (x, y, text, role) to the right of line ends, moved apart to ``lines`` of the axes' height."""
+    """Label line ends (x, y, text, role) on their right, at least ``lines`` of the axes' height apart."""
     low, high = over.get_ylim()
     gap, floor = lines * (high - low), -np.inf
     for x, y, text, role in sorted(ends, key=lambda end: end[1]):
@@ -148,16 +148,16 @@ def label_ends(over: Axes, ends: Sequence[tuple[float, float, str, str]], lines:
 
 
 def step_of(share: np.ndarray, power: float) -> np.ndarray:
-    """The step [0, STEPS) of each share in [0, 1], on a root scale."""
+    """Return the colour number in [0, STEPS) of each share in [0, 1]: share ** ``power``, quantised."""
     return np.minimum((np.clip(share, 0, 1) ** power * STEPS).astype(int), STEPS - 1)
 
 
 def cells(
     over: Axes, shares: np.ndarray, texts: np.ndarray | None, power: float = 0.5, size: float = 8, blank: bool = True
 ) -> None:
-    """``shares`` [rows, columns] in [0, 1] as a heat map with ``texts`` in the cells; zeros stay ``blank``.
+    """Draw ``shares`` [rows, columns] in [0, 1] as a heat map with ``texts`` in the cells; zeros stay ``blank``.
 
-    Without ``texts`` (too many cells to be drawn one by one) it is one image of one colour, more opaque for larger
+    Without ``texts`` (too many cells to be styled one by one) it is one image of one colour, more opaque for larger
     shares, which fits a light and a dark page alike.
     """
     rows, columns = shares.shape

@@ -1,4 +1,4 @@
-"""What trials of a sweep shared, and what that spared."""
+"""Draw a sweep's figures: methods, single knobs, all configurations, and stages that trials shared."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ...core.types import ROLES, STAGES
 from ..load import NotAvailable, SweepReport
 from ..text import counted, duration, listed, percent
 from .base import ReportFigure
-from .style import HEIGHT, ROLE_LOOKS, SERIES, STEPS, WIDTH, axes, colour, drawn, in_percent, label_ends, log_ticks
+from .style import HEIGHT, ROLE_LOOKS, SERIES, STEPS, WIDTH, axes, colour, in_percent, label_ends, log_ticks, styled
 
 
 def sharing_frame(sweep: SweepReport) -> pd.DataFrame:
-    """By stage: in how many trials it was computed and found, and the seconds that cost and spared."""
+    """Return by stage the trials that computed it and that found it, and the seconds spent and saved."""
     rows = []
     for stage in STAGES:
         known = sweep.results.dropna(subset=[f"cached_{stage}"])
@@ -32,14 +32,14 @@ def sharing_frame(sweep: SweepReport) -> pd.DataFrame:
             rows.append((stage, int((~found).sum()), int(found.sum()), seconds[~found].sum(), seconds[found].sum()))
     if not rows:
         raise NotAvailable("no trial has ended yet")
-    return pd.DataFrame(rows, columns=["stage", "computed", "found", "seconds spent", "seconds spared"]).set_index(
+    return pd.DataFrame(rows, columns=["stage", "computed", "found", "seconds spent", "seconds saved"]).set_index(
         "stage"
     )
 
 
-@drawn
+@styled
 def sharing(sweep: SweepReport) -> Figure:
-    """How many trials computed each stage, and how many found it in the store."""
+    """Draw how many trials computed each stage, and how many found it in the store."""
     frame = sharing_frame(sweep)
     figure, over = axes(WIDTH, 0.65 + 0.31 * len(frame))
     places = np.arange(len(frame))
@@ -68,7 +68,7 @@ def _words(sweep: SweepReport) -> str:
     return (
         f"Of {int(frame[['computed', 'found']].to_numpy().sum()):,} stages that trials asked for "
         f"{int(frame['found'].sum()):,} were found: {duration(frame['seconds spent'].sum())} were spent, "
-        f"{duration(frame['seconds spared'].sum())} spared."
+        f"{duration(frame['seconds saved'].sum())} saved."
     )
 
 
@@ -77,25 +77,25 @@ SHARING = ReportFigure("sharing", "Stages that trials shared", sharing, sharing_
 
 OMEGA = "partition.omega"
 
-#: With more values than this no line joins them; more series are not told apart.
+#: With more values than this no line joins them; more series share a colour.
 MOST_VALUES, MOST_SERIES = 8, len(SERIES)
 
-#: A knob whose largest value is so many times its smallest has a logarithmic axis.
+#: Least ratio of a knob's largest to its smallest value for a logarithmic axis.
 LOG_FROM = 20.0
 
 
 def numeric(sweep: SweepReport) -> tuple[str, ...]:
-    """The knobs that vary and are numbers."""
+    """Return the knobs that vary and are numbers."""
     return tuple(name for name in sweep.varying if KNOBS[name].type in (int, float))
 
 
 def _kinds(sweep: SweepReport) -> list[str]:
-    """The knobs that vary, are no numbers and do not set the problem: method, optimiser, switches."""
+    """Return the varying knobs that are no numbers and no conditions: method, optimiser, switches."""
     return [name for name in sweep.varying if name not in (*numeric(sweep), *sweep.conditions)]
 
 
 def _label(values: Mapping[str, Any]) -> str:
-    """A method's name says enough; other knobs say whose value it is."""
+    """Format knobs as ``name=value``, a method by its name alone."""
     short = short_names(values)
     return ", ".join(
         str(value) if name == "method" else f"{short[name]}={shown(value)}" for name, value in values.items()
@@ -114,9 +114,9 @@ def _done(sweep: SweepReport) -> pd.DataFrame:
 
 
 def _spread(frame: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
-    """Mean, sample standard deviation and number of ``column`` by group, in order of appearance."""
-    told = frame.groupby(by, sort=False, dropna=False)[column].agg(["mean", "std", "count"]).reset_index()
-    return told.rename(columns={"std": "sd", "count": "trials"})
+    """Return mean, sample standard deviation and number of ``column`` by group, in order of appearance."""
+    means = frame.groupby(by, sort=False, dropna=False)[column].agg(["mean", "std", "count"]).reset_index()
+    return means.rename(columns={"std": "sd", "count": "trials"})
 
 
 def _log(values: Any) -> bool:
@@ -124,11 +124,11 @@ def _log(values: Any) -> bool:
     return low > 0 and high / low >= LOG_FROM
 
 
-def _bars(over: Axes, told: pd.DataFrame, x: Any, look: tuple[str, str], line: bool, name: str = "") -> None:
-    """Means with a standard deviation to either side."""
+def _bars(over: Axes, means: pd.DataFrame, x: Any, look: tuple[str, str], line: bool, name: str = "") -> None:
+    """Draw means with one standard deviation to either side."""
     tint, marker = look
     over.errorbar(
-        x, told["mean"], told["sd"].fillna(0), color=colour(tint), marker=marker, ms=6, lw=1.8 if line else 0,
+        x, means["mean"], means["sd"].fillna(0), color=colour(tint), marker=marker, ms=6, lw=1.8 if line else 0,
         elinewidth=1.4, capsize=3, label=name,
     )  # fmt: skip
 
@@ -137,30 +137,31 @@ def _bars(over: Axes, told: pd.DataFrame, x: Any, look: tuple[str, str], line: b
 
 
 def methods_frame(sweep: SweepReport) -> pd.DataFrame:
-    """By condition and method (or whatever else is no number): mean, sd over seeds, and the gain over the control."""
+    """Return mean, sd over seeds and gain over the control, by condition and method (or another name or switch)."""
     names, frame = _kinds(sweep), _done(sweep)
     if not names:
         raise NotAvailable("one method throughout")
     if others := [name for name in numeric(sweep) if name not in sweep.conditions]:
         raise NotAvailable(f"configurations differ in {listed(others)} too, so that methods alone do not compare")
     conditions = [name for name in sweep.conditions if name in sweep.varying]
-    told = _spread(frame, [*conditions, *names], "accuracy_final")
-    told["gain over control"] = frame.groupby([*conditions, *names], sort=False, dropna=False)["gain"].mean().to_numpy()
-    return told
+    means = _spread(frame, [*conditions, *names], "accuracy_final")
+    gains = frame.groupby([*conditions, *names], sort=False, dropna=False)["gain"].mean()
+    means["gain over control"] = gains.to_numpy()
+    return means
 
 
-@drawn
+@styled
 def methods(sweep: SweepReport) -> Figure:
-    """Final accuracy of each method under each condition: every seed, the mean, and a standard deviation."""
-    told, names, frame = methods_frame(sweep), _kinds(sweep), _done(sweep)
+    """Draw each method's final accuracy under each condition: every seed, the mean, one standard deviation."""
+    means, names, frame = methods_frame(sweep), _kinds(sweep), _done(sweep)
     conditions = [name for name in sweep.conditions if name in sweep.varying]
-    labels = list(dict.fromkeys(_labelled(told, names)))
+    labels = list(dict.fromkeys(_labelled(means, names)))
     gaps = (
-        told.groupby(conditions, sort=False, dropna=False).ngroup() if conditions else pd.Series(0, told.index)
+        means.groupby(conditions, sort=False, dropna=False).ngroup() if conditions else pd.Series(0, means.index)
     ) * 0.9
-    places = np.arange(len(told)) + gaps.to_numpy()
+    places = np.arange(len(means)) + gaps.to_numpy()
     figure, over = axes(WIDTH, 0.75 + 0.31 * (places[-1] + 1))
-    for place, row in zip(places, told.to_dict("records"), strict=True):
+    for place, row in zip(places, means.to_dict("records"), strict=True):
         same = np.all([frame[name] == row[name] for name in [*conditions, *names]], axis=0)
         tint, marker = SERIES[labels.index(_label({name: row[name] for name in names})) % MOST_SERIES]
         seeds = frame.loc[same, "accuracy_final"]
@@ -169,12 +170,12 @@ def methods(sweep: SweepReport) -> Figure:
             row["mean"], place, xerr=0 if math.isnan(row["sd"]) else row["sd"], color=colour(tint), marker=marker,
             ms=7, elinewidth=1.6, capsize=3,
         )  # fmt: skip
-    told_at = [_label({name: row[name] for name in names}) for row in told.to_dict("records")]
-    over.set_yticks(places, told_at)
+    names_at = [_label({name: row[name] for name in names}) for row in means.to_dict("records")]
+    over.set_yticks(places, names_at)
     over.tick_params(axis="y", labelcolor=colour("ink"), length=0)
     over.set(ylim=(places[-1] + 0.6, -1.0 if conditions else -0.6), xlabel="test accuracy, final model")
     if conditions:
-        for _, rows in told.groupby(gaps, sort=False):
+        for _, rows in means.groupby(gaps, sort=False):
             words = _label({name: rows.iloc[0][name] for name in conditions})
             over.annotate(
                 words, (0, places[rows.index[0]] - 0.62), xycoords=("axes fraction", "data"), size=9, va="center",
@@ -186,10 +187,10 @@ def methods(sweep: SweepReport) -> Figure:
 
 
 def _methods_words(sweep: SweepReport) -> str:
-    told, names = methods_frame(sweep), _kinds(sweep)
+    means, names = methods_frame(sweep), _kinds(sweep)
     conditions = [name for name in sweep.conditions if name in sweep.varying]
     parts = []
-    groups = told.groupby(conditions, sort=False, dropna=False) if conditions else [((), told)]
+    groups = means.groupby(conditions, sort=False, dropna=False) if conditions else [((), means)]
     for _, rows in groups:
         row = rows.loc[rows["mean"].idxmax()]
         under = f"at {_label({name: row[name] for name in conditions})} " if conditions else ""
@@ -204,37 +205,37 @@ def _methods_words(sweep: SweepReport) -> str:
 
 
 def ladder_frame(sweep: SweepReport) -> pd.DataFrame:
-    """Accuracy at each omega by series: the methods where they vary, else the roles of one."""
+    """Return accuracy by omega and series: the methods where they vary, else the roles of one method."""
     if OMEGA not in sweep.varying:
         raise NotAvailable("omega does not vary")
     frame, kinds = _done(sweep), _kinds(sweep)
     if kinds:
         series = _labelled(frame, kinds)
-        told = _spread(frame.assign(series=series), ["series", OMEGA], "accuracy_final")
+        means = _spread(frame.assign(series=series), ["series", OMEGA], "accuracy_final")
     else:
-        told = pd.concat(
+        means = pd.concat(
             [
                 _spread(frame.assign(series=role), ["series", OMEGA], f"accuracy_{role}")
                 for role in ROLES if frame[f"accuracy_{role}"].notna().any()
             ],
             ignore_index=True,
         )  # fmt: skip
-    return told.sort_values(OMEGA, kind="stable", ignore_index=True)
+    return means.sort_values(OMEGA, kind="stable", ignore_index=True)
 
 
-@drawn
+@styled
 def ladder(sweep: SweepReport) -> Figure:
-    """Accuracy against omega."""
-    told, (figure, over) = ladder_frame(sweep), axes(height=3.1)
-    order = [role for role in ROLES if role in set(told["series"])] or list(dict.fromkeys(told["series"]))
+    """Draw accuracy against omega."""
+    means, (figure, over) = ladder_frame(sweep), axes(height=3.1)
+    order = [role for role in ROLES if role in set(means["series"])] or list(dict.fromkeys(means["series"]))
     ends = []
     for number, series in enumerate(order[:MOST_SERIES]):
-        rows = told[told["series"] == series].dropna(subset=["mean"])
+        rows = means[means["series"] == series].dropna(subset=["mean"])
         look = ROLE_LOOKS.get(series, SERIES[number])
         _bars(over, rows, rows[OMEGA], look, True)
         ends.append((rows[OMEGA].iloc[-1], rows["mean"].iloc[-1], series, look[0]))
     over.set_xscale("log")
-    log_ticks(over.xaxis, told[OMEGA])
+    log_ticks(over.xaxis, means[OMEGA])
     over.set(xlabel="omega (small is skewed)", ylabel="test accuracy")
     in_percent(over.yaxis)
     label_ends(over, ends)
@@ -242,11 +243,11 @@ def ladder(sweep: SweepReport) -> Figure:
 
 
 def _ladder_words(sweep: SweepReport) -> str:
-    told = ladder_frame(sweep)
-    low, high = told[OMEGA].min(), told[OMEGA].max()
+    means = ladder_frame(sweep)
+    low, high = means[OMEGA].min(), means[OMEGA].max()
     parts = []
-    for series in dict.fromkeys(told["series"]):
-        by_omega = told[told["series"] == series].set_index(OMEGA)["mean"]
+    for series in dict.fromkeys(means["series"]):
+        by_omega = means[means["series"] == series].set_index(OMEGA)["mean"]
         if {low, high} <= set(by_omega.index) and series != "initial":
             parts.append(f"{series} from {percent(by_omega[low])} to {percent(by_omega[high])}")
     return (
@@ -258,30 +259,30 @@ def _ladder_words(sweep: SweepReport) -> str:
 
 
 def _series_of(sweep: SweepReport, knob: str) -> list[str]:
-    """What tells the lines of a response plot apart: the conditions that vary, and the methods."""
+    """Return the knobs by which the lines of a response plot differ: varying conditions, and methods."""
     return [name for name in (*sweep.conditions, *_kinds(sweep)) if name in sweep.varying and name != knob]
 
 
 def response_frame(sweep: SweepReport, knob: str) -> pd.DataFrame:
-    """Final accuracy at each value of ``knob``, over seeds and whatever else varies, by condition."""
+    """Return final accuracy by condition and value of ``knob``, over seeds and all other knobs."""
     frame, by = _done(sweep), _series_of(sweep, knob)
     if frame[knob].nunique() < 2:
         raise NotAvailable(f"{knob} has taken one value so far")
-    told = _spread(frame.assign(series=_labelled(frame, by) if by else "all"), ["series", knob], "accuracy_final")
-    return told.sort_values(["series", knob], kind="stable", ignore_index=True)
+    means = _spread(frame.assign(series=_labelled(frame, by) if by else "all"), ["series", knob], "accuracy_final")
+    return means.sort_values(["series", knob], kind="stable", ignore_index=True)
 
 
-@drawn
+@styled
 def response(sweep: SweepReport, knob: str) -> Figure:
-    """Final accuracy against one knob, with the spread of the seeds and of the other knobs."""
-    told, (figure, over) = response_frame(sweep, knob), axes(height=HEIGHT)
+    """Draw final accuracy against one knob, with the spread over seeds and other knobs."""
+    means, (figure, over) = response_frame(sweep, knob), axes(height=HEIGHT)
     frame, by = _done(sweep), _series_of(sweep, knob)
-    names = list(dict.fromkeys(told["series"]))[:MOST_SERIES]
+    names = list(dict.fromkeys(means["series"]))[:MOST_SERIES]
     trials = _labelled(frame, by) if by else pd.Series("all", frame.index)
-    values = sorted(set(told[knob]))
+    values = sorted(set(means[knob]))
     ends = []
     for name, look in zip(names, SERIES, strict=False):
-        own, rows = frame[trials == name], told[told["series"] == name]
+        own, rows = frame[trials == name], means[means["series"] == name]
         over.plot(own[knob], own["accuracy_final"], look[1], color=colour(look[0]), ms=4, alpha=0.45, mew=0)
         _bars(over, rows, rows[knob], look, len(values) <= MOST_VALUES, name)
         if len(values) <= MOST_VALUES:
@@ -300,10 +301,10 @@ def response(sweep: SweepReport, knob: str) -> Figure:
 
 
 def _response_words(sweep: SweepReport, knob: str) -> str:
-    told = response_frame(sweep, knob)
+    means = response_frame(sweep, knob)
     parts = []
-    for name in dict.fromkeys(told["series"]):
-        rows = told[told["series"] == name]
+    for name in dict.fromkeys(means["series"]):
+        rows = means[means["series"] == name]
         best, worst = rows.loc[rows["mean"].idxmax()], rows.loc[rows["mean"].idxmin()]
         where = "" if name == "all" else f"at {name} "
         parts.append(
@@ -317,7 +318,7 @@ def _response_words(sweep: SweepReport, knob: str) -> str:
 
 
 def parallel_frame(sweep: SweepReport) -> pd.DataFrame:
-    """A row a configuration: its varying knobs, and the means over seeds of selection, final and gain."""
+    """Return a row per configuration: its varying knobs, and the means over seeds of selection, final and gain."""
     frame, knobs = _done(sweep), list(sweep.varying)
     if not knobs or frame["point"].nunique() < 2:
         raise NotAvailable("fewer than two configurations have ended")
@@ -326,9 +327,9 @@ def parallel_frame(sweep: SweepReport) -> pd.DataFrame:
     return first.join(means)
 
 
-@drawn
+@styled
 def parallel(sweep: SweepReport) -> Figure:
-    """Every configuration as a line through its knobs to what it reached; stronger is higher."""
+    """Draw every configuration as a line through its knobs to its accuracy; a stronger line is a higher one."""
     frame, knobs = parallel_frame(sweep), list(sweep.varying)
     columns = [*knobs, *(name for name in ("selection", "accuracy_final") if frame[name].notna().all())]
     figure, over = axes(max(WIDTH, 1.3 * len(columns)), 3.4)
@@ -349,7 +350,7 @@ def parallel(sweep: SweepReport) -> Figure:
 
 
 def _height(over: Axes, place: int, values: pd.Series) -> np.ndarray:
-    """Where the lines cross the axis at ``place``, in [0, 1]; names the axis' values or its ends."""
+    """Label the axis at ``place``, and return where the lines cross it, in [0, 1]."""
     if values.name in KNOBS and KNOBS[values.name].type not in (int, float):
         names = sorted(set(values.map(shown)))
         at = {name: (number + 0.5) / len(names) for number, name in enumerate(names)}
@@ -382,8 +383,8 @@ def _parallel_words(sweep: SweepReport) -> str:
     )
 
 
-def exhibits(sweep: SweepReport) -> dict[str, list[ReportFigure]]:
-    """By section; a response plot for each knob that varies and is a number (omega's is the ladder)."""
+def figures_of(sweep: SweepReport) -> dict[str, list[ReportFigure]]:
+    """Return the figures by section, with a response plot for each varying number (the ladder for omega)."""
     knobs = [name for name in numeric(sweep) if name != OMEGA]
     return {
         "Comparison": [
@@ -402,7 +403,7 @@ def exhibits(sweep: SweepReport) -> dict[str, list[ReportFigure]]:
     }  # fmt: skip
 
 
-#: By name, for ``SweepReport.plot``; ``response`` takes ``knob=``.
-FIGURES: Mapping[str, Callable[..., Figure]] = {
+#: By name, for ``api.Sweep.plot``; ``response`` takes ``knob=``.
+PLOTS: Mapping[str, Callable[..., Figure]] = {
     "methods": methods, "ladder": ladder, "response": response, "parallel": parallel, "sharing": SHARING.draw,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures of the teacher: what it sees in synthetic images, and whom it listens to."""
+"""Draw the teacher: the classes of synthetic images, and the weights of clients and experts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
 from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers
-from .style import axes, cells, colour, drawn, in_percent
+from .style import axes, cells, colour, in_percent, styled
 
-#: A class with a smaller share of a synthetic batch counts as not seen there.
+#: Least share of a synthetic batch for a class to count as seen.
 SEEN = 0.01
 
 
@@ -25,14 +25,14 @@ def _counts(run: RunReport) -> np.ndarray:
 
 
 def synthetic_classes_frame(run: RunReport) -> pd.DataFrame:
-    """Images of one synthetic batch by the class that the teacher names."""
+    """Return the images of one synthetic batch by the class that the teacher predicts."""
     counts = _counts(run)
     return pd.DataFrame({"images": counts, "share": counts / counts.sum()}).rename_axis("class")
 
 
-@drawn
+@styled
 def synthetic_classes(run: RunReport) -> Figure:
-    """The classes that the teacher names in one synthetic batch; the dashed line is an even share."""
+    """Draw the classes that the teacher predicts in one synthetic batch; the dashed line is an even share."""
     frame, (figure, over) = synthetic_classes_frame(run), axes()
     over.bar(frame.index, frame["share"], 0.7, color=colour("s3"))
     over.axhline(1 / len(frame), color=colour("muted"), lw=1, ls=(0, (3, 3)))
@@ -46,19 +46,19 @@ def synthetic_classes(run: RunReport) -> Figure:
 def _synthetic_words(run: RunReport) -> str:
     share = synthetic_classes_frame(run)["share"]
     missed = share.index[share < SEEN].tolist()
-    said = f"In a batch of {_counts(run).sum():,} synthetic images the teacher names class {share.idxmax()} most "
+    text = f"In a batch of {_counts(run).sum():,} synthetic images the teacher names class {share.idxmax()} most "
     lacks = (
         f"under {100 * SEEN:.0f} % it names class {listed(missed)}"
         if missed
         else "it names every class at least once in a hundred"
     )
-    return f"{said}({percent(share.max())}); {lacks}. Dashed: an even share."
+    return f"{text}({percent(share.max())}); {lacks}. Dashed: an even share."
 
 
 def _expert_table(run: RunReport, name: str) -> np.ndarray:
     table = run.diagnostic("teacher", name, 2)
     if not np.isfinite(table).all() or not table.size:
-        raise NotAvailable(f"the teacher's {name.replace('_', ' ')} hold what is no number")
+        raise NotAvailable(f"the teacher's {name.replace('_', ' ')} are not all finite")
     return table
 
 
@@ -90,15 +90,15 @@ def _heat(run: RunReport, name: str) -> Figure:
     return figure
 
 
-@drawn
+@styled
 def expert_weights(run: RunReport) -> Figure:
-    """The weight of each client's model in each class's expert."""
+    """Draw the weight of each client's model in each class's expert."""
     return _heat(run, "expert_weights")
 
 
-@drawn
+@styled
 def meta_gates(run: RunReport) -> Figure:
-    """How much the meta model makes of each expert for each class, on held-out prototypes; the largest is 1."""
+    """Draw the meta model's weight of each expert for each class, on held-out prototypes; the largest is 1."""
     return _heat(run, "meta_gates")
 
 
@@ -106,24 +106,24 @@ def _weights_words(run: RunReport) -> str:
     table = _expert_table(run, "expert_weights")
     entropy = -(table * np.log(np.where(table > 0, table, 1))).sum(axis=0)
     alone = np.flatnonzero((np.exp(entropy) < SINGLE_OWNER_BELOW) & (table.max(axis=0) > 0)).tolist()
-    said = f"Of {counted(table.shape[1], 'class expert')}, "
+    text = f"Of {counted(table.shape[1], 'class expert')}, "
     if not alone:
-        return f"{said}none comes from one client alone; the heaviest weight is {percent(float(table.max()))}."
+        return f"{text}none comes from one client alone; the heaviest weight is {percent(float(table.max()))}."
     come = "comes" if len(alone) == 1 else "come"
-    return f"{said}{len(alone)} {come} all but wholly from one client (class {listed(alone)})."
+    return f"{text}{len(alone)} {come} almost entirely from one client (class {listed(alone)})."
 
 
 def _gates_words(run: RunReport) -> str:
     table = _expert_table(run, "meta_gates")
     own = table.shape[0] == table.shape[1] and float(np.mean(table.argmax(axis=0) == np.arange(len(table))))
     most = int(table.sum(axis=1).argmax())
-    first = f"The meta model makes most of expert {most} over all classes (the largest weight is 1)"
+    first = f"The meta model weights expert {most} most over all classes (the largest weight is 1)"
     return (
         f"{first}; for {percent(own)} of the classes their own expert counts most." if own is not False else f"{first}."
     )
 
 
-EXHIBITS = [
+FIGURES = [
     ReportFigure(
         "synthetic_classes",
         "Classes of synthetic images",

@@ -16,13 +16,13 @@ from ..figures.base import ReportFigure
 from ..load import NotAvailable
 from .svg import inline_svg
 
-#: A table below a figure is cut after so many rows.
+#: Most rows of a table below a figure.
 MOST_ROWS = 200
 
-#: A figure of more inches is not put beside another.
+#: Inches from which a figure has a row of its own.
 BROAD = 5.5
 
-#: The file's name in the folder of a run or sweep.
+#: Name of the page in the folder of a run or sweep.
 FILE = "report.html"
 
 
@@ -35,7 +35,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` hold words; ``best``: the first row is the best."""
+    """``rows`` hold texts; ``best``: the first row is the best."""
 
     title: str
     heads: Sequence[str]
@@ -44,13 +44,13 @@ class Table:
     best: bool = False
 
     def wordy(self, column: int) -> bool:
-        """Whether a column holds words, not numbers."""
+        """Return whether a column holds words, not numbers."""
         return any(re.search("[^\\W\\d_]{2}", str(row[column])) for row in self.rows)
 
 
 @dataclass(frozen=True)
 class RenderedFigure:
-    """An exhibit, drawn; a ``broad`` one has a row of its own."""
+    """A ``ReportFigure`` as SVG; a ``broad`` one has a row of its own."""
 
     name: str
     title: str
@@ -79,7 +79,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Text:
-    """Something to copy; ``folded``: shown when asked for."""
+    """Text to copy; ``folded``: collapsed until it is clicked."""
 
     title: str
     body: str
@@ -92,7 +92,7 @@ class Section:
     lead: str = ""
     findings: list[dict[str, Any]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    exhibits: list[RenderedFigure] = field(default_factory=list)
+    figures: list[RenderedFigure] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
     absent: list[tuple[str, str]] = field(default_factory=list)
@@ -101,24 +101,24 @@ class Section:
     def id(self) -> str:
         return self.title.lower().replace(" ", "-")
 
-    def show(self, exhibits: Iterable[ReportFigure], report: Any) -> Section:
-        """Draw ``exhibits``; those that ``report`` cannot fill are named with the reason."""
-        for exhibit in exhibits:
+    def show(self, figures: Iterable[ReportFigure], report: Any) -> Section:
+        """Add ``figures``; those for which ``report`` lacks data are listed with the reason."""
+        for figure in figures:
             try:
-                words, table = exhibit.words(report), _table(exhibit.title, exhibit.table(report))
-                figure = exhibit.draw(report)
-                svg = Markup(inline_svg(figure, exhibit.name, exhibit.wide))
+                words, table = figure.words(report), _table(figure.title, figure.table(report))
+                drawing = figure.draw(report)
+                svg = Markup(inline_svg(drawing, figure.name, figure.wide))
             except NotAvailable as absent:
-                self.absent.append((exhibit.title, str(absent)))
+                self.absent.append((figure.title, str(absent)))
                 continue
-            broad = figure.get_figwidth() > BROAD
-            self.exhibits.append(RenderedFigure(exhibit.name, exhibit.title, svg, words, table, exhibit.wide, broad))
+            broad = drawing.get_figwidth() > BROAD
+            self.figures.append(RenderedFigure(figure.name, figure.title, svg, words, table, figure.wide, broad))
         return self
 
 
 @dataclass(frozen=True)
 class Page:
-    """What the template shows. ``failure``: a headline and what went wrong."""
+    """The content of a page. ``failure``: a headline and the error."""
 
     title: str
     about: str
@@ -129,7 +129,7 @@ class Page:
 
 
 def _table(title: str, frame: pd.DataFrame) -> Table:
-    """A frame's first rows; its index, where that has a name, is the first column."""
+    """Return a frame's first rows; a named index is the first column."""
     whole = frame.reset_index() if frame.index.name else frame
     rows = [[_cell(value) for value in row] for row in whole.head(MOST_ROWS).itertuples(index=False)]
     caption = f"the first {MOST_ROWS} of {len(whole)} rows" if len(whole) > MOST_ROWS else ""
@@ -147,7 +147,7 @@ def _cell(value: Any) -> str:
 
 
 def link(target: Path, beside: Path) -> Markup | None:
-    """A link to ``target``, relative to ``beside``; None where there is no such file."""
+    """Return a link to ``target``, relative to ``beside``; None where there is no such file."""
     if not target.is_file():
         return None
     where = Path(os.path.relpath(target, beside)).as_posix()

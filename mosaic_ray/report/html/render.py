@@ -1,6 +1,6 @@
-"""The report: one HTML file that holds all it shows. It loads nothing, runs no script, and opens from a disk.
+"""Write the report: one HTML file without scripts that loads no other file.
 
-The same files give the same bytes: nothing of it depends on when or where it is made.
+The same input files give the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .blocks import FILE
 
 
 def write_report(path: str | Path, out: str | Path | None = None) -> Path:
-    """The report of the run, trial or sweep that ``path`` means, beside it or in the file ``out``; returns where."""
+    """Write the report of the run, trial or sweep at ``path`` into its folder or the file ``out``; return the file."""
     _, folder = find(path)
     target = folder / FILE if out is None else Path(out).expanduser().absolute()
     if target.is_dir():
@@ -34,13 +34,13 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
 
 
 def render(path: str | Path, beside: Path | None = None) -> str:
-    """The same as HTML. ``beside``: the folder that links are relative to; the run's or sweep's own where None."""
+    """Return the report as HTML. ``beside``: the folder that links are relative to; None: the run's or sweep's."""
     from .run import run_page
     from .sweep import sweep_page
 
     kind, folder = find(path)
     page = run_page(read_run(folder)) if kind == "run" else sweep_page(read_sweep(folder), beside or folder)
-    house = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    house.filters["whole"] = lambda words: words.replace(" %", "\N{NO-BREAK SPACE}%")
-    template = house.from_string(package_files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["whole"] = lambda words: words.replace(" %", "\N{NO-BREAK SPACE}%")
+    template = environment.from_string(package_files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(page=page, palette=PALETTE, version=__version__) + "\n"

@@ -1,4 +1,4 @@
-"""A run's page: what it reached, whether to believe it, and what it cost."""
+"""Build a run's page: its accuracies, its health findings and its cost."""
 
 from __future__ import annotations
 
@@ -15,67 +15,67 @@ from ...core.errors import RequestError
 from ...data.image_ops import image_grid
 from ..figures.cost import time_frame, traffic
 from ..figures.data import progress_of, samples_of
-from ..figures.run import EXHIBITS
+from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
 from ..text import counted, duration, listed, percent, points, sentence, size
 from .blocks import Card, Gallery, Page, Picture, Section, Text
 
 SEVERITIES = ("error", "warning", "info")
 
-#: More findings than this are left to summary.json.
+#: Most findings on the page; summary.json has all.
 MOST_FINDINGS = 40
 
-#: Points of accuracy below which a gain is none.
+#: Difference of accuracy in [0, 1] below which two models count as equal.
 NO_GAIN = 0.0005
 
 _WHAT = {
     "final": "after the closing rounds", "control": "the same rounds, no distillation",
-    "distilled": "the taught student", "teacher": "experts and meta model", "initial": "after the warm-up",
+    "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
 }  # fmt: skip
 
 
 def run_page(run: RunReport) -> Page:
-    """The page of ``run``, as far as it got."""
+    """Return the page of ``run``, which may be unfinished."""
     sections = [health(run)]
-    for title, exhibits in EXHIBITS.items():
-        section = Section(title).show(exhibits, run)
+    for title, figures in FIGURES.items():
+        section = Section(title).show(figures, run)
         if title.startswith("Data"):
             _galleries(section, run)
-        if section.exhibits or section.galleries or run.status == "done":
+        if section.figures or section.galleries or run.status == "done":
             sections.append(section)
     return Page(run.name, _about(run), verdict(run), _cards(run), [*sections, _reproduce(run)], _failure(run))
 
 
 def _about(run: RunReport) -> str:
     words = [str(run.summary.method or run.knob("method") or "a run")]
-    told = {
+    shapes = {
         "data.name": "on {}", "partition.num_clients": "{} clients", "partition.omega": "omega {}",
         "partition.sampler": "sampler {}", "seed": "seed {}",
     }  # fmt: skip
-    words += [shape.format(run.knob(name)) for name, shape in told.items() if run.knob(name) is not None]
+    words += [shape.format(run.knob(name)) for name, shape in shapes.items() if run.knob(name) is not None]
     return ", ".join(words)
 
 
 def verdict(run: RunReport) -> str:
-    """What happened, in a sentence."""
+    """Return the result of the run in one sentence."""
     final, control, teacher, gain = *(run.accuracy(role) for role in ("final", "control", "teacher")), run.gain
     if run.status == "failed":
-        return "The run failed; what it had reached by then is below."
+        return "The run failed; its results until then are below."
     if run.status != "done":
-        return f"The run is {run.status}: what is there so far is below."
+        return f"The run is {run.status}: its results so far are below."
     if final is None:
         return "The run is done and reports no final accuracy."
-    said = f"The final model is right on {percent(final)} of the test images"
+    text = f"The final model is right on {percent(final)} of the test images"
     if gain is None:
-        return f"{said}; there is no control to hold it against."
+        return f"{text}; there is no control to compare it with."
     if run.accuracy("distilled") is None:
-        return f"{said}. Nothing was distilled, so it is its own control ({percent(control)})."
+        return f"{text}. Nothing was distilled, so it is its own control ({percent(control)})."
     against = f"the control, which had the same closing rounds without distillation ({percent(control)})"
     if abs(gain) < NO_GAIN:
-        said = f"{said}, exactly as many as {against}"
+        text = f"{text}, exactly as many as {against}"
     else:
-        said = f"{said}, {points(abs(gain)).strip('+')} points {'more' if gain > 0 else 'fewer'} than {against}"
-    return said + (f"; the teacher reaches {percent(teacher)}." if teacher is not None else ".")
+        text = f"{text}, {points(abs(gain)).strip('+')} points {'more' if gain > 0 else 'fewer'} than {against}"
+    return text + (f"; the teacher reaches {percent(teacher)}." if teacher is not None else ".")
 
 
 def _failure(run: RunReport) -> tuple[str, str] | None:
@@ -83,7 +83,7 @@ def _failure(run: RunReport) -> tuple[str, str] | None:
         return None
     found = {what: getattr(run.summary, what) for what in ("stage", "round", "client")}
     places = [f"{what} {value}" for what, value in found.items() if value is not None]
-    log = "; the whole story is in error.log" if (run.folder / "error.log").is_file() else ""
+    log = "; error.log has the traceback" if (run.folder / "error.log").is_file() else ""
     return (
         f"Failed{' in ' + ', '.join(places) if places else ''}",
         f"{run.summary.error or 'no reason was kept'}{log}.",
@@ -119,7 +119,7 @@ def _cards(run: RunReport) -> list[Card]:
 def health(run: RunReport) -> Section:
     section = Section("Health")
     if run.summary.health is None:
-        section.lead = "Findings are told once a run is done."
+        section.lead = "Findings are listed once a run is done."
         return section
     findings = sorted(run.summary.health, key=lambda finding: SEVERITIES.index(finding.severity))
     section.lead = "" if findings else "Nothing looked unwell."
@@ -142,7 +142,7 @@ def health(run: RunReport) -> Section:
 
 
 def _galleries(section: Section, run: RunReport) -> None:
-    """Synthetic images alone: no real one is ever shown."""
+    """Add galleries of synthetic images; real ones are never shown."""
     for title, make in (("Synthetic images by client", _samples), ("Synthetic images over time", _progress)):
         try:
             section.galleries.append(make(title, run))
@@ -171,8 +171,8 @@ def _left_out(run: RunReport, count: int) -> str:
 def _held(run: RunReport, client_id: int) -> str:
     row = run.label_counts[client_id]
     most = [int(c) for c in np.argsort(-row, kind="stable") if row[c]]
-    told = ", ".join(f"{c} ({row[c]:,})" for c in most[:3])
-    return f"class {told}" + (f" and {len(most) - 3} more" if len(most) > 3 else "")
+    text = ", ".join(f"{c} ({row[c]:,})" for c in most[:3])
+    return f"class {text}" + (f" and {len(most) - 3} more" if len(most) > 3 else "")
 
 
 def _progress(title: str, run: RunReport) -> Gallery:
@@ -196,32 +196,32 @@ def _progress(title: str, run: RunReport) -> Gallery:
 
 
 def _picture(grid: np.ndarray, alt: str, caption: str) -> Picture:
-    """uint8 [C, H, W] as a PNG in the page itself."""
+    """Return an image uint8 [C, H, W] as PNG in a data URI."""
     out = io.BytesIO()
     Image.fromarray(grid[0] if len(grid) == 1 else grid.transpose(1, 2, 0)).save(out, "png", optimize=True)
     uri = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
     return Picture(uri, grid.shape[2], grid.shape[1], alt, caption)
 
 
-# --- again -----------------------------------------------------------------------------------------------------------
+# --- reproduce -------------------------------------------------------------------------------------------------------
 
 
 def _reproduce(run: RunReport) -> Section:
     section = Section("Reproduce")
-    told = read_text(run.folder / "config.toml")
-    if told is None:
+    toml = read_text(run.folder / "config.toml")
+    if toml is None:
         try:
-            told = to_toml(override(ExperimentConfig(), run.config))
+            toml = to_toml(override(ExperimentConfig(), run.config))
         except RequestError:
-            told = ""
+            toml = ""
     if run.command:
-        section.lead = "The command as it was given; with the same storage it finds what it has made."
+        section.lead = "The command of this run; with the same storage it finds the stored results."
         section.texts.append(Text("Command", run.command))
-    elif told:
+    elif toml:
         section.lead = "No command was kept; the configuration is a whole request."
         section.texts.append(Text("Command", shlex.join(["mosaic", "run", "--config", "config.toml"])))
-    if told:
-        section.texts.append(Text("Configuration, config.toml", told, folded=True))
+    if toml:
+        section.texts.append(Text("Configuration, config.toml", toml, folded=True))
     if versions := run.summary.versions:
         section.texts.append(Text("Versions", "\n".join(f"{name} {number}" for name, number in versions.items())))
     return section

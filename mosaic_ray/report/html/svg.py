@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from ..figures.style import _ROLE_OF, _look
+from ..figures.style import _ROLE_OF, _style
 
 # --- for a page ------------------------------------------------------------------------------------------------------
 
@@ -18,12 +18,12 @@ _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 
 
 def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
-    """``figure`` as an SVG element for HTML: its colours are the page's, its ids begin with ``name``.
+    """Return ``figure`` as an SVG element for HTML, with the page's colours and ids that begin with ``name``.
 
-    It follows the width of its box, down to its own where it is ``wide``.
+    It scales to the width of its box; a ``wide`` one does not shrink below its own width.
     """
     out = io.StringIO()
-    with _look():
+    with _style():
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2])
     _prune(root)
@@ -47,7 +47,7 @@ def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
 
 
 def _prune(root: ElementTree.Element) -> None:
-    """Leave out metadata, styles for the whole page, and the plates behind figure and axes."""
+    """Remove metadata, styles for the whole page, and the backgrounds of figure and axes."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "style"):

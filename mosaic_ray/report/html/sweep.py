@@ -1,4 +1,4 @@
-"""A sweep's page: what was best, how sure that is, what failed, and what trials shared."""
+"""Build a sweep's page: best configurations and their spread, failures, and shared stages."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ...config.fields import short_names, shown
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
-from ..figures.sweep import exhibits, sharing_frame
+from ..figures.sweep import figures_of, sharing_frame
 from ..load import NotAvailable, SweepReport
 from ..sweep_table import mean_and_sd
 from ..text import counted, duration, listed, percent, points, size
 from .blocks import FILE, Card, Page, Section, Table, Text, link
 
-#: Configurations of one best table, and trials of the list, that the page shows.
+#: Most configurations in a table of the best, and most trials in the list of all.
 MOST_POINTS, MOST_TRIALS = 20, 500
 
 _ENDS = {"done": "done", "stopped": "stopped early", "failed": "failed"}
 
 
 def sweep_page(sweep: SweepReport, beside: Path) -> Page:
-    """The page of ``sweep``, as far as it got; links are relative to the folder ``beside``."""
+    """Return the page of ``sweep``, which may be unfinished; links are relative to the folder ``beside``."""
     best = sweep.best() if sweep.rows and len(sweep.done) else []
     sections = [_best(sweep, best)]
     if failed := [row for row in sweep.rows if row["status"] == "failed"]:
         sections.append(_failures(failed))
-    sections += [Section(title).show(shown_there, sweep) for title, shown_there in exhibits(sweep).items()]
+    sections += [Section(title).show(figures, sweep) for title, figures in figures_of(sweep).items()]
     sections += [_trials(sweep, beside), _reproduce(sweep)]
     return Page(sweep.name, _about(sweep), verdict(sweep, best), _cards(sweep, best), sections, _failure(failed))
 
@@ -56,35 +56,35 @@ def _label(row: dict[str, Any], knobs: list[str]) -> str:
 
 
 def _chosen(best: list[tuple[str, list[str], list[Point]]]) -> list[tuple[str, list[str], Point]]:
-    """The sections in which something was chosen, and what."""
+    """Return the sections in which a configuration was chosen, with that configuration."""
     return [(title, knobs, section[0]) for title, knobs, section in best if "best by" in title]
 
 
 def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> str:
     if not len(sweep.done):
         return "No trial has ended well yet." if sweep.rows else "No trial has ended yet."
-    said = []
+    parts = []
     for title, knobs, point in _chosen(best)[:3]:
         under = title.rpartition(", best by")[0]
         gain = _mean(point, "gain")
         over = f", {points(gain)} points over the control" if gain is not None else ""
-        said.append(
+        parts.append(
             f"{f'At {under}, ' if under else ''}{_label(point[0], knobs)} was chosen, with "
             f"{percent(_mean(point, 'accuracy_final'))} on test images{over}"
         )
-    if not said:
+    if not parts:
         reached = sweep.done["accuracy_final"].dropna()
         between = f"{percent(reached.min())} to {percent(reached.max())}"
         return f"{counted(len(reached), 'finished trial')} reach {between} on test images."
-    return "; ".join([said[0], *(words[0].lower() + words[1:] for words in said[1:])]) + "."
+    return "; ".join([parts[0], *(words[0].lower() + words[1:] for words in parts[1:])]) + "."
 
 
 def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
     ends = Counter(row["status"] for row in sweep.rows)
-    told = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
+    counts = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
     seeds = f"{counted(len(sweep.plan.seeds or [0]), 'seed')} each"
     cards = [
-        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", told or "none has ended"),
+        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", counts or "none has ended"),
         Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
     ]
     if chosen := _chosen(best):
@@ -107,7 +107,7 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
             Card(
                 "time spent",
                 duration(frame["seconds spent"].sum()),
-                f"{duration(frame['seconds spared'].sum())} spared by sharing",
+                f"{duration(frame['seconds saved'].sum())} saved by sharing",
             )
         )
     except NotAvailable:
@@ -124,7 +124,7 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
 
 
 def _planned(sweep: SweepReport) -> str:
-    """`` of 12`` where more are planned than have ended."""
+    """Return `` of 12`` where more trials are planned than have ended."""
     points, seeds = sweep.plan.points, sweep.plan.seeds
     planned = len(points) * len(seeds) if points and seeds else 0
     return f" of {planned:,}" if planned > len(sweep.rows) else ""
@@ -176,7 +176,7 @@ def _failures(failed: list[dict[str, Any]]) -> Section:
             if row[f"error_{what}"] is not None
         ]
         rows.append([row["trial"], ", ".join(places) or "–", row["error"] or "no reason was kept"])
-    return Section("Failed trials", tables=[Table("What went wrong", ["trial", "where", "error"], rows)])
+    return Section("Failed trials", tables=[Table("Errors", ["trial", "where", "error"], rows)])
 
 
 def _trials(sweep: SweepReport, beside: Path) -> Section:
@@ -201,7 +201,7 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
 
 
 def _compared(plan: PlanFile) -> list[str]:
-    """What `mosaic compare` was asked to compare; empty for any other sweep."""
+    """Return the methods of a `mosaic compare`; empty for any other sweep."""
     names, tried = ("method", "federation.optimiser"), plan.points or []
     if plan.space != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
         return []
