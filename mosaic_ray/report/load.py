@@ -59,10 +59,6 @@ class RunReport:
         """Return done, failed, stopped (by a sweep's scheduler) or unfinished."""
         return self.summary.status or "unfinished"
 
-    @property
-    def num_classes(self) -> int | None:
-        return None if self.label_counts is None else self.label_counts.shape[1]
-
     def accuracy(self, role: str) -> float | None:
         """Return the test accuracy in [0, 1] of a role's model: initial, teacher, distilled, final or control."""
         return (self.summary.accuracy or {}).get(role)
@@ -88,10 +84,6 @@ class RunReport:
         if stage not in stages:
             raise NotAvailable(f"this run has no finished stage {stage}")
         return self._stored(stages[stage].key)
-
-    def figures(self, stage: str) -> dict[str, Any]:
-        """Return the metrics that a stage stored with its result."""
-        return self.result(stage).facts.get("figures") or {}
 
     def arrays(self, stage: str, part: str) -> Weights:
         """Return the arrays of one part of a stage's result."""

@@ -17,6 +17,7 @@ from ..config.fields import short_names, shown
 from ..core.types import STAGES
 from ..sweeps.results import Point, Row, TrialResult, _rows
 from .tables import MOST_FINDINGS, _places, _seconds, _table
+from .text import address
 
 #: Most configurations in a section of the closing table; results.csv has all.
 MOST_POINTS = 10
@@ -78,8 +79,11 @@ class _SweepTable:
             yield Text(f"percent{spread}; gain = final - control, all three on test images")
             for title, columns, section in self._sections(points):
                 yield from ("", Text(title, style="bold"), *layout.section(section, columns))
-        if (shared := _shared(self.rows)).row_count:
-            yield from ("", shared)
+        if shared := shared_stages(self.rows):
+            table = _table(*SHARED)
+            for stage, computed, found, spent, saved in shared:
+                table.add_row(stage, str(computed), str(found), _seconds(spent), _seconds(saved))
+            yield from ("", table)
         if failed := [row for row in self.rows if row["status"] == "failed"]:
             yield from ("", *_failures(failed))
         if self.folder is not None:
@@ -170,18 +174,20 @@ def _common(points: list[Point], knobs: Sequence[str]) -> dict[str, Any]:
     return {knob: value for knob, (value, count) in most.items() if 4 * count > 3 * len(points)}
 
 
-def _shared(rows: list[Row]) -> Table:
-    """Count how often each stage was computed and found, with the seconds spent and saved."""
-    table = _table("stage", "computed", "found", "seconds spent", "seconds saved")
+SHARED = ("stage", "computed", "found", "seconds spent", "seconds saved")
+
+
+def shared_stages(rows: list[Row]) -> list[tuple[str, int, int, float, float]]:
+    """Return by stage (``SHARED``) the trials that computed it and that found it, and the seconds spent and saved."""
+    shared = []
     for stage in STAGES:
         cost: dict[bool, list[float]] = {False: [], True: []}
         for row in rows:
             if (cached := row[f"cached_{stage}"]) is not None:
                 cost[cached].append(row[f"seconds_{stage}"] or 0.0)
         if cost[False] or cost[True]:
-            counts = (str(len(cost[cached])) for cached in (False, True))
-            table.add_row(stage, *counts, *(_seconds(sum(cost[cached])) for cached in (False, True)))
-    return table
+            shared.append((stage, len(cost[False]), len(cost[True]), sum(cost[False]), sum(cost[True])))
+    return shared
 
 
 def _failures(rows: list[Row]) -> list[RenderableType]:
@@ -190,8 +196,7 @@ def _failures(rows: list[Row]) -> list[RenderableType]:
     table.add_column("where")
     table.add_column("", overflow="fold")
     for row in rows[:MOST_FINDINGS]:
-        places = {what: row[f"error_{what}"] for what in ("stage", "round", "client")}
-        where = ", ".join(f"{what} {value}" for what, value in places.items() if value is not None)
+        where = address(row["error_stage"], row["error_round"], row["error_client"])
         message = " ".join((row["error"] or "").removeprefix(f"{where}: ").split())
         table.add_row(Text(row["trial"]), Text(where or "-"), Text(message))
     left = len(rows) - MOST_FINDINGS

@@ -48,6 +48,7 @@ def listed(names: Sequence[object]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def sentence(words: str) -> str:
-    """Return ``words`` with a capital first letter."""
-    return words[:1].upper() + words[1:]
+def address(stage: str | None, round: int | None, client: int | None) -> str:
+    """Format the place of a failure as ``stage warmup, round 3, client 0``, without what is None."""
+    places = {"stage": stage, "round": round, "client": client}
+    return ", ".join(f"{name} {value}" for name, value in places.items() if value is not None)

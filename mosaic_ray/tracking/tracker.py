@@ -98,9 +98,7 @@ class Tracker:
 
     def _enter(self, stage_name: str) -> None:
         self.before_stage()
-        if self._board:
-            with self._writing():
-                self._board.flush()
+        self._to_board("flush")
         self._on_stage(stage_name)
 
     @property
@@ -110,27 +108,20 @@ class Tracker:
 
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
         """Write an image uint8 [H, W] or [C, H, W] to TensorBoard."""
-        if self._board:
-            with self._writing():
-                self._board.add_image(tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
+        self._to_board("add_image", tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
         """Write a histogram of the finite ``values`` (any shape) to TensorBoard."""
-        if self._board and (finite := np.asarray(values)[np.isfinite(values)]).size:
-            with self._writing():
-                self._board.add_histogram(tag, finite, step)
+        if (finite := np.asarray(values)[np.isfinite(values)]).size:
+            self._to_board("add_histogram", tag, finite, step)
 
     def text(self, tag: str, markdown: str) -> None:
         """Write a text to TensorBoard."""
-        if self._board:
-            with self._writing():
-                self._board.add_text(tag, markdown)
+        self._to_board("add_text", tag, markdown)
 
     def layout(self, charts: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:
         """Set TensorBoard's page of combined charts: category -> title -> [kind, tags]."""
-        if self._board:
-            with self._writing():
-                self._board.add_custom_scalars(charts)
+        self._to_board("add_custom_scalars", charts)
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -150,11 +141,16 @@ class Tracker:
         with self._writing():
             if self._lines:
                 self._lines.write(json.dumps({"stage": stage, "tag": tag, "step": step, "value": kept}) + "\n")
-            if self._board:
-                self._board.add_scalar(tag, value, step)
+        self._to_board("add_scalar", tag, value, step)
         if self._on_metric:
             self._on_metric(tag, step, value)
         return [tag, step, kept]
+
+    def _to_board(self, method: str, *args: Any, **options: Any) -> None:
+        """Call a method of TensorBoard's writer, if there is one."""
+        if self._board:
+            with self._writing():
+                getattr(self._board, method)(*args, **options)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -31,7 +31,7 @@ def test_a_run_reads_back(tmp_path):
     assert (run.name, run.status, run.command) == ("one", "done", "mosaic run --storage here")
     assert {role: run.accuracy(role) for role in ACCURACY} == ACCURACY and run.gain == 0.25
     assert run.config["warmup"]["num_rounds"] == 3
-    assert (run.label_counts == COUNTS).all() and run.num_classes == 3
+    assert (run.label_counts == COUNTS).all()
     assert list(run.metrics.columns) == ["stage", "tag", "step", "value"]
     assert run.curve("warmup/accuracy").to_dict() == {1: 0.125, 2: 0.25, 3: 0.375}
     assert run.confusion("final").tolist() == [[8, 2, 0], [0, 9, 1], [3, 0, 7]]

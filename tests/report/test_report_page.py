@@ -14,7 +14,8 @@ from mosaic_ray.core.errors import RequestError
 from mosaic_ray.report.api import load_run
 from mosaic_ray.report.figures import cost, data, teacher
 from mosaic_ray.report.figures import run as figures
-from mosaic_ray.report.figures.style import PALETTE, STEPS, axes, cells, contrast
+from mosaic_ray.report.figures.heatmap import heat_map
+from mosaic_ray.report.figures.style import PALETTE, STEPS, axes, contrast
 from mosaic_ray.report.html import run as run_page
 from mosaic_ray.report.html.blocks import FILE
 from mosaic_ray.report.html.render import render, write_report
@@ -106,8 +107,8 @@ def test_contrast_meets_aa(theme):
 def test_numbers_in_cells_are_drawn_in_the_pages_colours():
     """Every one: matplotlib does not write pure black down, which would stay black on a dark page."""
     figure, over = axes()
-    shares = (np.arange(STEPS) + 0.5)[None] / STEPS
-    cells(over, shares, np.full(shares.shape, "8"), power=1.0)
+    shares = ((np.arange(STEPS) + 0.5)[None] / STEPS) ** 2
+    heat_map(over, shares, np.full(shares.shape, "8"), "row")
     drawing = inline_svg(figure, "x")
     assert all(f"var(--t{step})" in drawing and f"var(--h{step})" in drawing for step in range(STEPS))
 

@@ -10,7 +10,7 @@ from ...core.types import STAGES
 from ..load import NotAvailable, RunReport
 from ..text import duration, percent, size
 from .base import ReportFigure
-from .style import WIDTH, axes, colour, styled
+from .style import WIDTH, axes, bar_axes, colour, label_bars, styled
 
 #: Length of the axis over the longest bar; the labels of the bars fill the rest.
 _AXIS = 1.42
@@ -39,24 +39,10 @@ def communication(run: RunReport) -> Figure:
     places, most = np.arange(len(frame)), frame.to_numpy().max() or 1
     for offset, (way, tint) in zip((-0.19, 0.19), (("uplink", "s1"), ("downlink", "s2")), strict=True):
         over.barh(places + offset, frame[way], 0.34, color=colour(tint), label=f"{way} ({size(frame[way].sum())})")
-        for place, count in zip(places, frame[way], strict=True):
-            if count:
-                over.annotate(
-                    size(count), (count, place + offset), xytext=(5, 0), textcoords="offset points", va="center", size=9
-                )
-    _bars(over, [kind.replace("_", " ") for kind in frame.index], most)
+        label_bars(over, frame[way], places + offset, [size(count) if count else "" for count in frame[way]])
+    bar_axes(over, [kind.replace("_", " ") for kind in frame.index], _AXIS * most)
     figure.legend(loc="outside upper center", ncols=2, columnspacing=1.2)
     return figure
-
-
-def _bars(over, names: list[str], most: float) -> None:
-    """Set up axes for horizontal bars that carry their values as labels."""
-    over.set(xlim=(0, _AXIS * most), ylim=(len(names) - 0.5, -0.5))
-    over.set_yticks(range(len(names)), names)
-    over.tick_params(axis="y", labelcolor=colour("ink"), length=0)
-    over.set_xticks([])
-    over.grid(False)
-    over.spines["bottom"].set_visible(False)
 
 
 def _communication_words(run: RunReport) -> str:
@@ -92,9 +78,8 @@ def baselines(run: RunReport) -> Figure:
     places, total = np.arange(len(frame)), frame.sum(axis=1)
     over.barh(places, frame["uplink"], 0.62, color=colour("s1"), label="uplink")
     over.barh(places, frame["downlink"], 0.62, frame["uplink"], color=colour("s2"), label="downlink")
-    for place, count in zip(places, total, strict=True):
-        over.annotate(size(count), (count, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
-    _bars(over, list(frame.index), total.max() or 1)
+    label_bars(over, total, places, map(size, total))
+    bar_axes(over, list(frame.index), _AXIS * (total.max() or 1))
     figure.legend(loc="outside upper center", ncols=2, columnspacing=1.2)
     return figure
 
@@ -135,10 +120,9 @@ def time(run: RunReport) -> Figure:
     places = np.arange(len(frame))
     over.barh(places[~cached], length[~cached], 0.62, color=colour("s1"))
     over.barh(places[cached], length[cached], 0.62, facecolor="none", edgecolor=colour("s6"), ls=(0, (3, 2)), lw=1.2)
-    for place, (seconds, found) in enumerate(zip(length, cached, strict=True)):
-        text = f"cached ({duration(seconds)})" if found else duration(seconds)
-        over.annotate(text, (seconds, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
-    _bars(over, list(frame.index), length.max() or 1)
+    texts = length.map(duration)
+    label_bars(over, length, places, texts.where(~cached, "cached (" + texts + ")"))
+    bar_axes(over, list(frame.index), _AXIS * (length.max() or 1))
     return figure
 
 

@@ -14,7 +14,7 @@ from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
 from .heatmap import MOST_COLUMNS, MOST_ROWS, partition_figure, skew_in_words
-from .style import axes, colour, styled
+from .style import axes, colour, label_bars, styled
 
 #: Largest number of clients with images, and of images per client.
 MOST_CLIENTS, MOST_SAMPLES = 12, 32
@@ -81,9 +81,11 @@ def coverage(run: RunReport) -> Figure:
         figure, over = axes(height=0.8 + 0.28 * len(frame))
         places = np.arange(len(frame))
         over.barh(places, frame["coverage"], 0.62, color=[colour("s2" if k in low else "s7") for k in frame.index])
-        for place, (share, owned) in enumerate(zip(frame["coverage"], frame["classes"], strict=True)):
-            text = f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
-            over.annotate(text, (share, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
+        texts = [
+            f"{round(share * owned)} of {int(owned)}" if math.isfinite(owned) else percent(share)
+            for share, owned in zip(frame["coverage"], frame["classes"], strict=True)
+        ]
+        label_bars(over, frame["coverage"], places, texts)
         over.set(xlim=(0, 1.18), ylim=(len(frame) - 0.5, -0.5), ylabel="client", xlabel="share of its classes shown")
         over.set_yticks(places, frame.index)
         over.grid(axis="y", visible=False)
@@ -109,9 +111,12 @@ def samples_of(run: RunReport) -> dict[int, np.ndarray]:
     return {k: images[:MOST_SAMPLES] for k, images in list(run.samples().items())[:MOST_CLIENTS]}
 
 
-def progress_of(run: RunReport) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Return client -> (steps [T], synthetic images uint8 [T, M, C, H, W]) for the clients that are shown."""
-    return dict(list(run.progress().items())[:MOST_CLIENTS])
+def progress_of(run: RunReport) -> dict[int, tuple[str, np.ndarray]]:
+    """Return client -> (its steps as text, a grid uint8 [C, H, W] with a row per step) for shown clients."""
+    return {
+        k: (f"steps {listed(steps.tolist())}", image_grid(images.reshape(-1, *images.shape[2:]), images.shape[1]))
+        for k, (steps, images) in list(run.progress().items())[:MOST_CLIENTS]
+    }
 
 
 @styled
@@ -123,11 +128,7 @@ def samples(run: RunReport) -> Figure:
 @styled
 def progress(run: RunReport) -> Figure:
     """Draw images of the same latents while the generators train: a row per snapshot, the last at the bottom."""
-    pictures = {}
-    for client_id, (steps, images) in progress_of(run).items():
-        rows = images.reshape(-1, *images.shape[2:])
-        pictures[f"client {client_id}, steps {listed(steps.tolist())}"] = image_grid(rows, images.shape[1])
-    return _pictures(pictures)
+    return _pictures({f"client {k}, {steps}": grid for k, (steps, grid) in progress_of(run).items()})
 
 
 def _pictures(pictures: dict[str, np.ndarray]) -> Figure:

@@ -12,13 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
-from .style import cells, colour, styled
+from .style import STEPS, colour, styled
 
 #: With more rows or columns than this, not every one has a label and no cell its number.
 MOST_ROWS, MOST_COLUMNS = 40, 20
@@ -56,6 +57,33 @@ def save_png(place: str, picture: bytes) -> None:
         raise RequestError(f"--png {place}: {why}; name a file in a folder that can be written") from None
 
 
+def heat_map(
+    over: Axes, shares: np.ndarray, texts: np.ndarray | None, ylabel: str, xlabel: str = "class", size: float = 8
+) -> None:
+    """Draw ``shares`` [rows, columns] in [0, 1] as coloured cells with ``texts``; the cells of zeros stay blank.
+
+    The colour follows the square root of the share. Without ``texts`` (for many cells) it is one image of one colour,
+    more opaque for larger shares, which fits a light and a dark page alike.
+    """
+    rows, columns = shares.shape
+    roots = np.sqrt(np.clip(shares, 0, 1))
+    over.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5), xlabel=xlabel, ylabel=ylabel)
+    over.set_xticks(_numbers(columns, MOST_COLUMNS))
+    over.set_yticks(_numbers(rows, MOST_ROWS))
+    over.grid(False)
+    over.tick_params(length=0)
+    over.spines[:].set_visible(False)
+    if texts is None:
+        picture = np.full((rows, columns, 4), (64, 128, 208, 0), np.uint8)
+        picture[..., 3] = np.where(shares > 0, np.rint(30 + 225 * roots), 0)
+        over.imshow(picture, aspect="auto", interpolation="nearest" if rows <= 1000 else "auto")
+        return
+    for row, column in np.argwhere(shares > 0):
+        step = min(int(roots[row, column] * STEPS), STEPS - 1)
+        over.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, color=colour(f"h{step}"), lw=0))
+        over.text(column, row, texts[row, column], ha="center", va="center", size=size, color=colour(f"t{step}"))
+
+
 @styled
 def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)) -> Figure:
     """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
@@ -70,10 +98,7 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
     height = max(0.28 * num_clients if each else 4.0, least[1])
     figure = Figure((width + 1.45, height + 0.75), layout="constrained")
     table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
-    cells(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None)
-    table.set(xlabel="class", ylabel="client")
-    table.set_xticks(_numbers(num_classes, MOST_COLUMNS))
-    table.set_yticks(_numbers(num_clients, MOST_ROWS))
+    heat_map(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None, "client")
     bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
     bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])

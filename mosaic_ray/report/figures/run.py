@@ -17,8 +17,8 @@ from ..load import NotAvailable, RunReport
 from ..text import counted, percent
 from . import cost, data, teacher
 from .base import ReportFigure
-from .heatmap import MOST_COLUMNS, _numbers
-from .style import ROLE_LOOKS, WIDTH, axes, cells, colour, in_percent, label_ends, styled
+from .heatmap import MOST_COLUMNS, heat_map
+from .style import ROLE_LOOKS, WIDTH, axes, colour, in_percent, label_ends, styled
 
 #: Least change of a class's accuracy, in [0, 1], that the text mentions.
 NOTABLE = 0.05
@@ -224,10 +224,7 @@ def confusion(run: RunReport, role: str = "final") -> Figure:
     side = 0.95 + 0.36 * count if count <= MOST_COLUMNS else 4.9
     figure, over = axes(side, side - 0.35)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    cells(over, shares, table if count <= MOST_COLUMNS else None)
-    over.set(xlabel="predicted class", ylabel="true class")
-    over.set_xticks(_numbers(count, MOST_COLUMNS))
-    over.set_yticks(_numbers(count, MOST_COLUMNS))
+    heat_map(over, shares, table if count <= MOST_COLUMNS else None, "true class", "predicted class")
     return figure
 
 

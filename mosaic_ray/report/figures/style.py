@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import matplotlib as mpl
@@ -147,33 +147,17 @@ def label_ends(over: Axes, ends: Sequence[tuple[float, float, str, str]], lines:
         )  # fmt: skip
 
 
-def step_of(share: np.ndarray, power: float) -> np.ndarray:
-    """Return the colour number in [0, STEPS) of each share in [0, 1]: share ** ``power``, quantised."""
-    return np.minimum((np.clip(share, 0, 1) ** power * STEPS).astype(int), STEPS - 1)
-
-
-def cells(
-    over: Axes, shares: np.ndarray, texts: np.ndarray | None, power: float = 0.5, size: float = 8, blank: bool = True
-) -> None:
-    """Draw ``shares`` [rows, columns] in [0, 1] as a heat map with ``texts`` in the cells; zeros stay ``blank``.
-
-    Without ``texts`` (too many cells to be styled one by one) it is one image of one colour, more opaque for larger
-    shares, which fits a light and a dark page alike.
-    """
-    rows, columns = shares.shape
-    over.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
+def bar_axes(over: Axes, names: Sequence[str], most: float) -> None:
+    """Set up axes for horizontal bars with labels behind them; ``most`` is the length of the axis."""
+    over.set(xlim=(0, most), ylim=(len(names) - 0.5, -0.5))
+    over.set_yticks(range(len(names)), names)
+    over.tick_params(axis="y", labelcolor=colour("ink"), length=0)
+    over.set_xticks([])
     over.grid(False)
-    over.tick_params(length=0)
-    over.spines[:].set_visible(False)
-    if texts is None:
-        picture = np.empty((rows, columns, 4), np.uint8)
-        picture[..., :3] = (64, 128, 208)
-        picture[..., 3] = np.where(shares > 0, np.rint(30 + 225 * np.clip(shares, 0, 1) ** power), 0)
-        over.imshow(picture, aspect="auto", interpolation="nearest" if rows <= 1000 else "auto")
-        return
-    for (row, column), step in np.ndenumerate(step_of(shares, power)):
-        if shares[row, column] > 0 or not blank:
-            over.add_patch(
-                mpl.patches.Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, color=colour(f"h{step}"), lw=0)
-            )
-            over.text(column, row, texts[row, column], ha="center", va="center", size=size, color=colour(f"t{step}"))
+    over.spines["bottom"].set_visible(False)
+
+
+def label_bars(over: Axes, lengths: Iterable[float], places: Iterable[float], texts: Iterable[str]) -> None:
+    """Write ``texts`` behind horizontal bars."""
+    for length, place, text in zip(lengths, places, texts, strict=True):
+        over.annotate(text, (length, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)

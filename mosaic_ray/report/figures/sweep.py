@@ -14,27 +14,33 @@ from matplotlib.figure import Figure
 
 from ...config.fields import short_names, shown
 from ...config.resolve import KNOBS
-from ...core.types import ROLES, STAGES
+from ...core.types import ROLES
 from ..load import NotAvailable, SweepReport
+from ..sweep_table import SHARED, shared_stages
 from ..text import counted, duration, listed, percent
 from .base import ReportFigure
-from .style import HEIGHT, ROLE_LOOKS, SERIES, STEPS, WIDTH, axes, colour, in_percent, label_ends, log_ticks, styled
+from .style import (
+    HEIGHT,
+    ROLE_LOOKS,
+    SERIES,
+    STEPS,
+    WIDTH,
+    axes,
+    bar_axes,
+    colour,
+    in_percent,
+    label_bars,
+    label_ends,
+    log_ticks,
+    styled,
+)
 
 
 def sharing_frame(sweep: SweepReport) -> pd.DataFrame:
     """Return by stage the trials that computed it and that found it, and the seconds spent and saved."""
-    rows = []
-    for stage in STAGES:
-        known = sweep.results.dropna(subset=[f"cached_{stage}"])
-        found = known[f"cached_{stage}"].astype(bool)
-        seconds = known[f"seconds_{stage}"].fillna(0.0)
-        if len(known):
-            rows.append((stage, int((~found).sum()), int(found.sum()), seconds[~found].sum(), seconds[found].sum()))
-    if not rows:
+    if not (rows := shared_stages(sweep.rows)):
         raise NotAvailable("no trial has ended yet")
-    return pd.DataFrame(rows, columns=["stage", "computed", "found", "seconds spent", "seconds saved"]).set_index(
-        "stage"
-    )
+    return pd.DataFrame(rows, columns=SHARED).set_index("stage")
 
 
 @styled
@@ -48,31 +54,20 @@ def sharing(sweep: SweepReport) -> Figure:
         places, frame["found"], 0.62, frame["computed"], facecolor="none", edgecolor=colour("s6"), ls=(0, (3, 2)),
         lw=1.2, label="found",
     )  # fmt: skip
-    for place, row in enumerate(frame.itertuples()):
-        over.annotate(
-            f"{row.computed} + {row.found}", (row.computed + row.found, place), xytext=(5, 0),
-            textcoords="offset points", va="center", size=9,
-        )  # fmt: skip
-    over.set(xlim=(0, 1.25 * (frame["computed"] + frame["found"]).max()), ylim=(len(frame) - 0.5, -0.5))
-    over.set_yticks(places, frame.index)
-    over.tick_params(axis="y", labelcolor=colour("ink"), length=0)
-    over.set_xticks([])
-    over.grid(False)
-    over.spines["bottom"].set_visible(False)
+    total = frame["computed"] + frame["found"]
+    label_bars(over, total, places, [f"{row.computed} + {row.found}" for row in frame.itertuples()])
+    bar_axes(over, list(frame.index), 1.25 * total.max())
     figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
-def _words(sweep: SweepReport) -> str:
+def _sharing_words(sweep: SweepReport) -> str:
     frame = sharing_frame(sweep)
     return (
         f"Of {int(frame[['computed', 'found']].to_numpy().sum()):,} stages that trials asked for "
         f"{int(frame['found'].sum()):,} were found: {duration(frame['seconds spent'].sum())} were spent, "
         f"{duration(frame['seconds saved'].sum())} saved."
     )
-
-
-SHARING = ReportFigure("sharing", "Stages that trials shared", sharing, sharing_frame, _words)
 
 
 OMEGA = "partition.omega"
@@ -399,11 +394,11 @@ def figures_of(sweep: SweepReport) -> dict[str, list[ReportFigure]]:
             ),
             ReportFigure("parallel", "All configurations", parallel, parallel_frame, _parallel_words, wide=True),
         ],
-        "Cost": [SHARING],
+        "Cost": [ReportFigure("sharing", "Stages that trials shared", sharing, sharing_frame, _sharing_words)],
     }  # fmt: skip
 
 
 #: By name, for ``api.Sweep.plot``; ``response`` takes ``knob=``.
 PLOTS: Mapping[str, Callable[..., Figure]] = {
-    "methods": methods, "ladder": ladder, "response": response, "parallel": parallel, "sharing": SHARING.draw,
+    "methods": methods, "ladder": ladder, "response": response, "parallel": parallel, "sharing": sharing,
 }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,8 +12,8 @@ from ...core.health import SINGLE_OWNER_BELOW
 from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
 from .base import ReportFigure
-from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers
-from .style import axes, cells, colour, in_percent, styled
+from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers, heat_map
+from .style import axes, colour, in_percent, styled
 
 #: Least share of a synthetic batch for a class to count as seen.
 SEEN = 0.01
@@ -83,10 +85,7 @@ def _heat(run: RunReport, name: str) -> Figure:
     figure, over = axes(1.0 + (0.4 * columns if each else 4.2), 0.75 + (0.28 * rows if each else 4.0))
     shares = table / (top or 1.0)
     texts = np.vectorize(lambda share: f"{share:.2f}".removeprefix("0"))(shares)
-    cells(over, shares, texts if each else None, size=7.5)
-    over.set(xlabel="class", ylabel=_row_name(name))
-    over.set_xticks(_numbers(columns, MOST_COLUMNS))
-    over.set_yticks(_numbers(rows, MOST_ROWS))
+    heat_map(over, shares, texts if each else None, _row_name(name), size=7.5)
     return figure
 
 
@@ -125,17 +124,13 @@ def _gates_words(run: RunReport) -> str:
 
 FIGURES = [
     ReportFigure(
-        "synthetic_classes",
-        "Classes of synthetic images",
-        synthetic_classes,
-        synthetic_classes_frame,
-        _synthetic_words,
+        "synthetic_classes", "Classes of synthetic images", synthetic_classes, synthetic_classes_frame, _synthetic_words
     ),
     ReportFigure(
         "expert_weights",
         "Clients in the class experts",
         expert_weights,
-        lambda run: _frame(run, "expert_weights"),
+        partial(_frame, name="expert_weights"),
         _weights_words,
         wide=True,
     ),
@@ -143,7 +138,7 @@ FIGURES = [
         "meta_gates",
         "Experts in the meta model",
         meta_gates,
-        lambda run: _frame(run, "meta_gates"),
+        partial(_frame, name="meta_gates"),
         _gates_words,
         wide=True,
     ),

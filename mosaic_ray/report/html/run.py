@@ -17,7 +17,7 @@ from ..figures.cost import time_frame, traffic
 from ..figures.data import progress_of, samples_of
 from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
-from ..text import counted, duration, listed, percent, points, sentence, size
+from ..text import address, counted, duration, percent, points, size
 from .blocks import Card, Gallery, Page, Picture, Section, Text
 
 SEVERITIES = ("error", "warning", "info")
@@ -81,13 +81,9 @@ def verdict(run: RunReport) -> str:
 def _failure(run: RunReport) -> tuple[str, str] | None:
     if run.status != "failed":
         return None
-    found = {what: getattr(run.summary, what) for what in ("stage", "round", "client")}
-    places = [f"{what} {value}" for what, value in found.items() if value is not None]
+    place = address(run.summary.stage, run.summary.round, run.summary.client)
     log = "; error.log has the traceback" if (run.folder / "error.log").is_file() else ""
-    return (
-        f"Failed{' in ' + ', '.join(places) if places else ''}",
-        f"{run.summary.error or 'no reason was kept'}{log}.",
-    )
+    return f"Failed{f' in {place}' if place else ''}", f"{run.summary.error or 'no reason was kept'}{log}."
 
 
 def _cards(run: RunReport) -> list[Card]:
@@ -126,9 +122,10 @@ def health(run: RunReport) -> Section:
     for finding in findings[:MOST_FINDINGS]:
         numbers = {"value": finding.value, "threshold": finding.threshold}
         measured = [f"{what} {number:.4g}" for what, number in numbers.items() if number is not None]
+        message = finding.message[:1].upper() + finding.message[1:]
         section.findings.append(
             {
-                "severity": finding.severity, "code": finding.code, "message": sentence(finding.message),
+                "severity": finding.severity, "code": finding.code, "message": message,
                 "where": finding.stage + (f", client {finding.client}" if finding.client >= 0 else ""),
                 "advice": finding.advice, "measured": ", ".join(measured),
             }
@@ -177,22 +174,12 @@ def _held(run: RunReport, client_id: int) -> str:
 
 def _progress(title: str, run: RunReport) -> Gallery:
     shown = progress_of(run)
-    pictures = []
-    for k, (steps, images) in shown.items():
-        rows = images.reshape(-1, *images.shape[2:])
-        at = f"steps {listed(steps.tolist())}"
-        pictures.append(
-            _picture(
-                image_grid(rows, images.shape[1]),
-                f"client {k}'s generator at {at}: the same latents",
-                f"client {k}, {at}",
-            )
-        )
-    return Gallery(
-        title,
-        "The same latents in every row, from early in training to its end." + _left_out(run, len(shown)),
-        pictures,
-    )
+    pictures = [
+        _picture(grid, f"client {k}'s generator at {steps}: the same latents", f"client {k}, {steps}")
+        for k, (steps, grid) in shown.items()
+    ]
+    words = "The same latents in every row, from early in training to its end."
+    return Gallery(title, words + _left_out(run, len(shown)), pictures)
 
 
 def _picture(grid: np.ndarray, alt: str, caption: str) -> Picture:

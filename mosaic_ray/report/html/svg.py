@@ -11,8 +11,6 @@ from matplotlib.figure import Figure
 
 from ..figures.style import _ROLE_OF, _style
 
-# --- for a page ------------------------------------------------------------------------------------------------------
-
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 

@@ -14,10 +14,10 @@ from ...config.fields import short_names, shown
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
-from ..figures.sweep import figures_of, sharing_frame
-from ..load import NotAvailable, SweepReport
-from ..sweep_table import mean_and_sd
-from ..text import counted, duration, listed, percent, points, size
+from ..figures.sweep import figures_of
+from ..load import SweepReport
+from ..sweep_table import mean_and_sd, shared_stages
+from ..text import address, counted, duration, listed, percent, points, size
 from .blocks import FILE, Card, Page, Section, Table, Text, link
 
 #: Most configurations in a table of the best, and most trials in the list of all.
@@ -94,24 +94,11 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
             cards.append(Card("gain of the chosen", spread, "points over the control"))
         value = [v for *_, point in chosen if (v := _mean(point, "accuracy_final")) is not None]
         if value:
-            cards.append(
-                Card(
-                    "final, chosen",
-                    percent(max(value)),
-                    "the highest of the chosen" if len(value) > 1 else "test accuracy",
-                )
-            )
-    try:
-        frame = sharing_frame(sweep)
-        cards.append(
-            Card(
-                "time spent",
-                duration(frame["seconds spent"].sum()),
-                f"{duration(frame['seconds saved'].sum())} saved by sharing",
-            )
-        )
-    except NotAvailable:
-        pass
+            note = "the highest of the chosen" if len(value) > 1 else "test accuracy"
+            cards.append(Card("final, chosen", percent(max(value)), note))
+    if shared := shared_stages(sweep.rows):
+        *_, spent, saved = map(sum, list(zip(*shared, strict=True))[1:])
+        cards.append(Card("time spent", duration(spent), f"{duration(saved)} saved by sharing"))
     moved = [sum(row[f"communication_{way}"] or 0 for row in sweep.rows) for way in ("uplink", "downlink")]
     if any(moved):
         cards.append(Card("bytes sent", size(sum(moved)), f"{size(moved[0])} up, {size(moved[1])} down, all trials"))
@@ -168,14 +155,13 @@ def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) ->
 
 
 def _failures(failed: list[dict[str, Any]]) -> Section:
-    rows = []
-    for row in failed:
-        places = [
-            f"{what} {row[f'error_{what}']}"
-            for what in ("stage", "round", "client")
-            if row[f"error_{what}"] is not None
+    rows = [
+        [
+            row["trial"], address(row["error_stage"], row["error_round"], row["error_client"]) or "–",
+            row["error"] or "no reason was kept",
         ]
-        rows.append([row["trial"], ", ".join(places) or "–", row["error"] or "no reason was kept"])
+        for row in failed
+    ]  # fmt: skip
     return Section("Failed trials", tables=[Table("Errors", ["trial", "where", "error"], rows)])
 
 
