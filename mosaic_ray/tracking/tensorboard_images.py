@@ -63,7 +63,7 @@ class TensorBoardImages:
         generators: Mapping[int, StageResult],
     ) -> None:
         """``results`` by stage and ``generators`` by client are the run's own mappings, which it fills."""
-        self._tracker, self._config, self._dataset = tracker, config, dataset
+        self._tracker, self._config, self._names = tracker, config, dataset.class_names
         self._results, self._generators = results, generators
         self._done: set[str] = set()
 
@@ -85,7 +85,7 @@ class TensorBoardImages:
 
     def _partition(self, result: StageResult) -> None:
         counts = result.load("shards")["counts"]
-        picture = partition_picture(counts, "training images by client and class", self._names())
+        picture = partition_picture(counts, "training images by client and class", self._names)
         self._tracker.image("partition/label_counts", 0, picture)
 
     def _show_generators(self) -> None:
@@ -107,17 +107,14 @@ class TensorBoardImages:
         for part in result.parts:
             group, found, _ = part.partition("diagnostics")
             if found and "meta_gates" in (arrays := result.load(part)):
-                picture = gates_picture(arrays["meta_gates"], self._names())
+                picture = gates_picture(arrays["meta_gates"], self._names)
                 self._tracker.image(f"meta/{group}expert_weights", 0, picture)
 
     def _evaluate(self, result: StageResult) -> None:
         tables = result.load("confusion")
         for role, tag in SHOWN.items():
             if f"{role}/test" in tables:
-                self._tracker.image(tag, 0, confusion_picture(tables[f"{role}/test"], role, self._names()))
-
-    def _names(self) -> tuple[str, ...]:
-        return self._dataset.class_names
+                self._tracker.image(tag, 0, confusion_picture(tables[f"{role}/test"], role, self._names))
 
 
 #: Stage -> the method that writes its images.
