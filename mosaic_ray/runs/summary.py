@@ -122,7 +122,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         selection=_selection(results),
         per_class_accuracy=results["per_class_accuracy"],
         calibration=results["calibration"],
-        stages=from_json(dict[str, StageRecord], dict(run.log)),
+        stages=from_json(dict[str, StageRecord], run.log),
         communication_bytes=traffic,
         communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
         health=run.findings,

@@ -44,7 +44,7 @@ class PlanFile:
     base: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of plan.json, to which ``Ledger`` adds the session and the precision."""
+        """Return the content of plan.json, to which ``SweepState`` adds the session and the precision."""
         return dict(vars(self))
 
     @staticmethod

@@ -104,7 +104,7 @@ def meta_gates(run: RunReport) -> Figure:
 def _weights_words(run: RunReport) -> str:
     table = _expert_table(run, "expert_weights")
     entropy = -(table * np.log(np.where(table > 0, table, 1))).sum(axis=0)
-    alone = np.flatnonzero((np.exp(entropy) < SINGLE_OWNER_BELOW) & (table.max(axis=0) > 0)).tolist()  # core.health
+    alone = np.flatnonzero((np.exp(entropy) < SINGLE_OWNER_BELOW) & (table.max(axis=0) > 0)).tolist()
     text = f"Of {counted(table.shape[1], 'class expert')}, "
     if not alone:
         return f"{text}none comes from one client alone; the heaviest weight is {percent(float(table.max()))}."
