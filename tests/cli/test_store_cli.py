@@ -175,9 +175,7 @@ def test_young_results_stay_but_not_checkpoints_of_finished_stages(storage: Path
     assert names(gc(storage, "--older-than", "30m")) == full - names(freed)
 
 
-def test_leased_results_and_unnamed_ones_stay_while_runs_are_active(
-    storage: Path, root: Path, full: set[str]
-) -> None:
+def test_leased_results_and_unnamed_ones_stay_while_runs_are_active(storage: Path, root: Path, full: set[str]) -> None:
     """A run that goes on for days has stored results that no summary.json names."""
     holder, done = Store(storage), store_keys(TINY)["warmup"][0]
     with held(holder.try_lease(done)):

@@ -135,9 +135,7 @@ def test_what_does_not_pass_is_raised_at_once(tmp_path: Path, clock: Clock) -> N
     assert len(calls) == 1 and clock.slept == []
 
 
-def test_retries_end_and_storage_that_is_down_is_tried_once(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_retries_end_and_storage_that_is_down_is_tried_once(tmp_path: Path, clock: Clock) -> None:
     files, error = local(tmp_path), TimeoutError(errno.ETIMEDOUT, "x")
     said: list[str] = []
     files.log = said.append
@@ -265,9 +263,7 @@ def test_storage_that_is_down_is_not_taken_for_damage(
 # ---------------------------------------------------------------- leases
 
 
-def test_an_outage_at_the_watcher_does_not_expire_a_lease(
-    flaky: Flaky, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_outage_at_the_watcher_does_not_expire_a_lease(flaky: Flaky, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both were cut off for longer than the lease lives; the watcher is back first."""
     monkeypatch.setattr(files_module, "TROUBLE_SECONDS", 0.01)
     monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 1e6)
