@@ -1,4 +1,4 @@
-"""Which client holds what: the width and the architecture of each, dealt as the configuration says."""
+"""Give each client its width and its architecture, as the configuration says."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .schema import ExperimentConfig
 
 T = TypeVar("T")
 
-#: Halvings at most under a rule, where it does not say (sigma of ALGORITHM O27).
+#: Halvings at most under a rule, where it does not say (sigma, docs/algorithm.md O27).
 SIGMA = 2
 
 
 def client_widths(config: ExperimentConfig) -> tuple[float, ...]:
-    """The width r_k of every client, in (0, 1].
+    """Return the width r_k of every client, in (0, 1].
 
     ``federation.widths`` is a list dealt in turn, or ``rho:R`` (``rho:R:S``): client i = 1..N has
-    (1/2) ** min(S, floor(R * i / N)), S = 2 (the rule of the DFRD group's later code, ALGORITHM section 0 and O27).
+    (1/2) ** min(S, floor(R * i / N)), S = 2 (the rule of the DFRD group's later code, docs/algorithm.md O27).
     """
     widths, clients = config.federation.widths, config.partition.num_clients
     if not isinstance(widths, str):
@@ -34,12 +34,12 @@ def client_widths(config: ExperimentConfig) -> tuple[float, ...]:
 
 
 def client_classifiers(config: ExperimentConfig) -> tuple[str, ...]:
-    """The architecture of every client, by name."""
+    """Return the architecture of every client, by name."""
     return _dealt(config.model.classifiers or (config.model.classifier,), config.partition.num_clients)
 
 
 def groups(config: ExperimentConfig) -> dict[str, tuple[int, ...]]:
-    """Clients by architecture, in the order in which architectures first come up; weights are averaged within one."""
+    """Return the clients of each architecture, which are averaged together; architectures as they first appear."""
     found: dict[str, list[int]] = {}
     for client, name in enumerate(client_classifiers(config)):
         found.setdefault(name, []).append(client)
@@ -47,7 +47,7 @@ def groups(config: ExperimentConfig) -> dict[str, tuple[int, ...]]:
 
 
 def any_partial_width(config: ExperimentConfig) -> bool:
-    """Whether some client trains a part of its network only."""
+    """Return whether some client trains only a part of its network."""
     return any(width < 1 for width in client_widths(config))
 
 

@@ -1,4 +1,4 @@
-"""A knob: a configuration field with its meaning, its type and its range, and how words become its value."""
+"""Knobs: configuration fields with meaning, type and range, and the conversion of text to their values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def knob(
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A field with its meaning and its range: ``low <= value <= high``, or ``above < value``."""
+    """Declare a dataclass field with its meaning and range: ``low <= value <= high``, or ``above < value``."""
     return field(
         default=default,
         metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices},
@@ -85,7 +85,7 @@ def _wants(spec: Knob) -> str:
 
 
 def _coerce(spec: Knob, value: Any, text: bool) -> Any:
-    """``value`` as the knob's type, or ``ValueError``. ``text``: it came from a command line."""
+    """Convert ``value`` to the knob's type, or raise ``ValueError``. ``text``: it came from a command line."""
     if text and isinstance(value, str):
         value = _parsed(spec.type, value.strip())
     if spec.type is bool:
@@ -114,7 +114,7 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
 
 
 def _parsed(kind: Any, word: str) -> Any:
-    """A word of a command line as the value that it stands for: TOML, less the quotes where names are meant."""
+    """Parse a word of a command line: TOML, where quotes around names may be left out."""
     if kind is str or (kind == Widths and word[:1].isalpha()):
         return word
     if kind == tuple[str, ...] and '"' not in word and "'" not in word:
@@ -123,7 +123,7 @@ def _parsed(kind: Any, word: str) -> Any:
 
 
 def _numeral(text: str) -> str:
-    """TOML is strict about numbers (`.5`, `1.`, `1e-4` are all meant); let Python's own reader normalise them."""
+    """Spell a number as TOML wants it: TOML refuses `.5`, `1.` and `1e-4`, Python reads them."""
     try:
         return text if text.lstrip("+-").isdigit() else repr(float(text))
     except ValueError:
@@ -131,7 +131,7 @@ def _numeral(text: str) -> str:
 
 
 def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
-    """``value`` as the knob's type and within its range; ``RequestError`` otherwise. ``text``: it may be a word."""
+    """Return ``value`` in the knob's type and range, else raise ``RequestError``. ``text``: strings are parsed."""
     shown, meta = value if isinstance(value, str) else repr(value), spec.metadata
     try:
         found = _coerce(spec, value, text)
@@ -150,14 +150,14 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """The last part of each dotted name, where no other has the same."""
+    """Return the last part of each dotted name, where it is unique."""
     last = {name: name.rpartition(".")[2] for name in names}
     count = Counter(last.values())
     return {name: leaf if count[leaf] == 1 else name for name, leaf in last.items()}
 
 
 def shown(value: Any) -> str:
-    """A knob's value for a person; not all its digits."""
+    """Format a knob's value for people, rounded."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):

@@ -156,7 +156,7 @@ SCALES: dict[str, Scale] = {
 
 
 def preset_knobs(preset: str, algorithm: str | None = None) -> dict[str, Any]:
-    """The dotted knobs that ``preset`` (a scale, an algorithm, or both joined by ``+``) stands for."""
+    """Return the dotted knobs of ``preset``: a scale, an algorithm, or both joined by ``+``."""
     scale, named = "demo", algorithm or "fixed"
     for word in preset.split("+"):
         if word in SCALES:

@@ -63,14 +63,14 @@ def as_dict(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def check_value(name: str, value: Any, *, text: bool = False) -> Any:
-    """``value`` for knob ``name``, typed and within range; ``RequestError`` otherwise."""
+    """Return ``value`` in the type and range of knob ``name``, else raise ``RequestError``."""
     if name not in KNOBS:
         raise RequestError(f'unknown knob "{name}"; {neighbours(name, KNOBS)}')
     return typed(dataclasses.replace(KNOBS[name], name=name), value, text=text)
 
 
 def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested rooms to dotted names; dotted names pass through."""
+    """Flatten nested sections to dotted names; dotted names pass through."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         found |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -78,7 +78,7 @@ def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool = False) -> ExperimentConfig:
-    """``config`` with knobs changed; keys are dotted names, values typed (or words, with ``text``)."""
+    """Return ``config`` with knobs changed; keys are dotted names, values typed, or strings with ``text``."""
     sections: dict[str, dict[str, Any]] = {}
     extra, changes = dict(config.extra), dotted(values)
     load_named(changes)
@@ -96,7 +96,7 @@ def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool 
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A user's TOML file as dotted knobs (and perhaps ``preset``)."""
+    """Read a user's TOML file as dotted knobs (and perhaps ``preset``)."""
     try:
         with open(path, "rb") as file:
             return dotted(tomllib.load(file))
@@ -107,7 +107,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def to_toml(config: ExperimentConfig, *, comments: bool = False) -> str:
-    """``config`` as TOML that ``read_toml`` reads back to the same record."""
+    """Write ``config`` as TOML, which ``read_toml`` reads back to an equal configuration."""
     import tomli_w
 
     lines = tomli_w.dumps(as_dict(config)).splitlines()
@@ -129,7 +129,7 @@ def resolve(
     file: Mapping[str, Any] | None = None,
     sets: Mapping[str, Any] | None = None,
 ) -> ExperimentConfig:
-    """Defaults < scale preset < algorithm preset < the scale's tuning of it < TOML ``file`` < ``sets`` (as words).
+    """Layer defaults < scale preset < algorithm preset < the scale's tuning of it < TOML ``file`` < ``sets``.
 
     ``preset`` names a scale, an algorithm, or both joined by ``+``.
     """

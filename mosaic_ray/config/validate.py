@@ -10,7 +10,7 @@ from .schema import ExperimentConfig
 
 
 def check(config: ExperimentConfig) -> ExperimentConfig:
-    """What no single knob can tell: ``RequestError`` where knobs contradict each other."""
+    """Raise ``RequestError`` where knobs contradict each other; return ``config``."""
     from .client_layout import any_partial_width
     from .plugins import load, strategy_named
     from .registry import CLASSIFIERS, DATASET_PREFIXES, DATASETS, STRATEGIES

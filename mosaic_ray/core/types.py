@@ -1,4 +1,4 @@
-"""Small values that travel along the corridor. Numpy only: nothing here may import torch or ray."""
+"""Small records that every package uses. They need numpy alone: nothing here may import torch or ray."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .serialization import from_json
 #: A network's state dict as numpy arrays: parameters and buffers under torch's own names.
 Weights = dict[str, np.ndarray]
 
-#: Stages in the order in which they run.
+#: The stages that results have columns for, in the order in which they run. A method may add its own.
 STAGES = (
     "partition", "warmup", "generators", "prototypes", "teacher", "distill", "finetune", "control", "evaluate",
 )  # fmt: skip
 
-#: Whose accuracies a run reports, in the order in which they come about.
+#: The models whose accuracies a run reports, in the order in which they are made.
 ROLES = ("initial", "teacher", "distilled", "final", "control")
 
 
@@ -37,13 +37,13 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, indices: np.ndarray) -> ImageSet:
-        """The rows at ``indices``, copied."""
+        """Return a copy of the rows at ``indices``."""
         return ImageSet(self.images[indices], self.labels[indices])
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What clients need to know of a data set beside its images; plain and picklable.
+    """Facts of a data set that clients need beside its images; plain and picklable.
 
     ``mean`` and ``std`` are per channel in units of [0, 1] intensity; ``augmentations`` names entries of
     ``data.transforms.AUGMENTATIONS`` for classifier training.
@@ -71,7 +71,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client returns from local training.
+    """A client's result of local training.
 
     ``message``: arrays that its strategy sends beside the weights; ``state``: the client's own, for its next round.
     """
@@ -100,23 +100,23 @@ class Prototypes:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Prototypes:
-        """The prototypes at ``rows``."""
+        """Return the prototypes at ``rows``."""
         return Prototypes(self.vectors[rows], self.labels[rows], self.sizes[rows], self.clients[rows])
 
     def arrays(self) -> Weights:
-        """As arrays to store."""
+        """Return the fields as arrays by name."""
         return {"vectors": self.vectors, "labels": self.labels, "sizes": self.sizes, "clients": self.clients}
 
     @staticmethod
     def concatenate(parts: list[Prototypes]) -> Prototypes:
-        """All ``parts`` in order."""
+        """Join ``parts`` in order."""
         names = ("vectors", "labels", "sizes", "clients")
         return Prototypes(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A health finding: ``severity`` is info, warning or error; ``client`` is -1 where no client is meant.
+    """A health finding: ``severity`` is info, warning or error; ``client`` is -1 without a client.
 
     ``threshold``: what ``value`` was held against; ``advice``: what to try (``core.health`` has the rules).
     """

@@ -1,4 +1,4 @@
-"""One ask of a cohort on Ray: who works, who waits, what arrives, and what is done about whatever dies on the way."""
+"""Dispatch one task per client to Ray actors, and retry the tasks whose actor dies."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from typing import Any
 from ..core.errors import RunError
 from .ray_internals import killed_for_memory
 
-#: Seconds between two looks at whether the cluster has grown, while clients wait for a host.
+#: Seconds between two checks for new nodes, while clients wait for an actor.
 LOOK_SECONDS = 2.0
 
-#: Deaths of an actor that holds no work in a row, before the run gives up.
+#: Consecutive deaths of actors without work before the run gives up.
 MAX_LOSSES = 5
 
-#: How long nobody at all may be up: other jobs hold the room, or the cluster's autoscaler is starting machines.
+#: Seconds to wait while no actor is alive: other jobs use the cluster, or its autoscaler is starting machines.
 PATIENCE_SECONDS, PATIENCE_FOR_MACHINES = 120.0, 1800.0
 
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """In the place of an answer: the client's work failed ``failures`` times, the last time with ``error``."""
+    """Takes the place of a result: the client's work failed ``failures`` times, the last time with ``error``."""
 
     error: RunError
     failures: int
 
 
 class ActorPool:
-    """The client actors that a cohort works with: those that are up, and those that are still to come.
+    """The client actors of a run: those that are up, and those that are still to start.
 
-    ``more(have)`` answers further actors where the cluster has grown.
-    ``shared`` ones serve others too and are not ended here.
+    ``more(have)`` starts actors on nodes that joined since; ``shared`` actors serve other runs too and are not ended.
     """
 
     def __init__(
@@ -55,11 +54,11 @@ class ActorPool:
         return id(actor) in self._up
 
     def mark_up(self, actor: Any, worker_id: str) -> None:
-        """``actor`` answered a ping, from this process."""
+        """Record that ``actor`` answered a ping from the process ``worker_id``."""
         self._up[id(actor)] = worker_id
 
     def mark_down(self, actor: Any) -> str:
-        """``actor`` died, or left; returns the id of its process, "" where that is unknown."""
+        """Record that ``actor`` died or left; return the id of its process, "" where unknown."""
         return self._up.pop(id(actor), "")
 
     @property
@@ -67,7 +66,7 @@ class ActorPool:
         return bool(self._up)
 
     def poll_scale_up(self) -> list[Any]:
-        """Actors for machines that have joined since the last look; they are part of the pool from here on."""
+        """Start actors on nodes that joined since the last check; return them."""
         if self._more is None or time.monotonic() - self._looked < LOOK_SECONDS:
             return []
         self._looked = time.monotonic()
@@ -78,7 +77,7 @@ class ActorPool:
         return new
 
     def remove(self, actor: Any) -> bool:
-        """Go on with one actor less; False where ``actor`` is the last one."""
+        """Remove ``actor`` from the pool; return False where it is the last one."""
         if len(self.actors) == 1:
             return False
         self.actors = [other for other in self.actors if other is not actor]
@@ -89,7 +88,7 @@ class ActorPool:
         return True
 
     def close(self) -> None:
-        """End the actors, unless they are others' too."""
+        """End the actors, unless other runs share them."""
         if not self.shared:
             end(self.actors)
         self.actors = []
@@ -105,7 +104,7 @@ def end(actors: Sequence[Any]) -> None:
 
 
 class ClientMap:
-    """One ask: a queue of clients, the idle actors, and what is running."""
+    """One call of ``ClientBackend.map`` on Ray: a queue of clients, the idle actors, and the running calls."""
 
     def __init__(
         self,
@@ -118,7 +117,7 @@ class ClientMap:
         cost: Callable[[int], float] | None,
         max_failures: int,
     ) -> None:
-        """``call``: (config, facts, work); ``shards`` holds references; a client is given up at ``max_failures``."""
+        """``call``: (config, facts, task); ``shards`` holds references; a client fails for good at ``max_failures``."""
         import ray
 
         self._pool, self._call, self._per_client, self._clients, self._shards = pool, call, per_client, clients, shards
@@ -130,7 +129,7 @@ class ClientMap:
         self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client or -1 for a ping, value, actor)
         self._arrived: dict[int, Any] = {}  # references, not values: early results wait in the object store
         self._failures: dict[int, int] = {}
-        self._beside: dict[int, int] = {}  # client -> the actors there were when its work began
+        self._beside: dict[int, int] = {}  # client -> number of actors when its work began
         self._losses = 0  # of actors that held no work
         self._alone_since = time.monotonic()
         self._idle = [actor for actor in pool.actors if pool.is_up(actor)]
@@ -139,7 +138,7 @@ class ClientMap:
                 self._ping(actor)
 
     def results(self, ordered: bool) -> Iterator[tuple[int, Any]]:
-        """(client, its result or ``ClientFailure``) of every client; ``RunError`` where no actor can work."""
+        """Yield (client, its result or ``ClientFailure``) for every client; ``RunError`` where no actor can work."""
         turn = iter(self._clients)
         due = next(turn, None)
         try:
@@ -170,7 +169,7 @@ class ClientMap:
             self._running[done] = (client_id, value, actor)
 
     def _settle(self) -> None:
-        """Wait for something to end, or for a moment while clients wait for a host."""
+        """Wait until a call ends, or for a moment while clients wait for an actor."""
         import ray
 
         if not self._running:
@@ -190,7 +189,7 @@ class ClientMap:
             )
 
     def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:
-        """What became of one call (``client_id`` -1: of a ping)."""
+        """Handle the end of one call (``client_id`` -1: of a ping)."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -213,7 +212,7 @@ class ClientMap:
                 self._losses = 0
 
     def _failed(self, client_id: int, error: RunError) -> None:
-        """The client is asked again, unless that was its last chance."""
+        """Queue the client again, unless it failed ``max_failures`` times."""
         failures = self._failures[client_id] = self._failures.get(client_id, 0) + 1
         if failures < self._max_failures:
             self._again(client_id)
@@ -224,7 +223,7 @@ class ClientMap:
         heapq.heappush(self._queue, (-self._cost(client_id), client_id))
 
     def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
-        """The actor died, perhaps with a client's work: wait for it through a ping."""
+        """Handle the death of an actor, perhaps with a client's work, and ping it until Ray has restarted it."""
         worker_id = self._pool.mark_down(actor)
         starved = bool(worker_id) and killed_for_memory(worker_id)
         if starved and self._removed(client_id, actor):
@@ -240,7 +239,7 @@ class ClientMap:
         self._ping(actor)
 
     def _removed(self, client_id: int, actor: Any) -> bool:
-        """The actor was killed because its node ran out of memory: no fault of the client while fewer can share it."""
+        """Remove an actor that was killed because its node ran out of memory; its client has not failed."""
         if not self._pool.remove(actor):
             return False
         left = len(self._pool.actors)
@@ -250,11 +249,11 @@ class ClientMap:
         return True
 
     def _ping(self, actor: Any) -> None:
-        # asked again and again: Ray holds it until the actor is up, or dead for good
+        # with retries: Ray holds the call until the actor is up, or dead for good
         self._running[actor.ping.options(max_task_retries=-1).remote()] = (-1, None, actor)
 
     def _fetch(self, client_id: int, reference: Any) -> tuple[bool, Any]:
-        """(True, value), or (False, None) where the value went down with its node and must be computed again."""
+        """Return (True, value), or (False, None) where the value was lost with its node and is computed again."""
         import ray
         from ray.exceptions import ObjectLostError
 
@@ -276,6 +275,6 @@ class ClientMap:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
+    """Return an error's type and the first line of its message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip() if lines else 'no message'}"

@@ -179,7 +179,7 @@ class ClientActor:
 
 
 def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[Any]:
-    """Client actors that hold ``needs`` ("CPU", "GPU", "memory" in bytes) each.
+    """Start client actors that hold ``needs`` ("CPU", "GPU", "memory" in bytes) each.
 
     ``counts`` of them on each node, by Ray's node id; "" leaves the choice to Ray. Where its node is gone, one moves.
     """
@@ -198,9 +198,9 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
 
 
 def started(hosts: list[Any], patience_seconds: float = PATIENCE_SECONDS) -> list[Any]:
-    """Those of ``hosts`` that are up within ``patience_seconds``; the others (somebody holds their room) are ended.
+    """Return the actors that are up within ``patience_seconds``; end the others, whose resources other jobs hold.
 
-    ``RunError`` where none is.
+    Raises ``RunError`` where none is up.
     """
     import ray
 

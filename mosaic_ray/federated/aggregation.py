@@ -1,6 +1,6 @@
-"""Weighted averages of weights: FedAvg over clients, and class experts, are both this.
+"""Weighted averages of weights, for FedAvg over clients and for class experts.
 
-Where clients hold parts of a network (``models.submodel``) each coordinate is averaged over those that held it.
+Where clients hold parts of a network (``models.submodel``), each coordinate is averaged over the clients that held it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..models.submodel import ChannelIndices, ChannelLayout
 
 
 class RunningAverage:
-    """sum_k w_k theta_k / sum_k w_k over all entries, folded in one at a time in float64, so memory stays flat.
+    """sum_k w_k theta_k / sum_k w_k over all entries, added one client at a time in float64, so memory stays flat.
 
     The sum depends on the order of adding (floating point), so add in client-id order. Averages of equal float32
     weights are bit-equal to them. Entries of weight zero are checked and otherwise ignored.
@@ -28,7 +28,7 @@ class RunningAverage:
         self._sums: Weights = {}
 
     def add(self, weights: Weights, weight: float) -> None:
-        """Fold in ``weights`` with ``weight`` >= 0 (a sample count, say)."""
+        """Add ``weights`` with ``weight`` >= 0, such as a number of samples."""
         weight = _checked(weight)
         if not self._like:
             self._like = {name: (np.shape(array), array.dtype) for name, array in weights.items()}
@@ -48,7 +48,7 @@ class RunningAverage:
         self._added += 1
 
     def result(self) -> Weights:
-        """The average so far, as fresh arrays of each entry's own dtype; counters (integers) are rounded down."""
+        """Return the average so far, as new arrays of each entry's dtype; counters (integers) are rounded down."""
         if self.total == 0:
             raise ValueError("cannot average: the weights sum to zero")
         return {
@@ -57,7 +57,7 @@ class RunningAverage:
 
 
 class PartialAverage:
-    """Per coordinate sum_k w_k theta_k / sum_k w_k over the clients that held it; where none did, it is ``previous``.
+    """Average each coordinate over the clients that held it, weighted; where none did, keep ``previous``.
 
     Otherwise like ``RunningAverage``, whose result it has to the last bit where everybody held everything.
     """
@@ -72,7 +72,7 @@ class PartialAverage:
     def add(
         self, weights: Weights, weight: float, sets: ChannelIndices | None = None, classes: np.ndarray | None = None
     ) -> None:
-        """Fold in ``weights`` with ``weight`` >= 0: the part at ``sets``, or a whole network where those are None.
+        """Add ``weights`` with ``weight`` >= 0: the part at ``sets``, or a whole network where those are None.
 
         ``classes`` bool [C]: of the head only these rows, the classes that the client holds (HeteroFL).
         """
@@ -108,7 +108,7 @@ class PartialAverage:
         return held
 
     def result(self) -> Weights:
-        """The average so far, as fresh arrays of each entry's own dtype; counters (integers) are rounded down."""
+        """Return the average so far, as new arrays of each entry's dtype; counters (integers) are rounded down."""
         averages = {}
         for name, previous in self._previous.items():
             covered = np.asarray(self._held[name]) > 0
@@ -143,7 +143,7 @@ def _as_type(mean: np.ndarray, dtype: np.dtype, added: int) -> np.ndarray:
 
 
 def average(pairs: Iterable[tuple[Weights, float]]) -> Weights:
-    """The average of ``(weights, weight)`` pairs, added in their order."""
+    """Return the average of ``(weights, weight)`` pairs, added in their order."""
     running = RunningAverage()
     for weights, weight in pairs:
         running.add(weights, weight)

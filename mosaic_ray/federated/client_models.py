@@ -1,7 +1,7 @@
 """Each client's network, width and channels, and the aggregation of a round's updates.
 
-Weights are averaged among clients of one architecture; a narrow client trains some channels of its architecture's
-global model, and each coordinate is averaged over the clients that held it (ALGORITHM 3.5 to 3.7).
+Weights are averaged among clients of one architecture. A partial-width client trains some channels of its
+architecture's global model, and each coordinate is averaged over the clients that held it (docs/algorithm.md 3.5-3.7).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _entries(model: ModelConfig, num_classes: int, channels: int, image_size: in
 
 @dataclass(frozen=True)
 class Federation:
-    """The clients of an experiment, as far as their models are concerned."""
+    """The networks, widths and channels of an experiment's clients."""
 
     config: ExperimentConfig
     facts: DataFacts
@@ -68,16 +68,16 @@ class Federation:
 
     @cached_property
     def partial_width(self) -> bool:
-        """Whether some client trains a part of its network only; batch-norm statistics are then static (3.6)."""
+        """Whether some client trains only a part of its network; batch-norm statistics are then static (3.6)."""
         return any_partial_width(self.config)
 
     def channels(self, name: str) -> ChannelLayout:
-        """Which dimensions of an architecture's weights are which channels."""
+        """Return which dimensions of an architecture's weights are channels of which group."""
         facts = self.facts
         return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
 
     def entries(self, name: str, width: float = 1.0) -> Entries:
-        """What the weights of an architecture hold (names, shapes, types) where a client has this ``width``."""
+        """Return names, shapes and types of an architecture's weights at this ``width``."""
         facts = self.facts
         whole = _entries(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
         if width == 1:
@@ -95,13 +95,13 @@ class Federation:
         }
 
     def statistics_passes(self, name: str) -> list[list[str]]:
-        """The batch norms that each pass over the clients' images reads of an architecture (static BN, 3.6)."""
+        """Return the batch norms that each pass over the clients' images reads (static BN, 3.6)."""
         facts = self.facts
         depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
         return passes(depths, self.config.federation.bn_passes)
 
     def check(self) -> None:
-        """``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""
+        """Raise ``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""
         for client_id, width in enumerate(self.widths):
             if width < 1:
                 check_width(self.channels(self.classifiers[client_id]), width)
@@ -125,7 +125,7 @@ class Federation:
 
 @dataclass(frozen=True)
 class RoundStart:
-    """What one round begins with.
+    """The input of one round's aggregation.
 
     ``models``: the global models. ``server``: the strategy's arrays. ``counts`` int64 [K, C]: training samples by
     client and class. ``phase`` names the random streams.
@@ -179,7 +179,7 @@ class RoundAggregator:
 
 
 def group_counts(counts: np.ndarray, clients: Sequence[int]) -> np.ndarray:
-    """``counts`` [K, C] with the rows of all but ``clients`` zero."""
+    """Return ``counts`` [K, C] with zero rows for all but ``clients``."""
     kept = np.zeros_like(counts)
     kept[list(clients)] = counts[list(clients)]
     return kept

@@ -1,4 +1,4 @@
-"""What clients and server send each other, in bytes (ALGORITHM 4.6): the measure, the tally and the arithmetic.
+"""Count the bytes that clients and server send each other, and predict them (docs/algorithm.md 4.6).
 
 A message is a set of named arrays. Its size is that of a safetensors file: the arrays' bytes, which count under the
 message's kind, and a frame that names them, which counts under ``frames``. The frame grows with the number of arrays,
@@ -37,12 +37,12 @@ class Size:
 
 
 def entries_of(arrays: Mapping[str, Any]) -> Entries:
-    """Names, shapes and types of arrays or tensors."""
+    """Return names, shapes and types of arrays or tensors."""
     return {name: (tuple(array.shape), str(array.dtype).removeprefix("torch.")) for name, array in arrays.items()}
 
 
 def size_of_entries(entries: Entries) -> Size:
-    """Bytes of one message that holds ``entries``; payload and frame are exactly a safetensors file."""
+    """Return the bytes of one message that holds ``entries``; payload and frame are exactly a safetensors file."""
     header, end = {}, 0
     sized = [(name, list(shape), np.dtype(kind)) for name, (shape, kind) in entries.items()]
     for name, shape, kind in sorted(sized, key=lambda e: (-e[2].itemsize, e[2].kind == "f", e[0])):
@@ -53,7 +53,7 @@ def size_of_entries(entries: Entries) -> Size:
 
 
 def size_of(arrays: Mapping[str, Any]) -> Size:
-    """Bytes of one message that holds ``arrays``."""
+    """Return the bytes of one message that holds ``arrays``."""
     return size_of_entries(entries_of(arrays))
 
 
@@ -61,25 +61,25 @@ class Tally:
     """Bytes by direction and kind, for every round and client: int64 [rounds, clients] each."""
 
     def __init__(self, num_rounds: int, num_clients: int, bytes_: Mapping[str, np.ndarray] | None = None) -> None:
-        """``bytes_``: what ``arrays`` gave, to go on from."""
+        """``bytes_``: the return value of ``arrays``, to continue from."""
         self._shape = max(1, num_rounds), num_clients
         self._bytes = {name: np.array(array) for name, array in (bytes_ or {}).items()}
 
     def add(
         self, direction: str, kind: str, client_id: int, message: Size, *, round_num: int = 0, times: int = 1
     ) -> None:
-        """``message`` goes between the server and a client, ``times`` times."""
+        """Add ``message``, sent between the server and a client ``times`` times."""
         for name, count in ((kind, message.payload), (FRAMES, message.frame)):
             if count and times:
                 place = self._bytes.setdefault(f"{direction}/{name}", np.zeros(self._shape, np.int64))
                 place[round_num, client_id] += times * count
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """By ``direction/kind``, to be stored."""
+        """Return the counts by ``direction/kind``, to be stored."""
         return dict(self._bytes)
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """direction -> kind -> bytes of all rounds and clients."""
+        """Return direction -> kind -> bytes of all rounds and clients."""
         found: dict[str, dict[str, int]] = {direction: {} for direction in DIRECTIONS}
         for name, count in sorted(self._bytes.items(), key=lambda item: f"/{FRAMES}" in item[0]):
             direction, kind = name.split("/")
@@ -87,7 +87,7 @@ class Tally:
         return found
 
     def by_client(self, direction: str) -> np.ndarray:
-        """int64 [clients]: bytes of all rounds and kinds."""
+        """Return each client's bytes over all rounds and kinds, int64 [clients]."""
         counts = [array.sum(0) for name, array in self._bytes.items() if name.startswith(f"{direction}/")]
         return np.sum(counts, axis=0, dtype=np.int64) if counts else np.zeros(self._shape[1], np.int64)
 
@@ -98,7 +98,7 @@ class Tally:
 
     @staticmethod
     def of(tallies: Iterable[Tally], num_clients: int) -> Tally:
-        """All of ``tallies`` as one, their rounds added up."""
+        """Add up ``tallies`` over their rounds."""
         found: dict[str, np.ndarray] = {}
         for tally in tallies:
             for name, array in tally._bytes.items():
@@ -110,7 +110,7 @@ class Tally:
 
 
 def num_prototypes(held: np.ndarray | int, k: int, cap: int = 0, sampled: bool = False) -> np.ndarray:
-    """Centroids that a client sends of a class of which it holds ``held`` images: k, or where it has fewer one mean.
+    """Return the number of prototypes for a class with ``held`` images: k if held >= k, else 1 (0 without images).
 
     At most ``cap``, where that is not 0. ``sampled``: of images that are drawn, so that this is an upper bound.
     """
@@ -120,7 +120,7 @@ def num_prototypes(held: np.ndarray | int, k: int, cap: int = 0, sampled: bool =
 
 
 def prototype_entries(count: int, feature_dim: int) -> Entries:
-    """A client's message of ``count`` prototypes: vectors with label, cluster size and client each."""
+    """Return the entries of a message of ``count`` prototypes: vectors, labels, cluster sizes and clients."""
     return {
         "vectors": ((count, feature_dim), np.float32), "labels": ((count,), np.int64),
         "sizes": ((count,), np.float32), "clients": ((count,), np.int64),
@@ -128,7 +128,7 @@ def prototype_entries(count: int, feature_dim: int) -> Entries:
 
 
 def statistics_entries(entries: Entries, layers: Iterable[str]) -> Entries:
-    """A client's message for static batch norm (3.6), of a network with ``entries``: three moments of each layer."""
+    """Return the entries of a static batch norm message (3.6): three moments of each layer of a network."""
     found: dict[str, tuple[Sequence[int], Any]] = {}
     for layer in layers:
         shape, _ = entries[f"{layer}.running_mean"]
@@ -138,7 +138,7 @@ def statistics_entries(entries: Entries, layers: Iterable[str]) -> Entries:
 
 
 def num_parameters(entries: Entries) -> int:
-    """Trained values of a network: all entries but batch norm's statistics and counters."""
+    """Return the number of trained values: all entries but batch norm's statistics and counters."""
     kept = (shape for name, (shape, _) in entries.items() if name.rpartition(".")[2] not in _BUFFERS)
     return int(sum(np.prod(shape, dtype=np.int64) for shape in kept))
 

@@ -1,4 +1,4 @@
-"""How good predictions are, for reporting alone: no choice is made by what this module returns on test data."""
+"""Measure predictions, for reporting alone: no choice depends on what this module returns on test data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def logits_on(
     precision: str = "fp32",
     chunk: int = 500,
 ) -> np.ndarray:
-    """Logits float32 [N, C] of ``data``, which is not augmented."""
+    """Return logits float32 [N, C] of ``data``, without augmentation."""
     logits = np.empty((len(data), facts.num_classes), np.float32)
     for start in range(0, len(data), chunk):
         images = torch.tensor(data.images[start : start + chunk], device=device)
@@ -35,25 +35,25 @@ def logits_on(
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Counts int64 [C, C] of logits [N, C] and labels [N]: rows are true classes, columns predicted ones."""
+    """Return the confusion table int64 [C, C] of logits [N, C]: rows are true classes, columns predicted ones."""
     table = np.zeros((logits.shape[1], logits.shape[1]), np.int64)
     np.add.at(table, (labels, logits.argmax(1)), 1)
     return table
 
 
 def accuracy(table: np.ndarray) -> float:
-    """Share of the diagonal of a confusion table; 0 where it is empty."""
+    """Return the accuracy of a confusion table; 0 where it is empty."""
     return float(np.trace(table) / max(table.sum(), 1))
 
 
 def per_class_accuracy(table: np.ndarray) -> list[float | None]:
-    """Recall of each class; None for a class without samples."""
+    """Return the recall of each class; None for a class without samples."""
     totals = table.sum(1)
     return [float(table[c, c] / totals[c]) if totals[c] else None for c in range(len(table))]
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """How far the probabilities behind logits [N, C] can be trusted; None where a logit is not finite.
+    """Return the calibration of the probabilities behind logits [N, C]; None where a logit is not finite.
 
     ``nll``: mean of -log p(label), in nats. ``ece``: sum_b n_b / N |accuracy_b - confidence_b| over 15 bins of equal
     width, open below, of the largest probability (Guo et al. 2017, eq. 3), within [0, 1].

@@ -1,4 +1,4 @@
-"""Local training: what a client does with the global model between two averages."""
+"""Local training of one client in one round."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LocalTrainingConfig:
 
 @dataclass(frozen=True)
 class LocalStart:
-    """What one client's local training in one round begins with.
+    """The input of one client's local training in one round.
 
     ``model`` is the network as the client received it, on the client's device; ``labels`` int64 [n] its training
     labels. ``server`` and ``state`` are the strategy's arrays: the server's, and the client's own.
@@ -77,7 +77,7 @@ class Objective:
 def batches(
     num_samples: int, batch_size: int, steps: int, *, offset: int = 0, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
-    """``steps`` index batches that cycle through the samples; a batch never straddles two passes.
+    """Yield ``steps`` index batches that cycle through the samples; a batch never straddles two passes.
 
     With ``generator`` every pass is a new permutation; without, the order is fixed and the first batch is number
     ``offset`` of the endless cycle (so a loader that lives across rounds is a function of the round alone).

@@ -1,6 +1,6 @@
-"""Static batch norm (HeteroFL, Diao et al. 2021; ALGORITHM 3.6): statistics taken once of all clients' images.
+"""Static batch norm (HeteroFL, Diao et al. 2021; docs/algorithm.md 3.6): statistics of all clients' images.
 
-Running statistics that narrow clients keep fit no whole network. So each client sends the moments of the inputs of the
+Running statistics of partial-width clients fit no full network. So each client sends the moments of the inputs of the
 global model's batch norms over its own images, and the sums of all clients make the statistics. The network is in
 eval mode: a layer's moments depend on the statistics before it, so one pass makes the first layer of a chain exact, and
 every further pass the next one. A pass reads only those, and ends behind the last of them.
@@ -37,11 +37,11 @@ class Moments(NamedTuple):
 
 
 class _Enough(Exception):
-    """What there was to read has been read."""
+    """Raised when the last layer of a pass has been read."""
 
 
 def passes(depths: Mapping[str, int], most: int = 0) -> list[list[str]]:
-    """The layers that each pass reads; ``depths``: as ``norm_depths`` gives them.
+    """Return the layers that each pass reads; ``depths``: the return value of ``norm_depths``.
 
     Each layer once, when all before it are exact; where ``most`` (0: any number) are fewer passes than that takes, each
     reads all that are not exact yet.
@@ -61,7 +61,7 @@ def moments(
     layers: Sequence[str] | None = None,
     chunk: int = 100,
 ) -> dict[str, Moments]:
-    """By layer, what ``shard`` adds to the statistics of ``model``'s batch norms: its images as they are, eval mode.
+    """Return by layer the moments that ``shard`` adds to ``model``'s batch norms; no augmentation, eval mode.
 
     ``layers``: these alone; after the first ``chunk`` of images, which shows where the last of them is read, the
     network behind it is spared.
@@ -97,7 +97,7 @@ def moments(
 
 
 def pooled(parts: Iterable[Mapping[str, Moments]]) -> Weights:
-    """The running statistics, float32, of all that ``parts`` saw, added in their order: clients', so in client order.
+    """Return the running statistics, float32, over all ``parts``, added in client order.
 
     The variance is the population's, over n and not torch's n - 1: what batch norm normalises by while it trains on all
     images at once, and what the inversion loss compares with.
@@ -115,7 +115,7 @@ def pooled(parts: Iterable[Mapping[str, Moments]]) -> Weights:
 
 
 def with_statistics(weights: Weights, buffers: Weights) -> Weights:
-    """``weights`` with the statistics of ``pooled`` in the place of their own; nothing is copied."""
+    """Return ``weights`` with the statistics of ``pooled``; nothing is copied."""
     if unknown := buffers.keys() - weights.keys():
         raise ValueError(f"statistics do not fit: the network has no {min(unknown)}")
     return weights | buffers

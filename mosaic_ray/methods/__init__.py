@@ -1,1 +1,1 @@
-"""What is computed, method by method, as values in, values out: a run is an optimiser and then a distiller."""
+"""Methods, one file or folder each: what teaches the student after, or during, the federated rounds."""

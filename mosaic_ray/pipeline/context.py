@@ -29,7 +29,7 @@ from ..tracking.progress import Stage as Progress
 from ..tracking.tracker import Tracker
 from .graph import KeyInputs, Stage, load_function
 
-#: Between two looks at what another run computes. A look is cheap: there is no manifest yet.
+#: Seconds between two checks for a result that another run computes. A check is cheap: there is no manifest yet.
 POLL_SECONDS = 0.2
 
 B = TypeVar("B")
@@ -47,24 +47,25 @@ class FailedClients:
     """Clients whose work failed for good in one stage, and the findings about them."""
 
     stage: str
-    rounds: dict[int, int] = field(default_factory=dict)  # client -> how often it was left out
+    rounds: dict[int, int] = field(default_factory=dict)  # client -> number of failures
     reasons: dict[int, str] = field(default_factory=dict)
 
     def note(self, client_id: int, missing: ClientFailure) -> None:
+        """Add a failure."""
         self.rounds[client_id] = self.rounds.get(client_id, 0) + 1
         self.reasons[client_id] = missing.error.message
 
     def facts(self) -> list[list[Any]]:
-        """For a checkpoint; ``FailedClients.of`` reads them."""
+        """Return plain values for a checkpoint; ``FailedClients.of`` reads them."""
         return [[client_id, count, self.reasons[client_id]] for client_id, count in self.rounds.items()]
 
     @staticmethod
     def of(stage: str, facts: Sequence[Sequence[Any]]) -> FailedClients:
-        """What ``facts`` wrote down."""
+        """Restore what ``facts`` returned."""
         return FailedClients(stage, {k: count for k, count, _ in facts}, {k: reason for k, _, reason in facts})
 
     def findings(self) -> list[Finding]:
-        """One a client."""
+        """Return one finding for each client."""
         return [
             Finding(
                 "client.failed", "warning", self.stage,
@@ -185,9 +186,9 @@ class RunContext:
     def stage(
         self, name: str, key: str, compute: Compute, *, total: int | None = None, unit: str = "round"
     ) -> StageResult:
-        """The stored result of ``key``, or ``compute``'s, stored with the curve that it recorded.
+        """Return the stored result of ``key``; else compute it and store it with the curve that it recorded.
 
-        Of several runs that miss it one computes and the others wait; when that one fails or dies, another goes on.
+        If several runs need it at once, one computes and the others wait; if that one fails or dies, another goes on.
         """
         began = time.perf_counter()
         found, waited = self.get_or_wait(name, key)
@@ -216,7 +217,7 @@ class RunContext:
         return result
 
     def get_or_wait(self, name: str, key: str) -> tuple[StageResult | Lease, float]:
-        """The result under ``key``, or the sole right to compute it, and the seconds that others were waited for."""
+        """Return the result under ``key`` or the lease to compute it, and the seconds spent waiting for other runs."""
         began, waited = time.perf_counter(), 0.0
         while (found := self.store.get_or_lease(key)) is None:
             if not waited:
@@ -228,7 +229,7 @@ class RunContext:
     def note(
         self, name: str, key: str, cached: bool, seconds: float, facts: Mapping[str, Any], waited: float = 0.0
     ) -> None:
-        """Write a stage into the run's log: time (``waited`` for others is part of ``seconds``), findings, traffic."""
+        """Record a stage in the run's log: time (``seconds`` includes ``waited``), findings and traffic."""
         self.log[name] = {
             "seconds": round(seconds, 3), "cached": cached, "key": key,
             "computed_seconds": round(facts.get("seconds", seconds - waited), 3),
@@ -250,7 +251,7 @@ class RunContext:
             )  # fmt: skip
 
     def warn_of(self, findings: Iterable[Finding]) -> None:
-        """Say what asks for attention, each once."""
+        """Warn of each finding above info once."""
         for finding in findings:
             if finding.severity != "info" and finding not in self._warned:
                 self._warned.add(finding)
@@ -260,12 +261,12 @@ class RunContext:
 
     @property
     def alarmed(self) -> bool:
-        """Whether an error was found already: of what follows from it nothing need be said."""
+        """Whether an error was found already, so that its consequences need no findings of their own."""
         return any(finding.severity == "error" for finding in self.findings)
 
 
 def known(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """Figures as they can be stored: None where one is not finite."""
+    """Return figures that JSON can hold: None where one is not finite."""
     return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
 
 
@@ -276,6 +277,6 @@ def _markdown(finding: Finding) -> str:
 
 
 def _own_tag(tag: str, stage: str) -> str:
-    """Closing rounds of the student and the control may be one result: say whose curve it is."""
+    """Rename a tag to the current stage: student and control can share one cached result of closing rounds."""
     section, _, leaf = tag.partition("/")
     return f"{stage}/{leaf}" if {section, stage} == {"finetune", "control"} else tag

@@ -39,7 +39,7 @@ PROTOTYPE_HISTORY = 41
 
 
 def cohort_of(config: ExperimentConfig, phase: str, round_num: int) -> list[int]:
-    """The clients asked in a round: all, or ``cohort_size`` drawn without replacement."""
+    """Return the clients asked in a round: all, or ``cohort_size`` drawn without replacement."""
     everyone, size = config.partition.num_clients, config.federation.cohort_size
     if not size or size >= everyone:
         return list(range(everyone))
@@ -48,8 +48,10 @@ def cohort_of(config: ExperimentConfig, phase: str, round_num: int) -> list[int]
 
 
 def answering(config: ExperimentConfig, phase: str, round_num: int, asked: list[int]) -> list[int]:
-    """Those of ``asked`` that do not drop out of a round: each stays with probability 1 - ``drop_rate``, and where
-    too few would, the surest stay, so that ``min_cohort`` (at least one) do."""
+    """Drop each client of ``asked`` with probability ``drop_rate``; return those that stay.
+
+    At least ``min_cohort`` clients (and one) stay: those with the largest draws.
+    """
     rate, least = config.federation.drop_rate, max(1, config.federation.min_cohort)
     if not rate:
         return asked
@@ -61,7 +63,7 @@ def answering(config: ExperimentConfig, phase: str, round_num: int, asked: list[
 
 @dataclass(frozen=True)
 class FinishedRound:
-    """What a method's work after a round reads.
+    """The input of a method's work after a round.
 
     ``models``: the global models after the aggregation. ``updates``: what the clients returned, in client order.
     ``state``: the method's own arrays, as it returned them after the round before.
@@ -80,8 +82,11 @@ AfterRound = Callable[[RunContext, FinishedRound], tuple[Models, Weights]]
 
 @dataclass(frozen=True)
 class RoundsConfig:
-    """A series of federated rounds. ``address`` names its random streams: the student's and the control's closing
-    rounds share one, so that they differ in nothing but where they start."""
+    """A series of federated rounds.
+
+    ``address`` names the random streams. The student's and the control's closing rounds share one address, so that
+    they differ only in the weights that they begin with.
+    """
 
     name: str
     address: str
@@ -261,9 +266,9 @@ def _log_round(
 
 
 def show_losses(ctx: RunContext, stage: str, losses: np.ndarray, begun: int = 0) -> None:
-    """The clients' losses [rounds, clients] as a histogram a round, after ``begun`` rounds of ``stage``.
+    """Log the clients' losses [rounds, clients] as one histogram a round, after ``begun`` rounds of ``stage``.
 
-    Closing rounds go on where the warm-up ended; the control is a comparison, and not shown.
+    Closing rounds continue the warm-up's steps; the control is not shown.
     """
     before = {"warmup": begun, "finetune": begun + ctx.config.warmup.num_rounds}
     if stage in before:
@@ -272,13 +277,13 @@ def show_losses(ctx: RunContext, stage: str, losses: np.ndarray, begun: int = 0)
 
 
 def model_parts(federation: Federation, models: Models) -> Iterator[tuple[str, Weights]]:
-    """Names and contents of a result's parts: "global" is the student's architecture, others are numbered."""
+    """Yield names and contents of a result's parts: "global" is the student's architecture, others are numbered."""
     for number, name in enumerate(federation.groups):
         yield _part(federation, name, number), models[name]
 
 
 def load_models(federation: Federation, result: StageResult) -> Models:
-    """What ``model_parts`` stored."""
+    """Load what ``model_parts`` stored."""
     return {name: result.load(_part(federation, name, number)) for number, name in enumerate(federation.groups)}
 
 
@@ -319,7 +324,7 @@ def quick_eval(ctx: RunContext, weights: Weights) -> float:
 
 @dataclass(frozen=True)
 class Warmup:
-    """theta_g and theta_k after the warm-up; a client that the last cohort left out has its share of theta_g."""
+    """theta_g and theta_k after the warm-up; a client outside the last cohort has its submodel of theta_g."""
 
     result: StageResult
     federation: Federation
@@ -331,11 +336,11 @@ class Warmup:
 
     @property
     def weights(self) -> Weights:
-        """The student's architecture's theta_g."""
+        """theta_g of the student's architecture."""
         return self.models[self.federation.student]
 
     def with_student(self, student: Weights) -> Models:
-        """The global models, the student in the place of its architecture's."""
+        """Return the global models with ``student`` in place of its architecture's."""
         return self.models | {self.federation.student: student}
 
     def indices(self, client_id: int) -> ChannelIndices | None:
@@ -350,7 +355,7 @@ class Warmup:
         return self.federation.submodel(client_id, self.models, self.indices(client_id))
 
     def clients(self, wanted: Iterable[int]) -> Iterable[tuple[int, Weights]]:
-        """(k, theta_k) in the order ``wanted``, one at a time in memory."""
+        """Yield (k, theta_k) in the order ``wanted``, one at a time in memory."""
         return ((k, self.client(k)) for k in wanted)
 
 

@@ -53,7 +53,7 @@ def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | N
 
 
 def baselines(config: ExperimentConfig, facts: DataFacts) -> dict[str, Tally]:
-    """What FedAvg (whole models) and FedRolex (the run's widths, or its authors') send in the same rounds.
+    """Return what FedAvg (whole models) and FedRolex (the run's widths, or its authors') send in the same rounds.
 
     Without FedRolex where a network of the user's cannot be cut.
     """

@@ -1,4 +1,4 @@
-"""The work of many runs together, and what is left of it once nothing is computed twice."""
+"""Count the work of many runs together, when nothing is computed twice."""
 
 from __future__ import annotations
 

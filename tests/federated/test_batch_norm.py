@@ -1,4 +1,4 @@
-"""Static batch norm (ALGORITHM 3.6): statistics of all clients' images, a layer more exact with every pass."""
+"""Static batch norm (docs/algorithm.md 3.6): statistics of all clients' images, a layer more exact with every pass."""
 
 from __future__ import annotations
 

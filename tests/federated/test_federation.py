@@ -1,4 +1,4 @@
-"""Who trains what: shares of global models, and rounds that average them (ALGORITHM 3.5 to 3.7, O24, O25)."""
+"""Who trains what: shares of global models, and rounds that average them (docs/algorithm.md 3.5 to 3.7, O24, O25)."""
 
 from __future__ import annotations
 

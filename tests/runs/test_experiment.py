@@ -264,7 +264,7 @@ def test_a_client_that_fails_is_named_with_stage_and_round(tmp_path, monkeypatch
 
 
 def test_every_switch_of_the_algorithm_is_a_knob_with_its_presets_value():
-    """The table of ALGORITHM section 2."""
+    """The table of docs/algorithm.md section 2."""
     reference, fixed, paper = (flatten(resolve(f"demo+{name}")) for name in ("reference", "fixed", "paper"))
     table = {
         "generator.stage": ("before", "after_warmup", "after_warmup"),

@@ -76,7 +76,7 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
 
 
 def _prototype_parts(federation: Federation, prototypes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Names and contents of the stored parts: "prototypes" is the student's architecture's, others are numbered."""
+    """Return names and contents of the stored parts: "prototypes" for the student's architecture, others numbered."""
     return [
         ("prototypes" if name == federation.student else f"prototypes_{number:03d}", prototypes[name])
         for number, name in enumerate(federation.groups)
@@ -85,7 +85,7 @@ def _prototype_parts(federation: Federation, prototypes: Mapping[str, Any]) -> l
 
 @dataclass(frozen=True)
 class Generators:
-    """The clients' generators and their health figures, in client order; ``clients`` are those that have one."""
+    """Generators and their health figures, in client order; ``clients`` are the clients that have one."""
 
     key: str
     clients: list[int]
@@ -136,7 +136,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generator
 
 
 def uploaded(generators: Mapping[int, StageResult], num_clients: int) -> Tally:
-    """What clients sent for their generators."""
+    """Return the bytes that clients sent for their generators."""
     traffic = Tally(1, num_clients)
     for client_id, result in generators.items():
         traffic.add("uplink", "generators", client_id, Size(**result.facts["communication"]))

@@ -74,7 +74,7 @@ def _teach(
     clients: Sequence[int],
     progress: Progress,
 ) -> tuple[TeacherState, dict[str, float]]:
-    """The teacher of one architecture, from the clients that hold it."""
+    """Train the teacher of one architecture from its clients; return it and figures."""
     done = 0
     federation = warmup.federation
     prefix = "meta" if name == federation.student else f"meta_{name}"
@@ -104,7 +104,7 @@ def _teach(
 
 
 def _prefix(federation: Federation, name: str, number: int) -> str:
-    """Before the names of a teacher's stored parts: nothing for the student's architecture, others are numbered."""
+    """Return the prefix of a teacher's stored parts: empty for the student's architecture, others are numbered."""
     return "" if name == federation.student else f"group_{number:03d}_"
 
 
