@@ -75,7 +75,7 @@ def test_as_many_prototypes_are_foreseen_as_k_means_makes(held, k, cap):
     assert num_prototypes(held, k, cap, sampled=True) >= num_prototypes(held, k, cap)
 
 
-# --- docs/algorithm.md 4.6: the paper's arithmetic ---------------------------------------------------------------------------
+# --- the paper's arithmetic (docs/algorithm.md 4.6) ------------------------------------------------------------------
 
 
 def paper(**knobs):

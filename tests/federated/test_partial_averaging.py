@@ -1,4 +1,4 @@
-"""Averages over the clients that hold a coordinate (docs/algorithm.md 3.5), and class experts of narrow clients (1.6)."""
+"""Averages over the clients that hold a coordinate (docs/algorithm.md 3.5), and experts of partial-width clients."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ SHORT = {
 }  # fmt: skip
 
 #: Processors differ in the order of a sum; a wrong formula is far outside this. What comes after some hundred steps
-#: amplifies: initial weights a millionth larger or smaller give held-out losses (few prototypes) of 0.02 to 0.11.
-NEAR = {"meta/held_out_loss": {"abs": 0.1}, "student/loss": {"rel": 0.1}}
+#: amplifies: initial weights one to three millionths larger or smaller give held-out losses (few prototypes) of 0.02 to
+#: 0.11 and a student's first loss of 1.56 to 1.84.
+NEAR = {"meta/held_out_loss": {"abs": 0.1}, "student/loss": {"rel": 0.2}}
 
 
 def curve() -> dict:
