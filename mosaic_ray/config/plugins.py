@@ -23,10 +23,10 @@ T = TypeVar("T")
 #: Older names of knobs.
 ALIASES = {"federation.optimiser": "federation.strategy"}
 
-#: kind -> (the knob that names one, what this package ships, what one is called in errors)
-_KINDS: dict[str, tuple[str, Mapping[str, Entry], str]] = {
-    "methods": ("method", METHODS, "method"),
-    "strategies": ("federation.strategy", STRATEGIES, "strategy"),
+#: kind -> (the knob that names one, what this package ships, what one is called, its base class)
+_KINDS: dict[str, tuple[str, Mapping[str, Entry], str, str]] = {
+    "methods": ("method", METHODS, "method", "mosaic_ray.methods.base.Method"),
+    "strategies": ("federation.strategy", STRATEGIES, "strategy", "mosaic_ray.federated.strategies.base.Strategy"),
 }
 
 #: Sections of plug-ins that were named as ``module:object``: section -> the object.
@@ -55,7 +55,7 @@ def load(kind: str, word: str) -> Any:
     Raises:
         RequestError: in one line, where nothing has that name, or where a plug-in fails (with its file and line).
     """
-    knob, shipped, called = _KINDS[kind]
+    knob, shipped, called, base = _KINDS[kind]
     if word in shipped:
         module, _, name = shipped[word].target.partition(":")
         return getattr(importlib.import_module(module), name)
@@ -63,24 +63,17 @@ def load(kind: str, word: str) -> Any:
         raise RequestError(f"{knob} = {word}: unknown {called}; {neighbours(word, [*entries(kind), 'module:object'])}")
     what = f"{knob} = {word}"
     found = load_object(what, word if ":" in word else entries(kind)[word].target)
-    base, contract = _contract(kind)
-    if not isinstance(found, base):
-        raise RequestError(f"{what}: it is a {type(found).__name__}, not an instance of {contract}")
+    if isinstance(found, type) or getattr(found, "kind", "") != kind:
+        raise RequestError(f"{what}: it is a {type(found).__name__}, not an instance of {base}")
     if found.name in {*entries(kind), *ExperimentConfig.__dataclass_fields__} - {word}:
         raise RequestError(f'{what}: its name "{found.name}" is taken; give it another')
     _SECTIONS[found.name] = found
     return found
 
 
-def _contract(kind: str) -> tuple[type, str]:
-    places = {"methods": ("methods.base", "Method"), "strategies": ("federated.strategies.base", "Strategy")}
-    module, name = places[kind]
-    return getattr(importlib.import_module(f"mosaic_ray.{module}"), name), f"mosaic_ray.{module}.{name}"
-
-
 def load_named(values: Mapping[str, Any]) -> None:
     """Load the plug-ins that dotted knobs in ``values`` name, so that their own knobs are known."""
-    for kind, (knob, _, _) in _KINDS.items():
+    for kind, (knob, *_) in _KINDS.items():
         for name in (knob, *(alias for alias, meant in ALIASES.items() if meant == knob)):
             for word in parts(values[name]) if isinstance(values.get(name), str) else ():
                 if ":" in word:
@@ -112,8 +105,8 @@ def selected(config: ExperimentConfig) -> list[Any]:
 @lru_cache
 def strategy_named(word: str) -> Any:
     """Return the strategy that ``federation.strategy`` = ``word`` names, several joined by ``+`` as one."""
-    found = [load("strategies", name) for name in parts(word)]
-    return importlib.import_module("mosaic_ray.federated.strategies.base").combine(found)
+    first, *others = (load("strategies", name) for name in parts(word))
+    return first.joined(others) if others else first
 
 
 def section_of(config: ExperimentConfig, name: str, knobs: type[T]) -> T:

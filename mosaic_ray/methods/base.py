@@ -35,6 +35,7 @@ class Distilled:
 class Method:
     """A method. The last of its ``stages`` makes the student (role "distilled"); without stages there is no student."""
 
+    kind = "methods"
     #: The name under which its own knobs are set (``NAME.KNOB``), and under which results list it.
     name: str
     #: Raise it when the mathematics of ``after_round`` changes; stages have versions of their own.

@@ -8,7 +8,7 @@ different things: ``fedrolex+fedprox`` trains FedRolex's submodels with FedProx'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...core.errors import RequestError
 
@@ -28,6 +28,7 @@ class Strategy:
     alone. Both are part of checkpoints, so a killed run resumes with the same numbers. Closing rounds begin without.
     """
 
+    kind = "strategies"
     #: The name under which its own knobs are set (``NAME.KNOB``), and under which it is listed.
     name: str
     #: Raise it when the mathematics changes: older results are then computed again.
@@ -39,6 +40,10 @@ class Strategy:
 
     def check(self, config: ExperimentConfig) -> None:
         """Raise ``RequestError`` where ``config`` asks for something that this strategy cannot do."""
+
+    def joined(self, others: Sequence[Strategy]) -> Strategy:
+        """Return one strategy that does what this one and ``others`` do; ``RequestError`` where two conflict."""
+        return Combined([self, *others])
 
     def channel_indices(
         self, channels: ChannelLayout, width: float, *, round_num: int, seed: int, client_id: int
@@ -97,13 +102,6 @@ class Combined(Strategy):
     def check(self, config: ExperimentConfig) -> None:
         for part in self._parts:
             part.check(config)
-
-
-def combine(parts: Sequence[Any]) -> Strategy:
-    """Return one strategy that does what all of ``parts`` do."""
-    [first, *others] = parts
-    found: Strategy = Combined(parts) if others else first
-    return found
 
 
 class FedAvg(Strategy):
