@@ -135,8 +135,6 @@ class Finding:
         names = ("code", "severity", "stage", "client", "value", "threshold", "message", "advice")
         return {name: getattr(self, name) for name in names} | {"client": None if self.client < 0 else self.client}
 
-    as_dict = to_json
-
     @staticmethod
     def from_json(value: Any) -> Finding:
         """Check and return a finding that was read from JSON; ``ValueError`` names the field that does not fit."""

@@ -237,7 +237,7 @@ class RunContext:
         if waited:
             self.log[name]["waited_seconds"] = round(waited, 3)
         self.traffic[name] = facts.get("communication", {})
-        found = [Finding(**row) for row in facts.get("findings", [])]
+        found = [Finding.from_json(row) for row in facts.get("findings", [])]
         self.findings += found
         if not cached:
             self.warn_of(found)

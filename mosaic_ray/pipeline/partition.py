@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ def deal(ctx: RunContext) -> Shards:
             arrays[f"{name}_sizes"] = np.array([len(s) for s in lists], np.int64)
         writer.add("shards", arrays)
         progress.advance()
-        return {"findings": [asdict(f) for f in partition_findings(counts.sum(0).tolist())]}
+        return {"findings": [f.to_json() for f in partition_findings(counts.sum(0).tolist())]}
 
     result = ctx.find_or_compute(PARTITION, compute)
     arrays = result.load("shards")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -182,7 +182,7 @@ def federated_rounds(
             ctx.store.save_checkpoint(key, facts, now.parts(federation) | {"losses": {"losses": losses[:done]}})
     for part, arrays in (now.parts(federation) | {"losses": {"losses": losses}}).items():
         writer.add(part, arrays)
-    return {"communication": now.traffic.totals(), "findings": [asdict(finding) for finding in now.failed.findings()]}
+    return {"communication": now.traffic.totals(), "findings": [f.to_json() for f in now.failed.findings()]}
 
 
 def _one_round(

@@ -178,11 +178,11 @@ def test_a_class_without_owner_and_one_without_prototype():
 def test_a_finding_says_itself_in_one_line_and_in_json():
     finding = Finding("a.b", "error", "teacher", "it broke", 2, None, 4.6, "mend it")
     assert format_finding(finding) == "a.b: it broke (value not finite, threshold 4.6); mend it"
-    assert finding.as_dict() == {
+    assert finding.to_json() == {
         "code": "a.b", "severity": "error", "stage": "teacher", "client": 2, "value": None, "threshold": 4.6,
         "message": "it broke", "advice": "mend it",
     }  # fmt: skip
-    assert Finding("a", "info", "s", "m").as_dict()["threshold"] is None
+    assert Finding("a", "info", "s", "m").to_json()["threshold"] is None
 
 
 def test_a_value_that_is_not_finite_can_be_stored():

@@ -66,9 +66,8 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
         labels = np.concatenate([made.labels for made in prototypes.values()])
         found = np.bincount(labels, minlength=ctx.dataset.facts.num_classes)
         findings = failed.findings() + prototype_findings(found.tolist(), ctx.shards.counts.sum(0).tolist())
-        return {
-            "communication": traffic.totals(), "findings": [asdict(f) for f in findings], "num_prototypes": len(labels),
-        }  # fmt: skip
+        rows = [finding.to_json() for finding in findings]
+        return {"communication": traffic.totals(), "findings": rows, "num_prototypes": len(labels)}
 
     result = ctx.find_or_compute(stage, compute)
     names = [part for part, _ in _prototype_parts(federation, dict.fromkeys(federation.groups))]
@@ -122,7 +121,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generator
     ctx.keys[stage.name] = key
     results = [found[k] for k in clients]
     ctx.generators.update((k, found[k]) for k in clients)
-    findings = [row for r in results for row in r.facts["findings"]] + [asdict(f) for f in failed.findings()]
+    findings = [row for r in results for row in r.facts["findings"]] + [f.to_json() for f in failed.findings()]
     facts = {"communication": uploaded(ctx.generators, len(keys)).totals(), "findings": findings}
     ctx.note(stage.name, key, not computed, spent, facts, waited)
     ctx.log[stage.name]["cached_clients"] = len(clients) - computed
@@ -173,7 +172,7 @@ def _fill(
                     found[client_id] = result
                     leases[client_id].release()
                     computed += 1
-                    ctx.warn_of(Finding(**row) for row in result.facts["findings"])
+                    ctx.warn_of(Finding.from_json(row) for row in result.facts["findings"])
                     coverage = result.facts["figures"]["coverage"]
                     progress.advance(note=f"client {client_id}: {coverage:.0%} of its classes")
                 continue
@@ -210,7 +209,7 @@ def _computed(
     for client_id, made in arrivals:
         facts = {
             "figures": made.figures, "curve": made.curve,
-            "findings": [asdict(f) for f in generator_findings(client_id, made.figures)],
+            "findings": [f.to_json() for f in generator_findings(client_id, made.figures)],
             "communication": asdict(size_of(made.weights)),
         }  # fmt: skip
         parts = {"generator": made.weights, "samples": {"images": made.samples}, "progress": made.progress}

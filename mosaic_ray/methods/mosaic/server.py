@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ def train_teacher(
                 found, ctx.dataset.facts.num_classes, alone, name=name if len(federation.groups) > 1 else "",
                 holds_out=config.prototypes.held_out > 0,
             )  # fmt: skip
-        return {"figures": known(figures), "findings": [asdict(f) for f in findings]}
+        return {"figures": known(figures), "findings": [f.to_json() for f in findings]}
 
     result = ctx.find_or_compute(stage, compute)
     states = tuple(
@@ -162,7 +161,7 @@ def distill(
             progress.scalar(f"teacher/synthetic_{what}", config.distill.steps, looked[what])
         held = float((ctx.shards.counts.sum(0) > 0).mean())
         findings = [] if ctx.alarmed else distill_findings(figures, held)
-        return {"figures": known(figures), "findings": [asdict(f) for f in findings]}
+        return {"figures": known(figures), "findings": [f.to_json() for f in findings]}
 
     result = ctx.find_or_compute(stage, compute)
     student = result.load("global")
