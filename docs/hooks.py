@@ -1,9 +1,10 @@
-"""Pages that are made when the site is built: every knob, every command, and the public modules' docstrings."""
+"""Generate pages when the site is built: all knobs, all commands, and the docstrings of public modules."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from mosaic_ray.cli.commands import mosaic
-from mosaic_ray.config.fields import Knob
+from mosaic_ray.config.fields import Knob, knobs_of
+from mosaic_ray.config.plugins import load
+from mosaic_ray.config.registry import METHODS, STRATEGIES
 from mosaic_ray.config.resolve import KNOBS, SECTIONS
 
 PACKAGE = Path(importlib.util.find_spec("mosaic_ray").origin).parent
@@ -21,20 +24,25 @@ PACKAGE = Path(importlib.util.find_spec("mosaic_ray").origin).parent
 #: Folder of the pages that modules get.
 CODE = "reference/code"
 
-#: What is documented, by the room that it stands in: modules, or all modules of a package.
+#: The documented modules by heading; a star stands for all modules of a package.
 MODULES: dict[str, tuple[str, ...]] = {
     "From a notebook": ("mosaic_ray", "report.api", "report.load"),
-    "A run": ("runs.experiment", "runs.runner"),
-    "Configuration": ("config.schema", "config.fields", "config.resolve", "config.presets", "config.registry"),
-    "Foundations": ("core.types", "core.seeding", "core.errors", "spaces"),
-    "Federated rounds": ("federated.*", "federated.strategies.*"),
+    "A run": ("runs.experiment", "runs.runner", "runs.plan"),
+    "Contracts": (
+        "pipeline.graph", "pipeline.context", "methods.base", "federated.strategies.base", "federated.client",
+        "execution.backend", "config.plugins",
+    ),
+    "Methods": ("methods.prototype_head", "methods.mosaic.*"),
+    "Stages of every run": ("pipeline.stages", "pipeline.partition", "pipeline.rounds", "pipeline.evaluate"),
     "Distillation": ("distillation.*",),
-    "Methods": ("methods.*", "methods.mosaic.*"),
+    "Federated rounds": ("federated.*", "federated.strategies.*"),
     "Models": (
         "models.classifiers", "models.generator", "models.discriminator", "models.user_models", "models.submodel",
     ),
     "Data": ("data.load", "data.specs", "data.partition", "data.transforms"),
-    "Storage": ("pipeline.keys", "storage.store"),
+    "Storage": ("storage.store", "storage.hashing"),
+    "Configuration": ("config.schema", "config.fields", "config.resolve", "config.presets", "config.registry"),
+    "Foundations": ("core.types", "core.seeding", "core.errors", "spaces"),
 }  # fmt: skip
 
 #: The subject of each section of knobs.
@@ -54,7 +62,7 @@ ABOUT = {
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the generated pages."""
+    """Add the generated pages."""
     pages = {"reference/knobs.md": knobs_page(), "reference/commands.md": commands_page()} | dict(code_pages())
     for place, content in pages.items():
         files.append(File.generated(config, place, content=content))
@@ -62,7 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Adds to the menu what is found rather than listed: pages in depth, and the reference."""
+    """Add the pages in depth and the reference to the menu."""
     deep = sorted(path.name for path in Path(config.docs_dir).glob("[A-Z]*.md"))
     code = [{heading: [f"{CODE}/{name}.md" for name in names]} for heading, names in modules().items()]
     reference = ["reference/knobs.md", "reference/commands.md", {"Code": [f"{CODE}/index.md", *code]}]
@@ -71,7 +79,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings introduce code by two colons; a page shows one."""
+    """Replace the two colons with which docstrings introduce code by one."""
     return html.replace("::</p>", ":</p>")
 
 
@@ -79,33 +87,54 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def knobs_page() -> str:
-    """Name, default, what it may be and meaning of every knob, room by room."""
+    """Return the name, default, range and meaning of every knob, section by section."""
     parts = [
         "# Knobs",
-        "Every knob, made from the code. Set one with `--set ROOM.KNOB=VALUE`, or in a TOML file given by `--config`; "
-        "`mosaic show demo` prints all of them as such a file. A preset changes defaults: what is here holds where no "
-        "preset speaks. Letters and numbers in brackets, such as (G9), name a choice in which the authors' code and "
-        "the paper's text differ, or in which this project differs from both; "
-        "`mosaic show reference` and `mosaic show paper` have their values.",
+        "Every knob, generated from the code. Set one with `--set SECTION.KNOB=VALUE`, or in a TOML file given by "
+        "`--config`; `mosaic show demo` prints all of them as such a file. The defaults below hold where the preset "
+        "sets no other value. Letters in brackets, such as (G9), link to the list of points in which "
+        "[the authors' code, the paper's text and this project differ](../algorithm.md#2-where-the-sources-differ); "
+        "`mosaic show reference` and `mosaic show paper` print their values.",
         "## For the whole run {#run}",
         _table(knob for name, knob in KNOBS.items() if "." not in name),
     ]
     for section in (section for section in SECTIONS if any(name.startswith(f"{section}.") for name in KNOBS)):
         rows = [knob for name, knob in KNOBS.items() if name.startswith(f"{section}.")]
         parts += [f"## {section}", ABOUT.get(section, ""), _table(rows)]
+    parts += [
+        "## Own knobs of strategies and methods {#own}",
+        "They count where `federation.strategy` or `method` names their strategy or method. Plug-ins add theirs "
+        "([Your own method](../howto/own-method.md), [Your own strategy](../howto/own-strategy.md)).",
+        _table(own_knobs()),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def own_knobs() -> Iterator[Knob]:
+    """Yield the own knobs of the strategies and methods that ship."""
+    for kind, names in (("strategies", STRATEGIES), ("methods", METHODS)):
+        for found in (load(kind, name) for name in names):
+            if found.knobs is not None:
+                yield from knobs_of(found.knobs, f"{found.name}.")
+
+
 def _table(knobs: Any) -> str:
-    rows = ["| knob | default | may be | meaning |", "|---|---|---|---|"]
+    rows = ["| knob | default | values | meaning |", "|---|---|---|---|"]
     for knob in knobs:
         name = f'<code id="{knob.name}">{knob.name}</code>'
-        rows.append(f"| {name} | {_code(knob.default)} | {_allowed(knob)} | {_cell(knob.metadata['help'])} |")
+        meaning = with_links(_cell(knob.metadata["help"]))
+        rows.append(f"| {name} | {_code(knob.default)} | {_allowed(knob)} | {meaning} |")
     return "\n".join(rows)
 
 
+def with_links(text: str) -> str:
+    """Return ``text`` with a link to docs/algorithm.md from each letter in brackets, such as (G9) or (P1, P3)."""
+    link = r"[\1](../algorithm.md#\1)"
+    return re.sub(r"\([A-Z]\d+(?:, [A-Z]\d+)*\)", lambda found: re.sub(r"([A-Z]\d+)", link, found[0]), text)
+
+
 def _allowed(knob: Knob) -> str:
-    """What a knob takes, in few words."""
+    """Return the type and range of a knob in few words."""
     meta = knob.metadata
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
@@ -129,7 +158,7 @@ def _code(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """``text`` inside a table: no bar ends the cell, no sign becomes markup."""
+    """Escape ``text`` for a cell of a table."""
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
@@ -137,15 +166,15 @@ def _cell(text: str) -> str:
 
 
 def commands_page() -> str:
-    """Every command with its options, as ``--help`` has them."""
+    """Return every command with its options."""
     parts = [
         "# Commands",
-        "Every command with its options, made from the code; `mosaic COMMAND --help` says the same. All of them end "
-        "with 0 when done, 2 for a wrong request, 1 for a run that failed, 130 when interrupted "
+        "Every command with its options, generated from the code; `mosaic COMMAND --help` prints the same. The exit "
+        "status is 0 when done, 2 for a wrong request, 1 for a run that failed, 130 when interrupted "
         "([Troubleshooting](../howto/troubleshooting.md)).",
     ]
     for words, command in commands(mosaic, ("mosaic",)):
-        if len(words) == 1:  # the door itself
+        if len(words) == 1:  # the group itself
             continue
         parts += [f"{'#' * len(words)} {' '.join(words)}", _paragraph(command.help or "")]
         arguments = [param for param in command.params if isinstance(param, click.Argument)]
@@ -160,7 +189,7 @@ def commands_page() -> str:
 
 
 def commands(command: click.Command, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """``command`` and all below it, in the order of their definition."""
+    """Yield ``command`` and all its subcommands in the order of their definition."""
     yield words, command
     if isinstance(command, click.Group):
         for name, inner in command.commands.items():
@@ -183,7 +212,7 @@ def _paragraph(text: str) -> str:
 
 
 def modules() -> dict[str, list[str]]:
-    """Heading -> the full names of the modules below it."""
+    """Return the full names of the documented modules by heading."""
     found: dict[str, list[str]] = {}
     for heading, names in MODULES.items():
         found[heading] = []
@@ -197,12 +226,12 @@ def modules() -> dict[str, list[str]]:
 
 
 def code_pages() -> Iterator[tuple[str, str]]:
-    """A page for each module, and their index."""
+    """Yield a page for each module, and their index."""
     index = [
         "# Code",
-        "The public modules, made from their docstrings. Shapes are in square brackets: K clients, C classes, N images "
-        "or samples, B a batch, d features. Imports point down this page: what stands lower knows nothing of what "
-        "stands higher, and Ray is needed by none of the mathematics.",
+        "The public modules, generated from their docstrings. Shapes are in square brackets: K clients, C classes, N "
+        "images or samples, B images of a batch, d features. [Architecture](../../architecture.md) lists all packages, "
+        "the rules for imports, and where to change things.",
     ]
     for heading, names in modules().items():
         rows = []
@@ -210,12 +239,12 @@ def code_pages() -> Iterator[tuple[str, str]]:
             page = f"{name}.md"
             rows.append(f"| [`{name}`]({page}) | {_cell(summary_of(name))} |")
             yield f"{CODE}/{page}", f"# {name.removeprefix('mosaic_ray.')}\n\n::: {name}\n"
-        index += [f"## {heading}", "\n".join(["| module | what it is |", "|---|---|", *rows])]
+        index += [f"## {heading}", "\n".join(["| module | content |", "|---|---|", *rows])]
     yield f"{CODE}/index.md", "\n\n".join(index) + "\n"
 
 
 def summary_of(name: str) -> str:
-    """The first sentence of a module's docstring, which is read and not run."""
+    """Return the first sentence of a module's docstring without importing the module."""
     place = PACKAGE.joinpath(*name.split(".")[1:])
     path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.metadata
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from door import ask
 from pages import DOCS, PAGES, REPO, blocks, commands, headings, links, make_targets, parsed, titled
@@ -20,17 +22,23 @@ from pages import DOCS, PAGES, REPO, blocks, commands, headings, links, make_tar
 from mosaic_ray.cli.commands import mosaic
 from mosaic_ray.cli.options import REQUEST
 from mosaic_ray.cli.request import compare_plan, parse_config
+from mosaic_ray.config import plugins
 from mosaic_ray.config.fields import typed
+from mosaic_ray.config.plugins import entries, load
 from mosaic_ray.config.presets import preset_knobs
 from mosaic_ray.config.resolve import KNOBS, SECTIONS, dotted, override, resolve
 from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.methods.base import Method
+from mosaic_ray.pipeline.rounds import FinishedRound
 from mosaic_ray.sweeps.space import check_space, grid_points, load_space, random_points
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 
 #: Names that a page makes up on the way.
-OWN = {"nearest_mean", "spread", "my_leaves"}
+OWN = {"my_leaves"}
 
+#: The sections of knobs: the package's, and its strategies' and methods' own.
+OWN_SECTIONS = [name for kind in ("methods", "strategies") for name in entries(kind) if load(kind, name).knobs]
 
 #: Commands that a page shows with their refusal: (page, command, what is said).
 CONSOLE = [
@@ -47,7 +55,8 @@ REFUSED = {command for _, command, _ in CONSOLE}
 
 
 @by_page
-def test_commands_parse_and_ask_for_what_exists(page):
+def test_commands_parse_and_ask_for_what_exists(page, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "tests" / "plugins")
     for words in commands(page):
         if OWN & set(re.split(r"[ =]", " ".join(words))) or " ".join(["mosaic", *words]) in REFUSED:
             continue
@@ -86,7 +95,8 @@ def test_a_command_that_does_not_exist_is_found(tmp_path):
 def test_knobs_exist(page):
     text = page.read_text(encoding="utf-8")
     codes = (REPO / "mosaic_ray" / "core" / "health.py").read_text(encoding="utf-8")
-    for name, value in re.findall(rf"`(?:--set )?((?:{'|'.join(SECTIONS)})\.[a-z]\w*)(?: ?= ?([^`]+))?`", text):
+    sections = "|".join([*SECTIONS, *OWN_SECTIONS])
+    for name, value in re.findall(rf"`(?:--set )?((?:{sections})\.[a-z]\w*)(?: ?= ?([^`]+))?`", text):
         if name.endswith((".py", ".md")) or f'"{name}"' in codes or _in_code(*name.split(".")):
             continue
         assert name in KNOBS, f"{page.name}: no knob {name}"
@@ -108,6 +118,8 @@ def test_blocks_of_code_are_whole(page):
     for block in blocks(page, "python"):
         ast.parse(block.text)
     for block in blocks(page, "toml"):
+        if block.title.startswith("pyproject.toml"):
+            continue
         values = dotted(tomllib.loads(block.text))
         preset_knobs(values.pop("preset", "demo"))
         override(ExperimentConfig(), values)
@@ -149,9 +161,13 @@ def written(page: str, title: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("title, points", [("my_space.py", 6), ("one_at_a_time.py", 4)])
-def test_spaces_can_be_swept(title, points, tmp_path):
-    name, plan = load_space(str(written("howto/own-space.md", title, tmp_path)))
+@pytest.mark.parametrize(
+    "page, title, points",
+    [("own-space", "my_space.py", 6), ("own-space", "one_at_a_time.py", 4), ("own-method", "mine.py", 2)],
+)
+def test_spaces_can_be_swept(page, title, points, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "tests" / "plugins")
+    name, plan = load_space(str(written(f"howto/{page}.md", title, tmp_path)))
     check_space(name, plan)
     assert len(grid_points(plan)) == points
     if plan.knobs:
@@ -181,62 +197,81 @@ def test_the_network_of_the_page_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written("howto/own-model.md", "nets.py", tmp_path)
     monkeypatch.delitem(sys.modules, "nets", raising=False)
-    for knobs in ({}, {"federation.widths": (1.0, 0.5), "federation.optimiser": "fedrolex"}):
+    for knobs in ({}, {"federation.widths": (1.0, 0.5), "federation.strategy": "fedrolex"}):
         config = override(resolve(), {"model.classifier": "nets:build", "partition.num_clients": 2} | knobs)
         check_models(config, DataFacts("digits", 10, 1, 8, (0.3,), (0.3,)))
     monkeypatch.delitem(sys.modules, "nets", raising=False)
 
 
-def patched(text: str, diff: str) -> str:
-    """``text`` after ``diff``, lines that begin with a blank, a minus or a plus; what goes must be there once."""
-    lines = diff.splitlines(keepends=True)
-    old = "".join(line[1:] for line in lines if line[0] in " -")
-    new = "".join(line[1:] for line in lines if line[0] in " +")
-    assert text.count(old) == 1, f"the page changes what is there {text.count(old)} times:\n{old}"
-    return text.replace(old, new)
+#: Page -> the file in tests/plugins that it shows.
+PLUGINS = {"howto/own-method.md": "lab/nearest_mean.py", "howto/own-strategy.md": "lab/median.py"}
+
+#: A small experiment on digits.
+SMALL = [
+    "partition.num_clients=2", "partition.omega=0.5", "model.width=4", "warmup.num_rounds=3", "warmup.local_steps=4",
+    "finetune.num_rounds=1", "finetune.local_steps=1", "runtime.precision=fp32", "runtime.eval_rounds=0",
+]  # fmt: skip
 
 
-@pytest.fixture
-def extended(tmp_path) -> Path:
-    """A copy of the package with the files and changes of the page about methods."""
-    shutil.copytree(REPO / "mosaic_ray", tmp_path / "mosaic_ray", ignore=shutil.ignore_patterns("__pycache__"))
-    for block in blocks(DOCS / "howto/own-method.md", "python", "diff"):
-        path = tmp_path / block.title
-        path.write_text(block.text if block.language == "python" else patched(path.read_text(), block.text))
-    return tmp_path
+@pytest.mark.parametrize("page", PLUGINS)
+def test_the_code_of_the_page_is_the_tested_plug_in(page):
+    assert titled(page, PLUGINS[page]) == (REPO / "tests" / "plugins" / PLUGINS[page]).read_text(encoding="utf-8")
 
 
-def test_the_method_of_the_page_fits_the_code(extended):
-    """Its lines find their places, and its two halves have names."""
-    for block in blocks(DOCS / "howto/own-method.md", "python", "diff"):
-        ast.parse((extended / block.title).read_text())
-    listed = subprocess.run(
-        [sys.executable, "-m", "mosaic_ray", "methods"],
-        cwd=extended, env=os.environ | {"PYTHONPATH": str(extended)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert all(name in listed.stdout for name in ("nearest_mean", "spread"))
-
-
-@pytest.mark.slow
-def test_the_method_of_the_page_runs(extended):
-    """One run with both of its halves."""
-    words = ["--method", "nearest_mean", "--set", "federation.optimiser=spread", "--set", "federation.widths=[1.0,0.5]"]
-    small = ["warmup.num_rounds=3", "model.width=4", "finetune.num_rounds=1", "runtime.precision=fp32"]
-    small += ["runtime.eval_rounds=0", "partition.num_clients=2", "finetune.local_steps=1"]
+@pytest.mark.parametrize(
+    "page, words",
+    [
+        (page, words)
+        for page in PLUGINS
+        for words in commands(DOCS / page)
+        if words[0] == "run" and any(":" in word for word in words)
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[1:3]),
+)
+def test_the_commands_of_the_page_run_its_plug_in(page, words, tmp_path):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "__init__.py").touch()
+    written(page, PLUGINS[page], tmp_path)
+    small = [word for knob in SMALL for word in ("--set", knob)]
+    method = () if "--method" in words else ("--method", "fedavg")
     done = subprocess.run(
-        [sys.executable, "-m", "mosaic_ray", "run", "--host", "serial", "--json", *words]
-        + [word for knob in small for word in ("--set", knob)],
-        cwd=extended, env=os.environ | {"PYTHONPATH": str(extended)}, capture_output=True, text=True,
+        [sys.executable, "-m", "mosaic_ray", *words, *method, "--host", "serial", "--json", *small],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    accuracy = json.loads(done.stdout)["accuracy"]
-    assert accuracy["distilled"] > accuracy["initial"]
+    summary = json.loads(done.stdout)
+    own = {name: value for name, value in dotted(summary["config"]).items() if name.split(".")[0] not in SECTIONS}
+    for name, _, value in (word.partition("=") for word in words if word.startswith(("nearest_mean.", "median."))):
+        assert own[name] == float(value)
+    if "--method" in words:
+        assert summary["accuracy"]["distilled"] > summary["accuracy"]["initial"]
+    else:
+        assert summary["accuracy"]["distilled"] is None
 
 
-def test_a_change_that_no_longer_fits_is_found():
-    assert patched("a\nb\nc\n", " a\n-b\n+x\n+y\n") == "a\nx\ny\nc\n"
-    with pytest.raises(AssertionError, match="0 times"):
-        patched("a\nb\n", "-c\n+d\n")
+def test_the_method_of_the_page_that_distils_in_every_round_shrinks_heads():
+    [block] = [block for block in blocks(DOCS / "howto/own-method.md", "python") if not block.title]
+    defined: dict[str, object] = {"Method": Method}
+    exec(compile(block.text, "own-method.md", "exec"), defined)
+    models = {"cnn": {"head.weight": np.ones((2, 3)), "head.bias": np.ones(2)}}
+    shrunk, arrays = defined["Shrinking"]().after_round(None, FinishedRound(0, 1, models, [], {}))
+    assert arrays == {}
+    assert np.allclose(shrunk["cnn"]["head.weight"], 0.99)
+    assert np.array_equal(shrunk["cnn"]["head.bias"], np.ones(2))
+
+
+@pytest.mark.parametrize("page, kind", [("howto/own-method.md", "methods"), ("howto/own-strategy.md", "strategies")])
+def test_the_entry_point_of_the_page_is_read(page, kind, monkeypatch):
+    table = tomllib.loads(titled(page, "pyproject.toml of your package"))
+    [[name, value]] = table["project"]["entry-points"][f"mosaic_ray.{kind}"].items()
+    asked = []
+    point = importlib.metadata.EntryPoint(name, value, f"mosaic_ray.{kind}")
+    monkeypatch.syspath_prepend(REPO / "tests" / "plugins")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: asked.append(group) or [point])
+    for cached in (plugins.entries, plugins.load):
+        monkeypatch.setattr(plugins, cached.__name__, functools.lru_cache(cached.__wrapped__))
+    assert plugins.load(kind, name).name == name
+    assert asked == [f"mosaic_ray.{kind}"]
 
 
 # --- the site --------------------------------------------------------------------------------------------------------
@@ -280,6 +315,13 @@ def test_the_reference_has_every_knob_command_and_module(site):
         assert f'<code id="{name}">' in knobs
         for choice in knob.metadata["choices"] or ():
             assert f"<code>{choice}</code>" in knobs
+    assert '<code id="fedprox.mu">' in knobs  # own knobs of strategies that ship
+    letters = set(re.findall(r"\(([A-Z]\d+)\)", " ".join(knob.metadata["help"] for knob in KNOBS.values())))
+    linked = set(re.findall(r'\(<a href="../algorithm.html#([A-Z]\d+)">\1</a>\)', knobs))
+    assert "G9" in letters
+    assert linked == letters
+    algorithm = (site / "algorithm.html").read_text(encoding="utf-8")
+    assert all(f'id="{letter}"' in algorithm for letter in linked)
     page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
     todo = [("mosaic", mosaic)]
     while todo:

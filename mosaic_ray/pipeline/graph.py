@@ -54,7 +54,8 @@ class Stage:
         kind: the first part of the key; stages of one kind share results where all else is equal. Default: the name.
         per_client: what client k's key depends on as well, where every client's result is stored on its own.
         role: the entry of summary.json's ``accuracy`` that its model fills, where it makes one.
-        total, unit: what its progress counts.
+        total: how many units its progress counts.
+        unit: the name of one of them.
         work: what one result (of one client) takes, for the dry run.
         messages: ``module:function(federation, counts, tally)`` that adds the bytes that it will send.
     """
