@@ -114,6 +114,18 @@ def _in_code(module: str, name: str) -> bool:
 
 
 @by_page
+def test_files_and_modules_exist(page):
+    text = page.read_text(encoding="utf-8")
+    folders = "mosaic_ray|tune_spaces|tests|benchmarks|docs|examples|clusters"
+    made = {block.title for block in blocks(page)}  # by the page itself
+    named = set(re.findall(rf"`((?:{folders})/[\w./-]+)`", text)) - made
+    assert [path for path in sorted(named) if not (REPO / path).exists()] == []
+    packages = {path.parent.name for path in (REPO / "mosaic_ray").glob("*/__init__.py")} - set(SECTIONS)
+    modules = re.findall(rf"`({'|'.join(packages)})\.(?!py`|toml`)(\w+)(?:\.\w+)*`", text)
+    assert [".".join(found) for found in modules if not _in_code(*found)] == []
+
+
+@by_page
 def test_blocks_of_code_are_whole(page):
     for block in blocks(page, "python"):
         ast.parse(block.text)
