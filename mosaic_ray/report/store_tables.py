@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from ..core.units import size
 from ..runs.provenance import UNNAMED
 from ..storage.gc import Entry, Garbage, Inventory, Plan, Verdict
 from ..storage.store import CHECKPOINTS, OBJECTS
 from .tables import _table
-from .text import counted, size
+from .text import counted
 
 #: Most users of a result that are named; the others are counted.
 MOST_USERS = 2

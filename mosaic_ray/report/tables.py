@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core.types import Finding
+from ..core.units import size
 from ..runs.plan import StageWork
 from ..runs.summary import CommunicationRecord, StageRecord, Summary
-from .text import size
 
 #: With more classes than this, the partition table has each client's largest classes only.
 WIDEST_PARTITION = 10

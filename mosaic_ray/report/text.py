@@ -18,14 +18,6 @@ def points(difference: float | None) -> str:
     return "–" if difference is None or difference != difference else f"{100 * difference:+.1f}".replace("-", "−")
 
 
-def size(count: float) -> str:
-    """Format bytes as ``18.6 MiB``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:,.1f} {unit}"
-    return f"{count:,.0f} B"
-
-
 def duration(seconds: float) -> str:
     """Format seconds as ``5 min 20 s``."""
     if seconds < 60:

@@ -12,10 +12,9 @@ from reports import ACCURACY, FINDING, Reader, make_run, write_run
 
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.report.api import load_run
-from mosaic_ray.report.figures import cost, data, teacher
 from mosaic_ray.report.figures import run as figures
 from mosaic_ray.report.figures.heatmap import heat_map
-from mosaic_ray.report.figures.style import PALETTE, STEPS, axes, contrast
+from mosaic_ray.report.figures.style import PALETTE, STEPS, axes
 from mosaic_ray.report.html import run as run_page
 from mosaic_ray.report.html.blocks import FILE
 from mosaic_ray.report.html.render import render, write_report
@@ -93,6 +92,18 @@ def test_colours_are_the_themes(page):
     assert "@media print" in head
 
 
+def linear(colour: str) -> np.ndarray:
+    """Return the linear RGB channels in [0, 1] of a colour (WCAG 2.2)."""
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast ratio in [1, 21] (WCAG 2.2)."""
+    dark, light = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_contrast_meets_aa(theme):
     colour = {role: values[theme] for role, values in PALETTE.items()}
@@ -123,9 +134,7 @@ BLINDNESS = {
 
 def _lab(colour: str, matrix: list[list[float]]) -> np.ndarray:
     """Return CIELAB of a colour under the colour blindness ``matrix``."""
-    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(np.array(matrix) @ linear, 0, 1)
+    seen = np.clip(np.array(matrix) @ linear(colour), 0, 1)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
     x, y, z = np.cbrt(np.maximum(to_xyz @ seen / [0.9505, 1.0, 1.089], 1e-6))
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
@@ -163,7 +172,7 @@ def test_it_says_how_to_do_it_again(read):
 
 def test_sentences_are_true(tmp_path):
     run = load_run(make_run(tmp_path))
-    text = {figure.name: figure.words(run) for section in figures.FIGURES.values() for figure in section}
+    text = {figure.name: figure(run).words for section in figures.FIGURES.values() for figure in section}
     assert (
         "class 0 from 50.0 % to 75.0 %" in text["per_class"] and "1 class loses more than 5 points" in text["per_class"]
     )
@@ -190,19 +199,19 @@ def test_sentences_are_true(tmp_path):
 
 def test_figures_show_their_frames(tmp_path):
     run = load_run(make_run(tmp_path))
-    over = figures.rounds(run).axes[0]
+    over = run.plot("rounds").axes[0]
     control = next(line for line in over.lines if list(line.get_xdata()) == [3, 4, 5] and line.get_ydata()[0] == 0.5)
     assert list(control.get_ydata()) == [0.5, 0.53125, 0.5625]
-    widths = [bar.get_width() for bar in cost.time(run).axes[0].patches]
+    widths = [bar.get_width() for bar in run.plot("time").axes[0].patches]
     assert sorted(widths) == [2.0] * 8 + [8.0], "a cached stage is as long as it took when it was computed"
-    texts = {text.get_text() for text in figures.confusion(run, role="final").axes[0].texts}
+    texts = {text.get_text() for text in run.plot("confusion_final").axes[0].texts}
     assert texts == {"8", "2", "9", "1", "3", "7"}
-    assert [bar.get_height() for bar in teacher.synthetic_classes(run).axes[0].patches] == [0.6, 0.39, 0.01]
-    assert [bar.get_width() for bar in data.coverage(run).axes[0].patches] == [0.25, 0.5, 0.75]
-    table, sizes = data.partition(run).axes
+    assert [bar.get_height() for bar in run.plot("synthetic_classes").axes[0].patches] == [0.6, 0.39, 0.01]
+    assert [bar.get_width() for bar in run.plot("coverage").axes[0].patches] == [0.25, 0.5, 0.75]
+    table, sizes = run.plot("partition").axes
     assert [text.get_text() for text in table.texts] == ["40", "3", "20", "20", "5", "30"]
     assert [text.get_text() for text in sizes.texts] == ["43", "40", "35"]
-    assert len(data.samples(run).axes) == len(data.progress(run).axes) == 3
+    assert len(run.plot("samples").axes) == len(run.plot("progress").axes) == 3
 
 
 @pytest.mark.parametrize(

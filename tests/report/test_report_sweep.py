@@ -12,7 +12,6 @@ from trials import LAMBDA_E, OMEGA, STOPPED, failed, grid, trial
 
 from mosaic_ray.cli.request import compare_plan, sweep_request
 from mosaic_ray.report.api import load_sweep
-from mosaic_ray.report.figures import sweep as sweep_cost
 from mosaic_ray.report.figures import sweep as sweep_figures
 from mosaic_ray.report.html import sweep as sweep_page
 from mosaic_ray.report.html.blocks import FILE
@@ -95,16 +94,16 @@ def test_links_lead_from_where_the_page_is(tmp_path):
 
 def test_methods_compare_within_each_omega(tmp_path):
     sweep = load_sweep(make_sweep(tmp_path / "s", compare()))
-    means = sweep_figures.methods_frame(sweep)
+    means = sweep_figures.methods(sweep).table
     assert means["mean"].round(6).tolist() == [0.71, 0.81, 0.71, 0.66] and (means["trials"] == 2).all()
     assert means["sd"].round(6).tolist() == [0.014142] * 4
     by_name = {figure.name: figure for section in sweep_figures.figures_of(sweep).values() for figure in section}
-    said = by_name["methods"].words(sweep)
+    said = by_name["methods"](sweep).words
     assert (
         "at omega=0.1 mosaic is ahead with 81.0 ± 1.4 %" in said
         and "at omega=1 fedavg is ahead with 71.0 ± 1.4 %" in said
     )
-    assert "mosaic from 81.0 % to 66.0 %" in by_name["ladder"].words(sweep)
+    assert "mosaic from 81.0 % to 66.0 %" in by_name["ladder"](sweep).words
     labels = [text.get_text() for text in sweep.plot("methods").axes[0].get_yticklabels()]
     assert labels == ["fedavg", "mosaic"] * 2
     verdict = sweep_page.verdict(sweep, sweep.best())
@@ -124,7 +123,7 @@ def test_a_response_shows_every_value_and_the_seeds_spread(tmp_path):
         for p, value in enumerate((0.5, 1.0, 2.0)) for seed in (0, 1)
     ]  # fmt: skip
     sweep = load_sweep(make_sweep(tmp_path / "s", results))
-    means = sweep_figures.response_frame(sweep, LAMBDA_E)
+    means = sweep_figures.response(sweep, LAMBDA_E).table
     assert means[LAMBDA_E].tolist() == [0.5, 1.0, 2.0] and means["mean"].round(6).tolist() == [0.56, 0.61, 0.71]
     assert means["sd"].round(6).tolist() == [0.014142] * 3
     over = sweep.plot("response", knob=LAMBDA_E).axes[0]
@@ -137,14 +136,14 @@ def test_a_response_shows_every_value_and_the_seeds_spread(tmp_path):
 
 def test_without_methods_the_ladder_compares_the_roles(tmp_path):
     results = [trial(p, 0, {OMEGA: w}, final=w, control=w / 2) for p, w in enumerate((0.1, 0.5, 0.9))]
-    means = sweep_figures.ladder_frame(load_sweep(make_sweep(tmp_path / "s", results)))
+    means = sweep_figures.ladder(load_sweep(make_sweep(tmp_path / "s", results))).table
     assert set(means["series"]) == {"initial", "distilled", "final", "control"}
     assert means[means["series"] == "control"]["mean"].tolist() == [0.05, 0.25, 0.45]
 
 
 def test_what_trials_shared_is_counted(tmp_path):
     results = [trial(0, 0), trial(0, 1, cached=("warmup", "teacher")), trial(1, 0, cached=("warmup",)), STOPPED]
-    frame = sweep_cost.sharing_frame(load_sweep(make_sweep(tmp_path / "s", results)))
+    frame = sweep_figures.sharing(load_sweep(make_sweep(tmp_path / "s", results))).table
     assert frame.loc["warmup"].tolist() == [1, 2, 2.0, 128.0] and frame.loc["teacher"].tolist() == [2, 1, 4.0, 64.0]
 
 

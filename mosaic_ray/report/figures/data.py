@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,67 +13,42 @@ from ...data.image_ops import image_grid
 from ...data.partition import skew
 from ..load import NotAvailable, RunReport
 from ..text import counted, listed, percent
-from .base import ReportFigure
+from .base import Drawing, ReportFigure
 from .heatmap import MOST_COLUMNS, MOST_ROWS, partition_figure, skew_in_words
-from .style import axes, colour, label_bars, styled
+from .style import axes, colour, label_bars, style
 
 #: Largest number of clients with images, and of images per client.
 MOST_CLIENTS, MOST_SAMPLES = 12, 32
 
 
-def _counts(run: RunReport) -> np.ndarray:
-    if run.label_counts is None:
+@partial(ReportFigure, "partition", "Images by client and class", wide=True)
+def partition(run: RunReport) -> Drawing:
+    """Draw images by client and class; the table of many classes has only their number and the largest one."""
+    if (counts := run.label_counts) is None:
         raise NotAvailable("the run ended before its partition, or keeps no label counts")
-    return run.label_counts
-
-
-def partition_frame(run: RunReport) -> pd.DataFrame:
-    """Return training images by client and class; for many classes only their number and the largest one."""
-    counts = _counts(run)
+    sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
     if counts.shape[1] <= MOST_COLUMNS:
         frame = pd.DataFrame(counts)
     else:
-        frame = pd.DataFrame({"classes": (counts > 0).sum(axis=1), "largest class": counts.argmax(axis=1)})
-    return frame.assign(images=counts.sum(axis=1)).rename_axis("client")
-
-
-def partition(run: RunReport) -> Figure:
-    """Draw images by client and class; the colour is the share of the client's images."""
-    return partition_figure(_counts(run))
-
-
-def _partition_words(run: RunReport) -> str:
-    counts = _counts(run)
-    sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    uneven = skew_in_words(skew(counts), counts.shape[1])
-    return (
+        frame = pd.DataFrame({"classes": held, "largest class": counts.argmax(axis=1)})
+    words = (
         f"{counted(len(counts), 'client')} hold {sizes.min():,} to {sizes.max():,} training images of {held.min()} to "
-        f"{held.max()} of {counted(counts.shape[1], 'class', 'classes')}; {uneven}. "
-        "Colour is the share of the client's images."
+        f"{held.max()} of {counted(counts.shape[1], 'class', 'classes')}; "
+        f"{skew_in_words(skew(counts), counts.shape[1])}. Colour is the share of the client's images."
     )
+    return Drawing(partition_figure(counts), frame.assign(images=sizes).rename_axis("client"), words)
 
 
-# --- generators ------------------------------------------------------------------------------------------------------
-
-
-def coverage_frame(run: RunReport) -> pd.DataFrame:
-    """Return, by client, the share of its classes that its generator covers, and their number."""
-    frame = pd.DataFrame(
-        {
-            "coverage": run.curve("generator/coverage"), "classes": run.curve("generator/owned_classes"),
-            "confidence": run.curve("generator/confidence"),
-        }
-    )  # fmt: skip
-    frame = frame[~frame.index.duplicated(keep="last")].dropna(subset=["coverage"])
+@partial(ReportFigure, "coverage", "Generators' coverage")
+def coverage(run: RunReport) -> Drawing:
+    """Draw the share of each client's classes that its generator covers."""
+    tags = {"coverage": "coverage", "classes": "owned_classes", "confidence": "confidence"}
+    frame = pd.DataFrame({name: run.curve(f"generator/{tag}") for name, tag in tags.items()})
+    frame = frame[~frame.index.duplicated(keep="last")].dropna(subset=["coverage"]).rename_axis("client")
     if frame.empty:
         raise NotAvailable("this run trained no generators")
-    return frame.rename_axis("client")
-
-
-@styled
-def coverage(run: RunReport) -> Figure:
-    """Draw the share of each client's classes that its generator covers."""
-    frame, low = coverage_frame(run), _low(run)
+    findings = run.summary.health or []
+    low = sorted({f.client for f in findings if f.code == "generator.low_coverage" and f.client >= 0})
     if len(frame) > MOST_ROWS:
         figure, over = axes()
         over.hist(frame["coverage"], np.linspace(0, 1, 11), color=colour("s7"), rwidth=0.9)
@@ -90,20 +66,9 @@ def coverage(run: RunReport) -> Figure:
         over.set_yticks(places, frame.index)
         over.grid(axis="y", visible=False)
     over.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
-    return figure
-
-
-def _low(run: RunReport) -> set[int]:
-    """Return the clients with a health finding about their generator's coverage."""
-    findings = run.summary.health or []
-    return {f.client for f in findings if f.code == "generator.low_coverage" and f.client >= 0}
-
-
-def _coverage_words(run: RunReport) -> str:
-    frame, low = coverage_frame(run), sorted(_low(run))
     least, most = percent(frame["coverage"].min()), percent(frame["coverage"].max())
     text = f"health warns of client {listed(low)}" if low else "health finds none too low"
-    return f"The generators show {least} to {most} of their clients' classes; {text}."
+    return Drawing(figure, frame, f"The generators show {least} to {most} of their clients' classes; {text}.")
 
 
 def samples_of(run: RunReport) -> dict[int, np.ndarray]:
@@ -119,24 +84,22 @@ def progress_of(run: RunReport) -> dict[int, tuple[str, np.ndarray]]:
     }
 
 
-@styled
 def samples(run: RunReport) -> Figure:
     """Draw synthetic images of each client's generator."""
     return _pictures({f"client {k}": image_grid(images, 8) for k, images in samples_of(run).items()})
 
 
-@styled
 def progress(run: RunReport) -> Figure:
     """Draw images of the same latents while the generators train: a row per snapshot, the last at the bottom."""
     return _pictures({f"client {k}, {steps}": grid for k, (steps, grid) in progress_of(run).items()})
 
 
+@style()
 def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
     columns = min(3, len(pictures))
     rows = -(-len(pictures) // columns)
     figure = Figure((3.2 * columns, 2.2 * rows), layout="constrained")
-    places = figure.subplots(rows, columns, squeeze=False).flat
-    for place in places:
+    for place in figure.subplots(rows, columns, squeeze=False).flat:
         place.set_axis_off()
     for place, (title, picture) in zip(figure.axes, pictures.items(), strict=False):
         place.imshow(picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -144,7 +107,4 @@ def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-FIGURES = [
-    ReportFigure("partition", "Images by client and class", partition, partition_frame, _partition_words, wide=True),
-    ReportFigure("coverage", "Generators' coverage", coverage, coverage_frame, _coverage_words),
-]
+FIGURES = [partition, coverage]

@@ -19,7 +19,7 @@ from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
-from .style import STEPS, colour, styled
+from .style import STEPS, colour, style
 
 #: With more rows or columns than this, not every one has a label and no cell its number.
 MOST_ROWS, MOST_COLUMNS = 40, 20
@@ -84,7 +84,7 @@ def heat_map(
         over.text(column, row, texts[row, column], ha="center", va="center", size=size, color=colour(f"t{step}"))
 
 
-@styled
+@style()
 def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)) -> Figure:
     """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
 
@@ -111,7 +111,7 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
     return figure
 
 
-@styled
+@style()
 def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
     """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] label few classes."""
     figure = partition_figure(np.asarray(counts), (4.2, 3.0))

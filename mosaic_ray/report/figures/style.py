@@ -1,6 +1,6 @@
 """Colours, axes and heat map cells that all figures share.
 
-Every colour is a role with a light and a dark value. Figures are styled with the light ones; ``inline_svg`` replaces
+Every colour is a role with a light and a dark value. Figures are drawn with the light ones; ``inline_svg`` replaces
 them by CSS custom properties, so that one drawing fits both themes. Series colours differ under the three common kinds
 of colour blindness, and labels, markers or order always carry the same meaning as a colour.
 """
@@ -8,14 +8,12 @@ of colour blindness, and labels, markers or order always carry the same meaning 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
@@ -25,50 +23,21 @@ STEPS = 9
 #: Inches of a chart as wide as a phone, where 1/72 inch is about one CSS pixel.
 WIDTH, HEIGHT = 4.7, 2.9
 
-T = TypeVar("T")
-
-
-def _ramp(low: str, high: str) -> list[str]:
-    between = LinearSegmentedColormap.from_list("ramp", [low, high])
-    return [to_hex(between(t)) for t in np.linspace(0, 1, STEPS)]
-
-
-def luminance(colour: str) -> float:
-    """Return the relative luminance in [0, 1] (WCAG 2.2)."""
-    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
-
-
-def contrast(one: str, other: str) -> float:
-    """Return the contrast ratio in [1, 21] (WCAG 2.2)."""
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def _palette() -> dict[str, tuple[str, str]]:
-    """Return role -> (light, dark). All light values differ, because ``inline_svg`` finds roles by them."""
-    colours = {
-        "paper": ("#fefefe", "#14171c"), "raised": ("#f2f4f8", "#1d2128"), "ink": ("#1b1f26", "#e8eaee"),
-        "muted": ("#565d69", "#a6adb9"), "rule": ("#d9dde3", "#353b46"),
-        "s1": ("#1d5fc4", "#7fb2ff"), "s2": ("#b45a09", "#f2a65a"), "s3": ("#0d7a68", "#4fd0b6"),
-        "s4": ("#a12f83", "#d873c4"), "s5": ("#6f6204", "#d8c455"), "s6": ("#6b7280", "#9aa3b0"),
-        "s7": ("#6a45c4", "#b9a3ff"), "s8": ("#b0261f", "#ff9188"),
-    }  # fmt: skip
-    ramps = zip(_ramp("#dfeaf8", "#0b2c66"), _ramp("#1c2c47", "#c4dcff"), strict=True)
-    for step, (light, dark) in enumerate(ramps):
-        on_light, on_dark = (
-            "black" if contrast(c, "#000000") > contrast(c, "#ffffff") else "white" for c in (light, dark)
-        )
-        colours[f"h{step}"] = (light, dark)
-        colours[f"t{step}"] = (
-            f"#00000{step + 1}" if on_light == "black" else f"#fffff{step}",  # matplotlib does not write pure black
-            "#000000" if on_dark == "black" else "#ffffff",
-        )  # fmt: skip
-    return colours
-
-
-PALETTE = _palette()
+#: Role -> (light, dark): h0 to h8 are the cells of a heat map, t0 to t8 the text in them. All light values differ,
+#: because ``inline_svg`` finds roles by them. None is pure black, which matplotlib does not write.
+PALETTE = {
+    "paper": ("#fefefe", "#14171c"), "raised": ("#f2f4f8", "#1d2128"), "ink": ("#1b1f26", "#e8eaee"),
+    "muted": ("#565d69", "#a6adb9"), "rule": ("#d9dde3", "#353b46"),
+    "s1": ("#1d5fc4", "#7fb2ff"), "s2": ("#b45a09", "#f2a65a"), "s3": ("#0d7a68", "#4fd0b6"),
+    "s4": ("#a12f83", "#d873c4"), "s5": ("#6f6204", "#d8c455"), "s6": ("#6b7280", "#9aa3b0"),
+    "s7": ("#6a45c4", "#b9a3ff"), "s8": ("#b0261f", "#ff9188"),
+    "h0": ("#dfeaf8", "#1c2c47"), "t0": ("#000001", "#ffffff"), "h1": ("#c4d2e6", "#31425e"),
+    "t1": ("#000002", "#ffffff"), "h2": ("#aabad3", "#465875"), "t2": ("#000003", "#ffffff"),
+    "h3": ("#8fa2c1", "#5b6e8c"), "t3": ("#000004", "#ffffff"), "h4": ("#758baf", "#7084a3"),
+    "t4": ("#000005", "#000000"), "h5": ("#5a739c", "#859aba"), "t5": ("#fffff5", "#000000"),
+    "h6": ("#3f5b8a", "#9ab1d2"), "t6": ("#fffff6", "#000000"), "h7": ("#254378", "#b0c7e9"),
+    "t7": ("#fffff7", "#000000"), "h8": ("#0b2c66", "#c4dcff"), "t8": ("#fffff8", "#000000"),
+}  # fmt: skip
 _ROLE_OF = {light: role for role, (light, _) in PALETTE.items()}
 
 
@@ -84,6 +53,9 @@ ROLE_LOOKS = {
 }  # fmt: skip
 SERIES = tuple(zip(("s1", "s2", "s3", "s4", "s7", "s5", "s8", "s6"), "o^Dsv<>P", strict=True))
 
+#: A bar that stands for a result found in the store.
+OUTLINE = {"facecolor": "none", "edgecolor": colour("s6"), "ls": (0, (3, 2)), "lw": 1.2}
+
 _STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": colour("ink"),
     "axes.edgecolor": colour("rule"), "axes.labelcolor": colour("muted"), "axes.titlesize": 10, "axes.grid": True,
@@ -97,22 +69,12 @@ _STYLE = {
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """Use the report's style, independent of matplotlib's global settings, in a block or as a decorator."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
         yield
-
-
-def styled(draw: Callable[..., T]) -> Callable[..., T]:
-    """Let ``draw`` use the report's style, independent of matplotlib's global settings."""
-
-    @functools.wraps(draw)
-    def in_style(*args: Any, **options: Any) -> T:
-        with _style():
-            return draw(*args, **options)
-
-    return in_style
 
 
 def axes(width: float = WIDTH, height: float = HEIGHT) -> tuple[Figure, Axes]:

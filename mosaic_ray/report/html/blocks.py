@@ -50,14 +50,12 @@ class Table:
 
 @dataclass(frozen=True)
 class RenderedFigure:
-    """A ``ReportFigure`` as SVG; a ``broad`` one has a row of its own."""
+    """A figure as SVG, with its sentence and its numbers; a ``broad`` one has a row of its own."""
 
-    name: str
-    title: str
+    figure: ReportFigure
     svg: Markup
     words: str
     table: Table
-    wide: bool
     broad: bool
 
 
@@ -105,14 +103,12 @@ class Section:
         """Add ``figures``; those for which ``report`` lacks data are listed with the reason."""
         for figure in figures:
             try:
-                words, table = figure.words(report), _table(figure.title, figure.table(report))
-                drawing = figure.draw(report)
-                svg = Markup(inline_svg(drawing, figure.name, figure.wide))
+                drawing, table, words = figure(report)
             except NotAvailable as absent:
                 self.absent.append((figure.title, str(absent)))
                 continue
-            broad = drawing.get_figwidth() > BROAD
-            self.figures.append(RenderedFigure(figure.name, figure.title, svg, words, table, figure.wide, broad))
+            svg, broad = Markup(inline_svg(drawing, figure.name, figure.wide)), drawing.get_figwidth() > BROAD
+            self.figures.append(RenderedFigure(figure, svg, words, _table(figure.title, table), broad))
         return self
 
 

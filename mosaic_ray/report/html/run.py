@@ -12,12 +12,13 @@ from PIL import Image
 from ...config.resolve import override, to_toml
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
+from ...core.units import size
 from ...data.image_ops import image_grid
 from ..figures.cost import time_frame, traffic
 from ..figures.data import progress_of, samples_of
 from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
-from ..text import address, counted, duration, percent, points, size
+from ..text import address, counted, duration, percent, points
 from .blocks import Card, Gallery, Page, Picture, Section, Text
 
 SEVERITIES = ("error", "warning", "info")

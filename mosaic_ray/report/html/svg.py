@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from ..figures.style import _ROLE_OF, _style
+from ..figures.style import _ROLE_OF, style
 
 _NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
@@ -21,7 +21,7 @@ def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     It scales to the width of its box; a ``wide`` one does not shrink below its own width.
     """
     out = io.StringIO()
-    with _style():
+    with style():
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     root = ElementTree.fromstring(out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2])
     _prune(root)

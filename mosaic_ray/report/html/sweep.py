@@ -11,13 +11,14 @@ from typing import Any
 import tomli_w
 
 from ...config.fields import short_names, shown
+from ...core.units import size
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
 from ..figures.sweep import figures_of
 from ..load import SweepReport
 from ..sweep_table import mean_and_sd, shared_stages
-from ..text import address, counted, duration, listed, percent, points, size
+from ..text import address, counted, duration, listed, percent, points
 from .blocks import FILE, Card, Page, Section, Table, Text, link
 
 #: Most configurations in a table of the best, and most trials in the list of all.
