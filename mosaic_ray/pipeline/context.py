@@ -25,7 +25,7 @@ from ..federated.client import ClientContext, Task
 from ..federated.strategies.base import Strategy
 from ..storage.locks import Lease
 from ..storage.store import StageResult, StageWriter, Store
-from ..tracking.progress import Stage as Progress
+from ..tracking.progress import StageProgress as Progress
 from ..tracking.tracker import Tracker
 from .graph import KeyInputs, Stage, load_function
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..tracking.console import Quiet, clock, is_terminal
+from ..tracking.progress import Quiet, clock, is_terminal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

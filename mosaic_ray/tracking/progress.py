@@ -1,21 +1,23 @@
-"""``StageProgress``: the handle with which a stage reports its progress and its curves."""
+"""Show a run's progress: ``StageProgress``, with which a stage reports it, and the displays.
+
+A display shows a live row for each stage on a terminal, plain lines elsewhere.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TextIO
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
 
 #: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
 Scalar = list[Any]
 
+_SECONDS_BETWEEN_LINES = 10.0
 _now = time.monotonic
 
 
@@ -25,22 +27,10 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
 
-class Display(Protocol):
-    """Shows stages and messages to the user (``console`` has the implementations)."""
-
-    def begin(self, stage: StageProgress) -> None: ...
-    def advance(self, stage: StageProgress) -> None: ...
-    def resume(self, stage: StageProgress) -> None: ...
-    def end(self, stage: StageProgress) -> None: ...
-    def cached(self, name: str) -> None: ...
-    def say(self, text: str, mark: str) -> None: ...
-    def close(self) -> None: ...
-
-
 class Output(Protocol):
     """The part of ``tracker.Tracker`` that a stage writes to."""
 
-    display: Display
+    display: Quiet
 
     def scalar(self, stage: str, tag: str, step: int, value: float) -> Scalar: ...
     def replay_scalars(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]: ...
@@ -65,9 +55,7 @@ class StageProgress:
         self._tracker.display.begin(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._ended = _now()
         self.state = "done" if kind is None else "stopped"
         self._tracker.display.end(self)
@@ -117,4 +105,145 @@ class StageProgress:
         return words if self.total is None else [*words, f"{clock(max(0, self.total - self.done) / rate)} left"]
 
 
-Stage = StageProgress  # the name before; pipeline.context imports it
+class Quiet:
+    """Print messages only."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def begin(self, stage: StageProgress) -> None:
+        pass
+
+    advance = resume = end = begin
+
+    def cached(self, name: str) -> None:
+        pass
+
+    def say(self, text: str, mark: str) -> None:
+        self.stream.write((f"{mark}: " if mark else "") + text + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        pass
+
+
+class Lines(Quiet):
+    """Print a line when a stage begins, at its first advance, at each tenth or every ten seconds, and when it ends."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.tenth: dict[StageProgress, int] = {}  # tenth of the last line, from a stage's first advance on
+        self.last = 0.0
+
+    def _line(self, stage: StageProgress, *words: str) -> None:
+        self.last = _now()
+        self.say(f"{stage.name}: " + ", ".join(word for word in words if word), False)
+
+    def begin(self, stage: StageProgress) -> None:
+        self._line(stage, "begins", "" if stage.total is None else stage.count)
+
+    def resume(self, stage: StageProgress) -> None:
+        self._line(stage, f"resumed at {stage.count}")
+
+    def advance(self, stage: StageProgress) -> None:
+        tenth = 0 if not stage.total else 10 * stage.done // stage.total
+        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < _SECONDS_BETWEEN_LINES:
+            return
+        self.tenth[stage] = tenth
+        self._line(stage, stage.count, *stage.pace, stage.note)
+
+    def end(self, stage: StageProgress) -> None:
+        self._line(stage, f"{stage.state} after {stage.seconds:.1f} s")
+
+    def cached(self, name: str) -> None:
+        self.say(f"{name}: cached", False)
+
+
+class Live(Quiet):
+    """Draw a rich live view: a row for each stage, messages above them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task
+        from rich.table import Column
+        from rich.text import Text
+
+        class Row(ProgressColumn):
+            """Show the text that ``words`` makes of a row's stage."""
+
+            def __init__(self, words: Callable[[Any], str], **layout: Any) -> None:
+                self.words = words
+                super().__init__(Column(no_wrap=True, overflow="ellipsis", **layout))
+
+            def render(self, task: Task) -> Text:
+                return Text(self.words(task.fields["row"]))
+
+        super().__init__(stream)
+        self.console = Console(file=stream, force_terminal=True)
+        ascii_only = self.console.options.ascii_only
+        marks = {"running": ">", "done": "+" if ascii_only else "✓", "stopped": "x"}
+        self.progress = Progress(
+            Row(lambda row: marks["done" if isinstance(row, str) else row.state]),
+            Row(lambda row: row if isinstance(row, str) else row.name),
+            BarColumn(bar_width=16),
+            Row(_status),
+            Row(lambda row: "" if isinstance(row, str) else row.note, ratio=1),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+            # a piped standard output is data and must not go to the terminal
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self.tasks: dict[StageProgress, Any] = {}
+
+    def begin(self, stage: StageProgress) -> None:
+        self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, row=stage)
+        self.progress.start()
+
+    def advance(self, stage: StageProgress) -> None:
+        self.progress.update(self.tasks[stage], completed=stage.done)
+
+    resume = advance
+
+    def end(self, stage: StageProgress) -> None:
+        if stage.state == "done":
+            self.progress.update(self.tasks[stage], total=max(stage.done, 1), completed=max(stage.done, 1))
+        else:
+            self.progress.stop()  # restores the terminal before the failure is printed
+
+    def cached(self, name: str) -> None:
+        self.progress.add_task(name, total=1, completed=1, row=name)
+        self.progress.start()
+
+    def say(self, text: str, mark: str) -> None:
+        from rich.text import Text
+
+        style = {"warning": "yellow", "error": "red"}.get(mark, "")
+        self.console.print(Text(f"{mark}: {text}" if mark else text, style=style), soft_wrap=True)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def _status(row: StageProgress | str) -> str:
+    """Return the text behind a stage's bar; a cached stage is given by its name."""
+    if isinstance(row, str):
+        return "cached"
+    if row.state == "done":
+        return f"{row.seconds:.1f} s"
+    words = [row.count, clock(row.seconds), *row.pace] if row.state == "running" else [row.count, row.state]
+    return "  ".join(words)
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a live view can be drawn on ``stream``."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def display_on(stream: TextIO, progress: bool | None) -> Quiet:
+    """Return a display for ``stream``: live on a terminal, else lines; only messages where ``progress`` is False."""
+    if progress is False:
+        return Quiet(stream)
+    if is_terminal(stream):
+        return Live(stream)
+    return Lines(stream)

@@ -1,4 +1,4 @@
-"""``Tracker`` writes a run's metrics to JSON lines and TensorBoard, and its progress to a display (``console``).
+"""``Tracker`` writes a run's metrics to JSON lines and TensorBoard, and its progress to a display (``progress``).
 
 A stage also keeps its scalars, so that the caller can store them with the stage's result and replay them when the
 result is found in the store.
@@ -13,16 +13,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
 from ..core.errors import RunError
-from .console import display_on
-from .progress import Scalar, StageProgress
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from .progress import Scalar, StageProgress, display_on
 
 
 class Tracker:
@@ -68,9 +64,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # an error in the block matters more than a failure to flush the last metrics
         with contextlib.suppress(RunError) if kind else contextlib.nullcontext():
             self.close()

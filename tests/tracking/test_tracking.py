@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from terminals import Clock, Terminal
 
-import mosaic_ray.tracking.console as displays
 import mosaic_ray.tracking.tracker as tracking
 from mosaic_ray.core.errors import RunError
 from mosaic_ray.data.image_ops import image_grid
@@ -31,7 +30,6 @@ ESCAPE = "\x1b"
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(progress, "_now", clock)
-    monkeypatch.setattr(displays, "_now", clock)
     return clock
 
 
