@@ -255,7 +255,7 @@ def read_run(path: str | Path, kind: type[R] = RunReport) -> R:
     found, folder = find(path)
     if found != "run":
         raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
-    summary = _checked(Summary, _json(folder / "summary.json"), folder / "summary.json")
+    summary = _checked(Summary, folder / "summary.json")
     toml = folder / "config.toml"
     config = summary.config or (read_toml(toml) if toml.is_file() else {})
     return kind(
@@ -269,10 +269,7 @@ def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
     found, folder = find(path)
     if found != "sweep":
         raise RequestError(f"{path}: that is a run; load_run reads it")
-    content = _json(folder / "plan.json")
-    if not isinstance(content.get("knobs"), dict) or not isinstance(content.get("space"), str):
-        raise RequestError(f"{folder / 'plan.json'}: it is no sweep's plan")
-    plan = _checked(PlanFile, content, folder / "plan.json")
+    plan = _checked(PlanFile, folder / "plan.json")
     results = folder / "results.parquet"
     rows = read_results(results).to_pylist() if results.is_file() else []
     rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
@@ -284,13 +281,12 @@ def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
 T = TypeVar("T", Summary, PlanFile)
 
 
-def _checked(kind: type[T], content: dict[str, Any], path: Path) -> T:
+def _checked(kind: type[T], path: Path) -> T:
     try:
-        return kind.from_json(content)
+        return kind.from_json(_json(path))
     except ValueError as error:
-        raise RequestError(
-            f"{path}: its {error} is not what a run or sweep writes; the same command writes it again"
-        ) from None
+        why = f"its {error} is not what a run or sweep writes"
+        raise RequestError(f"{path}: {why}; the same command writes it again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -311,9 +307,8 @@ def read_text(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(
-            f"{path}: it cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}"
-        ) from None
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise RequestError(f"{path}: it cannot be read: {why}") from None
 
 
 def _metrics(path: Path) -> pd.DataFrame:

@@ -20,9 +20,6 @@ from .text import counted
 MOST_USERS = 2
 
 
-# --- ls --------------------------------------------------------------------------------------------------------------
-
-
 def listing(holdings: Inventory) -> list[RenderableType | str]:
     """List every result with its time, size and users. A run's per-client results share a row."""
     users = holdings.used_by()
@@ -30,13 +27,12 @@ def listing(holdings: Inventory) -> list[RenderableType | str]:
     for entry in holdings.entries:
         together = (entry.kind, entry.stage, *users.get(entry.key, ())) if entry.stage in UNNAMED else entry.folder
         rows.setdefault(together, []).append(entry)
-    table = _table("result", "size", "when")
-    table.add_column("used by")
+    table = _table("result", "size", "when", words="used by")
     for entries in sorted(rows.values(), key=lambda found: max(entry.modified for entry in found)):
         first = entries[0]
         name = first.key if len(entries) == 1 else f"{first.stage}-... ({len(entries)} of them)"
         when = datetime.fromtimestamp(max(entry.modified for entry in entries)).strftime("%Y-%m-%d %H:%M")
-        table.add_row(Text(name), size(sum(entry.size for entry in entries)), when, Text(_whose(first, users)))
+        table.add_row(Text(name), size(_bytes(entries)), when, Text(_whose(first, users)))
     return [table, "", _totals(holdings)] if rows else ["no results"]
 
 
@@ -65,7 +61,7 @@ def _totals(holdings: Inventory) -> str:
 
 
 def _sum(entries: Sequence[Entry], word: str) -> str:
-    return f"{counted(len(entries), word)}, {size(sum(entry.size for entry in entries))}"
+    return f"{counted(len(entries), word)}, {size(_bytes(entries))}"
 
 
 def listed(holdings: Inventory) -> dict[str, Any]:
@@ -75,7 +71,7 @@ def listed(holdings: Inventory) -> dict[str, Any]:
         "results": [_facts(entry) | {"used_by": users.get(entry.key, [])} for entry in holdings.of(OBJECTS)],
         "checkpoints": [_facts(entry) for entry in holdings.of(CHECKPOINTS)],
         "users": [{"name": owner.name, "status": owner.status, "traced": owner.complete} for owner in holdings.owners],
-        "bytes": sum(entry.size for entry in holdings.entries),
+        "bytes": _bytes(holdings.entries),
     }
 
 
@@ -86,16 +82,12 @@ def _facts(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- gc --------------------------------------------------------------------------------------------------------------
-
-
 def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
     """List the freed results (those to free, with ``dry_run``), and those that stay."""
     word = "would free" if dry_run else "freed"
     parts: list[RenderableType | str] = []
     if plan.free:
-        table = _table(word, "size")
-        table.add_column("why")
+        table = _table(word, "size", words="why")
         for item in plan.free:
             table.add_row(Text(f"{item.what} {item.name}"), size(item.size), Text(item.why))
         parts += [table, ""]
@@ -104,12 +96,12 @@ def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
     return parts
 
 
-def _bytes(leftovers: Iterable[Garbage]) -> int:
-    return sum(item.size for item in leftovers)
+def _bytes(items: Iterable[Entry | Garbage]) -> int:
+    return sum(item.size for item in items)
 
 
 def _sorted(plan: Plan) -> list[tuple[str, list[Entry]]]:
-    return sorted(plan.kept.items(), key=lambda item: -sum(entry.size for entry in item[1]))
+    return sorted(plan.kept.items(), key=lambda item: -_bytes(item[1]))
 
 
 def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
@@ -119,23 +111,18 @@ def freed_facts(plan: Plan, dry_run: bool) -> dict[str, Any]:
         "freed": [{"what": x.what, "name": x.name, "bytes": x.size, "why": x.why} for x in plan.free],
         "bytes": _bytes(plan.free),
         "stays": [
-            {"why": why, "names": [entry.folder for entry in entries], "bytes": sum(entry.size for entry in entries)}
+            {"why": why, "names": [entry.folder for entry in entries], "bytes": _bytes(entries)}
             for why, entries in _sorted(plan)
         ],
     }
 
 
-# --- verify ----------------------------------------------------------------------------------------------------------
-
-
 def verdict(found: Verdict) -> list[RenderableType | str]:
     """List the damaged results, and count all that were checked."""
-    parts: list[RenderableType | str] = []
-    if found.damaged:
-        table = _table("damaged")
-        table.add_column("why")
-        for folder, why in found.damaged.items():
-            table.add_row(Text(folder), Text(why))
-        parts = [table, ""]
-    bad = f"{len(found.damaged):,} damaged; a run that needs one computes it again" if found.damaged else "all sound"
-    return [*parts, f"{found.results:,} results and checkpoints, {size(found.size)} hashed: {bad}"]
+    checked = f"{found.results:,} results and checkpoints, {size(found.size)} hashed"
+    if not found.damaged:
+        return [f"{checked}: all sound"]
+    table = _table("damaged", words="why")
+    for folder, why in found.damaged.items():
+        table.add_row(Text(folder), Text(why))
+    return [table, "", f"{checked}: {len(found.damaged):,} damaged; a run that needs one computes it again"]

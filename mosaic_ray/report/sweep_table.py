@@ -23,9 +23,6 @@ from .text import address
 MOST_POINTS = 10
 
 
-# --- the closing table -----------------------------------------------------------------------------------------------
-
-
 def sweep_table(
     results: Iterable[TrialResult], conditions: Sequence[str], swept: Sequence[str], folder: str | None = None
 ) -> RenderableType:
@@ -35,7 +32,7 @@ def sweep_table(
     the problem: the others are compared within each of their values. ``folder``: the sweep's, for TensorBoard.
     Print it with ``crop=False``: paths are never broken.
     """
-    return _SweepTable(_rows(results), tuple(conditions), tuple(name for name in swept if name != "seed"), folder)
+    return _SweepTable(_rows(results), conditions, swept, folder)
 
 
 def best_sections(
@@ -46,13 +43,28 @@ def best_sections(
     for row in rows:
         if row["status"] == "done":
             finished.setdefault(row["point"], []).append(row)
-    table = _SweepTable(rows, tuple(conditions), tuple(name for name in swept if name != "seed"), None)
-    return list(table._sections(list(finished.values())))
+    points, knobs = list(finished.values()), [name for name in swept if name != "seed"]
+    if not points:
+        return []
+    if set(knobs) <= set(conditions):
+        return [("in order: under each condition there is one configuration", knobs, points)]
+    sections: dict[tuple[Any, ...], list[Point]] = {}
+    for point in points:
+        sections.setdefault(tuple(point[0][name] for name in conditions), []).append(point)
+    found, knobs = [], [name for name in knobs if name not in conditions]
+    for values, section in sections.items():
+        ordered, choice = _ordered(section)
+        under = [f"{name} = {shown(value)}" for name, value in zip(conditions, values, strict=True)]
+        found.append((", ".join([*under, choice]), knobs, ordered))
+    return found
 
 
-def mean_and_sd(point: Point, column: str, sign: str = "") -> str:
+def mean_and_sd(point: Point, column: str, sign: str = "", deviation: str = "± ") -> str:
     """Format mean and sample standard deviation of ``column`` over a configuration's trials, in percent."""
-    return _Layout(len(point), "± ", 0)._spread(point, column, sign)
+    values = [100 * row[column] for row in point if row[column] is not None]
+    if not values:
+        return "-"
+    return f"{fmean(values):{sign}.1f}" + (f" {deviation}{stdev(values):.1f}" if len(values) > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -60,25 +72,22 @@ class _SweepTable:
     """The table, laid out when it is printed, since only then the width and the character set are known."""
 
     rows: list[Row]
-    conditions: tuple[str, ...]
-    swept: tuple[str, ...]
+    conditions: Sequence[str]
+    swept: Sequence[str]
     folder: str | None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        finished: dict[int, Point] = {row["point"]: [] for row in self.rows}
-        for row in self.rows:
-            finished[row["point"]] += [row] if row["status"] == "done" else []
         ends = Counter(row["status"] for row in self.rows)
         words = {"done": "done", "stopped": "stopped early", "failed": "failed"}
         counts = ", ".join(f"{ends[status]} {word}" for status, word in words.items() if ends[status]) or "none ended"
-        yield Text(f"configurations {len(finished)}, trials {len(self.rows)}: {counts}")
-        if points := [point for point in finished.values() if point]:
+        yield Text(f"configurations {len({row['point'] for row in self.rows})}, trials {len(self.rows)}: {counts}")
+        if sections := best_sections(self.rows, self.conditions, self.swept):
             sign = "+-" if options.ascii_only else "±"
-            layout = _Layout(max(map(len, points)), sign, options.max_width)
-            spread = f", mean {sign} sd of {layout.seeds} seeds" if layout.seeds > 1 else ""
+            seeds = max(len(point) for *_, points in sections for point in points)
+            spread = f", mean {sign} sd of {seeds} seeds" if seeds > 1 else ""
             yield Text(f"percent{spread}; gain = final - control, all three on test images")
-            for title, columns, section in self._sections(points):
-                yield from ("", Text(title, style="bold"), *layout.section(section, columns))
+            for title, knobs, points in sections:
+                yield from ("", Text(title, style="bold"), *_section(points, knobs, seeds, sign, options.max_width))
         if shared := shared_stages(self.rows):
             table = _table(*SHARED)
             for stage, computed, found, spent, saved in shared:
@@ -88,20 +97,6 @@ class _SweepTable:
             yield from ("", *_failures(failed))
         if self.folder is not None:
             yield from ("", *_places({"run": self.folder, "tensorboard": self.folder}))
-
-    def _sections(self, points: list[Point]) -> Iterator[tuple[str, list[str], list[Point]]]:
-        """Yield title, knobs to show and points, best first, for each set of conditions."""
-        if set(self.swept) <= set(self.conditions):
-            yield "in order: under each condition there is one configuration", list(self.swept), points
-            return
-        sections: dict[tuple[Any, ...], list[Point]] = {}
-        for point in points:
-            sections.setdefault(tuple(point[0][name] for name in self.conditions), []).append(point)
-        columns = [name for name in self.swept if name not in self.conditions]
-        for values, section in sections.items():
-            ordered, choice = _ordered(section)
-            under = [f"{name} = {shown(value)}" for name, value in zip(self.conditions, values, strict=True)]
-            yield ", ".join([*under, choice]), columns, ordered
 
 
 def _ordered(points: list[Point]) -> tuple[list[Point], str]:
@@ -116,52 +111,39 @@ def _ordered(points: list[Point]) -> tuple[list[Point], str]:
     return best, f"best by {metrics.pop()} (selection)"
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """``seeds``: most finished trials of a point; ``deviation``: sign before a deviation; ``width`` [characters]."""
+def _section(points: list[Point], knobs: list[str], seeds: int, sign: str, width: int) -> Iterator[RenderableType]:
+    """Yield a table of the first ``points``: a column for each of the ``knobs`` where they fit, else one column.
 
-    seeds: int
-    deviation: str
-    width: int
-
-    def section(self, points: list[Point], knobs: list[str]) -> Iterator[RenderableType]:
-        """Yield a table of the first ``points``: a column for each of the ``knobs`` where they fit, else one column."""
-        first = points[:MOST_POINTS]
-        names = [point[0]["trial"].rpartition("s")[0] for point in first]
-        fewer = [f"{name} {len(point)}" for name, point in zip(names, first, strict=True) if len(point) < self.seeds]
-        names = [name if len(point) == self.seeds else f"{name}*" for name, point in zip(names, first, strict=True)]
-        reached = {
-            "selection": [self._spread(point, "selection") for point in first],
-            "final": [self._spread(point, "accuracy_final") for point in first],
-            "control": [self._spread(point, "accuracy_control") for point in first],
-            "gain": [self._spread(point, "gain", "+") for point in first],
-        }
-        short = short_names(knobs)
-        columns = {short[knob]: [shown(point[0][knob]) for point in first] for knob in knobs} | reached
-        widths = [max(map(len, [head, *cells])) for head, cells in [("point", names), *columns.items()]]
-        if sum(widths) + 2 * len(columns) > self.width:
-            common = _common(points, knobs)
-            values = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in first]
-            columns = reached | {"configuration": [_knobs(row, short) or "-" for row in values]}
-            if common:
-                yield Text(f"unless noted otherwise: {_knobs(common, short)}")
-        table = _table("point", *columns)
-        if "configuration" in columns:
-            table.columns[-1].justify = "left"
-        for name, *cells in zip(names, *columns.values(), strict=True):
-            table.add_row(Text(name), *map(Text, cells))
-        yield table
-        if fewer:
-            yield Text(f"* seeds finished: {', '.join(fewer)} of {self.seeds}")
-        if len(points) > MOST_POINTS:
-            yield Text(f"and {len(points) - MOST_POINTS} more in results.csv")
-
-    def _spread(self, point: Point, column: str, sign: str = "") -> str:
-        """Format mean and sample standard deviation over the point's seeds, in percent."""
-        values = [100 * row[column] for row in point if row[column] is not None]
-        if not values:
-            return "-"
-        return f"{fmean(values):{sign}.1f}" + (f" {self.deviation}{stdev(values):.1f}" if len(values) > 1 else "")
+    ``seeds``: most finished trials of a point; ``sign``: before a deviation; ``width`` [characters].
+    """
+    first = points[:MOST_POINTS]
+    names = [point[0]["trial"].rpartition("s")[0] for point in first]
+    fewer = [f"{name} {len(point)}" for name, point in zip(names, first, strict=True) if len(point) < seeds]
+    names = [name if len(point) == seeds else f"{name}*" for name, point in zip(names, first, strict=True)]
+    sources = {"selection": "selection", "final": "accuracy_final", "control": "accuracy_control", "gain": "gain"}
+    reached = {
+        head: [mean_and_sd(point, column, "+" if head == "gain" else "", sign) for point in first]
+        for head, column in sources.items()
+    }
+    short = short_names(knobs)
+    columns = {short[knob]: [shown(point[0][knob]) for point in first] for knob in knobs} | reached
+    widths = [max(map(len, [head, *cells])) for head, cells in [("point", names), *columns.items()]]
+    if sum(widths) + 2 * len(columns) > width:
+        common = _common(points, knobs)
+        values = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in first]
+        columns = reached | {"configuration": [_knobs(row, short) or "-" for row in values]}
+        if common:
+            yield Text(f"unless noted otherwise: {_knobs(common, short)}")
+    table = _table("point", *columns)
+    if "configuration" in columns:
+        table.columns[-1].justify = "left"
+    for name, *cells in zip(names, *columns.values(), strict=True):
+        table.add_row(Text(name), *map(Text, cells))
+    yield table
+    if fewer:
+        yield Text(f"* seeds finished: {', '.join(fewer)} of {seeds}")
+    if len(points) > MOST_POINTS:
+        yield Text(f"and {len(points) - MOST_POINTS} more in results.csv")
 
 
 def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:

@@ -25,16 +25,15 @@ MOST_FINDINGS = 12
 SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
-def _table(first: str, *columns: str, gap: int = 2) -> Table:
-    """Return an empty table with a column of names, then of numbers, ``gap`` spaces apart."""
+def _table(first: str, *columns: str, gap: int = 2, words: str | None = None) -> Table:
+    """Return an empty table with a column of names, then of numbers, ``gap`` spaces apart, then of ``words``."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, gap - 1))
     table.add_column(Text(first), no_wrap=True)
     for column in columns:
         table.add_column(Text(column), justify="right", overflow="fold")  # never lose a digit
+    if words is not None:
+        table.add_column(Text(words))
     return table
-
-
-# --- the closing table -----------------------------------------------------------------------------------------------
 
 
 def closing_table(content: Mapping[str, Any]) -> RenderableType:
@@ -130,9 +129,6 @@ def _places(paths: Mapping[str, str]) -> list[Text]:
     return [
         Text(f"{what:<8}{shape.format(path)}", no_wrap=True, overflow="ignore") for what, shape, path in lines if path
     ]
-
-
-# --- the partition table ---------------------------------------------------------------------------------------------
 
 
 def partition_table(counts: np.ndarray) -> RenderableType:
