@@ -59,6 +59,13 @@ def best_sections(
     return found
 
 
+def ended(rows: list[Row]) -> str:
+    """Return how trials ended: ``39 done, 1 stopped early, 2 failed``."""
+    ends = Counter(row["status"] for row in rows)
+    words = {"done": "done", "stopped": "stopped early", "failed": "failed"}
+    return ", ".join(f"{ends[status]} {word}" for status, word in words.items() if ends[status])
+
+
 def mean_and_sd(point: Point, column: str, sign: str = "", deviation: str = "± ") -> str:
     """Format mean and sample standard deviation of ``column`` over a configuration's trials, in percent."""
     values = [100 * row[column] for row in point if row[column] is not None]
@@ -77,9 +84,7 @@ class _SweepTable:
     folder: str | None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        ends = Counter(row["status"] for row in self.rows)
-        words = {"done": "done", "stopped": "stopped early", "failed": "failed"}
-        counts = ", ".join(f"{ends[status]} {word}" for status, word in words.items() if ends[status]) or "none ended"
+        counts = ended(self.rows) or "none ended"
         yield Text(f"configurations {len({row['point'] for row in self.rows})}, trials {len(self.rows)}: {counts}")
         if sections := best_sections(self.rows, self.conditions, self.swept):
             sign = "+-" if options.ascii_only else "±"

@@ -107,9 +107,13 @@ def _comparison(record: CommunicationRecord) -> Text:
     return Text(f"{size(record.total)} in all: {'; '.join(words)}")
 
 
+def worst_first(findings: list[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: list(SEVERITIES).index(finding.severity))
+
+
 def _health(findings: list[Finding]) -> list[RenderableType]:
     """Show findings, the worst first; each advice only once."""
-    findings = sorted(findings, key=lambda finding: list(SEVERITIES).index(finding.severity))
+    findings = worst_first(findings)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
     for column in ("health", "where", ""):
         table.add_column(Text(column))

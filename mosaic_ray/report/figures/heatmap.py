@@ -113,9 +113,11 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
 
 @style()
 def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
-    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] label few classes."""
-    figure = partition_figure(np.asarray(counts), (4.2, 3.0))
-    _name_classes(figure.axes[0], np.shape(counts)[1], class_names)
+    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] that are no numbers label few."""
+    figure, num_classes = partition_figure(np.asarray(counts), (4.2, 3.0)), np.shape(counts)[1]
+    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in range(num_classes)]):
+        named = [f"{name if len(name) <= 20 else name[:19] + '…'} ({c})" for c, name in enumerate(class_names)]
+        figure.axes[0].set_xticks(range(num_classes), named, rotation=40, ha="right", rotation_mode="anchor")
     text = f"{title}\ncolour: share of the client's images (root scale)"
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(13 * figure.get_figwidth()))]
     figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
@@ -126,13 +128,6 @@ def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str]
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
         figure.savefig(out, format="png", dpi=min(300, MOST_PIXELS / figure.get_figheight()))
     return out.getvalue()
-
-
-def _name_classes(over: Axes, num_classes: int, class_names: Sequence[str]) -> None:
-    """Label few classes by name and number, unless their names are their numbers."""
-    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in range(num_classes)]):
-        named = [f"{name if len(name) <= 20 else name[:19] + '…'} ({c})" for c, name in enumerate(class_names)]
-        over.set_xticks(range(num_classes), named, rotation=40, ha="right", rotation_mode="anchor")
 
 
 def _numbers(count: int, most: int) -> list[int]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -140,11 +138,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
-
-
-def link(target: Path, beside: Path) -> Markup | None:
-    """Return a link to ``target``, relative to ``beside``; None where there is no such file."""
-    if not target.is_file():
-        return None
-    where = Path(os.path.relpath(target, beside)).as_posix()
-    return Markup('<a href="{}">{}</a>').format(where, "report")

@@ -18,10 +18,9 @@ from ..figures.cost import time_frame, traffic
 from ..figures.data import progress_of, samples_of
 from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
+from ..tables import SEVERITIES, worst_first
 from ..text import address, counted, duration, percent, points
 from .blocks import Card, Gallery, Page, Picture, Section, Text
-
-SEVERITIES = ("error", "warning", "info")
 
 #: Most findings on the page; summary.json has all.
 MOST_FINDINGS = 40
@@ -118,7 +117,7 @@ def health(run: RunReport) -> Section:
     if run.summary.health is None:
         section.lead = "Findings are listed once a run is done."
         return section
-    findings = sorted(run.summary.health, key=lambda finding: SEVERITIES.index(finding.severity))
+    findings = worst_first(run.summary.health)
     section.lead = "" if findings else "Nothing looked unwell."
     for finding in findings[:MOST_FINDINGS]:
         numbers = {"value": finding.value, "threshold": finding.threshold}
@@ -136,34 +135,30 @@ def health(run: RunReport) -> Section:
     return section
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
-
-
 def _galleries(section: Section, run: RunReport) -> None:
     """Add galleries of synthetic images; real ones are never shown."""
-    for title, make in (("Synthetic images by client", _samples), ("Synthetic images over time", _progress)):
+    drawn = "Drawn by each client's generator from random latents; no real image is in this file."
+    rows = "The same latents in every row, from early in training to its end."
+    makers = {"Synthetic images by client": (drawn, _samples), "Synthetic images over time": (rows, _progress)}
+    for title, (words, make) in makers.items():
         try:
-            section.galleries.append(make(title, run))
+            pictures = make(run)
         except NotAvailable as absent:
             section.absent.append((title, str(absent)))
+            continue
+        left = len(run.generators) - len(pictures)
+        more = f" {counted(left, 'client')} more are not shown." if left > 0 else ""
+        section.galleries.append(Gallery(title, words + more, pictures))
 
 
-def _samples(title: str, run: RunReport) -> Gallery:
-    shown = samples_of(run)
-    pictures = [
+def _samples(run: RunReport) -> list[Picture]:
+    return [
         _picture(
             image_grid(images, 8), f"{len(images)} synthetic images by the generator of client {k}",
             f"client {k}, which holds {_held(run, k)}",
         )
-        for k, images in shown.items()
+        for k, images in samples_of(run).items()
     ]  # fmt: skip
-    words = "Drawn by each client's generator from random latents; no real image is in this file."
-    return Gallery(title, words + _left_out(run, len(shown)), pictures)
-
-
-def _left_out(run: RunReport, count: int) -> str:
-    left = len(run.generators) - count
-    return f" {counted(left, 'client')} more are not shown." if left > 0 else ""
 
 
 def _held(run: RunReport, client_id: int) -> str:
@@ -173,14 +168,11 @@ def _held(run: RunReport, client_id: int) -> str:
     return f"class {text}" + (f" and {len(most) - 3} more" if len(most) > 3 else "")
 
 
-def _progress(title: str, run: RunReport) -> Gallery:
-    shown = progress_of(run)
-    pictures = [
+def _progress(run: RunReport) -> list[Picture]:
+    return [
         _picture(grid, f"client {k}'s generator at {steps}: the same latents", f"client {k}, {steps}")
-        for k, (steps, grid) in shown.items()
+        for k, (steps, grid) in progress_of(run).items()
     ]
-    words = "The same latents in every row, from early in training to its end."
-    return Gallery(title, words + _left_out(run, len(shown)), pictures)
 
 
 def _picture(grid: np.ndarray, alt: str, caption: str) -> Picture:
@@ -189,9 +181,6 @@ def _picture(grid: np.ndarray, alt: str, caption: str) -> Picture:
     Image.fromarray(grid[0] if len(grid) == 1 else grid.transpose(1, 2, 0)).save(out, "png", optimize=True)
     uri = f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
     return Picture(uri, grid.shape[2], grid.shape[1], alt, caption)
-
-
-# --- reproduce -------------------------------------------------------------------------------------------------------
 
 
 def _reproduce(run: RunReport) -> Section:

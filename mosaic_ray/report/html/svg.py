@@ -23,7 +23,7 @@ def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     out = io.StringIO()
     with style():
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
-    root = ElementTree.fromstring(out.getvalue().partition("<svg")[1] + out.getvalue().partition("<svg")[2])
+    root = ElementTree.fromstring("".join(out.getvalue().partition("<svg")[1:]))
     _prune(root)
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', ElementTree.tostring(root, encoding="unicode")))
     for element in root.iter():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -9,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import tomli_w
+from markupsafe import Markup
 
 from ...config.fields import short_names, shown
 from ...core.units import size
@@ -17,14 +19,12 @@ from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
 from ..figures.sweep import figures_of
 from ..load import SweepReport
-from ..sweep_table import mean_and_sd, shared_stages
+from ..sweep_table import ended, mean_and_sd, shared_stages
 from ..text import address, counted, duration, listed, percent, points
-from .blocks import FILE, Card, Page, Section, Table, Text, link
+from .blocks import FILE, Card, Page, Section, Table, Text
 
 #: Most configurations in a table of the best, and most trials in the list of all.
 MOST_POINTS, MOST_TRIALS = 20, 500
-
-_ENDS = {"done": "done", "stopped": "stopped early", "failed": "failed"}
 
 
 def sweep_page(sweep: SweepReport, beside: Path) -> Page:
@@ -81,11 +81,9 @@ def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) 
 
 
 def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
-    ends = Counter(row["status"] for row in sweep.rows)
-    counts = ", ".join(f"{ends[status]} {word}" for status, word in _ENDS.items() if ends[status])
     seeds = f"{counted(len(sweep.plan.seeds or [0]), 'seed')} each"
     cards = [
-        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", counts or "none has ended"),
+        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", ended(sweep.rows) or "none has ended"),
         Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
     ]
     if chosen := _chosen(best):
@@ -168,7 +166,9 @@ def _failures(failed: list[dict[str, Any]]) -> Section:
 
 def _trials(sweep: SweepReport, beside: Path) -> Section:
     names = [name for name in sweep.varying if name != "seed"]
-    pages = [link(sweep.folder / "trials" / Path(row["trial"]).name / FILE, beside) for row in sweep.rows[:MOST_TRIALS]]
+    files = [sweep.folder / "trials" / Path(row["trial"]).name / FILE for row in sweep.rows[:MOST_TRIALS]]
+    to = Markup('<a href="{}">report</a>')
+    pages = [to.format(Path(os.path.relpath(file, beside)).as_posix()) if file.is_file() else "" for file in files]
     heads = ["trial", *short_names(names).values(), "seed", "status", "final", "gain", "health"]
     rows = [
         [
