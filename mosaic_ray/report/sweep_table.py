@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.fields import short_names, shown
-from ..core.types import STAGES
 from ..sweeps.results import Point, Row, TrialResult, _rows
 from .tables import MOST_FINDINGS, _places, _seconds, _table
 from .text import address
@@ -167,10 +166,11 @@ SHARED = ("stage", "computed", "found", "seconds spent", "seconds saved")
 def shared_stages(rows: list[Row]) -> list[tuple[str, int, int, float, float]]:
     """Return by stage (``SHARED``) the trials that computed it and that found it, and the seconds spent and saved."""
     shared = []
-    for stage in STAGES:
+    stages = dict.fromkeys(name.removeprefix("cached_") for row in rows for name in row if name.startswith("cached_"))
+    for stage in stages:
         cost: dict[bool, list[float]] = {False: [], True: []}
         for row in rows:
-            if (cached := row[f"cached_{stage}"]) is not None:
+            if (cached := row.get(f"cached_{stage}")) is not None:
                 cost[cached].append(row[f"seconds_{stage}"] or 0.0)
         if cost[False] or cost[True]:
             shared.append((stage, len(cost[False]), len(cost[True]), sum(cost[False]), sum(cost[True])))

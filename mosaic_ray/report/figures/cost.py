@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from ...core.types import STAGES
 from ...core.units import size
 from ..load import NotAvailable, RunReport
 from ..text import duration, percent
@@ -104,13 +103,12 @@ def time(run: RunReport) -> Drawing:
 
 def time_frame(run: RunReport) -> pd.DataFrame:
     """Return seconds per stage: spent, waiting for another run, and when the result was computed."""
-    records = run.summary.stages or {}
     rows = [
         {
             "stage": name, "state": "cached" if record.cached else "computed", "seconds": record.seconds or 0.0,
             "waited": record.waited_seconds or 0.0, "when computed": record.computed_seconds or 0.0,
         }
-        for name in STAGES if (record := records.get(name))
+        for name, record in (run.summary.stages or {}).items()
     ]  # fmt: skip
     if not rows:
         raise NotAvailable("the run ended before its first stage did")
