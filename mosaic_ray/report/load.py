@@ -272,10 +272,11 @@ def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
     plan = _checked(PlanFile, folder / "plan.json")
     results = folder / "results.parquet"
     rows = read_results(results).to_pylist() if results.is_file() else []
-    rows = [{name: row.get(name) for name in SCHEMA.names} for row in rows]
     points = [plan.knobs] if plan.points is None else plan.points
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
-    return kind(folder, plan, pd.DataFrame(rows, columns=SCHEMA.names), rows, swept, setting_knobs(swept))
+    names = list(dict.fromkeys([*SCHEMA.names, *next(iter(rows), ()), *swept]))
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    return kind(folder, plan, pd.DataFrame(rows, columns=names), rows, swept, setting_knobs(swept))
 
 
 T = TypeVar("T", Summary, PlanFile)

@@ -57,14 +57,15 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
 def _accuracy(summary: Summary) -> Table:
     """Show accuracies in percent; the gain is final minus control, in points."""
     values = summary.accuracy or {}
-    optimiser = (summary.config or {}).get("federation", {}).get("optimiser", "fedavg")
-    optimiser = {"fedavg": "FedAvg"}.get(optimiser, optimiser)
+    federation = (summary.config or {}).get("federation", {})
+    strategy = federation.get("strategy") or federation.get("optimiser", "fedavg")  # an older name
+    strategy = {"fedavg": "FedAvg"}.get(strategy, strategy)
     rows = {
-        "initial": f"{optimiser} after the warm-up",
+        "initial": f"{strategy} after the warm-up",
         "teacher": "teacher",
         "distilled": "student, distilled",
         "final": "student after the closing rounds (final)",
-        "control": f"{optimiser} after the same rounds (control)",
+        "control": f"{strategy} after the same rounds (control)",
     }
     seed = "-" if summary.seed is None else summary.seed
     table = _table(f"{summary.method or 'run'}, seed {seed}", "test accuracy", "gain over control")

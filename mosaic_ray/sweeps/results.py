@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv as pc
 import pyarrow.parquet as pq
 
+from ..config.plugins import ALIASES
 from ..config.resolve import KNOBS, dotted
 from ..core.errors import RequestError
 from ..core.types import ROLES, STAGES
@@ -46,15 +47,23 @@ class TrialResult:
     summary: Mapping[str, Any]
 
 
+def _type(column: str) -> pa.DataType:
+    """Return the type of a knob's column, or of a column of a stage; a list of numbers is stored as JSON text."""
+    if column in KNOBS:
+        return {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}.get(KNOBS[column].type, pa.string())
+    return pa.bool_() if column.startswith("cached_") else pa.float64()
+
+
 def _schema() -> pa.Schema:
-    """Return all columns; a list of numbers is stored as JSON text."""
-    types = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+    """Return the columns of every sweep; an older name of a knob has a column beside the knob's own."""
     whole, number, text, flag = pa.int64(), pa.float64(), pa.string(), pa.bool_()
+    older = {knob: name for name, knob in ALIASES.items()}
     columns = {
         "trial": text, "point": whole, "seed": whole, "status": text,
         "error": text, "error_stage": text, "error_round": whole, "error_client": whole,
     }  # fmt: skip
-    columns |= {name: types.get(knob.type, text) for name, knob in KNOBS.items() if name not in columns}
+    knobs = (name for knob in KNOBS for name in (knob, older.get(knob, knob)))
+    columns |= {name: _type(name) for name in knobs if name not in columns}
     columns |= {f"accuracy_{role}": number for role in ROLES} | {f"validation_{role}": number for role in ROLES}
     columns |= {"selection_metric": text, "selection": number, "gain": number}
     columns |= {f"seconds_{stage}": number for stage in STAGES} | {f"cached_{stage}": flag for stage in STAGES}
@@ -75,11 +84,13 @@ def _finite(value: float | None) -> float | None:
 
 
 def _row(result: TrialResult) -> Row:
-    """Return a trial's values under the names of ``SCHEMA``; None for those absent from its summary."""
+    """Return a trial's values by column, those of ``SCHEMA`` first; None for those absent from its summary."""
     summary, row = result.summary, Row.fromkeys(SCHEMA.names)
     for name, value in (dict(result.knobs) | dotted(summary.get("config") or {})).items():
         if name in KNOBS:  # a summary of another version may name others
             row[name] = json.dumps(list(value)) if isinstance(value, list | tuple) else value
+    for older, knob in ALIASES.items():
+        row[older] = row[knob] = row[older] if row[knob] is None else row[knob]
     row |= {"trial": result.trial, "point": result.point, "seed": result.seed}
     row |= {name: summary.get(name) for name in ("status", "error")}
     row |= {f"error_{name}": summary.get(name) for name in ("stage", "round", "client")}
@@ -89,7 +100,7 @@ def _row(result: TrialResult) -> Row:
     row["gain"] = None if final is None or control is None else final - control
     selection = summary.get("selection") or {}
     row |= {"selection_metric": selection.get("metric"), "selection": _finite(selection.get("value"))}
-    stages = {name: stage for name, stage in (summary.get("stages") or {}).items() if name in STAGES}
+    stages = summary.get("stages") or {}
     row |= {f"seconds_{name}": stage.get("computed_seconds") for name, stage in stages.items()}
     row |= {f"cached_{name}": stage.get("cached") for name, stage in stages.items()}
     if stages:
@@ -102,15 +113,22 @@ def _row(result: TrialResult) -> Row:
 
 
 def _rows(results: Iterable[TrialResult]) -> list[Row]:
-    return [_row(result) for result in sorted(results, key=lambda result: (result.point, result.seed))]
+    """Return the rows by point and seed, all with the same names."""
+    rows = [_row(result) for result in sorted(results, key=lambda result: (result.point, result.seed))]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def results_table(results: Iterable[TrialResult]) -> pa.Table:
     """Return one row for each trial, by point and seed, in the columns of ``SCHEMA``.
 
-    The seconds of a cached stage are the time it took the trial that computed it.
+    Swept knobs of plug-ins, and stages that a method adds, have columns after those. The seconds of a cached stage are
+    the time it took the trial that computed it.
     """
-    return pa.Table.from_pylist(_rows(results), schema=SCHEMA)
+    results = list(results)
+    rows, swept = _rows(results), {name for result in results for name in result.knobs}
+    more = [name for name in next(iter(rows), ()) if name not in SCHEMA.names and (name in swept or name not in KNOBS)]
+    return pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *((name, _type(name)) for name in more)]))
 
 
 def results_files(table: pa.Table) -> dict[str, bytes]:
@@ -122,7 +140,7 @@ def results_files(table: pa.Table) -> dict[str, bytes]:
 
 
 def read_results(path: Path) -> pa.Table:
-    """Read results.parquet; ``RequestError`` where it is damaged or no sweep's."""
+    """Read results.parquet, an older version's too; ``RequestError`` where it is damaged or no sweep's."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -137,6 +155,10 @@ def read_results(path: Path) -> pa.Table:
             f"{path}: damaged, half written or no sweep's results; remove it and give the same command again "
             "(it is made again from the trials), or add --fresh"
         )
+    for pair in ALIASES.items():
+        for there, missing in (pair, pair[::-1]):
+            if there in table.column_names and missing not in table.column_names:
+                table = table.append_column(missing, table[there])
     return table
 
 
@@ -162,12 +184,13 @@ def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
     )
     start = plugin_data_pb2.SessionStartInfo(start_time_secs=now)
     for name in knobs:
-        if isinstance(row[name], bool):
-            start.hparams[name].bool_value = row[name]
-        elif isinstance(row[name], int | float):
-            start.hparams[name].number_value = row[name]
-        elif row[name] is not None:
-            start.hparams[name].string_value = row[name]
+        value = row.get(name)
+        if isinstance(value, bool):
+            start.hparams[name].bool_value = value
+        elif isinstance(value, int | float):
+            start.hparams[name].number_value = value
+        elif value is not None:
+            start.hparams[name].string_value = value
     status = api_pb2.STATUS_FAILURE if row["status"] == "failed" else api_pb2.STATUS_SUCCESS
     end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
 

@@ -40,7 +40,36 @@ def test_the_schema_does_not_depend_on_the_rows() -> None:
     kinds = {int: pa.int64(), float: pa.float64(), bool: pa.bool_(), str: pa.string()}
     for name, knob in KNOBS.items():
         assert SCHEMA.field(name).type == kinds.get(knob.type, pa.string()), name
-    assert [name for name in SCHEMA.names if name in KNOBS and name != "seed"] == [n for n in KNOBS if n != "seed"]
+    own = [name for name in SCHEMA.names if name in KNOBS and name not in ("seed", "federation.optimiser")]
+    assert own == [name for name in KNOBS if name != "seed"]
+    beside = SCHEMA.names.index("federation.strategy")
+    assert SCHEMA.names[beside + 1] == "federation.optimiser"
+
+
+def test_an_older_name_of_a_knob_has_the_same_values(tmp_path: Path) -> None:
+    lost = TrialResult("p002s0", 2, 0, {"federation.optimiser": "fedprox"}, {"status": "failed"})
+    old = trial(3)
+    old.summary["config"]["federation"]["optimiser"] = old.summary["config"]["federation"].pop("strategy")
+    table = results_table([trial(0), trial(1, 0, {"federation.strategy": "fedrolex"}), lost, old])
+    names = ["federation.strategy", "federation.optimiser"]
+    assert [table[name].to_pylist() for name in names] == [["fedavg", "fedrolex", "fedprox", "fedavg"]] * 2
+    for name in names:  # files of versions that had one of them
+        (tmp_path / "results.parquet").write_bytes(results_files(table.drop_columns(name))["results.parquet"])
+        assert read_results(tmp_path / "results.parquet").select(names) == table.select(names)
+
+
+def test_swept_knobs_and_stages_of_plugins_have_columns_of_their_own() -> None:
+    swept = trial(1, 0, {"federation.strategy": "fedprox", "fedprox.mu": 0.5})
+    swept.summary["stages"]["class_means"] = {"cached": True, "key": "k", "computed_seconds": 3.0}
+    table = results_table([trial(0), swept])
+    assert table.schema.names[: len(SCHEMA)] == SCHEMA.names
+    more = {name: table[name].to_pylist() for name in table.schema.names[len(SCHEMA) :]}
+    stage = {"seconds_class_means": [None, 3.0], "cached_class_means": [None, True]}
+    assert more == {"fedprox.mu": [None, 0.5]} | stage
+    assert table.schema.field("fedprox.mu").type == pa.float64()
+    plain = trial(0, 0, {"federation.strategy": "fedprox"})
+    assert results_table([plain]).schema == SCHEMA, "it is not swept"
+    assert hparams_file(trial(0), ["fedprox.mu"]), "a trial without it"
 
 
 def test_a_row_holds_what_the_summary_says() -> None:
