@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from ..config.registry import DATASETS, METHODS, STRATEGIES
+from ..config import plugins
+from ..config.registry import DATASETS
 from ..config.resolve import check_value, read_toml, resolve
 from ..config.schema import DataConfig, ExperimentConfig
+from ..config.user_code import load_object
 from ..core.errors import RequestError, neighbours
 
 if TYPE_CHECKING:
@@ -70,25 +72,34 @@ def sweep_request(
 
 
 def compare_plan(methods: str) -> SweepPlan:
-    """Return a plan with one point for each METHOD, OPTIMISER (with method fedavg) or METHOD+OPTIMISER."""
+    """Return a plan with one point for each METHOD, STRATEGY (with method fedavg) or METHOD+STRATEGY.
+
+    A method or strategy is named as in its knob; strategies joined by + combine.
+    """
     from ..sweeps.space import SweepPlan
 
-    def point(word: str) -> dict[str, str]:
-        if word in METHODS:
-            return {"method": word}
-        method, plus, optimiser = word.partition("+")
-        if not plus:
-            method, optimiser = "fedavg", word
-        if method not in METHODS or optimiser not in STRATEGIES:
-            raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*METHODS, *STRATEGIES})}")
-        return {"method": method, "federation.optimiser": optimiser}
-
     words = [word.strip() for word in methods.split(",")]
-    points = tuple(map(point, words))
-    optimisers = [p["federation.optimiser"] for p in points if "federation.optimiser" in p]
+    points = tuple(map(_compared, words))
+    strategies = [p["federation.strategy"] for p in points if "federation.strategy" in p]
     # where each point names its own, narrow widths need not suit the default one
-    base = {"federation.optimiser": optimisers[0]} if len(optimisers) == len(points) else {}
+    base = {"federation.strategy": strategies[0]} if len(strategies) == len(points) else {}
     return SweepPlan(summary=f"methods side by side: {', '.join(words)}", points=points, base=base)
+
+
+def _compared(word: str) -> dict[str, str]:
+    from ..methods.base import Method
+
+    known = plugins.entries("methods"), plugins.entries("strategies")
+    first, plus, rest = word.partition("+")
+    own = isinstance(load_object(f"--methods {word}", first), Method) if ":" in first else first in known[0]
+    method, strategy = (first, rest) if own else ("fedavg", word)
+    if not (own and not plus):
+        for name in plugins.parts(strategy):
+            if ":" not in name and name not in known[1]:
+                raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*known[0], *known[1]})}")
+        plugins.strategy_named(strategy)
+        return {"method": method, "federation.strategy": strategy}
+    return {"method": method}
 
 
 def cluster_request(space: str | None, options: ConfigOptions) -> ClusterRequest:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 from door import ask, refusal
@@ -18,17 +20,39 @@ NARROW = "federation.widths=[1.0,0.5]"
     "methods, points",
     [
         ("fedavg,mosaic", [{"method": "fedavg"}, {"method": "mosaic"}]),
-        ("fedrolex", [{"method": "fedavg", "federation.optimiser": "fedrolex"}]),
-        (" mosaic , mosaic+heterofl", [{"method": "mosaic"}, {"method": "mosaic", "federation.optimiser": "heterofl"}]),
+        ("fedrolex", [{"method": "fedavg", "federation.strategy": "fedrolex"}]),
+        (" mosaic , mosaic+heterofl", [{"method": "mosaic"}, {"method": "mosaic", "federation.strategy": "heterofl"}]),
+        ("fedavg+fedrolex+fedprox", [{"method": "fedavg", "federation.strategy": "fedrolex+fedprox"}]),
+        ("fedrolex+fedprox", [{"method": "fedavg", "federation.strategy": "fedrolex+fedprox"}]),
     ],
 )
-def test_compare_takes_methods_optimisers_and_both(methods, points):
+def test_compare_takes_methods_strategies_and_both(methods, points):
     assert list(compare_plan(methods).points) == points
 
 
-def test_widths_are_allowed_where_every_point_names_its_optimiser():
-    assert compare_plan("fedrolex,mosaic+fedrolex").base == {"federation.optimiser": "fedrolex"}
-    assert compare_plan("fedrolex,mosaic").base == {}, "mosaic means the optimiser that is configured"
+LAB = Path(__file__).parents[1] / "plugins/lab"
+
+
+def test_compare_takes_plugins(tmp_path, monkeypatch):
+    """A method and a strategy are told apart by what the object is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("nearest_mean", "median"):
+        shutil.copy(LAB / f"{name}.py", tmp_path)
+    (tmp_path / "other.py").write_text("OTHER = 3\n")
+    method, strategy = "nearest_mean.py:NEAREST_MEAN", "median.py:MEDIAN"
+    assert list(compare_plan(f"{method},{strategy},{method}+fedrolex,mosaic+{strategy}").points) == [
+        {"method": method},
+        {"method": "fedavg", "federation.strategy": strategy},
+        {"method": method, "federation.strategy": "fedrolex"},
+        {"method": "mosaic", "federation.strategy": strategy},
+    ]
+    with pytest.raises(RequestError, match="other.py:OTHER: it is a int, not an instance of"):
+        compare_plan("other.py:OTHER")
+
+
+def test_widths_are_allowed_where_every_point_names_its_strategy():
+    assert compare_plan("fedrolex,mosaic+fedrolex").base == {"federation.strategy": "fedrolex"}
+    assert compare_plan("fedrolex,mosaic").base == {}, "mosaic means the strategy that is configured"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +85,7 @@ def test_methods_over_narrow_clients_share_their_rounds():
     words = {"seed": None, "sets": (NARROW,)}
     plan = compare_plan("fedrolex,mosaic+fedrolex")
     sweep = prepare(sweep_request("compare", words, plan=plan, seeds="0,1"))
-    assert {trial.config.federation.optimiser for trial in sweep.trials} == {"fedrolex"}
+    assert {trial.config.federation.strategy for trial in sweep.trials} == {"fedrolex"}
     assert [trial.config.method for trial in sweep.trials] == ["fedavg", "fedavg", "mosaic", "mosaic"]
     with pytest.raises(RequestError, match="fedavg trains whole models"):
         prepare(sweep_request("compare", words, plan=compare_plan("fedavg,fedrolex"), seeds="0"))

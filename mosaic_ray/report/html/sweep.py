@@ -13,6 +13,7 @@ import tomli_w
 from markupsafe import Markup
 
 from ...config.fields import short_names, shown
+from ...config.plugins import ALIASES
 from ...core.units import size
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
@@ -189,7 +190,7 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
 
 def _compared(plan: PlanFile) -> list[str]:
     """Return the methods of a `mosaic compare`; empty for any other sweep."""
-    names, tried = ("method", "federation.optimiser"), plan.points or []
+    names, tried = ("method", "federation.strategy", *ALIASES), plan.points or []
     if plan.space != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
         return []
     return ["+".join(point[name] for name in names if name in point) for point in tried]
