@@ -27,6 +27,7 @@ from ..core.types import Dataset
 from ..execution.backend import start_hosts, started
 from ..execution.ray_session import RAY_ENVIRONMENT, own_node
 from ..execution.resource_plan import Node, ResourcePlan
+from ..runs.plan import graph_of
 from .queue import TrialQueue
 from .results import HPARAMS_FILE, TrialResult, hparams_file
 from .state import SweepState, Trial
@@ -34,8 +35,8 @@ from .state import SweepState, Trial
 #: How often a trial is started again, at its last stored stage, after its process died.
 MAX_DEATHS = 2
 
-#: ASHA's time at the end of each stage with a validation accuracy; it halves the trials at times 1, 2, 4, 8, 16 ...
-RUNGS = {"warmup": 1, "teacher": 2, "distill": 4, "finetune": 4}
+#: ASHA's time at the end of the stage that makes the model of this role; it halves the trials at times 1, 2, 4, 8 ...
+RUNGS = {"initial": 1, "teacher": 2, "distilled": 4, "final": 4}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class TrialContext:
     datasets: Mapping[DataConfig, Any] = field(default_factory=dict)
     pool: tuple[Any, ...] = ()
     strict_health: bool = False
+
+
+def rungs(config: ExperimentConfig) -> dict[str, int]:
+    """Return ASHA's time at the end of each stage with a validation accuracy; a closing round adds its number."""
+    return {stage.name: RUNGS[stage.role] for stage in graph_of(config) if stage.role in RUNGS}
 
 
 def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
@@ -72,10 +78,12 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
     turn = trial.point % max(1, len(context.pool))  # so that trials begin at different hosts
     hosts = Placement(pool=context.pool[turn:] + context.pool[:turn], in_trial=True)
 
+    times = rungs(config)
+
     def on_metric(tag: str, step: int, value: float) -> None:
         stage, _, leaf = tag.partition("/")
-        if leaf == "validation_accuracy" and stage in RUNGS:
-            tune.report({"score": value, "rung": RUNGS[stage] + (step if stage == "finetune" else 0)})
+        if leaf == "validation_accuracy" and stage in times:
+            tune.report({"score": value, "rung": times[stage] + (step if stage == "finetune" else 0)})
 
     def finish(folder: Any, summary: dict[str, Any]) -> None:
         result = TrialResult(trial.name, trial.point, trial.seed, swept, summary)
@@ -166,7 +174,7 @@ class HalvingBySetting(FIFOScheduler):
     def __init__(self, setting: Sequence[str], num_rounds: int) -> None:
         """``setting``: knobs that trials must agree in to be compared; ``num_rounds``: the most closing rounds."""
         super().__init__()
-        self._setting, self._last_rung = setting, RUNGS["finetune"] + num_rounds
+        self._setting, self._last_rung = setting, RUNGS["final"] + num_rounds
         self._halvings: dict[Any, ASHAScheduler] = {}
         self._of: dict[str, ASHAScheduler] = {}
 

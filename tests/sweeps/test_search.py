@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -319,6 +320,23 @@ class Halving:
 
     def score(self, trial: str, rung: int, score: float, **config: object) -> bool:
         return self.result(trial, {"rung": rung, "score": score, "training_iteration": 1}, **config)
+
+
+LAB = Path(__file__).parents[1] / "plugins/lab"
+
+
+@pytest.mark.parametrize(
+    "method, own",
+    [
+        ("mosaic", {"teacher": 2, "distill": 4}),
+        ("fedavg", {}),
+        (f"{LAB / 'nearest_mean.py'}:NEAREST_MEAN", {"class_means": 4}),
+    ],
+)
+def test_the_stages_of_a_method_have_rungs(method, own):
+    from mosaic_ray.sweeps.tune import rungs
+
+    assert rungs(override(BASE, {"method": method})) == {"warmup": 1, "finetune": 4} | own
 
 
 def test_the_worse_half_at_a_rung_is_stopped():
