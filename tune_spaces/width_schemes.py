@@ -15,10 +15,10 @@ def plan() -> SweepPlan:
     return SweepPlan(
         summary="widths 1, 1/2, 1/4, 1/8: three ways to choose channels, and Mosaic over FedRolex",
         points=tuple(
-            {"federation.optimiser": optimiser, "method": method}
-            for optimiser, method in (
+            {"federation.strategy": strategy, "method": method}
+            for strategy, method in (
                 ("heterofl", "fedavg"), ("feddropout", "fedavg"), ("fedrolex", "fedavg"), ("fedrolex", "mosaic"),
             )
         ),
-        base={"federation.optimiser": "fedrolex", "federation.widths": (1.0, 0.5, 0.25, 0.125)},
+        base={"federation.strategy": "fedrolex", "federation.widths": (1.0, 0.5, 0.25, 0.125)},
     )  # fmt: skip
