@@ -46,7 +46,7 @@ def test_compare_takes_plugins(tmp_path, monkeypatch):
         {"method": method, "federation.strategy": "fedrolex"},
         {"method": "mosaic", "federation.strategy": strategy},
     ]
-    with pytest.raises(RequestError, match="other.py:OTHER: it is a int, not an instance of"):
+    with pytest.raises(RequestError, match=r"other\.py:OTHER: it is a int, not an instance of"):
         compare_plan("other.py:OTHER")
 
 
