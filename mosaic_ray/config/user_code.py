@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,20 +39,23 @@ def users_code(what: str) -> Iterator[None]:
         sys.path.remove(here)
 
 
-def load_object(what: str, word: str) -> Any:
+def load_object(what: str, word: str, *, function: bool = False) -> Any:
     """Return the object that ``word`` names: ``package.module:name``, or ``path/to/file.py:name``.
 
     A relative path counts from the working directory, then from the directories of Python's path: Ray puts the
     directory that a command was started in there. If the object is callable, call it inside ``users_code`` too.
-    Raises ``RequestError``, which begins with ``what``, for a malformed word, an unknown name and a module that fails.
+    Raises ``RequestError``, which begins with ``what``, for a malformed word, an unknown name (with ``function``: of
+    something callable) and a module that fails.
     """
-    source, name = _split(what, word)
+    kind = "function" if function else "name"
+    source, name = _split(what, word, kind)
     with users_code(what):
         module = _load_source(what, source)
         found = getattr(module, name, None)
-    if found is None:
-        others = [other for other in vars(module) if not other.startswith("_")]
-        raise RequestError(f'{what}: no "{name}" there' + (f"; {neighbours(name, others)}" if others else ""))
+    if found is None or (function and not callable(found)):
+        others = [n for n, o in vars(module).items() if n[0] != "_" and (not function or inspect.isfunction(o))]
+        missing = f"function {name}()" if function else f'"{name}"'
+        raise RequestError(f"{what}: no {missing} there" + (f"; {neighbours(name, others)}" if others else ""))
     return found
 
 
@@ -83,7 +87,8 @@ def load_file(what: str, path: str) -> types.ModuleType:
     try:
         source = Path(path).read_bytes()
     except OSError as error:
-        raise RequestError(f"{what}: {path}: {error.strerror}") from None
+        where = what if what.endswith(path) else f"{what}: {path}"
+        raise RequestError(f"{where}: {error.strerror}") from None
     name = f"user_{re.sub(r'[^a-zA-Z0-9_]', '_', Path(path).stem)}_{hashlib.sha256(source).hexdigest()[:20]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -101,52 +106,24 @@ def is_file_module(module: types.ModuleType) -> bool:
     return module.__name__.startswith("user_")
 
 
-def _split(what: str, word: str) -> tuple[str, str]:
+def _split(what: str, word: str, kind: str = "name") -> tuple[str, str]:
     """Return the module or file, and the name in it."""
     source, _, name = word.rpartition(":")
     if not (name.isidentifier() and (source.endswith(".py") or all(map(str.isidentifier, source.split("."))))):
-        raise RequestError(f"{what}: it takes a name, module:name or FILE.py:name")
+        raise RequestError(f"{what}: it takes a name, module:{kind} or FILE.py:{kind}")
     return source, name
 
 
 def _load_source(what: str, source: str) -> types.ModuleType:
-    return load_file(what, source) if source.endswith(".py") else import_module(what, source)
-
-
-def load_function(what: str, word: str) -> Callable[..., Any]:
-    """The function that ``word``, module:function, names; to be called inside ``users_code`` too."""
-    module, _, function = word.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise RequestError(f"{what}: it takes a name or module:function")
-    with users_code(what):
-        return function_of(what, import_module(what, module), function)
-
-
-def function_of(what: str, module: types.ModuleType, function: str) -> Callable[..., Any]:
-    """What ``module`` can call under the name ``function``."""
-    found = getattr(module, function, None)
-    if not callable(found):
-        others = [name for name, value in vars(module).items() if isinstance(value, types.FunctionType)]
-        near = f"; {neighbours(function, others)}" if others else ""
-        raise RequestError(f"{what}: no function {function}() there{near}")
-    return found
-
-
-def import_module(what: str, name: str) -> types.ModuleType:
-    """The module ``name``; inside ``users_code``."""
+    if source.endswith(".py"):
+        return load_file(what, source)
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(source)
     except ModuleNotFoundError as error:
-        if error.name and f"{name}.".startswith(f"{error.name}."):  # not one that it asks for in turn
-            raise RequestError(
-                f'{what}: no module "{error.name}" on Python\'s path or in the working directory'
-            ) from None
+        if error.name and f"{source}.".startswith(f"{error.name}."):  # not one that it asks for in turn
+            missing = f'no module "{error.name}" on Python\'s path or in the working directory'
+            raise RequestError(f"{what}: {missing}") from None
         raise
-
-
-def source_digest(word: str) -> str:
-    """Return ``digest_of`` the network ``word``."""
-    return digest_of(word, f"model.classifier = {word}")
 
 
 def _blame(what: str, error: BaseException) -> NoReturn:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..config.user_code import load_function, users_code
+from ..config.user_code import load_object, users_code
 from ..core.errors import RequestError
 from ..core.seeding import seeded
 
@@ -35,11 +35,11 @@ def user_network(name: str, **asked: int) -> tuple[nn.Module, nn.Linear]:
 
 def _built(name: str, **asked: int) -> nn.Module:
     what = f"model.classifier = {name}"
-    build = load_function(what, name)
+    build = load_object(what, name, function=True)
     with users_code(what):
         made = build(**asked)
     if not isinstance(made, nn.Module):
-        function = name.partition(":")[2]
+        function = name.rpartition(":")[2]
         raise RequestError(f"{what}: {function}() returned {type(made).__name__}, not a torch.nn.Module")
     return made
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import os
 import pkgutil
-import sys
-import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config.presets import preset_knobs
 from ..config.resolve import KNOBS, check_value
-from ..config.user_code import function_of, import_module, users_code
+from ..config.user_code import load_object, users_code
 from ..core.errors import RequestError, neighbours
 
 SEARCHES = ("grid", "random", "optuna")
@@ -76,45 +73,24 @@ def list_spaces() -> dict[str, str]:
 
 def load_space(word: str) -> tuple[str, SweepPlan]:
     """Return a short name and the plan of ``word``: a shipped name, ``module:function`` or a ``.py`` file."""
-    module, colon, function = word.partition(":")
-    if word.endswith(".py"):
-        return Path(word).stem, _plan_of(word, lambda: _run_file(word))
-    if not colon:
-        known = _shipped()
-        if word not in known:
+    what, place = f"--space {word}", f"{word}:plan" if word.endswith(".py") else word
+    if ":" not in place:
+        if word not in (known := _shipped()):
             near = neighbours(word, known)
-            raise RequestError(f"--space {word}: unknown space; {near} (or give module:function or FILE.py)")
-        return word, _plan_of(word, lambda: importlib.import_module(f"{SHIPPED}.{word}"))
-    if not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise RequestError(f"--space {word}: it takes a name, module:function or FILE.py")
-    plan = _plan_of(word, lambda: import_module(f"--space {word}", module), function)
-    return module.rsplit(".", 1)[-1] if function == "plan" else function, plan
+            raise RequestError(f"{what}: unknown space; {near} (or give module:function or FILE.py)")
+        place = f"{SHIPPED}.{word}:plan"
+    function = load_object(what, place, function=True)
+    with users_code(what):
+        plan = function()
+    source, _, name = place.rpartition(":")
+    if not isinstance(plan, SweepPlan):
+        raise RequestError(f"{what}: {name}() returned {type(plan).__name__}, not a SweepPlan")
+    module = Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]
+    return module if name == "plan" else name, plan
 
 
 def _shipped() -> list[str]:
     return sorted(found.name for found in pkgutil.iter_modules(importlib.import_module(SHIPPED).__path__))
-
-
-def _plan_of(word: str, load: Callable[[], types.ModuleType], function: str = "plan") -> SweepPlan:
-    """Return the plan that ``function`` of the loaded module makes."""
-    with users_code(f"--space {word}"):
-        made = function_of(f"--space {word}", load(), function)()
-    if not isinstance(made, SweepPlan):
-        raise RequestError(f"--space {word}: {function}() returned {type(made).__name__}, not a SweepPlan")
-    return made
-
-
-def _run_file(path: str) -> types.ModuleType:
-    """Run a file as a module, compiled from its present content: no cache is read or written."""
-    module = types.ModuleType("_mosaic_space")
-    module.__file__ = os.path.abspath(path)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    try:
-        source = Path(path).read_bytes()
-    except OSError as error:
-        raise RequestError(f"--space {path}: {error.strerror}") from None
-    exec(compile(source, path, "exec", dont_inherit=True), vars(module))
-    return module
 
 
 # --- checking ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ModelConfig
-from mosaic_ray.config.user_code import source_digest
+from mosaic_ray.config.user_code import digest_of
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.execution.placement import Placement
@@ -180,13 +180,13 @@ def test_the_function_of_a_package_and_a_changed_file(lab, tmp_path):
     (tmp_path / "my_test_lab" / "parts.py").write_text(NET)
     word = "my_test_lab.nets:build"
     check_models(override(TINY, {"model.classifiers": ("cnn", word)}), FACTS)
-    digest = source_digest(word)
-    assert len(digest) == 20 and digest == source_digest("my_test_lab.nets:other") and source_digest("cnn") == ""
-    assert digest != source_digest("my_test_lab.parts:build")
+    digest = digest_of(word)
+    assert len(digest) == 20 and digest == digest_of("my_test_lab.nets:other") and digest_of("cnn") == ""
+    assert digest != digest_of("my_test_lab.parts:build")
     (tmp_path / "my_test_lab" / "nets.py").write_text("from .parts import Net, build  # other\n")
-    assert source_digest(word) != digest
+    assert digest_of(word) != digest
     with pytest.raises(RequestError, match=r"^model.classifier = my_test_lab:build: my_test_lab is no file"):
-        source_digest("my_test_lab:build")
+        digest_of("my_test_lab:build", "model.classifier = my_test_lab:build")
 
 
 ASKED = "def build(num_classes, channels, image_size, width):\n"
@@ -245,7 +245,7 @@ def test_batch_norm_is_asked_for_where_it_is_read(lab, knobs):
     "word, says",
     [
         ("no_such_lab.x:build", 'no module "no_such_lab" on Python\'s path or in the working directory'),
-        ("..:build", "it takes a name or module:function"),
+        ("..:build", "it takes a name, module:function or FILE.py:function"),
         ("json:build", "no function build() there; it may be detect_encoding, dump, dumps, load, loads"),
     ],
 )
