@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.plugins import load
 from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml
@@ -20,12 +22,16 @@ from ..core.errors import RequestError, RunError
 from ..core.serialization import from_json
 from ..core.types import Dataset, Finding, Weights
 from ..storage.filesystem import write_whole
+from ..storage.hashing import plain, request_name
 from .summary import StageRecord, Summary, build_summary, versions
 
 if TYPE_CHECKING:
     from ..execution.placement import Placement
+    from ..pipeline.context import RunContext
     from ..storage.store import Store
     from ..tracking.tracker import Tracker
+
+T = TypeVar("T")
 
 #: Bytes of a run's or a sweep's name; file systems take 255, and some are ours.
 MAX_NAME = 200
@@ -35,14 +41,10 @@ MAX_REPAIRS = 5
 
 
 def default_name(config: ExperimentConfig) -> str:
-    """The same request gives the same name, so that the same command resumes."""
-    from ..storage.store import stage_key
-
+    """Return the default name of a run; the same request gives the same name, so that the same command resumes."""
     changed = {name: value for name, value in flatten(config).items() if value != KNOBS[name].default}
-    tail = stage_key("run", 2, changed, []).rpartition("-")[2][:8]
-    data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
-    method = load("methods", config.method).name
-    return f"{data}-{method}-{config.algorithm}-s{config.seed}-{tail}"
+    words = plain(config.data.name), load("methods", config.method).name, config.algorithm, f"s{config.seed}"
+    return request_name("run", 2, changed, *words)
 
 
 def run(
@@ -66,17 +68,10 @@ def run(
     check_name(name, "runs")
     dataset, store = prepare(config, storage, address, fresh)
     config = settle_precision(config)
-    place = f"runs/{name or default_name(config)}"
     return execute(
-        config,
-        dataset,
-        store,
-        place,
-        Placement(address),
-        command=command,
-        progress=progress,
-        strict_health=strict_health,
-    )
+        config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
+        strict_health=strict_health, progress=progress,
+    )  # fmt: skip
 
 
 def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store]:
@@ -109,6 +104,39 @@ def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
     return datasets
 
 
+@contextlib.contextmanager
+def open_run(
+    config: ExperimentConfig, dataset: Dataset, store: Store, tracker: Tracker, hosts: Placement, **fields: Any
+) -> Iterator[RunContext]:
+    """Open a run of ``config`` with its device, threads and clients; ``fields`` are more fields of ``RunContext``."""
+    import torch
+
+    from ..execution.precision import device_of
+    from ..federated.client import ClientContext
+    from ..pipeline.context import RunContext
+
+    torch.set_num_threads(config.runtime.driver_threads)
+    client = ClientContext(config, dataset.facts, device_of(config))
+    ctx = RunContext(config, dataset, client, store, tracker, **fields)
+    ctx.backend = hosts.backend(config, dataset.facts, ctx.shard, tracker.say)
+    try:
+        yield ctx
+    finally:
+        ctx.backend.close()
+
+
+def with_repairs(store: Store, compute: Callable[[], T]) -> T:
+    """Return ``compute()``, which begins again where a stored result that it reads turns out to be damaged."""
+    from ..storage.store import CorruptResult
+
+    for _ in range(MAX_REPAIRS):
+        try:
+            return compute()
+        except CorruptResult as damaged:  # it went bad after it was looked up
+            store.discard(damaged.key)
+    raise RunError(f"stored results under {store.uri} keep being damaged; is the disk sound?")
+
+
 def execute(
     config: ExperimentConfig,
     dataset: Dataset,
@@ -117,59 +145,62 @@ def execute(
     hosts: Placement,
     *,
     command: list[str] | None = None,
-    progress: bool | None = None,
     strict_health: bool = False,
     log_file: bool = False,
-    on_metric: Callable[[str, int, float], None] | None = None,
-    on_stage: Callable[[str], None] | None = None,
     finish: Callable[[Path, dict[str, Any]], None] | None = None,
+    **watch: Any,
 ) -> dict[str, Any]:
-    """The experiment, and its files in the folder ``place`` of ``store``; returns the content of summary.json.
+    """Run the experiment, write its files into the folder ``place`` of ``store``, and return summary.json's content.
 
-    ``log_file``: what is said goes to log.txt instead of standard error. ``on_metric`` and ``on_stage`` are the
-    tracker's; ``finish(folder, summary)`` may add files of its own.
-    Whatever fails ends in a ``RunError`` with its address, and in the folder.
+    ``log_file``: messages go to log.txt instead of standard error. ``watch``: options of the ``Tracker``.
+    ``finish(folder, summary)`` may add files of its own. A failure ends in a ``RunError`` with its address, and in the
+    folder.
     """
-    from ..storage.store import CorruptResult
-    from ..tracking.tracker import Tracker
+    from safetensors.numpy import save
 
-    local = store.local_root
-    name = place.rpartition("/")[2]
+    from ..execution.malloc import keep_freed
+    from ..tracking.tensorboard_images import TensorBoardImages
+    from ..tracking.tracker import Tracker
+    from .experiment import run_experiment
+
+    local, name = store.local_root, place.rpartition("/")[2]
     folder = local / place if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
     _keep_other(folder, config)
     log: dict[str, dict[str, Any]] = {}
     findings: list[Finding] = []
+
+    def compute() -> tuple[dict[str, Any], Weights]:
+        log.clear()
+        findings.clear()
+        with (
+            open(folder / "log.txt", "a", encoding="utf-8", buffering=1) if log_file else nullcontext() as stream,
+            Tracker(folder, stream=stream, **watch) as tracker,
+            open_run(config, dataset, store, tracker, hosts, log=log, findings=findings, strict=strict_health) as ctx,
+        ):
+            store.log = tracker.warn
+            if command:
+                tracker.text("run/command", f"    {shlex.join(command)}")
+            ctx.distil = lambda task, report: hosts.distil(task, report, store.where(f"{place}/train"))
+            boards = TensorBoardImages(tracker, config, dataset, ctx.results, ctx.generators)
+            boards.begin()
+            tracker.before_stage = boards.catch_up
+            results = run_experiment(ctx)
+            boards.catch_up()
+        student = results.pop("student")
+        return build_summary(config, ctx, results).to_json(), student
+
+    keep_freed()
     try:
         write_whole(folder / "config.toml", to_toml(config).encode())
         if command:
             write_whole(folder / "command.txt", (shlex.join(command) + "\n").encode())
-        for _ in range(MAX_REPAIRS):
-            log.clear()
-            findings.clear()
-            try:
-                with (
-                    _log(folder) if log_file else contextlib.nullcontext() as stream,
-                    Tracker(
-                        folder, progress=progress, stream=stream, on_metric=on_metric, on_stage=on_stage
-                    ) as tracker,
-                ):
-                    store.log = tracker.warn
-                    if command:
-                        tracker.text("run/command", f"    {shlex.join(command)}")
-                    train = str(folder / "train") if local else store.where(f"{place}/train")
-                    watched = {"log": log, "findings": findings, "strict": strict_health}
-                    summary, student = _run_once(config, dataset, store, tracker, hosts, train, watched)
-                break
-            except CorruptResult as damaged:  # it went bad after it was looked up
-                store.discard(damaged.key)
-        else:
-            raise RunError(f"stored results under {store.uri} keep being damaged; is the disk sound?")
-        summary["paths"] = {"run": str(folder), "tensorboard": str(folder / "tensorboard")}
-        if not local:
-            summary["paths"] = {"run": store.where(place), "tensorboard": store.where(f"{place}/tensorboard")}
+        summary, student = with_repairs(store, compute)
+        summary["paths"] = {"run": store.where(place), "tensorboard": store.where(f"{place}/tensorboard")}
         if finish:
             finish(folder, summary)
-        _write_files(folder, summary, student)
+        write_whole(folder / "label_counts.json", json.dumps({"label_counts": summary["label_counts"]}).encode())
+        write_whole(folder / "student.safetensors", save(student))
+        write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     except (RequestError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -195,43 +226,6 @@ def check_name(name: str | None, below: str) -> None:
         raise RequestError(
             f"--name {name}: it names a folder below {below}/, so it has 1 to {MAX_NAME} bytes and holds no / or \\"
         )
-
-
-def _run_once(
-    config: ExperimentConfig,
-    dataset: Dataset,
-    store: Store,
-    tracker: Tracker,
-    hosts: Placement,
-    train: str,
-    watched: Mapping[str, Any],
-) -> tuple[dict[str, Any], Weights]:
-    """The experiment on its hosts, and the summary of it; ``watched`` are fields of ``Run``, of which ``log`` and
-    ``findings`` are filled stage by stage. ``train``: Ray Train's."""
-    import torch
-
-    from ..execution.malloc import keep_freed
-    from ..federated.client import ClientContext
-    from ..pipeline.context import RunContext
-    from ..tracking.tensorboard_images import TensorBoardImages
-    from .experiment import run_experiment
-
-    keep_freed()
-    torch.set_num_threads(config.runtime.driver_threads)
-    device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-    ctx = RunContext(config, dataset, ClientContext(config, dataset.facts, device), store, tracker, **watched)
-    ctx.backend = hosts.backend(config, dataset.facts, ctx.shard, tracker.say)
-    ctx.distil = lambda task, report: hosts.distil(task, report, train)
-    boards = TensorBoardImages(tracker, config, dataset, ctx.results, ctx.generators)
-    boards.begin()
-    tracker.before_stage = boards.catch_up
-    try:
-        results = run_experiment(ctx)
-        boards.catch_up()
-    finally:
-        ctx.backend.close()
-    student = results.pop("student")
-    return build_summary(config, ctx, results).to_json(), student
 
 
 def _failure(
@@ -267,32 +261,14 @@ def settle_precision(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _keep_other(folder: Path, config: ExperimentConfig) -> None:
-    """A run of the same name with another configuration is moved aside, never overwritten."""
+    """Make ``folder``; a run there with another configuration is moved aside, never overwritten."""
+    old, same = folder / "config.toml", False
     try:
-        old = folder / "config.toml"
-        if old.exists() and override(ExperimentConfig(), read_toml(old)) != config:
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            folder.rename(aside)
-        folder.mkdir(parents=True, exist_ok=True)
-    except RequestError:  # an older config.toml that this version cannot read: a different run
-        folder.rename(folder.with_name(f"{folder.name}.{os.getpid()}"))
+        with contextlib.suppress(RequestError):  # of a version with other knobs: a different run
+            same = not old.exists() or override(ExperimentConfig(), read_toml(old)) == config
+        if not same:
+            asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+            folder.rename(next(aside for aside in asides if not aside.exists()))
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--storage: {folder} cannot be made: {error.strerror or error}") from None
-
-
-def _log(folder: Path) -> TextIO:
-    return open(folder / "log.txt", "a", encoding="utf-8", buffering=1)
-
-
-def _write_files(folder: Path, summary: dict[str, Any], student: Any) -> None:
-    from safetensors.numpy import save
-
-    try:
-        write_whole(folder / "label_counts.json", json.dumps({"label_counts": summary["label_counts"]}).encode())
-        write_whole(folder / "student.safetensors", save(student))
-        write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    except OSError as error:
-        raise RunError(f"{folder}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""Canonical JSON of plain values, and the stage keys that are hashes of it."""
+"""Canonical JSON of plain values, and the stage keys and names of folders that are hashes of it."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def stage_key(stage: str, version: int, knobs: Mapping[str, Any], upstream: Sequ
     values = to_json_value(knobs, "knobs")
     asked = {"stage": stage, "version": int(version), "knobs": values, "upstream": list(upstream)}
     return f"{stage}-{hashlib.sha256(canonical_json(asked)).hexdigest()[:20]}"
+
+
+def request_name(kind: str, version: int, request: Mapping[str, Any], *words: str) -> str:
+    """Return the default name of a folder for ``request``: the ``words`` and 8 hex digits; equal requests share it."""
+    return "-".join([*words, stage_key(kind, version, request, []).rpartition("-")[2][:8]])
+
+
+def plain(path: str) -> str:
+    """Return the last part of ``path`` with _ for each character that is neither a letter nor a digit."""
+    return "".join(c if c.isalnum() else "_" for c in path.rpartition("/")[2])

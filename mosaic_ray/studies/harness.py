@@ -6,22 +6,22 @@ resumes at its last stored stage.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..config.resolve import as_dict, override, to_toml
 from ..config.schema import ExperimentConfig
-from ..core.errors import RunError
 from ..core.types import Dataset
-from ..storage.hashing import stage_key
+from ..storage.hashing import plain, request_name, stage_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,23 +50,11 @@ class StudyContext:
     hosts: Placement
     options: Mapping[str, Any]
 
-    @contextlib.contextmanager
-    def run(self, config: ExperimentConfig) -> Iterator[RunContext]:
+    def run(self, config: ExperimentConfig) -> AbstractContextManager[RunContext]:
         """Open a run of ``config``, to compute its stages one by one."""
-        import torch
+        from ..runs.runner import open_run
 
-        from ..federated.client import ClientContext
-        from ..pipeline.context import RunContext
-
-        torch.set_num_threads(config.runtime.driver_threads)
-        device = torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
-        context = ClientContext(config, self.dataset.facts, device)
-        run = RunContext(config, self.dataset, context, self.store, self.tracker)
-        run.backend = self.hosts.backend(config, self.dataset.facts, run.shard, self.tracker.say)
-        try:
-            yield run
-        finally:
-            run.backend.close()
+        return open_run(config, self.dataset, self.store, self.tracker, self.hosts)
 
 
 @dataclass(frozen=True)
@@ -137,7 +125,7 @@ def run_study(
     ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
     """
     from ..execution.placement import Placement
-    from ..runs.runner import check_name, prepare, settle_precision
+    from ..runs.runner import check_name, prepare, settle_precision, with_repairs
     from ..tracking.tracker import Tracker
 
     check_name(name, "experiments")
@@ -148,7 +136,8 @@ def run_study(
     with Tracker(None, progress=progress) as tracker:
         store.log = tracker.warn
         context = StudyContext(dataset, store, tracker, Placement(address), options)
-        results = [_one_seed(study, context, override(config, {"seed": seed})) for seed in seeds]
+        configs = [override(config, {"seed": seed}) for seed in seeds]
+        results = [with_repairs(store, partial(study.measure, context, config)) for config in configs]
     rows: list[Row] = [{"seed": seed, **row} for seed, r in zip(seeds, results, strict=True) for row in r.facts["rows"]]
     found = {
         "study": study.name, "command": command, "seeds": list(seeds), "options": dict(options),
@@ -167,24 +156,10 @@ def run_study(
     return found
 
 
-def _one_seed(study: Study, context: StudyContext, config: ExperimentConfig) -> StageResult:
-    """Measure with one seed; start again where a stored result is damaged, as a run does."""
-    from ..runs.runner import MAX_REPAIRS
-    from ..storage.store import CorruptResult
-
-    for _ in range(MAX_REPAIRS):
-        try:
-            return study.measure(context, config)
-        except CorruptResult as damaged:
-            context.store.discard(damaged.key)
-    raise RunError(f"stored results under {context.store.uri} keep being damaged; is the disk sound?")
-
-
 def default_name(study: Study, config: ExperimentConfig, seeds: Sequence[int], options: Mapping[str, Any]) -> str:
     """Return the default name; the same request gives the same name."""
     request = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
-    data = "".join(c if c.isalnum() else "_" for c in config.data.name.rpartition("/")[2])
-    return f"{study.name}-{data}-{stage_key('study', 1, request, []).rpartition('-')[2][:8]}"
+    return request_name("study", 1, request, study.name, plain(config.data.name))
 
 
 def over_seeds(rows: Sequence[Row], study: Study) -> list[dict[str, Any]]:

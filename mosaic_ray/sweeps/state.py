@@ -6,6 +6,7 @@ The status in a trial's summary.json says whether it has finished; all other fil
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import uuid
@@ -19,6 +20,7 @@ from ..config.schema import ExperimentConfig
 from ..config.validate import check
 from ..core.errors import RequestError
 from ..core.serialization import from_json
+from ..storage.hashing import plain, request_name
 
 if TYPE_CHECKING:
     from ..storage.store import Store
@@ -89,11 +91,8 @@ def make_trials(
 
 def plan_name(plan_json: Mapping[str, Any]) -> str:
     """Return the default name of a sweep. The same request gives the same name, so that the same command resumes."""
-    from ..storage.store import stage_key
-
-    data = "".join(c if c.isalnum() else "_" for c in plan_json["base"]["data"]["name"].rpartition("/")[2])
-    space = "".join(c if c.isalnum() else "_" for c in plan_json["space"].rpartition("/")[2].removesuffix(".py"))
-    return f"{space}-{data}-{stage_key('sweep', 1, plan_json, []).rpartition('-')[2][:8]}"
+    space, data = plan_json["space"].removesuffix(".py"), plan_json["base"]["data"]["name"]
+    return request_name("sweep", 1, plan_json, plain(space), plain(data))
 
 
 class SweepState:
@@ -183,13 +182,11 @@ class SweepState:
         self.store.write(f"{self.place}/{name}", (json.dumps(content, indent=1) + "\n").encode())
 
     def _move_aside(self) -> None:
-        number = 1
         try:
-            if not self.store.names(self.place):
-                return
-            while self.store.names(aside := f"{self.place}.{number}"):
-                number += 1
-            self.store.move(self.place, aside)
+            if self.store.names(self.place):
+                places = (f"{self.place}.{number}" for number in itertools.count(1))
+                aside = next(place for place in places if not self.store.names(place))
+                self.store.move(self.place, aside)
         except (OSError, NotImplementedError) as error:
             raise RequestError(
                 f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"
