@@ -15,9 +15,7 @@ from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from .data import data
 from .group import CommandGroup, resume_command
-from .options import RunOptions, common_options, listing, run_options
-from .output import print_parts, stdout_for_json
-from .report import report
+from .options import RunOptions, common_options, listing, print_parts, run_options, stdout_for_json
 from .request import ConfigOptions, cluster_request, parse_address, parse_config
 from .store import store
 from .study import experiment
@@ -124,6 +122,20 @@ def methods() -> None:
 
 
 @mosaic.command()
+@click.argument("path")
+@click.option("--out", metavar="FILE", help="File to write.  [default: report.html in the folder]")
+def report(path: str, out: str | None) -> None:
+    """Write one self-contained page about the results in PATH, and print the page's path.
+
+    PATH is a run's, a sweep's or a trial's folder, or a storage that holds only one run or sweep. An unfinished or
+    failed run is shown as far as it got.
+    """
+    from ..report.html.render import write_report
+
+    click.echo(write_report(path, out))
+
+
+@mosaic.command()
 @click.option("--storage", metavar="PATH|URI", help="Where results would go.  [default: ./mosaic_runs]")
 @common_options(
     "preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "host", "seed", "sets", "config"
@@ -157,7 +169,7 @@ def doctor(
     ctx.exit(worst)
 
 
-for command in (data, sweep, compare, spaces, report, store, experiment):
+for command in (data, sweep, compare, spaces, store, experiment):
     mosaic.add_command(command)
 
 

@@ -11,12 +11,9 @@ from .options import common_options, listing
 from .request import parse_config
 
 
-@click.group(cls=CommandGroup, invoke_without_command=True)
-@click.pass_context
-def data(ctx: click.Context) -> None:
+@click.group(cls=CommandGroup)
+def data() -> None:
     """List data sets, fetch one, or take in your own."""
-    if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
 
 
 @data.command("list")

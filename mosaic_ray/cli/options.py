@@ -1,8 +1,10 @@
-"""Options that several commands take."""
+"""Options that several commands take, and how commands print their results."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,3 +102,17 @@ def listing(title: str, rows: dict[str, str]) -> None:
     with formatter.section(title):
         formatter.write_dl(list(rows.items()))
     click.echo(formatter.getvalue())
+
+
+def print_parts(*parts: Any) -> None:
+    """Print tables and lines of text through rich, without markup; long paths are never broken."""
+    from rich.console import Console
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    for part in parts:
+        console.print(part, crop=False, soft_wrap=isinstance(part, str))
+
+
+def stdout_for_json(as_json: bool) -> contextlib.AbstractContextManager[Any]:
+    """Keep standard output for the JSON: with ``as_json`` all other output goes to standard error."""
+    return contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()

@@ -87,19 +87,19 @@ def compare_plan(methods: str) -> SweepPlan:
 
 
 def _compared(word: str) -> dict[str, str]:
+    """Return the knobs of a point: ``word`` is a method, strategies, or a method and strategies."""
     from ..methods.base import Method
 
-    known = plugins.entries("methods"), plugins.entries("strategies")
+    methods, strategies = plugins.entries("methods"), plugins.entries("strategies")
     first, plus, rest = word.partition("+")
-    own = isinstance(load_object(f"--methods {word}", first), Method) if ":" in first else first in known[0]
+    own = isinstance(load_object(f"--methods {word}", first), Method) if ":" in first else first in methods
+    if own and not plus:
+        return {"method": first}
     method, strategy = (first, rest) if own else ("fedavg", word)
-    if not (own and not plus):
-        for name in plugins.parts(strategy):
-            if ":" not in name and name not in known[1]:
-                raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*known[0], *known[1]})}")
-        plugins.strategy_named(strategy)
-        return {"method": method, "federation.strategy": strategy}
-    return {"method": method}
+    if not all(":" in name or name in strategies for name in plugins.parts(strategy)):
+        raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*methods, *strategies})}")
+    plugins.strategy_named(strategy)
+    return {"method": method, "federation.strategy": strategy}
 
 
 def cluster_request(space: str | None, options: ConfigOptions) -> ClusterRequest:

@@ -11,7 +11,7 @@ import click
 
 from ..core.errors import RequestError
 from .group import CommandGroup
-from .output import print_parts
+from .options import print_parts
 
 if TYPE_CHECKING:
     from ..storage.store import Store

@@ -13,8 +13,7 @@ import click
 
 from ..config.presets import ALGORITHMS
 from .group import CommandGroup, resume_command
-from .options import RunOptions, common_options, run_options
-from .output import print_parts, stdout_for_json
+from .options import RunOptions, common_options, print_parts, run_options, stdout_for_json
 from .request import ConfigOptions, parse_config, parse_count, parse_seeds
 
 #: The default scale of a data set; the demo's for all others.

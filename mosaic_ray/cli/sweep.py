@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from ..core.errors import RequestError
-from .options import RunOptions, common_options, listing, run_options
-from .output import print_parts, stdout_for_json
+from .options import RunOptions, common_options, listing, print_parts, run_options, stdout_for_json
 from .request import ConfigOptions, compare_plan, sweep_request
 
 if TYPE_CHECKING:
