@@ -47,7 +47,8 @@ class TrialQueue:
             return first
         while (trial := self.search.next()) is not None:
             summary = self.state.finished(trial)
-            if summary is None or (self.strict_health and _has_error(summary)):
+            health = summary.get("health", []) if summary and self.strict_health else []
+            if summary is None or any(finding["severity"] == "error" for finding in health):
                 self._trials[trial.name] = trial
                 return trial
             self._keep(trial, summary)
@@ -115,10 +116,6 @@ class TrialQueue:
         self.results[trial.name] = kept
         self.search.finished(trial, _selection(summary))
         return kept
-
-
-def _has_error(summary: Mapping[str, Any]) -> bool:
-    return any(finding["severity"] == "error" for finding in summary.get("health", []))
 
 
 def _selection(summary: Mapping[str, Any]) -> float | None:

@@ -184,13 +184,9 @@ def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
     )
     start = plugin_data_pb2.SessionStartInfo(start_time_secs=now)
     for name in knobs:
-        value = row.get(name)
-        if isinstance(value, bool):
-            start.hparams[name].bool_value = value
-        elif isinstance(value, int | float):
-            start.hparams[name].number_value = value
-        elif value is not None:
-            start.hparams[name].string_value = value
+        if (value := row.get(name)) is not None:
+            kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+            setattr(start.hparams[name], kind, value)
     status = api_pb2.STATUS_FAILURE if row["status"] == "failed" else api_pb2.STATUS_SUCCESS
     end = plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now)
 

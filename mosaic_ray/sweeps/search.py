@@ -10,44 +10,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Any
 
 from ..config.resolve import KNOBS, check_value
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.seeding import derive
-from .space import Choice, Range, SweepPlan, describe, grid_points, setting_knobs
+from .space import Choice, Range, SweepPlan, describe, grid_points, rounded, setting_knobs
 from .state import Trial, make_trials
 
 #: Unfinished points per setting before the next one waits.
 LAG = 2
 
 
-class Search(Protocol):
-    """Chooses the trials of a sweep; ``total`` is their number."""
-
-    total: int
-
-    def next(self) -> Trial | None:
-        """Return the next trial, or None where a running one must finish first; ``StopIteration`` at the end."""
-
-    def finished(self, trial: Trial, selection: float | None) -> None:
-        """Take the selection score of a finished trial; None where it failed or was stopped."""
-
-
 class FixedTrials:
-    """Trials known from the start, in order."""
+    """Chooses trials that are known from the start, in order; ``total`` is their number."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
         self.total = len(trials)
         self._left = iter(trials)
 
     def next(self) -> Trial | None:
-        """See ``Search``."""
+        """Return the next trial, or None where a running one must finish first; ``StopIteration`` at the end."""
         return next(self._left)
 
     def finished(self, trial: Trial, selection: float | None) -> None:
-        """Do nothing: no trial depends on a score."""
+        """Take the selection of a finished trial, None where it failed or was stopped; no trial depends on it."""
 
 
 class OptunaSearch:
@@ -77,7 +65,7 @@ class OptunaSearch:
         self._ready: list[Trial] = []
 
     def next(self) -> Trial | None:
-        """See ``Search``."""
+        """Return the next trial as ``FixedTrials.next`` does."""
         if not self._ready:
             point = len(self._asked)
             if point == self._samples:
@@ -92,15 +80,12 @@ class OptunaSearch:
         return self._ready.pop(0)
 
     def finished(self, trial: Trial, selection: float | None) -> None:
-        """See ``Search``; a point's score is the mean over its seeds, or None where a seed has none."""
+        """Take a finished trial's selection; a point's score is the mean over its seeds, None where a seed has none."""
         self._scores.setdefault(trial.point, {})[trial.seed] = selection
 
     def _value(self, name: str, found: Any) -> Any:
         domain = self._domains[name]
-        if isinstance(domain, Choice):
-            return check_value(name, domain.values[found])
-        rounded = found if isinstance(found, int) else float(f"{found:.6g}")  # the value shown is the value used
-        return check_value(name, min(max(rounded, domain.low), domain.high))
+        return check_value(name, domain.values[found]) if isinstance(domain, Choice) else rounded(name, domain, found)
 
     def _catch_up(self, point: int) -> bool:
         """Give the point's study the scores of its points up to ``LAG`` before this one; False where one still runs."""
@@ -120,6 +105,9 @@ class OptunaSearch:
                 self._studies[number].tell(self._asked[earlier], fmean(values))
             self._known[number] += 1
         return True
+
+
+Search = FixedTrials | OptunaSearch
 
 
 def settings_of(plan: SweepPlan) -> list[dict[str, Any]]:

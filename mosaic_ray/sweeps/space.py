@@ -215,12 +215,15 @@ def _draw(knob: str, domain: Choice | Range, seed: int, index: int) -> Any:
     draws = numpy_stream(seed, "space", knob, index)
     if isinstance(domain, Choice):
         return check_value(knob, domain.values[int(draws.integers(len(domain.values)))])
-    low, high = _values(knob, (domain.low, domain.high))
-    margin = 0.5 if isinstance(low, int) else 0.0  # each whole number gets the values that round to it
+    margin = 0.5 if KNOBS[knob].type is int else 0.0  # each whole number gets the values that round to it
     there, back = (math.log, math.exp) if domain.log else (float, float)
-    value = back(draws.uniform(there(low - margin), there(high + margin)))
-    value = round(value) if isinstance(low, int) else float(f"{value:.6g}")
-    return min(max(value, low), high)
+    return rounded(knob, domain, back(draws.uniform(there(domain.low - margin), there(domain.high + margin))))
+
+
+def rounded(knob: str, domain: Range, value: float) -> Any:
+    """Return a drawn ``value`` within ``domain``, as a whole number or with the 6 digits that are shown."""
+    low, high = _values(knob, (domain.low, domain.high))
+    return min(max(round(value) if isinstance(low, int) else float(f"{value:.6g}"), low), high)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

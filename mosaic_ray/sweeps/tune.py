@@ -7,6 +7,7 @@ back: a sweep resumes from ``SweepState`` and its store.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import Counter
@@ -155,17 +156,11 @@ class _Progress(_Unsaved, Callback):
         self._queue.finish(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        reason = next((line for line in reversed(_error_of(trial).splitlines()) if line.strip()), "no reason given")
+        reason = "no reason given"
+        with contextlib.suppress(OSError, TypeError), open(trial.error_file, encoding="utf-8") as file:
+            reason = [reason, *filter(None, map(str.strip, file))][-1]
         times = f"the trial's process died {MAX_DEATHS + 1} times"
-        self._queue.fail(trial.config["trial"], f"{times}; the last time: {reason.strip()}")
-
-
-def _error_of(trial: Any) -> str:
-    try:
-        with open(trial.error_file, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, TypeError):
-        return ""
+        self._queue.fail(trial.config["trial"], f"{times}; the last time: {reason}")
 
 
 class HalvingBySetting(FIFOScheduler):
