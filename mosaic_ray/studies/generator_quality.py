@@ -18,9 +18,9 @@ import numpy as np
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
-from ..core.seeding import derive, numpy_stream, stream
+from ..core.seeding import derive, numpy_stream
 from ..core.types import Dataset, Weights
-from .harness import Row, Study, StudyContext, measured, uploads
+from .harness import Row, Study, StudyContext, generated, measured, uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,6 @@ VERSION = 1
 
 #: Images of each kind where no number is asked for.
 MOST_IMAGES, FEWEST_IMAGES = 2000, 20
-_CHUNK = 500
 
 
 def num_images(config: ExperimentConfig, dataset: Dataset, asked: int | None) -> int:
@@ -73,6 +72,8 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
 
 def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Train a classifier, a generator and a second classifier; measure the images with both classifiers."""
+    from ..distillation.generator_training import to_pixels
+    from ..distillation.image_quality import inception_weights
     from ..pipeline.rounds import warm_up
 
     with context.run(config) as run:
@@ -87,10 +88,14 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     inception = bool(context.options["inception"])
 
     def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
-        images = drawn(run, generators.weights()[0], count)
+        parts = generated(run, generators.weights()[0], count, "quality", "images")
+        facts, scale = run.dataset.facts, config.generator.gan_range
+        images = np.concatenate([to_pixels(part, scale, facts) for part in parts])
         judges = {"own": warmup.weights, "judge": judge.weights}
         rows = [_judge(run, name, weights, images, halves) for name, weights in judges.items()]
-        rows += [_inception(run, images, halves)] if inception else []
+        if inception:
+            found = _distances(inception_weights(), images, halves, str(run.client_context.device))
+            rows.append({"classifier": "inception"} | found)
         return rows, {"images": images[:100]}
 
     return measured(
@@ -98,19 +103,12 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     )
 
 
-def drawn(run: RunContext, weights: Weights, count: int) -> np.ndarray:
-    """Draw ``count`` images uint8 [count, C, H, W] from a generator."""
-    import torch
+def _distances(features: Any, images: np.ndarray, halves: Sequence[np.ndarray], device: str) -> Row:
+    """Return the distance of ``images`` from real ones, its floor, and their ratio."""
+    from ..distillation.image_quality import frechet_distance
 
-    from ..distillation.generator_training import draw, load_generator, to_pixels
-
-    config, device = run.config, run.client_context.device
-    generator = load_generator(config.generator, run.dataset.facts, weights).to(device)
-    inputs = draw(generator, count, stream(config.seed, "quality", "images"), device)
-    with torch.no_grad():
-        parts = zip(*(tensor.split(_CHUNK) for tensor in inputs), strict=True)
-        made = [to_pixels(generator(*part).float(), config.generator.gan_range, run.dataset.facts) for part in parts]
-    return np.concatenate(made)
+    distance, floor = (frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
+    return {"num_images": len(images), "fid": distance, "floor": floor, "ratio": distance / floor if floor else None}
 
 
 def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
@@ -122,26 +120,14 @@ def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, hal
     facts, device, seed = run.dataset.facts, str(run.client_context.device), run.config.seed
     features = quality.Network(run.client_context.classifier(weights), facts)
     logits = quality.Network(run.client_context.classifier(weights), facts, logits=True)
-    distance, floor = (quality.frechet_distance(features, halves[0], other, device) for other in (images, halves[1]))
     score, spread = quality.inception_score(logits, images, seed, device)
     shares = quality.class_shares(quality.predicted(logits, images, device), facts.num_classes)
-    return {
-        "classifier": name, "num_images": len(images),
-        "fid": distance, "floor": floor, "ratio": distance / floor if floor else None,
+    return {"classifier": name} | _distances(features, images, halves, device) | {
         "inception_score": score, "inception_score_sd": spread,
         "inception_score_real": quality.inception_score(logits, halves[0], seed, device)[0],
         "coverage": quality.coverage(shares), "class_share": shares.tolist(),
         "test_accuracy": accuracy(table_of(run, weights, run.dataset.test)),
     }  # fmt: skip
-
-
-def _inception(run: RunContext, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
-    from ..distillation.image_quality import frechet_distance, inception_weights
-
-    weights, device = inception_weights(), str(run.client_context.device)
-    distance, floor = (frechet_distance(weights, halves[0], other, device) for other in (images, halves[1]))
-    ratio = distance / floor if floor else None
-    return {"classifier": "inception", "num_images": len(images), "fid": distance, "floor": floor, "ratio": ratio}
 
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:

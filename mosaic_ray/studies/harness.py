@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +20,14 @@ import numpy as np
 
 from ..config.resolve import as_dict, override, to_toml
 from ..config.schema import ExperimentConfig
-from ..core.types import Dataset
+from ..core.seeding import stream
+from ..core.types import Dataset, Weights
 from ..storage.hashing import plain, request_name, stage_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
+    from torch import Tensor
 
     from ..execution.placement import Placement
     from ..methods.mosaic.client_uploads import Generators
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from ..storage.store import StageResult, StageWriter, Store
     from ..tracking.progress import StageProgress
     from ..tracking.tracker import Tracker
+
+#: Images that a network sees at once.
+CHUNK = 500
 
 #: One result row: names and plain values. ``Study.by`` and "seed" identify it; list values are per class.
 Row = dict[str, Any]
@@ -82,6 +87,21 @@ def uploads(run: RunContext) -> tuple[Shards, Warmup, Generators]:
 
     shards, warmup = deal(run), warm_up(run)
     return shards, warmup, run.run(GENERATORS, warmup)
+
+
+def generated(run: RunContext, generator: Weights, count: int, *address: str | int) -> Iterator[Tensor]:
+    """Yield ``count`` images of a generator in parts, float32 [n, C, H, W] in [-1, 1]; ``address``: of the draws."""
+    import torch
+
+    from ..distillation.generator_training import draw, load_generator
+
+    device = run.client_context.device
+    maker = load_generator(run.config.generator, run.dataset.facts, generator).to(device)
+    inputs = draw(maker, count, stream(run.config.seed, *address), device)
+    for part in zip(*(tensor.split(CHUNK) for tensor in inputs), strict=True):
+        with torch.no_grad():
+            images = maker(*part).float()
+        yield images
 
 
 def measured(

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.schema import ExperimentConfig
-from ..core.seeding import numpy_stream, stream
+from ..core.seeding import numpy_stream
 from ..core.types import Weights
-from .harness import Row, Study, StudyContext, measured, uploads
+from .harness import CHUNK, Row, Study, StudyContext, generated, measured, uploads
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 BASE: dict[str, Any] = {}
 VERSION = 1
 NUM_IMAGES = 2000
-_CHUNK = 500
 
 
 def estimate(shares: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -74,6 +73,7 @@ def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
 def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Compute the clients' models and generators, and estimate the weights from their images."""
     from ..distillation.experts import expert_weights
+    from ..distillation.generator_training import classifier_view
 
     with context.run(config) as run:
         shards, warmup, generators = uploads(run)
@@ -83,8 +83,9 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
             shares, noise = np.zeros((2, *shards.counts.shape))
             for client_id, made in zip(generators.clients, generators.results, strict=True):
                 weights = warmup.client(client_id)
-                drawn = synthetic_images(run, client_id, made.load("generator"))
-                shares[client_id] = seen_shares(run, client_id, weights, drawn)
+                parts = generated(run, made.load("generator"), NUM_IMAGES, "moe-weights", client_id)
+                views = (classifier_view(part, config.generator.gan_range, run.dataset.facts) for part in parts)
+                shares[client_id] = seen_shares(run, client_id, weights, views)
                 noise[client_id] = seen_shares(run, client_id, weights, random_images(run, client_id))
             true, sizes = expert_weights(shards.counts)[:, owned], shards.sizes.astype(np.float64)
             alike = np.ones(true.shape)
@@ -100,17 +101,6 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
         return measured(run, STUDY.name, VERSION, {"images": NUM_IMAGES}, [warmup.key, generators.key], compute)
 
 
-def synthetic_images(run: RunContext, client_id: int, generator: Weights) -> Iterator[torch.Tensor]:
-    """Yield 2,000 of a generator's images as classifier inputs."""
-    from ..distillation.generator_training import classifier_view, draw, load_generator
-
-    config, facts, device = run.config, run.dataset.facts, run.client_context.device
-    maker = load_generator(config.generator, facts, generator).to(device)
-    inputs = draw(maker, NUM_IMAGES, stream(config.seed, "moe-weights", client_id), device)
-    for part in zip(*(tensor.split(_CHUNK) for tensor in inputs), strict=True):
-        yield classifier_view(maker(*part).float(), config.generator.gan_range, facts)
-
-
 def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
     """Yield 2,000 images of uniform independent pixels as classifier inputs."""
     import torch
@@ -118,8 +108,8 @@ def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
     from ..data.transforms import normalise
 
     facts, draws = run.dataset.facts, numpy_stream(run.config.seed, "moe-weights/noise", client_id)
-    for _ in range(NUM_IMAGES // _CHUNK):
-        pixels = draws.integers(0, 256, (_CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
+    for _ in range(NUM_IMAGES // CHUNK):
+        pixels = draws.integers(0, 256, (CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
         yield normalise(torch.tensor(pixels, device=run.client_context.device), facts.mean, facts.std)
 
 
