@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Unpack
+from typing import Any
 
 import click
 
@@ -16,7 +16,7 @@ from ..core.errors import RequestError
 from .data import data
 from .group import CommandGroup, resume_command
 from .options import RunOptions, common_options, listing, print_parts, run_options, stdout_for_json
-from .request import ConfigOptions, cluster_request, parse_address, parse_config
+from .request import cluster_request, parse_address, parse_config
 from .store import store
 from .study import experiment
 from .sweep import compare, spaces, sweep
@@ -43,7 +43,7 @@ def mosaic() -> None:
 )
 @run_options("strict_health")
 @click.pass_context
-def run(ctx: click.Context, place: RunOptions, **typed: Unpack[ConfigOptions]) -> None:
+def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     """Run one experiment; the same command again resumes it."""
     config = parse_config(**typed)
     from ..runs import runner
@@ -65,7 +65,7 @@ def run(ctx: click.Context, place: RunOptions, **typed: Unpack[ConfigOptions]) -
 @common_options("preset", "dataset", "skip_bad", "clients", "omega", "sampler", "seed", "sets", "config")
 @click.option("--png", metavar="FILE", help="File of the heat map.  [default: below ./mosaic_runs/partitions]")
 @click.option("--json", "as_json", is_flag=True, help="Label counts as JSON; a heat map only with --png.")
-def partition(png: str | None, as_json: bool, **typed: Unpack[ConfigOptions]) -> None:
+def partition(png: str | None, as_json: bool, **typed: Any) -> None:
     """Show each client's number of samples by class, and save it as a heat map."""
     config = parse_config(**typed)
     from ..data.load import load_dataset
@@ -147,7 +147,7 @@ def report(path: str, out: str | None) -> None:
 @click.pass_context
 def doctor(
     ctx: click.Context, storage: str | None, try_ray: bool, address: str | None, cluster: str | None, space: str | None,
-    **typed: Unpack[ConfigOptions],
+    **typed: Any,
 ) -> None:  # fmt: skip
     """Check this machine (or a cluster's file) and say how to fix each problem. Exits with 1 if there is one."""
     if cluster is not None:

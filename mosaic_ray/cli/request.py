@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..config import plugins
 from ..config.registry import DATASETS
@@ -20,21 +20,9 @@ if TYPE_CHECKING:
     from ..sweeps.space import SweepPlan
 
 
-class ConfigOptions(TypedDict, total=False):
-    """The options that make a configuration, as typed; those not given are None or absent."""
-
-    preset: str | None
-    config: str | None
-    sets: Sequence[str]
-    algorithm: str | None
-    dataset: str | None
-    skip_bad: str | None
-    clients: str | None
-    omega: str | None
-    sampler: str | None
-    method: str | None
-    seed: str | None
-    host: str | None
+#: The options that make a configuration, as typed, by the names of ``options.REQUEST``; those not given are None or
+#: absent.
+ConfigOptions = Mapping[str, Any]
 
 
 def sweep_request(
@@ -88,17 +76,19 @@ def compare_plan(methods: str) -> SweepPlan:
 
 def _compared(word: str) -> dict[str, str]:
     """Return the knobs of a point: ``word`` is a method, strategies, or a method and strategies."""
-    from ..methods.base import Method
-
     methods, strategies = plugins.entries("methods"), plugins.entries("strategies")
     first, plus, rest = word.partition("+")
-    own = isinstance(load_object(f"--methods {word}", first), Method) if ":" in first else first in methods
+    own = first in methods
+    if ":" in first:
+        own = getattr(load_object(f"--methods {word}", first), "kind", "") == "methods"
     if own and not plus:
         return {"method": first}
     method, strategy = (first, rest) if own else ("fedavg", word)
-    if not all(":" in name or name in strategies for name in plugins.parts(strategy)):
-        raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*methods, *strategies})}")
-    plugins.strategy_named(strategy)
+    for name in plugins.parts(strategy):
+        if ":" in name:
+            plugins.load("strategies", name)
+        elif name not in strategies:
+            raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*methods, *strategies})}")
     return {"method": method, "federation.strategy": strategy}
 
 
@@ -128,7 +118,7 @@ KNOB_OF_OPTION = {
 }
 
 
-def parse_config(base: Mapping[str, Any] | None = None, **options: Unpack[ConfigOptions]) -> ExperimentConfig:
+def parse_config(base: Mapping[str, Any] | None = None, **options: Any) -> ExperimentConfig:
     """Return the configuration that a command line asks for.
 
     ``base``: knobs between the preset and the file (a sweep plan's), and perhaps a ``preset``.

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Unpack
+from typing import Any
 
 import click
 
@@ -42,7 +42,7 @@ def experiment() -> None:
 @click.pass_context
 def generator_quality(
     ctx: click.Context, seeds: str | None, steps: str | None, images: str | None, inception: bool, place: RunOptions,
-    **typed: Unpack[ConfigOptions],
+    **typed: Any,
 ) -> None:  # fmt: skip
     """Train a generator on its own; report classifier-FID (of real images too), IS, coverage and a picture."""
     if steps is not None:
@@ -56,7 +56,7 @@ def generator_quality(
 @_SEEDS
 @run_options()
 @click.pass_context
-def moe_weights(ctx: click.Context, seeds: str | None, place: RunOptions, **typed: Unpack[ConfigOptions]) -> None:
+def moe_weights(ctx: click.Context, seeds: str | None, place: RunOptions, **typed: Any) -> None:
     """Estimate the experts' weights from synthetic images alone, and compare them with the true ones."""
     _run_study(ctx, "moe_weights", seeds, place, typed, {})
 
@@ -66,7 +66,7 @@ def moe_weights(ctx: click.Context, seeds: str | None, place: RunOptions, **type
 @_SEEDS
 @run_options()
 @click.pass_context
-def meta_training(ctx: click.Context, seeds: str | None, place: RunOptions, **typed: Unpack[ConfigOptions]) -> None:
+def meta_training(ctx: click.Context, seeds: str | None, place: RunOptions, **typed: Any) -> None:
     """Train the meta model on prototypes, and on synthetic images with two kinds of label; compare the teachers."""
     _run_study(ctx, "meta_training", seeds, place, typed, {})
 

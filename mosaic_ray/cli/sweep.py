@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..core.errors import RequestError
 from .options import RunOptions, common_options, listing, print_parts, run_options, stdout_for_json
-from .request import ConfigOptions, compare_plan, sweep_request
+from .request import compare_plan, sweep_request
 
 if TYPE_CHECKING:
     from ..sweeps.runner import DryRun, SweepRequest
@@ -34,7 +34,7 @@ _AT_ONCE = click.option("--max-concurrent", metavar="N", help="The most trials a
 @run_options("strict_health", "dry_run")
 def sweep(
     space: str, search: str | None, samples: str | None, seeds: str | None, scheduler: str, max_concurrent: str | None,
-    place: RunOptions, **typed: Unpack[ConfigOptions],
+    place: RunOptions, **typed: Any,
 ) -> None:  # fmt: skip
     """Run many experiments that share their common stages; the same command again resumes them."""
     request = sweep_request(
@@ -52,9 +52,7 @@ def sweep(
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="S,S,...", help=_SEEDS.format("method"))
 @_AT_ONCE
 @run_options("strict_health", "dry_run")
-def compare(
-    methods: str, seeds: str, max_concurrent: str | None, place: RunOptions, **typed: Unpack[ConfigOptions]
-) -> None:
+def compare(methods: str, seeds: str, max_concurrent: str | None, place: RunOptions, **typed: Any) -> None:
     """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
     plan = compare_plan(methods)
     _run(sweep_request("compare", typed, plan=plan, seeds=seeds, max_concurrent=max_concurrent), place)

@@ -232,12 +232,8 @@ def _failure(
     error: Exception, folder: Path, config: ExperimentConfig, log: Mapping[str, Any], findings: Sequence[Finding]
 ) -> RunError:
     """``error`` as one line with its address; the whole story goes to error.log, and summary.json says "failed"."""
-    if isinstance(error, RunError):
-        failure = error
-    elif isinstance(error, OSError):
-        failure = RunError(f"{folder}: {error.strerror or error}")
-    else:
-        failure = RunError(f"{type(error).__name__}: {error}")
+    what = f"{folder}: {error.strerror or error}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    failure = error if isinstance(error, RunError) else RunError(what)
     summary = Summary(
         status="failed", error=str(failure), stage=failure.stage, round=failure.round, client=failure.client,
         method=config.method, seed=config.seed, config=as_dict(config), versions=versions(),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
+from .. import __version__
 from ..config.resolve import as_dict
 from ..config.schema import ExperimentConfig
 from ..core.serialization import from_json
 from ..core.types import Finding
 
-VERSIONS_OF = ("mosaic-ray", "torch", "ray", "numpy", "torchvision", "scikit-learn")
+VERSIONS_OF = ("torch", "ray", "numpy", "torchvision", "scikit-learn")
 
 Share = Annotated[float, (0.0, 1.0)]
 Amount = Annotated[float, (0.0, sys.float_info.max)]
@@ -145,12 +147,9 @@ def _selection(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
-    found = {}
+    found = {"mosaic-ray": __version__}
     for name in VERSIONS_OF:
-        try:
+        found[name] = "not installed"
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            from .. import __version__
-
-            found[name] = __version__ if name == "mosaic-ray" else "not installed"
     return found

@@ -152,7 +152,8 @@ def run_study(
     dataset, store = prepare(config, storage, address, fresh)
     study.check(config, dataset, options)
     config = settle_precision(config)
-    place = f"experiments/{name or default_name(study, config, seeds, options)}"
+    request = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
+    place = f"experiments/{name or request_name('study', 1, request, study.name, plain(config.data.name))}"
     with Tracker(None, progress=progress) as tracker:
         store.log = tracker.warn
         context = StudyContext(dataset, store, tracker, Placement(address), options)
@@ -174,12 +175,6 @@ def run_study(
     for file, data in files.items():
         store.write(f"{place}/{file}", data)
     return found
-
-
-def default_name(study: Study, config: ExperimentConfig, seeds: Sequence[int], options: Mapping[str, Any]) -> str:
-    """Return the default name; the same request gives the same name."""
-    request = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
-    return request_name("study", 1, request, study.name, plain(config.data.name))
 
 
 def over_seeds(rows: Sequence[Row], study: Study) -> list[dict[str, Any]]:

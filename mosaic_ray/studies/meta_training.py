@@ -54,6 +54,7 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
 
 def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Train a teacher for each arm on the clients' uploads, and evaluate it on test images."""
+    from ..distillation.prototypes import split_held_out
     from ..methods.mosaic.graph import PROTOTYPES, TEACHER
     from ..pipeline.evaluate import evaluated
 
@@ -69,7 +70,8 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
             looks[arm] = at, teacher
 
         def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
-            kept = _kept(run, prototypes[warmup.federation.student])
+            own = prototypes[warmup.federation.student]
+            kept = split_held_out(own, config.prototypes.held_out, config.seed)[0]  # what the meta model trains on
             rows = []
             for arm in ARMS:
                 facts = reached[arm]
@@ -86,13 +88,6 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
             return rows, {"kept": kept.vectors}
 
         return measured(run, STUDY.name, VERSION, {}, [*keys, generators.key], compute)
-
-
-def _kept(run: RunContext, prototypes: Prototypes) -> Prototypes:
-    """Return the prototypes that the meta model trains on."""
-    from ..distillation.prototypes import split_held_out
-
-    return split_held_out(prototypes, run.config.prototypes.held_out, run.config.seed)[0]
 
 
 def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
@@ -142,7 +137,8 @@ def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]
     """Draw the metrics of every seed by arm; a line joins the arms of one seed."""
     shown = {"accuracy": "test accuracy", "nll": "NLL, nats", "ece": "ECE", "auc": "AUC against prototypes"}
     for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        arms = [arm for arm in dict.fromkeys(row["learns_from"] for row in rows) if _has(rows, arm, name)]
+        lacking = {row["learns_from"] for row in rows if row.get(name) is None}
+        arms = [arm for arm in dict.fromkeys(row["learns_from"] for row in rows) if arm not in lacking]
         for seed in dict.fromkeys(row["seed"] for row in rows):
             found = {row["learns_from"]: row.get(name) for row in rows if row["seed"] == seed}
             axes.plot(range(len(arms)), [found[arm] for arm in arms], "o-", lw=0.8, mfc="none", label=f"seed {seed}")
@@ -151,10 +147,6 @@ def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]
     axes.set_ylim(top=1.02)
     axes.axhline(0.5, color="0.6", lw=0.8)
     axes.legend(frameon=False)
-
-
-def _has(rows: Sequence[Row], arm: str, name: str) -> bool:
-    return all(row.get(name) is not None for row in rows if row["learns_from"] == arm)
 
 
 STUDY = Study(
