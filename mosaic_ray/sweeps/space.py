@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config.plugins import load_named
 from ..config.presets import preset_knobs
 from ..config.resolve import KNOBS, check_value
 from ..config.user_code import load_object, users_code
@@ -112,6 +113,8 @@ def _need(holds: Any, message: str) -> None:
 def _check(plan: SweepPlan) -> None:
     _need(isinstance(plan.summary, str) and plan.summary, f"summary = {plan.summary!r}: it takes a line of text")
     _need(isinstance(plan.knobs, Mapping), "knobs map a knob's name to a Choice or a Range")
+    _need(isinstance(plan.base, Mapping), "base maps knobs to values")
+    _typed(plan.base)
     _need(isinstance(plan.points, tuple | list), "points are a tuple of mappings, one a trial")
     _need(plan.knobs or plan.points, "it has neither knobs nor points, so there is nothing to try")
     _need(not (plan.knobs and plan.points), "it has knobs and points; give one of them")
@@ -124,8 +127,6 @@ def _check(plan: SweepPlan) -> None:
             _check_swept(knob)
     points = [_typed(point) for point in plan.points]
     _check_distinct("points", points)
-    _need(isinstance(plan.base, Mapping), "base maps knobs to values")
-    _typed(plan.base)
     _need(isinstance(plan.preset, str), f"preset = {plan.preset!r}: it takes the name of a preset")
     if plan.preset:
         try:
@@ -178,6 +179,7 @@ def _values(knob: str, values: Iterable[Any]) -> list[Any]:
 
 
 def _typed(point: Mapping[str, Any]) -> dict[str, Any]:
+    load_named(point)
     return {knob: check_value(knob, value) for knob, value in point.items()}
 
 

@@ -353,3 +353,15 @@ def test_setting_knobs():
 )
 def test_a_domain_in_words(domain, says):
     assert describe(domain) == says
+
+
+def test_a_plan_sweeps_the_knobs_of_its_own_plugin(tmp_path):
+    """The plug-in is named by the plan's base, or by the point itself."""
+    lab = Path(__file__).parents[1] / "plugins/lab/median.py"
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(lab.read_text().replace('"median"', f'"{name}"'))
+    one, two = ({"federation.strategy": f"{tmp_path / name}.py:MEDIAN"} for name in ("one", "two"))
+    check_space("mine", SweepPlan("a knob", knobs={"one.step": Choice((0.5, 1.0))}, base=one))
+    check_space("mine", SweepPlan("points", points=({}, two | {"two.step": 0.5})))
+    wrong = SweepPlan("a knob", knobs={"one.step": Choice(("fast",))}, base=one)
+    assert refused_by(check_space, "mine", wrong).startswith("--space mine: one.step = fast")
