@@ -37,7 +37,7 @@ REQUEST: dict[str, Callable[..., Any]] = {
 #: The options in ``RunOptions``.
 _RUN: dict[str, Callable[..., Any]] = {
     "storage": click.option(
-        "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results go."
+        "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results lie."
     ),
     "name": click.option("--name", metavar="NAME", help="Folder of the results; named after the request by default."),
     "address": click.option(
@@ -48,7 +48,7 @@ _RUN: dict[str, Callable[..., Any]] = {
     ),
     "fresh": click.option("--fresh", is_flag=True, help="Compute every stage again."),
     "as_json": click.option(
-        "--json", "as_json", is_flag=True, help="The summary as JSON on standard output, all else on standard error."
+        "--json", "as_json", is_flag=True, help="The result as JSON on standard output, all else on standard error."
     ),
     "dry_run": click.option(
         "--dry-run", is_flag=True, help="Print what would run, on which resources and how much work it is; run nothing."

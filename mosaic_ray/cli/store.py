@@ -11,17 +11,12 @@ import click
 
 from ..core.errors import RequestError
 from .group import CommandGroup
-from .options import print_parts
+from .options import common_options, print_parts
 
 if TYPE_CHECKING:
     from ..storage.store import Store
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-_STORAGE = click.option(
-    "--storage", default="./mosaic_runs", show_default=True, metavar="PATH|URI", help="Where results lie."
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 
 
 @click.group(cls=CommandGroup)
@@ -30,8 +25,7 @@ def store() -> None:
 
 
 @store.command("ls")
-@_STORAGE
-@_JSON
+@common_options("storage", "as_json")
 def list_results(storage: str, as_json: bool) -> None:
     """List stage results: key, size, the time it was stored, and the runs and trials that use it."""
     opened = _open(storage)
@@ -44,13 +38,12 @@ def list_results(storage: str, as_json: bool) -> None:
 
 
 @store.command("gc")
-@_STORAGE
+@common_options("storage", "as_json")
 @click.option(
     "--older-than", default="1d", show_default=True, metavar="AGE",
     help="Keep younger results that no run uses yet: 90s, 30m, 12h, 7d.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="List what would be removed; remove nothing.")
-@_JSON
 def free_results(storage: str, older_than: str, dry_run: bool, as_json: bool) -> None:
     """Remove results that no run or trial uses, checkpoints of finished stages, and files of killed writers.
 
@@ -70,8 +63,7 @@ def free_results(storage: str, older_than: str, dry_run: bool, as_json: bool) ->
 
 
 @store.command("verify")
-@_STORAGE
-@_JSON
+@common_options("storage", "as_json")
 @click.pass_context
 def verify_results(ctx: click.Context, storage: str, as_json: bool) -> None:
     """Hash every byte of all results and checkpoints, and list the damaged ones. Exits with 1 if there are any."""
