@@ -46,7 +46,7 @@ def sweep(
 @click.command()
 @click.option(
     "--methods", default="fedavg,prototype_head,mosaic", show_default=True, metavar="M,M,...",
-    help="Methods, optimisers (fedrolex), and methods over optimisers (mosaic+fedrolex).",
+    help="Methods, strategies (fedrolex), and methods over strategies (mosaic+fedrolex).",
 )  # fmt: skip
 @common_options("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "sets", "config", "host")
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="S,S,...", help=_SEEDS.format("method"))
