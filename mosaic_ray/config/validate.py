@@ -31,12 +31,12 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"data.image_size = {config.data.image_size}: it may be 8, 16, 28, 32 or 64, or 0 for the data set's own",
     )
     strategy, partial_width = strategy_named(config.federation.strategy), any_partial_width(config)
-    need(
-        strategy.partial_widths or not partial_width,
-        f"federation.widths = {shown(config.federation.widths)}: {config.federation.strategy} trains whole models, so "
-        f"every width must be 1.0; these take narrow clients: "
-        f"{', '.join(name for name in STRATEGIES if load('strategies', name).partial_widths)}",
-    )
+    if partial_width and not strategy.partial_widths:
+        takes = [name for name in STRATEGIES if load("strategies", name).partial_widths]
+        raise RequestError(
+            f"federation.widths = {shown(config.federation.widths)}: {config.federation.strategy} trains whole models, "
+            f"so every width must be 1.0; these take narrow clients: {', '.join(takes)}"
+        )
     strategy.check(config)
     load("methods", config.method).check(config)
     cohort, clients = config.federation.cohort_size, config.partition.num_clients

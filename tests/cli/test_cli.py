@@ -65,7 +65,7 @@ WRONG = [
     ("run --set federation.widths=[1.0,1.5]", ["federation.widths", "at most 1"]),
     ("run --set federation.widths=[0.0]", ["federation.widths", "above 0"]),
     ("run --set federation.widths=[]", ["federation.widths", "list of numbers"]),
-    ("run --set federation.optimiser=fedavgg", ["federation.optimiser = fedavgg", "fedavg"]),
+    ("run --set federation.optimiser=fedavgg", ["federation.strategy = fedavgg", "fedavg"]),
     ("run --omega 1 --set partition.omega=2", ["--omega 1", "partition.omega=2", "one of them"]),
     ("run --address nowhere", ["--address nowhere", "HOST:PORT"]),
     ("run --address host:99999", ["--address host:99999", "HOST:PORT"]),
