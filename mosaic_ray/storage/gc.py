@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..core.errors import RequestError, RunError
-from .filesystem import ABANDONED_SECONDS, Stored, is_temporary
+from .filesystem import ABANDONED_SECONDS, TEMPORARY, Stored
 from .locks import LEASES, key_of
 from .store import CHECKPOINTS, MANIFEST, OBJECTS, DamagedFile, Store
 from .uri import reason
@@ -147,12 +147,12 @@ def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
 
 
 def _names(store: Store, folder: str) -> list[str]:
-    return sorted(_or_run_error(store, folder, lambda: store.names(folder)))
+    return sorted(_or_run_error(store, folder, lambda: store.files.names(folder)))
 
 
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
-        summary = json.loads(_or_run_error(store, place, lambda: store.read(f"{place}/{file}")))
+        summary = json.loads(_or_run_error(store, place, lambda: store.files.read(f"{place}/{file}")))
     except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
     except (ValueError, RecursionError):
@@ -233,7 +233,8 @@ def plan(
     gone = {name for item in free if item.entry and item.what != "files" for name in item.entry.files}
     inside = {name: file for entry in inventory.entries for name, file in entry.files.items() if name not in gone}
     for name, file in (inside | inventory.others).items():
-        if _is_leftover(name) and now - file.modified > ABANDONED_SECONDS:
+        is_leftover = TEMPORARY.search(name) or name.startswith(f"{OBJECTS}/.probe-")
+        if is_leftover and now - file.modified > ABANDONED_SECONDS:
             free.append(Garbage("temporary file", name, "its writer was killed", file.size))
     free += [
         Garbage("lease", f"{LEASES}/{name}", "its holder is gone", 0) for name, lives in leases.items() if not lives
@@ -248,13 +249,9 @@ def _unnamed(entry: Entry, named: Container[str] | None, before: float) -> list[
     return [
         name
         for name, file in entry.files.items()
-        if name.rpartition("/")[2].startswith("part-") and not is_temporary(name) and name not in named
+        if name.rpartition("/")[2].startswith("part-") and not TEMPORARY.search(name) and name not in named
         if file.modified < before
     ]
-
-
-def _is_leftover(name: str) -> bool:
-    return is_temporary(name) or name.startswith(f"{OBJECTS}/.probe-")
 
 
 def collect_garbage(store: Store, trace: Trace, older_than: float, *, dry_run: bool) -> Plan:

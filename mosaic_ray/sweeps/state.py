@@ -154,13 +154,13 @@ class SweepState:
 
     def _names(self, folder: str) -> list[str]:
         try:
-            return self.store.names(f"{self.place}/{folder}")
+            return self.store.files.names(f"{self.place}/{folder}")
         except OSError as error:
             raise self._unreadable(folder, error) from None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.store.read(f"{self.place}/{name}"))
+            found = json.loads(self.store.files.read(f"{self.place}/{name}"))
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError):
@@ -185,11 +185,11 @@ class SweepState:
     def _move_aside(self) -> None:
         number = 1
         try:
-            if not self.store.names(self.place):
+            if not self.store.files.names(self.place):
                 return
-            while self.store.names(aside := f"{self.place}.{number}"):
+            while self.store.files.names(aside := f"{self.place}.{number}"):
                 number += 1
-            self.store.move(self.place, aside)
+            self.store.files.move(self.place, aside)
         except (OSError, NotImplementedError) as error:
             raise RequestError(
                 f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"
