@@ -15,6 +15,7 @@ have other label frequencies than real ones, the discriminator can rely on the l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -191,21 +192,18 @@ def train_generator(
         adam_d.step()
 
         seen = classifier_view(fake, config.gan_range, facts)
-        if inverts:
-            with inversion_probe(classifier, bn_targets) as probe, use_precision(precision, device):
-                logits = classifier(seen).float()
-            inversion: Tensor | float = config.lambda_i * config.inversion_scale * probe.loss()
-        else:
-            with use_precision(precision, device):
-                logits = classifier(seen).float()
-            inversion = 0.0
+        with contextlib.ExitStack() as block:
+            inversion = block.enter_context(inversion_probe(classifier, bn_targets)) if inverts else None
+            block.enter_context(use_precision(precision, device))
+            logits = classifier(seen).float()
         entropy, diversity = entropy_loss(logits), diversity_loss(logits, support)
+        loss_g = adversarial_loss(discriminate(fake, asked))
         if asked:
-            steering = config.lambda_e * nn.functional.cross_entropy(logits, asked[0])
-            loss_g = adversarial_loss(discriminate(fake, asked)) + steering + inversion
+            loss_g = loss_g + config.lambda_e * nn.functional.cross_entropy(logits, asked[0])
         else:
-            loss_g = adversarial_loss(discriminate(fake)) + config.lambda_e * entropy
-            loss_g = loss_g + config.lambda_d * diversity + inversion
+            loss_g = loss_g + config.lambda_e * entropy + config.lambda_d * diversity
+        if inversion:
+            loss_g = loss_g + config.lambda_i * config.inversion_scale * inversion()
         adam_g.zero_grad(set_to_none=True)
         loss_g.backward()
         adam_g.step()
@@ -314,12 +312,9 @@ def compare_with_real(
     fake = sample(generator, NUM_COMPARED, stream(seed, "generator/compare", client_id), shard.images.device)
     probed, gaps, variances = bool(bn_statistics(classifier)), [], []
     for images in (real, classifier_view(fake, config.gan_range, facts)):
-        if probed:
-            with inversion_probe(classifier) as probe:
-                features = classifier.features(images).float()
-            gaps.append(float(probe.loss()))
-        else:
+        with inversion_probe(classifier) as inversion:
             features = classifier.features(images).float()
+        gaps += [float(inversion())] if probed else []
         variances.append(float(features.var(0).sum()) if len(features) > 1 else 0.0)
     played = real if config.gan_range == "model_norm" else to_pm1(shard.images[rows])
     figures = {
