@@ -14,7 +14,7 @@ from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
 from ..core.types import DataFacts, Dataset, ImageSet
 from .download import needed
-from .formats import read_idx, read_mat, read_pickle
+from .formats import read_pickle, reading
 from .partition import held_out_mask
 from .specs import CIFAR100_MEAN_STD, DatasetSpec, archive, idx_files, plain_file, spec_of, with_facts
 
@@ -24,24 +24,14 @@ CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 def digits(config: DataConfig) -> Dataset:
     """Load 1,437 training and 360 test images of 8x8, split by class; the split is the same under every seed."""
-    rows = _digits_rows()
+    package = find_spec("sklearn")  # its file is read without importing scikit-learn
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
+    rows = np.loadtxt(path, delimiter=",", dtype=np.int64)  # [1797, 65]: 64 intensities and a label each
     intensities, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]  # intensities are 0..16
     whole = ImageSet(((intensities * 255 + 8) // 16).astype(np.uint8), labels)
     test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
     return with_facts(config, whole.take(~test), whole.take(test), DIGIT_NAMES)
-
-
-def _digits_rows() -> np.ndarray:
-    """Read scikit-learn's file without importing scikit-learn: int64 [1797, 65], 64 intensities and a label each."""
-    package = find_spec("sklearn")
-    if package and package.origin:
-        path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
-        if path.exists():
-            return np.loadtxt(path, delimiter=",", dtype=np.int64)
-    from sklearn.datasets import load_digits  # a release that keeps it elsewhere
-
-    bunch = load_digits()
-    return np.column_stack([bunch.data, bunch.target]).astype(np.int64)
 
 
 def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: Path) -> None:
@@ -55,7 +45,12 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
     """Return a loader of the four idx files of an MNIST."""
 
     def part(images_path: Path, labels_path: Path) -> ImageSet:
-        images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1)
+        from torchvision.datasets.mnist import read_image_file, read_label_file  # client actors load no torchvision
+
+        with reading(images_path):
+            images = read_image_file(str(images_path)).numpy()[:, None]
+        with reading(labels_path):
+            labels = read_label_file(str(labels_path)).numpy()
         _check_labels(labels, len(images), len(class_names), labels_path)
         return ImageSet(images, labels)
 
@@ -99,9 +94,12 @@ class Cifar:
 
 def svhn(config: DataConfig) -> Dataset:
     """Load two MATLAB files of ``X`` uint8 [32, 32, 3, n] and ``y`` [n, 1], in which 10 stands for the digit 0."""
+    from scipy.io import loadmat
 
     def part(path: Path) -> ImageSet:
-        images, labels = read_mat(path, ("X", "y"))
+        with reading(path):
+            content = loadmat(path, appendmat=False, variable_names=("X", "y"))
+            images, labels = content["X"], content["y"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
             raise RequestError(f'{path} holds no "X" of bytes [32, 32, 3, n]; remove it and fetch it again')
         if labels.dtype.kind not in "iu" or labels.size != max(labels.shape, default=0):

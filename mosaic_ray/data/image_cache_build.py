@@ -139,9 +139,6 @@ def _put(made: Path, folder: Path) -> Path:
     return folder if folder.exists() else made
 
 
-# ---------------------------------------------------------------- building
-
-
 def build_cache(name: str, images: ImageFiles, form: Form, stack: contextlib.ExitStack, parent: Path | None) -> Path:
     """Decode ``images`` into a new folder below ``parent`` (None: the temporary folder), which ``stack`` removes."""
     stack.callback(image_decode.row_group.cache_clear)  # it may be as large as a file
@@ -194,8 +191,7 @@ def _decode(
     tasks = [task | common for part, images in parts.items() for task in _placed(folder, part, images, shape)]
     blocks: dict[str, list[list[Any]]] = {part: [] for part in parts}
     kept = {part: np.ones(len(images.labels), bool) for part, images in parts.items()}
-    bad: list[str] = []
-    reasons: list[str] = []
+    bad: list[tuple[str, str]] = []  # name and reason
     coloured = False
     total = sum(map(len, kept.values()))
     with bar(f"decoding {name}", total) as advance, contextlib.closing(image_decode.run(tasks)) as answers:
@@ -211,8 +207,7 @@ def _decode(
             if coloured and shape[0] == 1 and not form.channels:
                 return None
             for index, reason in answer["bad"]:
-                bad.append(image_decode.place(task, index))
-                reasons.append(reason)
+                bad.append((image_decode.place(task, index), reason))
                 kept[task["part"]][task["first"] + index] = False
             at = task["first"]
             for block in answer["blocks"]:
@@ -224,12 +219,13 @@ def _decode(
     if bad and not form.skip_bad:
         others = f", and {len(bad) - 1} other{'s' * (len(bad) > 2)} likewise" if len(bad) > 1 else ""
         raise RequestError(
-            f"data.name = {name}: {bad[0]} does not decode ({reasons[0]}){others}; "
+            f"data.name = {name}: {bad[0][0]} does not decode ({bad[0][1]}){others}; "
             "--skip-bad (data.skip_bad=true) leaves such images out"
         )
     labels = {part: images.labels[kept[part]] for part, images in parts.items()}
     check_classes(name, *labels.values(), listing.class_names)
-    facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": bad[:3], "parts": {}}
+    first = [name for name, _ in bad[:3]]
+    facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": first, "parts": {}}
     for part in parts:
         good = [[count, checksum] for _, count, checksum, _ in blocks[part] if count]
         _close_gaps(folder / f"{part}_images.npy", shape, blocks[part])
