@@ -113,8 +113,6 @@ def svhn(config: DataConfig) -> Dataset:
     return with_facts(config, train, test, DIGIT_NAMES)
 
 
-# --- the records ------------------------------------------------------------------------------------------------------
-
 # The constants are the authors' (MNIST's for Fashion-MNIST too); the digits' were measured on the training images. A
 # mirrored digit is another sign or none, so neither the digits nor SVHN's are flipped.
 DIGITS = DatasetSpec(digits, DataFacts("digits", 10, 1, 8, (0.3051,), (0.3759,)))

@@ -115,12 +115,11 @@ def _mapped(folder: Path, name: str, part: dict[str, Any]) -> np.ndarray:
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write ``facts`` with the files' sizes and times and a checksum, atomically."""
+    from ..storage.filesystem import write_whole  # here: `mosaic data` reads without pyarrow
+
     for part in PARTS:
         facts["parts"][part]["stat"] = _stat(folder, part)
-    beside = folder / f"{FACTS}.{os.getpid()}.tmp"
-    beside.write_text(json.dumps({"sha256": _seal(facts), "facts": facts}))
-    flush(beside)
-    beside.replace(folder / FACTS)
+    write_whole(folder / FACTS, json.dumps({"sha256": _seal(facts), "facts": facts}).encode())
 
 
 def _seal(facts: dict[str, Any]) -> str:

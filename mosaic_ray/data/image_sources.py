@@ -215,8 +215,6 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
     return Part(tasks, flat), names
 
 
-# --- the records ------------------------------------------------------------------------------------------------------
-
 # The constants are the authors': ImageNet's for Tiny-ImageNet, CIFAR-100's for Food-101.
 TINY_IMAGENET = DatasetSpec(
     tiny_imagenet,

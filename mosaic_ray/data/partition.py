@@ -40,9 +40,6 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
     return SAMPLERS[config.sampler](labels, np.bincount(labels, minlength=num_classes), config, seed)
 
 
-# --- what samplers share ---------------------------------------------------------------------------------------------
-
-
 def _accepted(draw: Callable[[int], np.ndarray], config: PartitionConfig) -> np.ndarray:
     """Return the first counts [K, C] of ``draw(attempt)`` with no client below ``min_size``, else the last ones."""
     for attempt in range(config.max_tries):
@@ -116,9 +113,6 @@ def _by_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return order[np.argsort(labels[order], kind="stable")]
 
 
-# --- the authors' sampler --------------------------------------------------------------------------------------------
-
-
 def _reference(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Split every class by shares from Dir(omega * 1_K) over the clients that hold less than N / K so far.
 
@@ -155,9 +149,6 @@ def _reference(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionCon
 
     counts = _accepted(draw, config)
     return _dealt(order, counts, config, rng)
-
-
-# --- the others ------------------------------------------------------------------------------------------------------
 
 
 def _dirichlet(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
@@ -275,9 +266,6 @@ def _iid(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, s
     rng = numpy_stream(seed, "partition", "iid")
     order = _by_class(labels, rng)
     return [rng.permutation(order[client :: config.num_clients]) for client in range(config.num_clients)]
-
-
-# --- measures and held-out parts -----------------------------------------------------------------------------------
 
 
 def label_counts(labels: np.ndarray, shards: list[np.ndarray], num_classes: int) -> np.ndarray:

@@ -30,16 +30,9 @@ def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
     Classes with equal columns of weights, such as two that one client holds alone, share an expert, which the teacher
     evaluates once.
     """
-    representatives: list[int] = []
-    index = np.zeros(counts.shape[1], np.int64)
-    seen: dict[bytes, int] = {}
-    for label, column in enumerate(expert_weights(counts).T):
-        name = np.ascontiguousarray(column).tobytes()
-        if name not in seen:
-            seen[name] = len(representatives)
-            representatives.append(label)
-        index[label] = seen[name]
-    return representatives, index
+    names = [column.tobytes() for column in expert_weights(counts).T]
+    representatives = [label for label, name in enumerate(names) if names.index(name) == label]
+    return representatives, np.array([representatives.index(names.index(name)) for name in names], np.int64)
 
 
 def effective_owners(counts: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ have other label frequencies than real ones, the discriminator can rely on the l
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -118,12 +118,16 @@ def real_batches(
 
 
 class TrainedGenerator(NamedTuple):
-    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, rows [step, loss_g, loss_d, entropy, diversity]."""
+    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, rows [step, loss_g, loss_d, entropy, diversity].
+
+    ``progress``: ``images`` uint8 [T, n, channels, H, W] of the same latents after ``steps`` int64 [T].
+    """
 
     weights: Weights
     samples: np.ndarray
     figures: dict[str, float]
     curve: list[list[float]]
+    progress: Weights
 
 
 def train_generator(
@@ -134,7 +138,6 @@ def train_generator(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
-    on_snapshot: Callable[[int, np.ndarray], None] | None = None,
 ) -> TrainedGenerator:
     """Train one client's generator; ``address`` is (seed, client).
 
@@ -142,7 +145,6 @@ def train_generator(
     lambda_e L_y replaces the two middle terms) with one discriminator and one generator step per batch, Adam for both.
     ``classifier`` is the client's, frozen and in eval mode unless ``classifier_mode`` is train (as the authors': batch
     statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv.
-    ``on_snapshot(steps done, images uint8)`` gets images of fixed latents at ``snapshot_steps``.
     """
     seed, client_id = address
     device = shard.images.device
@@ -165,9 +167,8 @@ def train_generator(
     adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=config.lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
     steps, curve, discriminator_hits = num_steps(config, len(shard)), [], []
-    snapshots = snapshot_steps(steps) if on_snapshot else ()
-    snapshot_draws = stream(seed, "generator/watched", client_id)
-    snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, snapshot_draws, device) if on_snapshot else ()
+    snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)
+    snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, stream(seed, "generator/watched", client_id), device)
     shared = config.discriminator == "shared_trunk"
 
     def discriminate(images: Tensor, labels: Sequence[Tensor] = ()) -> Tensor:
@@ -209,8 +210,11 @@ def train_generator(
         adam_g.step()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             curve.append([step, *(float(x.detach()) for x in (loss_g, loss_d, entropy, diversity))])
-        if on_snapshot and step + 1 in snapshots:
-            on_snapshot(step + 1, snapshot_images(generator, snapshot_input, config, facts))
+        if step + 1 in moments:
+            with torch.no_grad():
+                images = generator.eval()(*snapshot_input).float()
+            snapshots[step + 1] = to_pixels(images, config.gan_range, facts)
+            generator.train()
 
     freeze(generator)
     freeze(classifier)
@@ -220,23 +224,14 @@ def train_generator(
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
-    return TrainedGenerator(to_weights(generator), pixels, figures, curve)
+    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken (drop_class0_bug)
+    progress = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
+    return TrainedGenerator(to_weights(generator), pixels, figures, curve, progress)
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:
     """Return the steps after which snapshots are taken: geometric from a sixteenth of ``steps`` to ``steps``."""
     return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_SNAPSHOTS).round().astype(int)).tolist())
-
-
-@torch.no_grad()
-def snapshot_images(
-    generator: Generator, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
-) -> np.ndarray:
-    """Generate uint8 images [n, channels, H, W] from the inputs ``latent`` in eval mode, then restore the mode."""
-    training = generator.training
-    images = to_pixels(generator.eval()(*latent).float(), config.gan_range, facts)
-    generator.train(training)
-    return images
 
 
 @torch.no_grad()

@@ -19,8 +19,6 @@ from ..config.schema import DistillConfig
 from ..core.types import Weights
 from ..models.batch_norm import bn_statistics
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
-
 
 def _full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -28,9 +26,6 @@ def _full(x: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(_full(logits), dim=1)
-
-
-# --- the generator's game --------------------------------------------------------------------------------------------
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
@@ -103,9 +98,6 @@ def adversarial_loss(fake_logits: Tensor) -> Tensor:
     return -F.logsigmoid(_full(fake_logits)).mean()
 
 
-# --- distillation ----------------------------------------------------------------------------------------------------
-
-
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
 
@@ -163,4 +155,4 @@ def distillation_loss(
 
 
 #: distill.jsd -> divergence of logits, per sample
-DIVERGENCES: dict[str, Divergence] = {"true": jensen_shannon, "bhattacharyya": bhattacharyya}
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"true": jensen_shannon, "bhattacharyya": bhattacharyya}

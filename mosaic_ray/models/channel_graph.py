@@ -135,7 +135,16 @@ def trace_channels(model: nn.Module) -> tuple[dict[str, tuple[AxisGroup, ...]], 
     except Exception as error:  # a user's forward may raise anything on a proxy tensor
         reason = (str(error).splitlines() or [""])[0]
         _refuse(f"this one cannot be traced ({type(error).__name__}: {reason})")
-    return _Propagation(model).run(graph)
+    propagation, values = _Propagation(model), dict[fx.Node, Any]()
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op != "output":
+            values[node] = propagation.step(node, args, kwargs)
+    (logits,) = args  # a graph ends with its output
+    if not isinstance(logits, TensorLayout):
+        _refuse("this one gives more than logits")
+    logits.dim.find().group.full = True
+    return propagation.entries, logits.dim.find()
 
 
 class _Propagation:
@@ -145,18 +154,6 @@ class _Propagation:
         self.modules = dict(model.named_modules())
         self.entries: dict[str, tuple[AxisGroup, ...]] = {}
         self.depths = itertools.count(1)
-
-    def run(self, graph: fx.Graph) -> tuple[dict[str, tuple[AxisGroup, ...]], AxisGroup]:
-        values: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "output":
-                if not isinstance(args[0], TensorLayout):
-                    _refuse("this one gives more than logits")
-                args[0].dim.find().group.full = True
-                return self.entries, args[0].dim.find()
-            values[node] = self.step(node, args, kwargs)
-        raise AssertionError("a graph ends with its output")
 
     def step(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "placeholder":
@@ -220,9 +217,6 @@ class _Propagation:
             known = self.entries.setdefault(f"{name}.{entry}", dims)
             for left, right in zip(known, dims, strict=True):  # they differ if a layer is used twice
                 union(left, right)
-
-
-# --- functions and methods -------------------------------------------------------------------------------------------
 
 
 def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -105,14 +106,12 @@ class Plan:
     kept: dict[str, list[Entry]]
 
 
-# --- inventory -------------------------------------------------------------------------------------------------------
-
-
 def scan(store: Store, trace: Trace) -> Inventory:
     """List everything in ``store``; ``RequestError`` for a summary.json that cannot be parsed."""
     files: dict[str, Stored] = {}
     for kind in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps", "experiments") if store.local_root else ())):
-        files |= _or_run_error(store, kind, lambda kind=kind: store.files.tree(kind))
+        with _reading(store, kind):
+            files |= store.files.tree(kind)
     folders: dict[tuple[str, str], dict[str, Stored]] = {}
     others = {}
     for name, file in files.items():
@@ -147,12 +146,14 @@ def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
 
 
 def _names(store: Store, folder: str) -> list[str]:
-    return sorted(_or_run_error(store, folder, lambda: store.files.names(folder)))
+    with _reading(store, folder):
+        return sorted(store.files.names(folder))
 
 
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
-        summary = json.loads(_or_run_error(store, place, lambda: store.files.read(f"{place}/{file}")))
+        with _reading(store, place):
+            summary = json.loads(store.files.read(f"{place}/{file}"))
     except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
     except (ValueError, RecursionError):
@@ -169,10 +170,11 @@ def _invalid(store: Store, place: str, file: str = "summary.json") -> RequestErr
     )
 
 
-def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
-    """Return the result of ``work``; turn a storage error into ``RunError``, but not a missing file."""
+@contextlib.contextmanager
+def _reading(store: Store, what: str) -> Iterator[None]:
+    """Turn a storage error in the block into ``RunError``, but not a missing file."""
     try:
-        return work()
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -180,12 +182,8 @@ def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
 
 
 def _map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Map ``work`` over ``items`` with threads, in order."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         return list(pool.map(work, items))
-
-
-# --- garbage ---------------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -312,9 +310,6 @@ def _remove(store: Store, item: Garbage, older_than: float) -> bool:
             store.files.delete(f"{entry.folder}/{MANIFEST}")  # first: without a manifest the rest is no result
             store.files.delete_folder(entry.folder)
     return True
-
-
-# --- verification ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
