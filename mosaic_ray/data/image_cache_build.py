@@ -51,18 +51,23 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
         if (found := read(folder, fixed, images.places)) is not None:
             return found
     with contextlib.ExitStack() as stack:
-        if not _writable(folder.parent):
+        if _writable(folder.parent):
+            locked = stack.enter_context(lock_folder(folder.parent))
+            try:
+                if (found := read(folder, fixed, images.places)) is not None:
+                    return found  # another process has made it meanwhile
+            except Damaged as error:
+                warn(f"{error}; its images are decoded afresh")
+            if locked:
+                _tidy(folder.parent)
+            made = _put(build_cache(config, images, fixed, stack, folder.parent), folder)
+        else:
             warn(f"{data_root(config)} cannot be written to, so decoded images are not kept; see data.root")
-            return _read_back(build_cache(config, images, fixed, stack, None), fixed)
-        locked = stack.enter_context(lock_folder(folder.parent))
+            made = build_cache(config, images, fixed, stack, None)
         try:
-            if (found := read(folder, fixed, images.places)) is not None:
-                return found  # another process has made it meanwhile
+            return read(made, fixed)
         except Damaged as error:
-            warn(f"{error}; its images are decoded afresh")
-        if locked:
-            _tidy(folder.parent)
-        return _read_back(_put(build_cache(config, images, fixed, stack, folder.parent), folder), fixed)
+            raise RequestError(f"{error} as soon as written; is the disk sound?") from error
 
 
 def imported(config: DataConfig) -> Dataset:
@@ -90,13 +95,6 @@ def import_as(name: str, config: DataConfig) -> Path:
         images = spec_of(config.name).load(config)
         build_cache(config, images, None, stack, folder.parent).rename(folder)
     return folder
-
-
-def _read_back(folder: Path, fixed: DataFacts | None) -> Dataset:
-    try:
-        return read(folder, fixed)
-    except Damaged as error:
-        raise RequestError(f"{error} as soon as written; is the disk sound?") from error
 
 
 def _writable(folder: Path) -> bool:

@@ -148,13 +148,12 @@ def folder(config: DataConfig) -> ImageFiles:
     def classes_of(split: str) -> dict[str, Path]:
         if not (base / split).is_dir():
             raise RequestError(f"data.name = {config.name}: no folder {base / split}; it takes {split}/<class>/*")
-        folders = (path for path in (base / split).iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = [path for path in (base / split).iterdir() if path.is_dir() and not path.name.startswith(".")]
+        if not folders:
+            raise RequestError(f"data.name = {config.name}: no images in {base / split}; it takes <class>/* there")
         return {path.name: path for path in sorted(folders)}
 
     train, test = classes_of("train"), classes_of("test")
-    for split, classes in (("train", train), ("test", test)):
-        if not classes:
-            raise RequestError(f"data.name = {config.name}: no images in {base / split}; it takes <class>/* there")
 
     def listing() -> Listing:
         names = [*train, *(name for name in test if name not in train)]

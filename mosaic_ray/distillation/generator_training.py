@@ -28,11 +28,10 @@ from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
 from ..federated.local_training import Shard, batches
-from ..models.batch_norm import bn_statistics
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
-from ..models.state_dict import freeze, load_weights, to_weights, use_precision
+from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
 NUM_SAMPLES = 64  # sample images that are stored

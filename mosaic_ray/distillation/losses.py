@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..config.schema import DistillConfig
 from ..core.types import Weights
-from ..models.batch_norm import bn_statistics
+from ..models.state_dict import bn_statistics
 
 
 def _full(x: Tensor) -> Tensor:

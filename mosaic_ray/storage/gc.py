@@ -209,7 +209,7 @@ def plan(
         if entry.key in held:
             why = "somebody computes it right now"
         elif is_result and entry.finished and entry.key in used:
-            if old := _unnamed(entry, named.get(entry.folder), now - older_than):
+            if old := _unnamed(entry, named.get(entry.folder, entry.files), now - older_than):
                 size = sum(entry.files[name].size for name in old)
                 free.append(Garbage("files", entry.folder, f"{len(old)} that its manifest does not name", size, entry))
             continue
@@ -240,10 +240,8 @@ def plan(
     return Plan(free, kept)
 
 
-def _unnamed(entry: Entry, named: Container[str] | None, before: float) -> list[str]:
+def _unnamed(entry: Entry, named: Container[str], before: float) -> list[str]:
     """Return the payloads of a result that its manifest does not name, last written ``before`` (seconds since 1970)."""
-    if named is None:
-        return []
     return [
         name
         for name, file in entry.files.items()
@@ -275,17 +273,15 @@ def _make_plan(store: Store, trace: Trace, older_than: float) -> Plan:
     used = inventory.used_by()
     asked = [entry for entry in inventory.of(OBJECTS) if entry.finished and entry.key in used]
     named = dict(zip((entry.folder for entry in asked), _map(lambda e: _named(store, e), asked), strict=True))
-    complete = {folder: names for folder, names in named.items() if names is not None}
-    return plan(inventory, leases, complete, older_than, time.time())
+    return plan(inventory, leases, named, older_than, time.time())
 
 
-def _named(store: Store, entry: Entry) -> set[str] | None:
-    """Return the files that an entry's manifest names; None if the manifest is damaged or missing."""
-    try:
-        manifest = store.manifest(entry.kind, entry.key)
-    except DamagedFile:
-        return None
-    return None if manifest is None else {f"{entry.folder}/{file['name']}" for file in manifest["files"].values()}
+def _named(store: Store, entry: Entry) -> Container[str]:
+    """Return the files that an entry's manifest names; all files if the manifest is damaged or missing."""
+    with contextlib.suppress(DamagedFile):
+        if manifest := store.manifest(entry.kind, entry.key):
+            return {f"{entry.folder}/{file['name']}" for file in manifest["files"].values()}
+    return entry.files
 
 
 def _remove(store: Store, item: Garbage, older_than: float) -> bool:
@@ -331,22 +327,19 @@ def verify(store: Store) -> Verdict:
 
 
 def _damage(store: Store, entry: Entry) -> str | None:
+    def content() -> bytes | None:
+        with contextlib.suppress(OSError):
+            return store.files.read(f"{entry.folder}/{MANIFEST}")
+        return None
+
     for _ in range(_ATTEMPTS):
-        before = _bytes(store, entry)
+        before = content()
         try:
             if manifest := store.manifest(entry.kind, entry.key):
                 store.verify(entry.kind, manifest)
             return None
         except DamagedFile as damage:
             why = "{}: {}".format(*damage.args)
-        if _bytes(store, entry) == before:
+        if content() == before:
             return why
     return None  # a living writer keeps replacing it, like a checkpoint
-
-
-def _bytes(store: Store, entry: Entry) -> bytes | None:
-    """Return the bytes of the manifest; None if it cannot be read."""
-    try:
-        return store.files.read(f"{entry.folder}/{MANIFEST}")
-    except OSError:
-        return None

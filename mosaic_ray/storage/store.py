@@ -49,15 +49,13 @@ Parts = Mapping[str, Mapping[str, np.ndarray]]
 class CorruptResult(RunError):
     """A payload vanished or changed after ``Store.get`` verified it; the next ``get`` returns None."""
 
-    def __init__(self, key: str, part: str, why: str) -> None:
-        super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}')
+    def __init__(self, key: str, part: str, why: str, stage: str | None = None) -> None:
+        super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}', stage=stage)
         self.key, self.part, self.why = key, part, why
 
     def at(self, stage: str) -> CorruptResult:
         """Add the stage as ``RunError.at`` does, keeping the type, so that the run can start over."""
-        located = CorruptResult(self.key, self.part, self.why)
-        located.stage = self.stage or stage
-        return located
+        return CorruptResult(self.key, self.part, self.why, self.stage or stage)
 
 
 class DamagedFile(Exception):

@@ -26,9 +26,8 @@ from mosaic_ray.distillation.losses import (
     jensen_shannon,
     kl,
 )
-from mosaic_ray.models.batch_norm import bn_statistics
 from mosaic_ray.models.classifiers import build_classifier
-from mosaic_ray.models.state_dict import to_weights
+from mosaic_ray.models.state_dict import bn_statistics, to_weights
 
 NAMES = ("running_mean", "running_var")
 
