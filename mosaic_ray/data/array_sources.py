@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,35 +60,32 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
     return load
 
 
-@dataclass(frozen=True)
-class Cifar:
-    """Load a CIFAR: pickled dicts of ``data`` uint8 [n, 3072] and labels; the last file is the test set."""
+def cifar(meta: str, label_key: str, names_key: str) -> Callable[[DataConfig], Dataset]:
+    """Return a loader of a CIFAR: pickled dicts of ``data`` uint8 [n, 3072] and labels, the test set last."""
 
-    meta: str
-    label_key: str
-    names_key: str
+    def part(path: Path, num_classes: int) -> ImageSet:
+        batch = read_pickle(path)
+        data, labels = batch.get("data"), batch.get(label_key)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
+            raise RequestError(f'{path} holds no "data" of bytes [n, 3072]; remove it and fetch it again')
+        if not isinstance(labels, list | np.ndarray) or not all(isinstance(x, int | np.integer) for x in labels):
+            raise RequestError(f'{path} holds no whole numbers "{label_key}"; remove it and fetch it again')
+        labels = np.array(labels, np.int64)
+        _check_labels(labels, len(data), num_classes, path)
+        return ImageSet(data.reshape(-1, 3, 32, 32), labels)
 
-    def __call__(self, config: DataConfig) -> Dataset:
+    def load(config: DataConfig) -> Dataset:
         paths = needed(config)
         num_classes = spec_of(config.name).facts.num_classes
-        *parts, test = (self._batch(path, num_classes) for path in paths)
+        *parts, test = (part(path, num_classes) for path in paths)
         train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
-        meta = paths[-1].with_name(self.meta)
-        names = read_pickle(meta).get(self.names_key) if meta.is_file() else None
+        path = paths[-1].with_name(meta)
+        names = read_pickle(path).get(names_key) if path.is_file() else None
         if not isinstance(names, list) or len(names) != num_classes:
             names = range(num_classes)
         return with_facts(config, train, test, tuple(map(str, names)))
 
-    def _batch(self, path: Path, num_classes: int) -> ImageSet:
-        batch = read_pickle(path)
-        data, labels = batch.get("data"), batch.get(self.label_key)
-        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
-            raise RequestError(f'{path} holds no "data" of bytes [n, 3072]; remove it and fetch it again')
-        if not isinstance(labels, list | np.ndarray) or not all(isinstance(x, int | np.integer) for x in labels):
-            raise RequestError(f'{path} holds no whole numbers "{self.label_key}"; remove it and fetch it again')
-        labels = np.array(labels, np.int64)
-        _check_labels(labels, len(data), num_classes, path)
-        return ImageSet(data.reshape(-1, 3, 32, 32), labels)
+    return load
 
 
 def svhn(config: DataConfig) -> Dataset:
@@ -146,7 +142,7 @@ SVHN = DatasetSpec(
 )  # fmt: skip
 
 CIFAR10 = DatasetSpec(
-    Cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
+    cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
     DataFacts("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), ("crop", "flip")),
     archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
@@ -155,7 +151,7 @@ CIFAR10 = DatasetSpec(
 )  # fmt: skip
 
 CIFAR100 = DatasetSpec(
-    Cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
+    cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
     DataFacts("cifar100", 100, 3, 32, *CIFAR100_MEAN_STD, ("crop", "flip")),
     archive(
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",
