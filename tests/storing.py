@@ -49,7 +49,7 @@ def bucket(folder: str) -> tuple[fs.FileSystem, str]:
 
 
 def remains(store: Store) -> list[str]:
-    return store._files.names("leases")
+    return store.files.names("leases")
 
 
 def until(found: Callable[[], Any]) -> Any:

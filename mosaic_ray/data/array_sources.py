@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
 from ..core.types import DataFacts, Dataset, ImageSet
 from .download import needed
-from .formats import read_idx, read_mat, read_pickle
+from .formats import read_pickle, reading
 from .partition import held_out_mask
 from .specs import CIFAR100_MEAN_STD, DatasetSpec, archive, idx_files, plain_file, spec_of, with_facts
 
@@ -24,24 +23,14 @@ CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shi
 
 def digits(config: DataConfig) -> Dataset:
     """Load 1,437 training and 360 test images of 8x8, split by class; the split is the same under every seed."""
-    rows = _digits_rows()
+    package = find_spec("sklearn")  # its file is read without importing scikit-learn
+    assert package is not None and package.origin is not None
+    path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
+    rows = np.loadtxt(path, delimiter=",", dtype=np.int64)  # [1797, 65]: 64 intensities and a label each
     intensities, labels = rows[:, :-1].reshape(-1, 1, 8, 8), rows[:, -1]  # intensities are 0..16
     whole = ImageSet(((intensities * 255 + 8) // 16).astype(np.uint8), labels)
     test = held_out_mask(whole.labels, 360, numpy_stream(0, "digits"))
     return with_facts(config, whole.take(~test), whole.take(test), DIGIT_NAMES)
-
-
-def _digits_rows() -> np.ndarray:
-    """Read scikit-learn's file without importing scikit-learn: int64 [1797, 65], 64 intensities and a label each."""
-    package = find_spec("sklearn")
-    if package and package.origin:
-        path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
-        if path.exists():
-            return np.loadtxt(path, delimiter=",", dtype=np.int64)
-    from sklearn.datasets import load_digits  # a release that keeps it elsewhere
-
-    bunch = load_digits()
-    return np.column_stack([bunch.data, bunch.target]).astype(np.int64)
 
 
 def _check_labels(labels: np.ndarray, num_images: int, num_classes: int, path: Path) -> None:
@@ -55,7 +44,12 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
     """Return a loader of the four idx files of an MNIST."""
 
     def part(images_path: Path, labels_path: Path) -> ImageSet:
-        images, labels = read_idx(images_path, 3)[:, None], read_idx(labels_path, 1)
+        from torchvision.datasets.mnist import read_image_file, read_label_file  # client actors load no torchvision
+
+        with reading(images_path):
+            images = read_image_file(str(images_path)).numpy()[:, None]
+        with reading(labels_path):
+            labels = read_label_file(str(labels_path)).numpy()
         _check_labels(labels, len(images), len(class_names), labels_path)
         return ImageSet(images, labels)
 
@@ -66,42 +60,42 @@ def mnist_like(class_names: tuple[str, ...]) -> Callable[[DataConfig], Dataset]:
     return load
 
 
-@dataclass(frozen=True)
-class Cifar:
-    """Load a CIFAR: pickled dicts of ``data`` uint8 [n, 3072] and labels; the last file is the test set."""
+def cifar(meta: str, label_key: str, names_key: str) -> Callable[[DataConfig], Dataset]:
+    """Return a loader of a CIFAR: pickled dicts of ``data`` uint8 [n, 3072] and labels, the test set last."""
 
-    meta: str
-    label_key: str
-    names_key: str
-
-    def __call__(self, config: DataConfig) -> Dataset:
-        paths = needed(config)
-        num_classes = spec_of(config.name).facts.num_classes
-        *parts, test = (self._batch(path, num_classes) for path in paths)
-        train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
-        meta = paths[-1].with_name(self.meta)
-        names = read_pickle(meta).get(self.names_key) if meta.is_file() else None
-        if not isinstance(names, list) or len(names) != num_classes:
-            names = range(num_classes)
-        return with_facts(config, train, test, tuple(map(str, names)))
-
-    def _batch(self, path: Path, num_classes: int) -> ImageSet:
+    def part(path: Path, num_classes: int) -> ImageSet:
         batch = read_pickle(path)
-        data, labels = batch.get("data"), batch.get(self.label_key)
+        data, labels = batch.get("data"), batch.get(label_key)
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3072:
             raise RequestError(f'{path} holds no "data" of bytes [n, 3072]; remove it and fetch it again')
         if not isinstance(labels, list | np.ndarray) or not all(isinstance(x, int | np.integer) for x in labels):
-            raise RequestError(f'{path} holds no whole numbers "{self.label_key}"; remove it and fetch it again')
+            raise RequestError(f'{path} holds no whole numbers "{label_key}"; remove it and fetch it again')
         labels = np.array(labels, np.int64)
         _check_labels(labels, len(data), num_classes, path)
         return ImageSet(data.reshape(-1, 3, 32, 32), labels)
 
+    def load(config: DataConfig) -> Dataset:
+        paths = needed(config)
+        num_classes = spec_of(config.name).facts.num_classes
+        *parts, test = (part(path, num_classes) for path in paths)
+        train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
+        path = paths[-1].with_name(meta)
+        names = read_pickle(path).get(names_key) if path.is_file() else None
+        if not isinstance(names, list) or len(names) != num_classes:
+            names = range(num_classes)
+        return with_facts(config, train, test, tuple(map(str, names)))
+
+    return load
+
 
 def svhn(config: DataConfig) -> Dataset:
     """Load two MATLAB files of ``X`` uint8 [32, 32, 3, n] and ``y`` [n, 1], in which 10 stands for the digit 0."""
+    from scipy.io import loadmat
 
     def part(path: Path) -> ImageSet:
-        images, labels = read_mat(path, ("X", "y"))
+        with reading(path):
+            content = loadmat(path, appendmat=False, variable_names=("X", "y"))
+            images, labels = content["X"], content["y"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
             raise RequestError(f'{path} holds no "X" of bytes [32, 32, 3, n]; remove it and fetch it again')
         if labels.dtype.kind not in "iu" or labels.size != max(labels.shape, default=0):
@@ -114,8 +108,6 @@ def svhn(config: DataConfig) -> Dataset:
     train, test = map(part, needed(config))
     return with_facts(config, train, test, DIGIT_NAMES)
 
-
-# --- the records ------------------------------------------------------------------------------------------------------
 
 # The constants are the authors' (MNIST's for Fashion-MNIST too); the digits' were measured on the training images. A
 # mirrored digit is another sign or none, so neither the digits nor SVHN's are flipped.
@@ -150,7 +142,7 @@ SVHN = DatasetSpec(
 )  # fmt: skip
 
 CIFAR10 = DatasetSpec(
-    Cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
+    cifar(meta="batches.meta", label_key="labels", names_key="label_names"),
     DataFacts("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), ("crop", "flip")),
     archive(
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a",
@@ -159,7 +151,7 @@ CIFAR10 = DatasetSpec(
 )  # fmt: skip
 
 CIFAR100 = DatasetSpec(
-    Cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
+    cifar(meta="meta", label_key="fine_labels", names_key="fine_label_names"),
     DataFacts("cifar100", 100, 3, 32, *CIFAR100_MEAN_STD, ("crop", "flip")),
     archive(
         "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85",

@@ -22,7 +22,10 @@ def overview(config: DataConfig) -> dict[str, str]:
     Opens no file but the facts of decoded copies.
     """
     root = data_root(config)
-    copies = _copies(root)
+    copies: dict[str, list[str]] = {}
+    for path in sorted((root / DECODED).glob(f"*/{FACTS}")):
+        if facts := read_facts(path.parent):
+            copies.setdefault(facts["name"], []).append(_copy(path.parent))
     rows = {}
     for name, entry in DATASETS.items():
         spec = spec_of(name)
@@ -38,15 +41,6 @@ def overview(config: DataConfig) -> dict[str, str]:
     for name in imported_names(root):
         rows[name] = f"imported; {_copy(root / IMPORTED / name)}"
     return rows | {name: "; ".join(found) for name, found in copies.items()}
-
-
-def _copies(root: Path) -> dict[str, list[str]]:
-    """Return the descriptions of decoded copies, by data set."""
-    found: dict[str, list[str]] = {}
-    for path in sorted((root / DECODED).glob(f"*/{FACTS}")):
-        if facts := read_facts(path.parent):
-            found.setdefault(facts["name"], []).append(_copy(path.parent))
-    return found
 
 
 def _copy(folder: Path) -> str:

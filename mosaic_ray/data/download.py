@@ -149,12 +149,8 @@ def _request(url: str, part: Path, have: int) -> None:
 
 
 def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file, bar(f"checking {path.stem}", path.stat().st_size, size=True) as advance:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-            advance(len(piece))
-    return digest.hexdigest()
+    with open(path, "rb") as file, bar(f"checking {path.stem}", 0):
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _unpack(archive: Path, first: Path, root: Path) -> None:

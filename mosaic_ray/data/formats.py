@@ -1,13 +1,16 @@
-"""Read arrays from MNIST's, CIFAR's and MATLAB's files, and find the columns of Hugging Face's image parquet.
+"""Read CIFAR's pickles, and find the columns of Hugging Face's image parquet.
 
 No file may run code: the unpickler accepts arrays of integers and plain values, nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +24,30 @@ def brief(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def read_idx(path: Path, num_axes: int) -> np.ndarray:
-    """Read one of MNIST's files of bytes: images uint8 [N, H, W] (3 axes), or labels int64 [N] (1)."""
-    from torchvision.datasets.mnist import read_image_file, read_label_file  # here: client actors load no torchvision
-
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn any error in the block into a ``RequestError`` on ``path``: a damaged file may raise nearly anything."""
     try:
-        return (read_image_file if num_axes == 3 else read_label_file)(str(path)).numpy()
-    except Exception as error:  # a damaged file may raise nearly anything
+        yield
+    except Exception as error:
         raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
     """Return the dict in a pickle of plain values and integer arrays; ``RequestError`` for any other content."""
-    try:
-        with open(path, "rb") as file:
-            content = _ArraysOnly(file, encoding="latin1").load()
+    with reading(path), open(path, "rb") as file:
+        content = _ArraysOnly(file, encoding="latin1").load()
         if not isinstance(content, dict):
             raise pickle.UnpicklingError(f"it holds a {type(content).__name__}, not a dict")
         return {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
-    except Exception as error:  # a damaged pickle may raise nearly anything
-        raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error
 
 
+@dataclass
 class _Array:
     """Replaces numpy.ndarray while unpickling. numpy's own ``__setstate__`` trusts its input (a forged dtype makes it
     follow forged pointers), so the bytes are read here, and only as integers."""
 
-    array: np.ndarray
+    array: np.ndarray | None = None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
@@ -71,40 +71,25 @@ class _Dtype:
         self.order = state[1]
 
 
+#: The names that pickled integer arrays use (numpy 1 and 2, protocols 0 to 5), and their replacements.
+_NAMES: dict[str, Any] = {
+    "numpy.ndarray": "ndarray",  # only ever handed to _reconstruct
+    "numpy.dtype": lambda code, *_: _Dtype(code),
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.multiarray.scalar": lambda dtype, data: _integers(data, dtype, (1,), "C")[0],
+    "numpy.core.numeric._frombuffer": lambda *parts: _Array(_integers(*parts)),
+    "_codecs.encode": lambda text, _: text.encode("latin1"),
+}
+
+
 class _ArraysOnly(pickle.Unpickler):
-    """Accepts only the names that pickled integer arrays use (numpy 1 and 2, protocols 0 to 5), and replaces them."""
+    """Accepts only the names that pickled integer arrays use."""
 
     def find_class(self, module: str, name: str) -> Any:
-        def from_buffer(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
-            array = _Array()
-            array.array = _integers(data, dtype, shape, order)
-            return array
-
-        module = module.replace("numpy._core", "numpy.core")
-        if (module, name) == ("numpy", "ndarray"):
-            return "ndarray"  # only ever handed to _reconstruct
-        if (module, name) == ("numpy", "dtype"):
-            return lambda code, *_: _Dtype(code)
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            return lambda *_: _Array()
-        if (module, name) == ("numpy.core.multiarray", "scalar"):
-            return lambda dtype, data: _integers(data, dtype, (1,), "C")[0]
-        if (module, name) == ("numpy.core.numeric", "_frombuffer"):
-            return from_buffer
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, _: text.encode("latin1")
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a data set")
-
-
-def read_mat(path: Path, names: tuple[str, ...]) -> list[np.ndarray]:
-    """Return the arrays ``names`` of a MATLAB 5 file; ``RequestError`` if it is damaged or lacks one."""
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(path, appendmat=False, variable_names=names)
-        return [content[name] for name in names]
-    except Exception as error:  # a damaged file may raise nearly anything
-        raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error
+        full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
+        if full not in _NAMES:
+            raise pickle.UnpicklingError(f"{full} has no place in a data set")
+        return _NAMES[full]
 
 
 def image_columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:

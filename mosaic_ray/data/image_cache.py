@@ -62,8 +62,8 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
         raise Damaged(f"{folder / FACTS} is damaged")
     if places is not None and facts["stamp"] != stamp(places, facts["listed"]):
         return None
-    arrays = [_mapped(folder / f"{part}.npy", facts["parts"][part]) for part in PARTS]
-    if any(_touched(folder, part, facts) for part in PARTS):
+    arrays = [_mapped(folder, part, facts["parts"][part]) for part in PARTS]
+    if any(_stat(folder, part) != facts["parts"][part]["stat"] for part in PARTS):
         with contextlib.suppress(OSError):  # so that the next opening does not check all blocks
             write_facts(folder, facts)
     if facts["left_out"]:
@@ -82,26 +82,25 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
     )  # fmt: skip
 
 
-def _touched(folder: Path, part: str, facts: dict[str, Any]) -> bool:
-    stat = (folder / f"{part}.npy").stat()
-    return facts["parts"][part]["stat"] != [stat.st_size, stat.st_mtime_ns]
+def _stat(folder: Path, name: str) -> list[int]:
+    stat = (folder / f"{name}.npy").stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
-def _mapped(path: Path, part: dict[str, Any]) -> np.ndarray:
+def _mapped(folder: Path, name: str, part: dict[str, Any]) -> np.ndarray:
     """Map an array of the copy; ``Damaged`` if its file or one of the checked blocks is damaged."""
+    path = folder / f"{name}.npy"
     try:
         # copy on write: the array is writable, as in other data sets, and the file does not change
         array = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
-        stat = path.stat()
+        touched = _stat(folder, name) != part["stat"]
     except (OSError, EOFError, ValueError) as error:
         raise Damaged(f"{path} is damaged ({brief(error)})") from error
     dtype = np.uint8 if array.ndim == 4 else np.int64
     if list(array.shape) != part["shape"] or array.dtype != dtype:
         raise Damaged(f"{path} is damaged (its head)")
     ends = np.cumsum([count for count, _ in part["blocks"]])
-    step = 1
-    if [stat.st_size, stat.st_mtime_ns] == part["stat"]:
-        step = min(len(ends), max(1, -(-array.nbytes // SPOT_BYTES)))
+    step = 1 if touched else min(len(ends), max(1, -(-array.nbytes // SPOT_BYTES)))
     checked = range(time.time_ns() // 1000 % step, len(ends), step)
 
     def sound(number: int) -> bool:
@@ -114,18 +113,13 @@ def _mapped(path: Path, part: dict[str, Any]) -> np.ndarray:
     return array
 
 
-# ---------------------------------------------------------------- writing
-
-
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write ``facts`` with the files' sizes and times and a checksum, atomically."""
+    from ..storage.filesystem import write_whole  # here: `mosaic data` reads without pyarrow
+
     for part in PARTS:
-        stat = (folder / f"{part}.npy").stat()
-        facts["parts"][part]["stat"] = [stat.st_size, stat.st_mtime_ns]
-    beside = folder / f"{FACTS}.{os.getpid()}.tmp"
-    beside.write_text(json.dumps({"sha256": _seal(facts), "facts": facts}))
-    flush(beside)
-    beside.replace(folder / FACTS)
+        facts["parts"][part]["stat"] = _stat(folder, part)
+    write_whole(folder / FACTS, json.dumps({"sha256": _seal(facts), "facts": facts}).encode())
 
 
 def _seal(facts: dict[str, Any]) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,13 @@ from .image_ops import mean_std
 from .image_sources import check_classes
 from .paths import DECODED, IMPORTED, data_root, imported_names, lock_folder
 from .progress import bar, warn
-from .specs import ImageFiles, Listing, Part, spec_of
+from .specs import ImageFiles, Listing, spec_of
 
 #: Part of the copies' names; raise it when the format of copies or the decoding changes.
 VERSION = 1
 _UNFINISHED = ".unfinished-"
 #: Tasks between two flushes to the disk, which shorten the last one.
 _FLUSH = 16
-
-
-@dataclass(frozen=True)
-class Form:
-    """The form of a copy: side and channels in pixels (0: the images' own), whether images that do not decode are left
-    out, and the data set's constants (None: mean and standard deviation are measured)."""
-
-    size: int
-    channels: int
-    skip_bad: bool
-    known: DataFacts | None = None
 
 
 def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
@@ -54,8 +42,8 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
     """
     fixed = spec_of(config.name).facts
     channels = config.channels or (fixed.channels if fixed else 0)
-    form = Form(config.image_size or images.size, channels, config.skip_bad, fixed)
-    key = [VERSION, str(images.where), config.name.partition(":")[0], form.size, form.channels, form.skip_bad]
+    config = replace(config, image_size=config.image_size or images.size, channels=channels)
+    key = [VERSION, str(images.where), config.name.partition(":")[0], config.image_size, channels, config.skip_bad]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     label = "".join(c if c.isalnum() or c in "-_." else "_" for c in images.where.name)[:80]
     folder = data_root(config) / DECODED / f"{label}-{digest}"
@@ -63,18 +51,23 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
         if (found := read(folder, fixed, images.places)) is not None:
             return found
     with contextlib.ExitStack() as stack:
-        if not _writable(folder.parent):
+        if _writable(folder.parent):
+            locked = stack.enter_context(lock_folder(folder.parent))
+            try:
+                if (found := read(folder, fixed, images.places)) is not None:
+                    return found  # another process has made it meanwhile
+            except Damaged as error:
+                warn(f"{error}; its images are decoded afresh")
+            if locked:
+                _tidy(folder.parent)
+            made = _put(build_cache(config, images, fixed, stack, folder.parent), folder)
+        else:
             warn(f"{data_root(config)} cannot be written to, so decoded images are not kept; see data.root")
-            return _read_back(build_cache(config.name, images, form, stack, None), fixed)
-        locked = stack.enter_context(lock_folder(folder.parent))
+            made = build_cache(config, images, fixed, stack, None)
         try:
-            if (found := read(folder, fixed, images.places)) is not None:
-                return found  # another process has made it meanwhile
+            return read(made, fixed)
         except Damaged as error:
-            warn(f"{error}; its images are decoded afresh")
-        if locked:
-            _tidy(folder.parent)
-        return _read_back(_put(build_cache(config.name, images, form, stack, folder.parent), folder), fixed)
+            raise RequestError(f"{error} as soon as written; is the disk sound?") from error
 
 
 def imported(config: DataConfig) -> Dataset:
@@ -100,16 +93,8 @@ def import_as(name: str, config: DataConfig) -> Path:
         if folder.exists():
             raise RequestError(f"{name}: imported already; remove {folder} first, or take another name")
         images = spec_of(config.name).load(config)
-        form = Form(config.image_size, config.channels, config.skip_bad)
-        build_cache(config.name, images, form, stack, folder.parent).rename(folder)
+        build_cache(config, images, None, stack, folder.parent).rename(folder)
     return folder
-
-
-def _read_back(folder: Path, fixed: DataFacts | None) -> Dataset:
-    try:
-        return read(folder, fixed)
-    except Damaged as error:
-        raise RequestError(f"{error} as soon as written; is the disk sound?") from error
 
 
 def _writable(folder: Path) -> bool:
@@ -139,24 +124,27 @@ def _put(made: Path, folder: Path) -> Path:
     return folder if folder.exists() else made
 
 
-# ---------------------------------------------------------------- building
+def build_cache(
+    config: DataConfig, images: ImageFiles, known: DataFacts | None, stack: contextlib.ExitStack, parent: Path | None
+) -> Path:
+    """Decode ``images`` into a new folder below ``parent`` (None: the temporary folder), which ``stack`` removes.
 
-
-def build_cache(name: str, images: ImageFiles, form: Form, stack: contextlib.ExitStack, parent: Path | None) -> Path:
-    """Decode ``images`` into a new folder below ``parent`` (None: the temporary folder), which ``stack`` removes."""
+    Size or channels 0 in ``config``: the images' own. ``known``: the data set's constants; None: they are measured.
+    """
+    name = config.name
     stack.callback(image_decode.row_group.cache_clear)  # it may be as large as a file
     listing = images.listing()
     check_classes(name, listing.train.labels, listing.test.labels, listing.class_names)
     listed = len(listing.train.labels) + len(listing.test.labels)
     images_stamp = stamp(images.places, listed)
-    shape = _shape(name, listing, form)
+    shape = _shape(config, listing)
     try:
         beside = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=parent, ignore_cleanup_errors=True)
         folder = Path(stack.enter_context(beside)) / "copy"
         folder.mkdir()
-        facts = _decode(name, folder, listing, form, shape)
+        facts = _decode(config, folder, listing, known, shape)
         if facts is None:
-            facts = _decode(name, folder, listing, form, (3, *shape[1:]))
+            facts = _decode(config, folder, listing, known, (3, *shape[1:]))
         assert facts is not None
         facts |= {"name": name, "stamp": images_stamp, "listed": listed, "class_names": listing.class_names}
         write_facts(folder, facts)
@@ -168,34 +156,40 @@ def build_cache(name: str, images: ImageFiles, form: Form, stack: contextlib.Exi
     return folder
 
 
-def _shape(name: str, listing: Listing, form: Form) -> tuple[int, int, int]:
-    """Return the arrays' [C, H, W]: from ``form``, or from the first image that opens."""
-    if form.size and form.channels:
-        return form.channels, form.size, form.size
+def _shape(config: DataConfig, listing: Listing) -> tuple[int, int, int]:
+    """Return the arrays' [C, H, W]: from ``config``, or from the first image that opens."""
+    name, size, channels = config.name, config.image_size, config.channels
+    if size and channels:
+        return channels, size, size
     for task in (*listing.train.tasks, *listing.test.tasks):
         for source in image_decode.encoded(task):
             try:
                 height, width, coloured = image_decode.form(source)
             except Exception:  # Pillow raises nearly anything; try the next image
                 continue
-            if not form.size and height != width:
+            if not size and height != width:
                 raise RequestError(f"data.name = {name}: images are {height}x{width}; set data.image_size to a side")
-            return form.channels or (3 if coloured else 1), form.size or height, form.size or width
+            return channels or (3 if coloured else 1), size or height, size or width
     raise RequestError(f"data.name = {name}: none of its images decodes, such as {image_decode.place(task, 0)}")
 
 
 def _decode(
-    name: str, folder: Path, listing: Listing, form: Form, shape: tuple[int, int, int]
+    config: DataConfig, folder: Path, listing: Listing, known: DataFacts | None, shape: tuple[int, int, int]
 ) -> dict[str, Any] | None:
     """Write the arrays and return their facts; None if channels are the images' own and only the first are grey."""
-    measured = form.known is None or shape[0] < form.known.channels
+    name, measured = config.name, known is None or shape[0] < known.channels
     parts = {"train": listing.train, "test": listing.test}
-    common = {"shape": shape, "square": bool(form.size), "tally": measured}
-    tasks = [task | common for part, images in parts.items() for task in _placed(folder, part, images, shape)]
+    tasks: list[image_decode.Task] = []
+    for part, images in parts.items():
+        target, first = folder / f"{part}_images.npy", 0
+        offset = _write_head(target, (len(images.labels), *shape))
+        common = {"shape": shape, "square": bool(config.image_size), "tally": measured}
+        for task in images.tasks:
+            tasks.append(task | common | {"part": part, "first": first, "target": str(target), "offset": offset})
+            first += image_decode.count(task)
     blocks: dict[str, list[list[Any]]] = {part: [] for part in parts}
     kept = {part: np.ones(len(images.labels), bool) for part, images in parts.items()}
-    bad: list[str] = []
-    reasons: list[str] = []
+    bad: list[tuple[str, str]] = []  # name and reason
     coloured = False
     total = sum(map(len, kept.values()))
     with bar(f"decoding {name}", total) as advance, contextlib.closing(image_decode.run(tasks)) as answers:
@@ -208,11 +202,10 @@ def _decode(
                     f"{height}x{width}; set data.image_size to the side that all are to have"
                 )
             coloured |= answer["coloured"]
-            if coloured and shape[0] == 1 and not form.channels:
+            if coloured and shape[0] == 1 and not config.channels:
                 return None
             for index, reason in answer["bad"]:
-                bad.append(image_decode.place(task, index))
-                reasons.append(reason)
+                bad.append((image_decode.place(task, index), reason))
                 kept[task["part"]][task["first"] + index] = False
             at = task["first"]
             for block in answer["blocks"]:
@@ -221,15 +214,16 @@ def _decode(
             advance(image_decode.count(task))
             if number % _FLUSH == _FLUSH - 1:
                 flush(Path(task["target"]))
-    if bad and not form.skip_bad:
+    if bad and not config.skip_bad:
         others = f", and {len(bad) - 1} other{'s' * (len(bad) > 2)} likewise" if len(bad) > 1 else ""
         raise RequestError(
-            f"data.name = {name}: {bad[0]} does not decode ({reasons[0]}){others}; "
+            f"data.name = {name}: {bad[0][0]} does not decode ({bad[0][1]}){others}; "
             "--skip-bad (data.skip_bad=true) leaves such images out"
         )
     labels = {part: images.labels[kept[part]] for part, images in parts.items()}
     check_classes(name, *labels.values(), listing.class_names)
-    facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": bad[:3], "parts": {}}
+    first = [name for name, _ in bad[:3]]
+    facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": first, "parts": {}}
     for part in parts:
         good = [[count, checksum] for _, count, checksum, _ in blocks[part] if count]
         _close_gaps(folder / f"{part}_images.npy", shape, blocks[part])
@@ -242,17 +236,6 @@ def _decode(
     if measured:
         facts["mean"], facts["std"] = mean_std(tally for _, count, _, tally in blocks["train"] if count)
     return facts
-
-
-def _placed(folder: Path, part: str, images: Part, shape: tuple[int, int, int]) -> list[image_decode.Task]:
-    """Create the file of the array, and return the tasks of ``images``, each with its position there."""
-    target = folder / f"{part}_images.npy"
-    offset = _write_head(target, (len(images.labels), *shape))
-    firsts = itertools.accumulate(map(image_decode.count, images.tasks), initial=0)
-    return [
-        task | {"part": part, "first": first, "target": str(target), "offset": offset}
-        for task, first in zip(images.tasks, firsts, strict=False)  # the last sum is the end
-    ]
 
 
 def _write_head(path: Path, shape: tuple[int, ...]) -> int:

@@ -95,12 +95,8 @@ class WrongSize(Exception):
 
 def form(source: str | io.BytesIO) -> tuple[int, int, bool]:
     """Return height, width and whether the image has colours, from its header."""
-    with _opened(source) as image:
+    with Image.open(source, formats=_FORMATS) as image:
         return image.height, image.width, image.mode not in _GREY
-
-
-def _opened(source: str | io.BytesIO) -> Image.Image:
-    return Image.open(source, formats=_FORMATS)
 
 
 def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[bytes, bool]:
@@ -110,7 +106,7 @@ def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[
     of that size. Grey is replicated, colours become luma (ITU-R 601). Raises nearly anything where it is damaged.
     """
     channels, height, width = shape
-    with _opened(source) as image:
+    with Image.open(source, formats=_FORMATS) as image:
         coloured = image.mode not in _GREY
         if image.size != (width, height):
             if not square:

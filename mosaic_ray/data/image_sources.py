@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +29,21 @@ def _of_files(paths: list[Path], labels: Sequence[int]) -> Part:
     return Part([{"files": [*map(str, paths[at : at + _TASK])]} for at in starts], np.array(labels, np.int64))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """Return the image files in ``folder`` itself, sorted by name; ``RequestError`` if there are none."""
-    try:
-        names = [entry.name for entry in os.scandir(folder)]
-    except OSError as error:
-        raise RequestError(f"{folder} cannot be read ({error.strerror})") from error
-    found = sorted(n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith("."))
-    if not found:
-        raise RequestError(f"{folder} holds no images; it takes files of {', '.join(_SUFFIXES)}")
-    return [folder / name for name in found]
-
-
-def _of_folders(folders: Sequence[Path]) -> Part:
-    """Return the images of ``folders`` in order; each folder is a class."""
-    found = [_images_in(folder) for folder in folders]
-    return _of_files([path for paths in found for path in paths], [c for c, paths in enumerate(found) for _ in paths])
+def _of_folders(folders: Iterable[Path]) -> Part:
+    """Return the images of ``folders``, sorted by name; each folder is a class. ``RequestError`` if one has none."""
+    paths: list[Path] = []
+    labels: list[int] = []
+    for number, folder in enumerate(folders):
+        try:
+            names = [entry.name for entry in os.scandir(folder)]
+        except OSError as error:
+            raise RequestError(f"{folder} cannot be read ({error.strerror})") from error
+        found = sorted(n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith("."))
+        if not found:
+            raise RequestError(f"{folder} holds no images; it takes files of {', '.join(_SUFFIXES)}")
+        paths += [folder / name for name in found]
+        labels += [number] * len(found)
+    return _of_files(paths, labels)
 
 
 def _lines(path: Path) -> list[str]:
@@ -148,23 +147,19 @@ def folder(config: DataConfig) -> ImageFiles:
     def classes_of(split: str) -> dict[str, Path]:
         if not (base / split).is_dir():
             raise RequestError(f"data.name = {config.name}: no folder {base / split}; it takes {split}/<class>/*")
-        folders = (path for path in (base / split).iterdir() if path.is_dir() and not path.name.startswith("."))
+        folders = [path for path in (base / split).iterdir() if path.is_dir() and not path.name.startswith(".")]
+        if not folders:
+            raise RequestError(f"data.name = {config.name}: no images in {base / split}; it takes <class>/* there")
         return {path.name: path for path in sorted(folders)}
 
     train, test = classes_of("train"), classes_of("test")
-    for split, classes in (("train", train), ("test", test)):
-        if not classes:
-            raise RequestError(f"data.name = {config.name}: no images in {base / split}; it takes <class>/* there")
 
     def listing() -> Listing:
-        check_classes(config.name, np.arange(len(train)), np.zeros(1, np.int64), (*train,))
-        if strange := [name for name in test if name not in train]:
-            raise RequestError(
-                f"data.name = {config.name}: test holds classes that train has not: {', '.join(strange[:10])}"
-            )
-        asked = _of_folders([*test.values()])
-        labels = np.searchsorted([*train], [*test])[asked.labels]  # numbered as in train, where there may be more
-        return Listing(_of_folders([*train.values()]), Part(asked.tasks, labels), (*train,))
+        names = [*train, *(name for name in test if name not in train)]
+        numbers = np.array([names.index(name) for name in test])  # as in train, where there may be more
+        check_classes(config.name, np.arange(len(train)), numbers, names)
+        asked = _of_folders(test.values())
+        return Listing(_of_folders(train.values()), Part(asked.tasks, numbers[asked.labels]), (*train,))
 
     return ImageFiles(base, (*train.values(), *test.values()), listing)
 
@@ -217,8 +212,6 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
         raise RequestError(f"{paths[0]}: a label is {flat.min()}; labels must be 0 or above")
     return Part(tasks, flat), names
 
-
-# --- the records ------------------------------------------------------------------------------------------------------
 
 # The constants are the authors': ImageNet's for Tiny-ImageNet, CIFAR-100's for Food-101.
 TINY_IMAGENET = DatasetSpec(

@@ -37,10 +37,7 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
             f"partition.num_clients = {num_clients}: {len(labels)} samples cannot give each client "
             f"partition.min_size = {min_size}; at most {len(labels) // min_size} clients"
         )
-    return SAMPLERS[config.sampler](labels, config, seed, num_classes)
-
-
-# --- what samplers share ---------------------------------------------------------------------------------------------
+    return SAMPLERS[config.sampler](labels, np.bincount(labels, minlength=num_classes), config, seed)
 
 
 def _accepted(draw: Callable[[int], np.ndarray], config: PartitionConfig) -> np.ndarray:
@@ -116,70 +113,50 @@ def _by_class(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return order[np.argsort(labels[order], kind="stable")]
 
 
-# --- the authors' sampler --------------------------------------------------------------------------------------------
-
-
-def _reference(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
-    """Split every class by shares from Dir(omega * 1_K) over the clients that hold less than N / K so far."""
-    rng = np.random.RandomState(seed + REFERENCE_SEED_OFFSET)
-    class_sizes = np.bincount(labels, minlength=num_classes)
-    by_class = np.argsort(labels, kind="stable")
-    order = np.empty_like(by_class)
-
-    def draw(attempt: int) -> np.ndarray:
-        order[:] = by_class
-        return _draw(rng, order, class_sizes, config, seed, attempt)
-
-    counts = _accepted(draw, config)
-    return _dealt(order, counts, config, rng)
-
-
-def _draw(
-    rng: np.random.RandomState,
-    order: np.ndarray,
-    class_sizes: np.ndarray,
-    config: PartitionConfig,
-    seed: int,
-    attempt: int,
-) -> np.ndarray:
-    """Shuffle each class's part of ``order`` in place; return the number of samples for each client, int64 [K, C].
+def _reference(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
+    """Split every class by shares from Dir(omega * 1_K) over the clients that hold less than N / K so far.
 
     Far below omega = 0.01 the Dirichlet draw underflows: it is NaN, or 0 at every client still below its quota. Then
     one such client gets the whole class, as in the limit omega -> 0. It is drawn from a separate stream, so the
     reference stream does not move.
     """
-    num_clients, quota = config.num_clients, len(order) / config.num_clients
-    counts = np.zeros((num_clients, len(class_sizes)), np.int64)
-    sizes, start = np.zeros(num_clients, np.int64), 0
-    concentration = np.repeat(config.omega, num_clients)
-    for c, class_size in enumerate(class_sizes):
-        rng.shuffle(order[start : start + class_size])
-        wanting = sizes < quota
-        shares = np.where(wanting, rng.dirichlet(concentration), 0.0)
-        total = shares.sum()
-        if np.isfinite(total) and total > 0:
-            shares = shares / total
-        else:
-            candidates = np.flatnonzero(wanting) if wanting.any() else np.arange(num_clients)
-            one = numpy_stream(seed, "partition", "underflow", attempt, c).choice(candidates)
-            shares = (np.arange(num_clients) == one).astype(float)
-        cuts = (np.cumsum(shares) * class_size).astype(int)[:-1]
-        counts[:, c] = np.diff(cuts, prepend=0, append=class_size)
-        sizes += counts[:, c]
-        start += class_size
-    return counts
+    rng = np.random.RandomState(seed + REFERENCE_SEED_OFFSET)
+    num_clients, quota = config.num_clients, len(labels) / config.num_clients
+    by_class = np.argsort(labels, kind="stable")
+    order = np.empty_like(by_class)
+
+    def draw(attempt: int) -> np.ndarray:
+        """Shuffle each class's part of ``order`` in place; return the samples of each client, int64 [K, C]."""
+        order[:] = by_class
+        counts = np.zeros((num_clients, len(class_sizes)), np.int64)
+        sizes, start = np.zeros(num_clients, np.int64), 0
+        for c, class_size in enumerate(class_sizes):
+            rng.shuffle(order[start : start + class_size])
+            wanting = sizes < quota
+            shares = np.where(wanting, rng.dirichlet(np.repeat(config.omega, num_clients)), 0.0)
+            total = shares.sum()
+            if np.isfinite(total) and total > 0:
+                shares = shares / total
+            else:
+                candidates = np.flatnonzero(wanting) if wanting.any() else np.arange(num_clients)
+                one = numpy_stream(seed, "partition", "underflow", attempt, c).choice(candidates)
+                shares = (np.arange(num_clients) == one).astype(float)
+            cuts = (np.cumsum(shares) * class_size).astype(int)[:-1]
+            counts[:, c] = np.diff(cuts, prepend=0, append=class_size)
+            sizes += counts[:, c]
+            start += class_size
+        return counts
+
+    counts = _accepted(draw, config)
+    return _dealt(order, counts, config, rng)
 
 
-# --- the others ------------------------------------------------------------------------------------------------------
-
-
-def _dirichlet(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
+def _dirichlet(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Split every class by shares from Dir(omega * 1_K) over all clients (Yurochkin et al. 2019, arXiv 1905.12022).
 
     This is ``reference`` without its quota: a client may hold nearly all samples.
     """
     rng = numpy_stream(seed, "partition", "dirichlet")
-    class_sizes = np.bincount(labels, minlength=num_classes)
     counts = _accepted(lambda _: _over_clients(rng, class_sizes, config), config)
     return _dealt(_by_class(labels, rng), counts, config, rng)
 
@@ -194,7 +171,7 @@ def _over_clients(rng: np.random.Generator, class_sizes: np.ndarray, config: Par
     return np.diff(cuts, axis=0, prepend=0, append=class_sizes[None])
 
 
-def _quantity(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
+def _quantity(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Draw sizes from Dir(omega * 1_K), the quantity skew of NIID-Bench (Li et al. 2022), with even classes.
 
     NIID-Bench assigns labels at random. Here each class is spread evenly over a line, and the line is cut by the sizes,
@@ -202,14 +179,14 @@ def _quantity(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
     """
     rng = numpy_stream(seed, "partition", "quantity")
     counts = _accepted(lambda _: _over_clients(rng, np.array([len(labels)]), config), config)
-    class_sizes = np.bincount(labels, minlength=num_classes)
+    num_classes = len(class_sizes)
     classes = np.repeat(np.arange(num_classes), class_sizes)
     rank = np.arange(len(labels)) - (np.cumsum(class_sizes) - class_sizes)[classes]
     place = (rank + rng.random(num_classes)[classes]) / class_sizes[classes]
     return _dealt(_by_class(labels, rng)[np.argsort(place, kind="stable")], counts, config, rng)
 
 
-def _balanced(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
+def _balanced(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Give clients equal sizes (to one sample); each draws its class shares from Dir(omega * 1_C).
 
     Clients draw one after another, in random order: each remaining sample of class c has weight share c (ALGORITHM
@@ -218,11 +195,11 @@ def _balanced(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
     that no client gets only what the others left (D5). ``max_tries`` and ``policy`` do not apply.
     """
     rng = numpy_stream(seed, "partition", "balanced")
-    left = np.bincount(labels, minlength=num_classes)
+    left = class_sizes.copy()
     sizes = np.diff(np.arange(config.num_clients + 1) * len(labels) // config.num_clients)
-    counts = np.zeros((config.num_clients, num_classes), np.int64)
+    counts = np.zeros((config.num_clients, len(left)), np.int64)
     for client in rng.permutation(config.num_clients):
-        shares = rng.dirichlet(np.full(num_classes, config.omega))
+        shares = rng.dirichlet(np.full(len(left), config.omega))
         while missing := sizes[client] - counts[client].sum():
             if not (left * shares).any():
                 classes = np.flatnonzero(left)
@@ -234,7 +211,7 @@ def _balanced(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
     return _dealt(_by_class(labels, rng), counts, config, rng)
 
 
-def _pathological(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
+def _pathological(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Give each client at most ``classes_per_client`` classes (McMahan et al. 2017, arXiv 1602.05629); omega is unused.
 
     McMahan et al. cut the sorted labels into K * classes_per_client pieces of one size. Here no piece holds two
@@ -243,7 +220,6 @@ def _pathological(labels: np.ndarray, config: PartitionConfig, seed: int, num_cl
     """
     num_clients, most = config.num_clients, config.classes_per_client
     rng = numpy_stream(seed, "partition", "pathological")
-    class_sizes = np.bincount(labels, minlength=num_classes)
     num_held = np.count_nonzero(class_sizes)
     if num_clients * most < num_held:
         raise RequestError(
@@ -282,7 +258,7 @@ def _by_pieces(rng: np.random.Generator, class_sizes: np.ndarray, pieces: np.nda
     return counts
 
 
-def _iid(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
+def _iid(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Deal the samples, sorted by class, to the clients in turn: class counts and sizes differ by at most one (D6).
 
     ``max_tries``, ``policy`` and omega do not apply.
@@ -290,9 +266,6 @@ def _iid(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: in
     rng = numpy_stream(seed, "partition", "iid")
     order = _by_class(labels, rng)
     return [rng.permutation(order[client :: config.num_clients]) for client in range(config.num_clients)]
-
-
-# --- measures and held-out parts -----------------------------------------------------------------------------------
 
 
 def label_counts(labels: np.ndarray, shards: list[np.ndarray], num_classes: int) -> np.ndarray:

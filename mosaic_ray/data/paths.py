@@ -39,13 +39,12 @@ def lock_folder(folder: Path) -> Iterator[bool]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        locked = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
         except BlockingIOError:
             warn(f"another process is at work in {folder}; waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            locked = True
         except OSError:
             locked = False
         yield locked

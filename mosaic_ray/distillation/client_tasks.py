@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-
-import numpy as np
+from dataclasses import dataclass
 
 from ..core.errors import RunError
 from ..core.seeding import seeded
@@ -15,22 +13,8 @@ from ..federated.client_models import Models
 from ..federated.local_training import LocalTrainingConfig, Shard, train_locally
 from ..models.state_dict import to_weights
 from ..models.submodel import ChannelIndices
-from .generator_training import NUM_SNAPSHOT_IMAGES, train_generator
+from .generator_training import TrainedGenerator, train_generator
 from .prototypes import client_prototypes
-
-
-@dataclass(frozen=True)
-class GeneratorResult:
-    """A client's generator, sample images uint8 [n, C, H, W], health figures and curve rows.
-
-    ``progress``: ``images`` uint8 [T, n, C, H, W] of the same latents after ``steps`` int64 [T].
-    """
-
-    weights: Weights
-    samples: np.ndarray
-    figures: dict[str, float]
-    curve: list[list[float]]
-    progress: Weights = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +26,7 @@ class GeneratorInput:
 
 
 @dataclass(frozen=True)
-class GeneratorTask(Task[Models, GeneratorInput, GeneratorResult]):
+class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
     """Train the client's generator beside its own classifier, or beside a fresh one (G9).
 
     ``broadcast``: the global models that the discriminator's trunk begins with.
@@ -50,7 +34,7 @@ class GeneratorTask(Task[Models, GeneratorInput, GeneratorResult]):
 
     def run(
         self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: GeneratorInput
-    ) -> GeneratorResult:
+    ) -> TrainedGenerator:
         config, knobs = context.config, context.config.generator
         federation = context.federation
         if knobs.classifier_source == "client":
@@ -65,8 +49,7 @@ class GeneratorTask(Task[Models, GeneratorInput, GeneratorResult]):
             plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
             address = (config.seed, "generator/fresh", 0, client_id)
             train_locally(classifier, shard, plan, context.facts, address, config.runtime.precision)
-        seen: list[tuple[int, np.ndarray]] = []
-        weights, samples, figures, curve = train_generator(
+        made = train_generator(
             classifier,
             federation.submodel(client_id, broadcast, own.indices),
             shard,
@@ -74,14 +57,10 @@ class GeneratorTask(Task[Models, GeneratorInput, GeneratorResult]):
             context.facts,
             (config.seed, client_id),
             config.runtime.precision,
-            lambda step, images: seen.append((step, images)),
         )
-        if not all(map(math.isfinite, figures.values())):
+        if not all(map(math.isfinite, made.figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
-        if not seen:  # no step was taken (drop_class0_bug): only the images of the start exist
-            seen.append((0, samples[:NUM_SNAPSHOT_IMAGES]))
-        progress = {"images": np.stack([i for _, i in seen]), "steps": np.array([s for s, _ in seen], np.int64)}
-        return GeneratorResult(weights, samples, figures, curve, progress)
+        return made
 
 
 @dataclass(frozen=True)

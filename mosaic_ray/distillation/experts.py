@@ -30,16 +30,9 @@ def distinct_experts(counts: np.ndarray) -> tuple[list[int], np.ndarray]:
     Classes with equal columns of weights, such as two that one client holds alone, share an expert, which the teacher
     evaluates once.
     """
-    representatives: list[int] = []
-    index = np.zeros(counts.shape[1], np.int64)
-    seen: dict[bytes, int] = {}
-    for label, column in enumerate(expert_weights(counts).T):
-        name = np.ascontiguousarray(column).tobytes()
-        if name not in seen:
-            seen[name] = len(representatives)
-            representatives.append(label)
-        index[label] = seen[name]
-    return representatives, index
+    names = [column.tobytes() for column in expert_weights(counts).T]
+    representatives = [label for label, name in enumerate(names) if names.index(name) == label]
+    return representatives, np.array([representatives.index(names.index(name)) for name in names], np.int64)
 
 
 def effective_owners(counts: np.ndarray) -> np.ndarray:
@@ -55,8 +48,17 @@ def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray
     The distance is relative to the experts' mean norm. Classes that no client holds are not counted, nor pairs that one
     client holds nearly alone, whose experts must be equal. 0 if no pair is left.
     """
-    squares, norms = _distances(experts)
-    near = np.sqrt(squares) < SAME * norms.mean()
+    squares, norms, chunk = np.zeros((len(experts),) * 2), np.zeros(len(experts)), 2**18  # numbers in memory at a time
+    for name, value in experts[0].items():
+        if value.dtype.kind != "f" or "running_" in name:
+            continue
+        for start in range(0, value.size, chunk):
+            rows = np.stack([e[name].reshape(-1)[start : start + chunk] for e in experts]).astype(np.float64)
+            norms += np.square(rows).sum(1)
+            rows -= rows.mean(0)  # against cancellation: experts share most of their value
+            products = rows @ rows.T
+            squares += np.diag(products)[:, None] + np.diag(products) - 2 * products
+    near = np.sqrt(np.maximum(squares, 0)) < SAME * np.sqrt(norms).mean()
     np.fill_diagonal(near, True)
     owner, alone = counts.argmax(0), effective_owners(counts) < SINGLE_OWNER_BELOW
     held = np.flatnonzero(counts.sum(0) > 0)
@@ -67,21 +69,6 @@ def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray
         if not (alone[a] and alone[b] and owner[a] == owner[b])
     ]
     return float(np.mean(pairs)) if pairs else 0.0
-
-
-def _distances(experts: Sequence[Weights], chunk: int = 2**18) -> tuple[np.ndarray, np.ndarray]:
-    """Return squared distances [E, E] and norms [E] of the parameters, with ``chunk`` of them in memory at a time."""
-    squares, norms = np.zeros((len(experts),) * 2), np.zeros(len(experts))
-    for name, value in experts[0].items():
-        if value.dtype.kind != "f" or "running_" in name:
-            continue
-        for start in range(0, value.size, chunk):
-            rows = np.stack([e[name].reshape(-1)[start : start + chunk] for e in experts]).astype(np.float64)
-            norms += np.square(rows).sum(1)
-            rows -= rows.mean(0)  # against cancellation: experts share most of their value
-            products = rows @ rows.T
-            squares += np.diag(products)[:, None] + np.diag(products) - 2 * products
-    return np.maximum(squares, 0), np.sqrt(norms)
 
 
 def form_experts(

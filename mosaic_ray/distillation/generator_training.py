@@ -15,7 +15,8 @@ have other label frequencies than real ones, the discriminator can rely on the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,11 +28,10 @@ from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
 from ..federated.local_training import Shard, batches
-from ..models.batch_norm import bn_statistics
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
-from ..models.state_dict import freeze, load_weights, to_weights, use_precision
+from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
 NUM_SAMPLES = 64  # sample images that are stored
@@ -117,12 +117,16 @@ def real_batches(
 
 
 class TrainedGenerator(NamedTuple):
-    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, rows [step, loss_g, loss_d, entropy, diversity]."""
+    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, rows [step, loss_g, loss_d, entropy, diversity].
+
+    ``progress``: ``images`` uint8 [T, n, channels, H, W] of the same latents after ``steps`` int64 [T].
+    """
 
     weights: Weights
     samples: np.ndarray
     figures: dict[str, float]
     curve: list[list[float]]
+    progress: Weights
 
 
 def train_generator(
@@ -133,7 +137,6 @@ def train_generator(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
-    on_snapshot: Callable[[int, np.ndarray], None] | None = None,
 ) -> TrainedGenerator:
     """Train one client's generator; ``address`` is (seed, client).
 
@@ -141,7 +144,6 @@ def train_generator(
     lambda_e L_y replaces the two middle terms) with one discriminator and one generator step per batch, Adam for both.
     ``classifier`` is the client's, frozen and in eval mode unless ``classifier_mode`` is train (as the authors': batch
     statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv.
-    ``on_snapshot(steps done, images uint8)`` gets images of fixed latents at ``snapshot_steps``.
     """
     seed, client_id = address
     device = shard.images.device
@@ -164,9 +166,8 @@ def train_generator(
     adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=config.lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
     steps, curve, discriminator_hits = num_steps(config, len(shard)), [], []
-    snapshots = snapshot_steps(steps) if on_snapshot else ()
-    snapshot_draws = stream(seed, "generator/watched", client_id)
-    snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, snapshot_draws, device) if on_snapshot else ()
+    snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)
+    snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, stream(seed, "generator/watched", client_id), device)
     shared = config.discriminator == "shared_trunk"
 
     def discriminate(images: Tensor, labels: Sequence[Tensor] = ()) -> Tensor:
@@ -191,28 +192,28 @@ def train_generator(
         adam_d.step()
 
         seen = classifier_view(fake, config.gan_range, facts)
-        if inverts:
-            with inversion_probe(classifier, bn_targets) as probe, use_precision(precision, device):
-                logits = classifier(seen).float()
-            inversion: Tensor | float = config.lambda_i * config.inversion_scale * probe.loss()
-        else:
-            with use_precision(precision, device):
-                logits = classifier(seen).float()
-            inversion = 0.0
+        with contextlib.ExitStack() as block:
+            inversion = block.enter_context(inversion_probe(classifier, bn_targets)) if inverts else None
+            block.enter_context(use_precision(precision, device))
+            logits = classifier(seen).float()
         entropy, diversity = entropy_loss(logits), diversity_loss(logits, support)
+        loss_g = adversarial_loss(discriminate(fake, asked))
         if asked:
-            steering = config.lambda_e * nn.functional.cross_entropy(logits, asked[0])
-            loss_g = adversarial_loss(discriminate(fake, asked)) + steering + inversion
+            loss_g = loss_g + config.lambda_e * nn.functional.cross_entropy(logits, asked[0])
         else:
-            loss_g = adversarial_loss(discriminate(fake)) + config.lambda_e * entropy
-            loss_g = loss_g + config.lambda_d * diversity + inversion
+            loss_g = loss_g + config.lambda_e * entropy + config.lambda_d * diversity
+        if inversion:
+            loss_g = loss_g + config.lambda_i * config.inversion_scale * inversion()
         adam_g.zero_grad(set_to_none=True)
         loss_g.backward()
         adam_g.step()
         if step % max(1, steps // 20) == 0 or step == steps - 1:
             curve.append([step, *(float(x.detach()) for x in (loss_g, loss_d, entropy, diversity))])
-        if on_snapshot and step + 1 in snapshots:
-            on_snapshot(step + 1, snapshot_images(generator, snapshot_input, config, facts))
+        if step + 1 in moments:
+            with torch.no_grad():
+                images = generator.eval()(*snapshot_input).float()
+            snapshots[step + 1] = to_pixels(images, config.gan_range, facts)
+            generator.train()
 
     freeze(generator)
     freeze(classifier)
@@ -222,23 +223,14 @@ def train_generator(
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
-    return TrainedGenerator(to_weights(generator), pixels, figures, curve)
+    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken (drop_class0_bug)
+    progress = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
+    return TrainedGenerator(to_weights(generator), pixels, figures, curve, progress)
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:
     """Return the steps after which snapshots are taken: geometric from a sixteenth of ``steps`` to ``steps``."""
     return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_SNAPSHOTS).round().astype(int)).tolist())
-
-
-@torch.no_grad()
-def snapshot_images(
-    generator: Generator, latent: Sequence[Tensor], config: GeneratorConfig, facts: DataFacts
-) -> np.ndarray:
-    """Generate uint8 images [n, channels, H, W] from the inputs ``latent`` in eval mode, then restore the mode."""
-    training = generator.training
-    images = to_pixels(generator.eval()(*latent).float(), config.gan_range, facts)
-    generator.train(training)
-    return images
 
 
 @torch.no_grad()
@@ -314,12 +306,9 @@ def compare_with_real(
     fake = sample(generator, NUM_COMPARED, stream(seed, "generator/compare", client_id), shard.images.device)
     probed, gaps, variances = bool(bn_statistics(classifier)), [], []
     for images in (real, classifier_view(fake, config.gan_range, facts)):
-        if probed:
-            with inversion_probe(classifier) as probe:
-                features = classifier.features(images).float()
-            gaps.append(float(probe.loss()))
-        else:
+        with inversion_probe(classifier) as inversion:
             features = classifier.features(images).float()
+        gaps += [float(inversion())] if probed else []
         variances.append(float(features.var(0).sum()) if len(features) > 1 else 0.0)
     played = real if config.gan_range == "model_norm" else to_pm1(shard.images[rows])
     figures = {

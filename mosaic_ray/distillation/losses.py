@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,7 @@ from torch.nn import functional as F
 
 from ..config.schema import DistillConfig
 from ..core.types import Weights
-from ..models.batch_norm import bn_statistics
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
+from ..models.state_dict import bn_statistics
 
 
 def _full(x: Tensor) -> Tensor:
@@ -27,9 +26,6 @@ def _full(x: Tensor) -> Tensor:
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(_full(logits), dim=1)
-
-
-# --- the generator's game --------------------------------------------------------------------------------------------
 
 
 def entropy_loss(logits: Tensor) -> Tensor:
@@ -54,63 +50,42 @@ def diversity_loss(logits: Tensor, support: Tensor | None = None) -> Tensor:
     return (owned.softmax(0) * (log_mean - log_mass)).sum() - log_mass
 
 
-class InversionProbe:
-    """Collects one term of L_inv per batch norm during one forward pass (see ``inversion_probe``)."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
-        self._terms: list[Tensor] = []
-
-    def reader(self, mean: Tensor, var: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        """Return a forward pre-hook for a batch norm with target mean and variance, each [channels]."""
-
-        def read(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = _full(inputs[0])
-            batch_var, batch_mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
-            self._terms.append(torch.linalg.vector_norm(batch_mean - mean) + torch.linalg.vector_norm(batch_var - var))
-
-        return read
-
-    def loss(self) -> Tensor:
-        """Return L_inv of the forward pass: a scalar in [0, inf). Call it inside the block or after it."""
-        if not self._terms or len(self._terms) != self._num_layers:
-            read = f"{len(self._terms)} readings of {self._num_layers} batch norms"
-            raise ValueError(f"the inversion loss wants one forward pass: {read}")
-        return torch.stack(self._terms).sum()
-
-
 @contextlib.contextmanager
-def inversion_probe(model: nn.Module, targets: Weights | None = None) -> Iterator[InversionProbe]:
+def inversion_probe(model: nn.Module, targets: Weights | None = None) -> Iterator[Callable[[], Tensor]]:
     """Compute L_inv during a forward pass inside the block (DeepInversion, Yin et al. 2020; summed as in Mosaic).
 
     L_inv = sum over batch norms of ||mean - running mean||_2 + ||variance - running variance||_2, population
-    statistics over (N, H, W) of each batch norm's *input*. Gradients flow to the images. Inside the block the model is
-    in eval mode, so running statistics stay as they are; modes and hooks are put back after it.
+    statistics over (N, H, W) of each batch norm's *input*: a scalar in [0, inf). Gradients flow to the images. Inside
+    the block the model is in eval mode, so running statistics stay as they are; modes and hooks are put back after it.
     ``targets``: state dict of another model, such as the global one, whose running statistics are the targets::
 
-        with inversion_probe(model) as probe:
+        with inversion_probe(model) as inversion:
             logits = model(images)
-        loss = probe.loss()
+        loss = inversion()  # here or inside the block
     """
-    statistics = bn_statistics(model, targets)
-    probe = InversionProbe(len(statistics))
+    statistics, terms = bn_statistics(model, targets), list[Tensor]()
+
+    def read(mean: Tensor, var: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = _full(inputs[0])
+        batch_var, batch_mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        terms.append(torch.linalg.vector_norm(batch_mean - mean) + torch.linalg.vector_norm(batch_var - var))
+
+    def loss() -> Tensor:
+        if not terms or len(terms) != len(statistics):
+            readings = f"{len(terms)} readings of {len(statistics)} batch norms"
+            raise ValueError(f"the inversion loss wants one forward pass: {readings}")
+        return torch.stack(terms).sum()
+
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [model.get_submodule(n).register_forward_pre_hook(probe.reader(*s)) for n, s in statistics.items()]
+    hooks = [model.get_submodule(n).register_forward_pre_hook(partial(read, *s)) for n, s in statistics.items()]
     model.eval()
     try:
-        yield probe
+        yield loss
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes:
             module.training = training
-
-
-def inversion_loss(model: nn.Module, x: Tensor, targets: Weights | None = None) -> Tensor:
-    """L_inv of images ``x`` on ``model``: a scalar in [0, inf); see ``inversion_probe``."""
-    with inversion_probe(model, targets) as probe:
-        model(x)
-    return probe.loss()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -121,9 +96,6 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
     """L_adv = mean BCE(fake, 1), non-saturating, of discriminator logits [B]: a scalar in [0, inf)."""
     return -F.logsigmoid(_full(fake_logits)).mean()
-
-
-# --- distillation ----------------------------------------------------------------------------------------------------
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -183,4 +155,4 @@ def distillation_loss(
 
 
 #: distill.jsd -> divergence of logits, per sample
-DIVERGENCES: dict[str, Divergence] = {"true": jensen_shannon, "bhattacharyya": bhattacharyya}
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"true": jensen_shannon, "bhattacharyya": bhattacharyya}

@@ -15,8 +15,8 @@ from ..config.schema import ExperimentConfig
 from ..core.health import PLATEAU_MIN_WINDOW, PLATEAU_WINDOW
 from ..core.seeding import stream
 from ..core.types import DataFacts, Prototypes, Weights
-from ..models.classifiers import build_classifier
-from ..models.state_dict import load_weights, to_weights, use_precision
+from ..federated.client import ClientContext
+from ..models.state_dict import to_weights, use_precision
 from .generator_training import allocate, classifier_view, load_generator, sample, sampling_shares
 from .linear_head import scores
 from .losses import distillation_loss
@@ -105,8 +105,8 @@ def distil(
     window before it; ``late_agreement``, share of the last window's images on which student and teacher agree.
     """
     config, distill = task.config, task.config.distill
-    student = build_classifier(config.model, task.facts.num_classes, task.facts.channels, task.facts.image_size)
-    load_weights(student, task.student).to(device).train(distill.student_bn == "train")
+    student = ClientContext(config, task.facts, device).classifier(task.student)
+    student.train(distill.student_bn == "train")
     teacher = build_teacher(config, task.facts, task.teacher).to(device)
     batch_of = Batcher(task, dist, device)
     head = list(student.head.parameters())
@@ -203,8 +203,7 @@ def inspect_student(task: DistillTask, student: Weights, device: torch.device) -
     config, num_classes = task.config, task.facts.num_classes
     images = Batcher(task, DistContext(), device)(0)  # training uses steps from 1
     teacher = build_teacher(config, task.facts, task.teacher).to(device)
-    network = build_classifier(config.model, num_classes, task.facts.channels, task.facts.image_size)
-    load_weights(network, student).to(device).eval()
+    network = ClientContext(config, task.facts, device).classifier(student).eval()
     with use_precision(config.runtime.precision, device):
         target, logits = teacher(images).float(), network(images).float()
         moved = shift(teacher, images)

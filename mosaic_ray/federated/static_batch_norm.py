@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ..core.types import DataFacts, Weights
 from ..data.transforms import normalise
-from ..models.batch_norm import bn_statistics
-from ..models.state_dict import use_precision
+from ..models.state_dict import bn_statistics, use_precision
 from .local_training import Shard
 
 #: Values summed at once: in float64 they stay in a processor's cache, which took a sixth of the time (100x64x32x32).

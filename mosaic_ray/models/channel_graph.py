@@ -93,21 +93,8 @@ class TensorLayout:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """The result of ``x.size()`` or ``x.shape``."""
-
-    layout: TensorLayout
-
-    def at(self, index: int | slice) -> Any:
-        axes = range(self.layout.ndim)[index]
-        if isinstance(axes, int):
-            return _AxisSize(self.layout, axes)
-        return tuple(_AxisSize(self.layout, axis) for axis in axes)
-
-
-@dataclass(frozen=True)
 class _AxisSize:
-    """The result of ``x.size(axis)``."""
+    """The result of ``x.size(axis)``; a tuple of these is that of ``x.size()`` or ``x.shape``."""
 
     layout: TensorLayout
     axis: int
@@ -131,7 +118,6 @@ _LAYERS_WITHOUT_WEIGHTS = tuple(
 
 
 def _refuse(why: str) -> NoReturn:
-    """Raise the ``RequestError`` for a network whose channels cannot be followed."""
     raise RequestError(
         f"federation.widths: narrow clients need a network whose channels can be followed, and {why}; take width 1.0"
     )
@@ -149,7 +135,16 @@ def trace_channels(model: nn.Module) -> tuple[dict[str, tuple[AxisGroup, ...]], 
     except Exception as error:  # a user's forward may raise anything on a proxy tensor
         reason = (str(error).splitlines() or [""])[0]
         _refuse(f"this one cannot be traced ({type(error).__name__}: {reason})")
-    return _Propagation(model).run(graph)
+    propagation, values = _Propagation(model), dict[fx.Node, Any]()
+    for node in graph.nodes:
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op != "output":
+            values[node] = propagation.step(node, args, kwargs)
+    (logits,) = args  # a graph ends with its output
+    if not isinstance(logits, TensorLayout):
+        _refuse("this one gives more than logits")
+    logits.dim.find().group.full = True
+    return propagation.entries, logits.dim.find()
 
 
 class _Propagation:
@@ -159,18 +154,6 @@ class _Propagation:
         self.modules = dict(model.named_modules())
         self.entries: dict[str, tuple[AxisGroup, ...]] = {}
         self.depths = itertools.count(1)
-
-    def run(self, graph: fx.Graph) -> tuple[dict[str, tuple[AxisGroup, ...]], AxisGroup]:
-        values: dict[fx.Node, Any] = {}
-        for node in graph.nodes:
-            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            if node.op == "output":
-                if not isinstance(args[0], TensorLayout):
-                    _refuse("this one gives more than logits")
-                args[0].dim.find().group.full = True
-                return self.entries, args[0].dim.find()
-            values[node] = self.step(node, args, kwargs)
-        raise AssertionError("a graph ends with its output")
 
     def step(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "placeholder":
@@ -188,12 +171,18 @@ class _Propagation:
             _refuse(f"{node.name} ({name}) is a step that is not understood")
         return made
 
-    # --- layers ------------------------------------------------------------------------------------------------------
-
     def layer(self, name: str, module: nn.Module, x: TensorLayout) -> TensorLayout:
         kind = type(module)
         if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            return self.convolution(name, module, x.resolved(module.in_channels))
+            x = x.resolved(module.in_channels)
+            if module.groups == 1:
+                out = self._new_group(name, module.out_channels)
+                self._record(name, module, weight=(out, x.dim), bias=(out,))
+            else:  # a group of the convolution is kept or dropped as one
+                read = x.dim.split_into_blocks(module.in_channels // module.groups)
+                out = AxisGroup(read.group, module.out_channels // read.group.size)
+                self._record(name, module, weight=(out,), bias=(out,))
+            return TensorLayout(out, x.ndim)
         if kind is nn.Linear and x.ndim == 2:
             if module.in_features % x.dim.size:
                 _refuse(f"{name} does not read whole maps")
@@ -218,17 +207,6 @@ class _Propagation:
             return x
         _refuse(f"{name} ({kind.__name__}) is a layer that is not understood")
 
-    def convolution(self, name: str, module: Any, x: TensorLayout) -> TensorLayout:
-        if module.groups == 1:
-            out = self._new_group(name, module.out_channels)
-            self._record(name, module, weight=(out, x.dim), bias=(out,))
-        else:
-            # A group of the convolution is kept or dropped as one.
-            read = x.dim.split_into_blocks(module.in_channels // module.groups)
-            out = AxisGroup(read.group, module.out_channels // read.group.size)
-            self._record(name, module, weight=(out,), bias=(out,))
-        return TensorLayout(out, x.ndim)
-
     def _new_group(self, name: str, size: int) -> AxisGroup:
         return AxisGroup(ChannelGroup(size, name, next(self.depths)))
 
@@ -241,17 +219,14 @@ class _Propagation:
                 union(left, right)
 
 
-# --- functions and methods -------------------------------------------------------------------------------------------
-
-
 def _call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the layout that function or method ``name`` gives for ``args``; None if it is not supported."""
     others = dict(kwargs)
     first = args[0] if args else others.pop("input", None)
     if name in _ELEMENTWISE:
         return _elementwise(*args) if len(args) == 2 and not kwargs else None
-    if isinstance(first, _Shape):
-        return first.at(args[1]) if name == "getitem" else None
+    if isinstance(first, tuple):
+        return first[args[1]] if name == "getitem" else None
     if not isinstance(first, TensorLayout):
         return None
     if name in _CHANNELWISE:
@@ -311,12 +286,8 @@ def _mean(x: TensorLayout, dim: Any, keepdim: bool = False) -> TensorLayout | No
     return x if keepdim else replace(x, ndim=x.ndim - len(axes))
 
 
-def _squeeze(x: TensorLayout, dim: int) -> TensorLayout | None:
-    return replace(x, ndim=x.ndim - 1) if dim % x.ndim >= 2 else None
-
-
-def _unsqueeze(x: TensorLayout, dim: int) -> TensorLayout | None:
-    return replace(x, ndim=x.ndim + 1) if dim % (x.ndim + 1) >= 2 else None
+def _shape(x: TensorLayout) -> tuple[_AxisSize, ...]:
+    return tuple(_AxisSize(x, axis) for axis in range(x.ndim))
 
 
 def _getitem(x: TensorLayout, index: Any) -> TensorLayout | None:
@@ -332,12 +303,12 @@ def _getitem(x: TensorLayout, index: Any) -> TensorLayout | None:
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "expand_as": _elementwise,
     "flatten": _flatten,
-    "getattr": lambda x, name: _Shape(x) if name == "shape" else None,
+    "getattr": lambda x, name: _shape(x) if name == "shape" else None,
     "getitem": _getitem,
     "mean": _mean,
     "reshape": _view,
-    "size": lambda x, axis=None: _Shape(x) if axis is None else _Shape(x).at(axis),
-    "squeeze": _squeeze,
-    "unsqueeze": _unsqueeze,
+    "size": lambda x, axis=None: _shape(x) if axis is None else _shape(x)[axis],
+    "squeeze": lambda x, dim: replace(x, ndim=x.ndim - 1) if dim % x.ndim >= 2 else None,
+    "unsqueeze": lambda x, dim: replace(x, ndim=x.ndim + 1) if dim % (x.ndim + 1) >= 2 else None,
     "view": _view,
 }

@@ -36,13 +36,11 @@ class Classifier(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Map images [B, channels, H, W] to penultimate features [B, d]."""
-        features: Tensor = self.trunk(x)
-        return features
+        return self.trunk(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [B, channels, H, W] to logits [B, C]."""
-        logits: Tensor = self.head(self.features(x))
-        return logits
+        return self.head(self.features(x))
 
 
 def build_classifier(
@@ -105,9 +103,6 @@ def _depth_before(node: Any, depth_of: Mapping[Any, int]) -> int:
         else:
             ahead += [before for before, _ in node.next_functions]
     return largest
-
-
-# --- trunks ----------------------------------------------------------------------------------------------------------
 
 
 def _cnn(width: int, channels: int) -> tuple[nn.Module, int]:

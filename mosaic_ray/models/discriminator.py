@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from ..config.schema import GeneratorConfig
@@ -46,10 +45,6 @@ class Discriminator(nn.Module):
         scores: Tensor = self.layers[-1](maps).reshape(len(x))  # raises if there is more than one score per image
         return scores if labels is None else scores + (self.embedding(labels) * maps.sum((2, 3))).sum(1)
 
-    def probability(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Map images [B, channels, H, W] to the probability of being real, [B] in (0, 1)."""
-        return torch.sigmoid(self(x, labels))
-
 
 class SharedTrunkDiscriminator(nn.Module):
     """A frozen copy of a classifier's trunk with a trainable one-logit head (G11, ``shared_trunk`` in the paper).
@@ -75,10 +70,6 @@ class SharedTrunkDiscriminator(nn.Module):
         features = self.trunk(x)
         scores: Tensor = self.head(features).squeeze(1)
         return scores if labels is None else scores + (self.embedding(labels) * features).sum(1)
-
-    def probability(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Map images [B, channels, H, W] to the probability of being real, [B] in (0, 1)."""
-        return torch.sigmoid(self(x, labels))
 
 
 def class_embedding(num_classes: int, dim: int) -> nn.Embedding:

@@ -47,8 +47,7 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         z = z.reshape(len(z), self.latent_dim)
         z = z if labels is None else z + self.embedding(labels)
-        images: Tensor = self.layers(z[:, :, None, None])
-        return images
+        return self.layers(z[:, :, None, None])
 
 
 def build_generator(config: GeneratorConfig, channels: int, image_size: int, num_classes: int = 0) -> Generator:

@@ -86,9 +86,6 @@ def channel_layout(model: nn.Module) -> ChannelLayout:
     return ChannelLayout(tuple(s.size for s in groups), tuple(s.layer for s in groups), entries, heads)
 
 
-# --- the part that a client holds ------------------------------------------------------------------------------------
-
-
 def num_kept(width: float, size: int) -> int:
     """Return ceil(width * size), less rounding errors of floating point: 0.55 of 100 is 55."""
     return math.ceil(width * size - 1e-9)
@@ -113,9 +110,6 @@ def extract(weights: Weights, channels: ChannelLayout, sets: ChannelIndices) -> 
     return part
 
 
-# --- that part as a model --------------------------------------------------------------------------------------------
-
-
 def fit(model: ModelT, weights: Weights) -> ModelT:
     """Cut a freshly built full ``model`` in place to the shapes of ``weights``, load a copy of them, and return it.
 
@@ -128,22 +122,19 @@ def fit(model: ModelT, weights: Weights) -> ModelT:
     for prefix, module in model.named_modules():
         for name in [*module._parameters, *module._buffers]:
             entry = f"{prefix}.{name}" if prefix else name
-            if entry in state:
-                _replace(module, name, torch.from_numpy(np.array(weights[entry])))
+            if entry not in state:
+                continue
+            value, old = torch.from_numpy(np.array(weights[entry])), module._parameters.get(name)
+            if old is None:
+                module._buffers[name] = value
+                continue
+            if old.dim() == 4 and not old.is_contiguous():  # in channels-last format, see `state_dict.channels_last`
+                value = value.contiguous(memory_format=torch.channels_last)
+            module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
         _resize(module)
     if isinstance(model, Classifier):
         model.feature_dim = model.head.in_features
     return model
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    old = module._parameters.get(name)
-    if old is None:
-        module._buffers[name] = value
-    else:
-        if old.dim() == 4 and not old.is_contiguous():  # in channels-last format, see `state_dict.channels_last`
-            value = value.contiguous(memory_format=torch.channels_last)
-        module._parameters[name] = nn.Parameter(value, requires_grad=old.requires_grad)
 
 
 def _resize(module: Any) -> None:

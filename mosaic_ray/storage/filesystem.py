@@ -34,7 +34,8 @@ _PAUSES = (0.1, 5.0)  # seconds: first and longest pause
 _jitter = random.Random()
 _CHUNK = 4 << 20
 _MAX_LISTINGS = 10  # attempts at a listing that concurrent writers disturb
-_TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp$")
+#: End of the name of a temporary file of ``write_whole``.
+TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp$")
 
 T = TypeVar("T")
 
@@ -130,7 +131,6 @@ class Files:
             self.retry(lambda: self.filesystem.delete_dir(self.path(name)))
 
     def move(self, folder: str, to: str) -> None:
-        """Rename a folder."""
         try:
             self.retry(lambda: self.filesystem.move(self.path(folder), self.path(to)))
         except FileNotFoundError:  # an earlier attempt moved it although it returned an error
@@ -187,11 +187,6 @@ class Files:
             except FileNotFoundError:  # a concurrent writer added or removed a folder
                 continue
         return []
-
-
-def is_temporary(name: str) -> bool:
-    """Check whether ``name`` is that of a temporary file of ``write_whole``."""
-    return bool(_TEMPORARY.search(name))
 
 
 def write_whole(target: str | Path, data: bytes) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..core.errors import RequestError, RunError
-from .filesystem import ABANDONED_SECONDS, Stored, is_temporary
+from .filesystem import ABANDONED_SECONDS, TEMPORARY, Stored
 from .locks import LEASES, key_of
 from .store import CHECKPOINTS, MANIFEST, OBJECTS, DamagedFile, Store
 from .uri import reason
@@ -105,14 +106,12 @@ class Plan:
     kept: dict[str, list[Entry]]
 
 
-# --- inventory -------------------------------------------------------------------------------------------------------
-
-
 def scan(store: Store, trace: Trace) -> Inventory:
     """List everything in ``store``; ``RequestError`` for a summary.json that cannot be parsed."""
     files: dict[str, Stored] = {}
     for kind in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps", "experiments") if store.local_root else ())):
-        files |= _or_run_error(store, kind, lambda kind=kind: store.files.tree(kind))
+        with _reading(store, kind):
+            files |= store.files.tree(kind)
     folders: dict[tuple[str, str], dict[str, Stored]] = {}
     others = {}
     for name, file in files.items():
@@ -147,12 +146,14 @@ def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
 
 
 def _names(store: Store, folder: str) -> list[str]:
-    return sorted(_or_run_error(store, folder, lambda: store.names(folder)))
+    with _reading(store, folder):
+        return sorted(store.files.names(folder))
 
 
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
-        summary = json.loads(_or_run_error(store, place, lambda: store.read(f"{place}/{file}")))
+        with _reading(store, place):
+            summary = json.loads(store.files.read(f"{place}/{file}"))
     except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
     except (ValueError, RecursionError):
@@ -169,10 +170,11 @@ def _invalid(store: Store, place: str, file: str = "summary.json") -> RequestErr
     )
 
 
-def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
-    """Return the result of ``work``; turn a storage error into ``RunError``, but not a missing file."""
+@contextlib.contextmanager
+def _reading(store: Store, what: str) -> Iterator[None]:
+    """Turn a storage error in the block into ``RunError``, but not a missing file."""
     try:
-        return work()
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
@@ -180,12 +182,8 @@ def _or_run_error(store: Store, what: str, work: Callable[[], T]) -> T:
 
 
 def _map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Map ``work`` over ``items`` with threads, in order."""
     with ThreadPoolExecutor(_WORKERS) as pool:
         return list(pool.map(work, items))
-
-
-# --- garbage ---------------------------------------------------------------------------------------------------------
 
 
 def plan(
@@ -211,7 +209,7 @@ def plan(
         if entry.key in held:
             why = "somebody computes it right now"
         elif is_result and entry.finished and entry.key in used:
-            if old := _unnamed(entry, named.get(entry.folder), now - older_than):
+            if old := _unnamed(entry, named.get(entry.folder, entry.files), now - older_than):
                 size = sum(entry.files[name].size for name in old)
                 free.append(Garbage("files", entry.folder, f"{len(old)} that its manifest does not name", size, entry))
             continue
@@ -233,7 +231,8 @@ def plan(
     gone = {name for item in free if item.entry and item.what != "files" for name in item.entry.files}
     inside = {name: file for entry in inventory.entries for name, file in entry.files.items() if name not in gone}
     for name, file in (inside | inventory.others).items():
-        if _is_leftover(name) and now - file.modified > ABANDONED_SECONDS:
+        is_leftover = TEMPORARY.search(name) or name.startswith(f"{OBJECTS}/.probe-")
+        if is_leftover and now - file.modified > ABANDONED_SECONDS:
             free.append(Garbage("temporary file", name, "its writer was killed", file.size))
     free += [
         Garbage("lease", f"{LEASES}/{name}", "its holder is gone", 0) for name, lives in leases.items() if not lives
@@ -241,20 +240,14 @@ def plan(
     return Plan(free, kept)
 
 
-def _unnamed(entry: Entry, named: Container[str] | None, before: float) -> list[str]:
+def _unnamed(entry: Entry, named: Container[str], before: float) -> list[str]:
     """Return the payloads of a result that its manifest does not name, last written ``before`` (seconds since 1970)."""
-    if named is None:
-        return []
     return [
         name
         for name, file in entry.files.items()
-        if name.rpartition("/")[2].startswith("part-") and not is_temporary(name) and name not in named
+        if name.rpartition("/")[2].startswith("part-") and not TEMPORARY.search(name) and name not in named
         if file.modified < before
     ]
-
-
-def _is_leftover(name: str) -> bool:
-    return is_temporary(name) or name.startswith(f"{OBJECTS}/.probe-")
 
 
 def collect_garbage(store: Store, trace: Trace, older_than: float, *, dry_run: bool) -> Plan:
@@ -280,17 +273,15 @@ def _make_plan(store: Store, trace: Trace, older_than: float) -> Plan:
     used = inventory.used_by()
     asked = [entry for entry in inventory.of(OBJECTS) if entry.finished and entry.key in used]
     named = dict(zip((entry.folder for entry in asked), _map(lambda e: _named(store, e), asked), strict=True))
-    complete = {folder: names for folder, names in named.items() if names is not None}
-    return plan(inventory, leases, complete, older_than, time.time())
+    return plan(inventory, leases, named, older_than, time.time())
 
 
-def _named(store: Store, entry: Entry) -> set[str] | None:
-    """Return the files that an entry's manifest names; None if the manifest is damaged or missing."""
-    try:
-        manifest = store.manifest(entry.kind, entry.key)
-    except DamagedFile:
-        return None
-    return None if manifest is None else {f"{entry.folder}/{file['name']}" for file in manifest["files"].values()}
+def _named(store: Store, entry: Entry) -> Container[str]:
+    """Return the files that an entry's manifest names; all files if the manifest is damaged or missing."""
+    with contextlib.suppress(DamagedFile):
+        if manifest := store.manifest(entry.kind, entry.key):
+            return {f"{entry.folder}/{file['name']}" for file in manifest["files"].values()}
+    return entry.files
 
 
 def _remove(store: Store, item: Garbage, older_than: float) -> bool:
@@ -317,9 +308,6 @@ def _remove(store: Store, item: Garbage, older_than: float) -> bool:
     return True
 
 
-# --- verification ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Verdict:
     """Number of entries and bytes that were hashed, and damaged folders with the reason."""
@@ -339,22 +327,19 @@ def verify(store: Store) -> Verdict:
 
 
 def _damage(store: Store, entry: Entry) -> str | None:
+    def content() -> bytes | None:
+        with contextlib.suppress(OSError):
+            return store.files.read(f"{entry.folder}/{MANIFEST}")
+        return None
+
     for _ in range(_ATTEMPTS):
-        before = _bytes(store, entry)
+        before = content()
         try:
             if manifest := store.manifest(entry.kind, entry.key):
                 store.verify(entry.kind, manifest)
             return None
         except DamagedFile as damage:
             why = "{}: {}".format(*damage.args)
-        if _bytes(store, entry) == before:
+        if content() == before:
             return why
     return None  # a living writer keeps replacing it, like a checkpoint
-
-
-def _bytes(store: Store, entry: Entry) -> bytes | None:
-    """Return the bytes of the manifest; None if it cannot be read."""
-    try:
-        return store.files.read(f"{entry.folder}/{MANIFEST}")
-    except OSError:
-        return None

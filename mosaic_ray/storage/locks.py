@@ -22,10 +22,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 from .filesystem import Files
 
@@ -46,25 +43,10 @@ def key_of(name: str) -> str:
     return claim[1] if claim else name
 
 
-class Lease:
+class Lease(contextlib.ExitStack):
     """The exclusive right to compute a key until ``release``, the end of the ``with`` block, or the process's death."""
 
-    def __init__(self, on_release: Callable[[], None]) -> None:
-        self._on_release: Callable[[], None] | None = on_release
-
-    def release(self) -> None:
-        """Give up the lease. Further calls have no effect."""
-        on_release, self._on_release = self._on_release, None
-        if on_release:
-            on_release()
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
+    release = contextlib.ExitStack.close  # further calls have no effect
 
 
 class Leases:
@@ -113,9 +95,9 @@ def _lock(path: Path) -> Lease | None:
     """Lock ``path`` with ``flock``, creating the file; None if it is locked. Releasing removes the file."""
     while True:
         os.makedirs(path.parent, exist_ok=True)
-        with contextlib.ExitStack() as undo:
+        with Lease() as lease:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            undo.callback(os.close, descriptor)
+            lease.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -123,18 +105,16 @@ def _lock(path: Path) -> Lease | None:
             # The previous holder may have removed the file after it was opened here: such a lock excludes nothing.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    undo.pop_all()
-                    return Lease(partial(_unlock, path, descriptor))
+                    lease.callback(_unlink, path)  # before it is unlocked
+                    return lease.pop_all()
 
 
-def _unlock(path: Path, descriptor: int) -> None:
+def _unlink(path: Path) -> None:
     with contextlib.suppress(OSError):  # a remaining file does not block the next lock
-        os.unlink(path)
-    os.close(descriptor)
+        path.unlink()
 
 
 def _is_locked(path: Path) -> bool:
-    """Check whether ``path`` is locked."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -179,7 +159,7 @@ class _Claims:
         with self._guard:
             if key in self._held or self._rivals(key):
                 return None
-            with contextlib.ExitStack() as undo:
+            with Lease() as undo:
                 undo.callback(self._stop_heartbeat)
                 self._start_heartbeat()
                 undo.callback(self._withdraw, key)
@@ -188,7 +168,9 @@ class _Claims:
                     return None
                 self._held.add(key)
                 undo.pop_all()
-                return Lease(partial(self._on_release, key))
+        lease = Lease()
+        lease.callback(self._on_release, key)
+        return lease
 
     def _is_sole_claimant(self, key: str) -> bool:
         """Check for rival claims of ``key`` after ours was written; True if there are none.
@@ -230,7 +212,6 @@ class _Claims:
         return _now() - max(since, self._files.recovered) < TTL_SECONDS
 
     def _start_heartbeat(self) -> None:
-        """Start the heartbeat thread unless it runs."""
         if self._heartbeat is None:
             self._write_heartbeat()
             self._stop.clear()

@@ -49,15 +49,13 @@ Parts = Mapping[str, Mapping[str, np.ndarray]]
 class CorruptResult(RunError):
     """A payload vanished or changed after ``Store.get`` verified it; the next ``get`` returns None."""
 
-    def __init__(self, key: str, part: str, why: str) -> None:
-        super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}')
+    def __init__(self, key: str, part: str, why: str, stage: str | None = None) -> None:
+        super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}', stage=stage)
         self.key, self.part, self.why = key, part, why
 
     def at(self, stage: str) -> CorruptResult:
         """Add the stage as ``RunError.at`` does, keeping the type, so that the run can start over."""
-        located = CorruptResult(self.key, self.part, self.why)
-        located.stage = self.stage or stage
-        return located
+        return CorruptResult(self.key, self.part, self.why, self.stage or stage)
 
 
 class DamagedFile(Exception):
@@ -69,17 +67,6 @@ def _name(key: str) -> str:
     if not key or key.startswith(".") or "/" in key:
         raise ValueError(f"{key!r} cannot name a stage result")
     return key
-
-
-def _encode(part: str, arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Encode ``arrays`` as safetensors; ``ValueError`` for an unsupported dtype."""
-    # safetensors writes the buffer in memory order, so a transposed view would silently be stored wrong.
-    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    try:
-        return safetensors.numpy.save(whole)
-    except safetensors.SafetensorError as error:
-        shown = ", ".join(f"{name} {array.dtype}" for name, array in whole.items() if array.dtype.kind not in "biuf")
-        raise ValueError(f'part "{part}" ({shown}): {error}') from None
 
 
 class StageResult:
@@ -99,7 +86,7 @@ class StageResult:
         """
         entry = self._entries[part]
         try:
-            data = self._store._files.read(f"{self._folder}/{entry['name']}")
+            data = self._store.files.read(f"{self._folder}/{entry['name']}")
         except OSError as error:
             self._store._raise_if_storage_down(error, self._folder, self.key)
             raise CorruptResult(self.key, part, reason(error)) from None
@@ -117,8 +104,17 @@ class StageWriter:
         self._entries: dict[str, dict[str, Any]] = {}
 
     def add(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write numeric ``arrays`` of any shape as one file immediately, so that the caller can free them."""
-        data = _encode(part, arrays)
+        """Write numeric ``arrays`` of any shape as one file immediately, so that the caller can free them.
+
+        Raises ``ValueError`` for an unsupported dtype.
+        """
+        # safetensors writes the buffer in memory order, so a transposed view would silently be stored wrong.
+        whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+        try:
+            data = safetensors.numpy.save(whole)
+        except safetensors.SafetensorError as error:
+            shown = ", ".join(f"{name} {x.dtype}" for name, x in whole.items() if x.dtype.kind not in "biuf")
+            raise ValueError(f'part "{part}" ({shown}): {error}') from None
         digest = hashlib.sha256(data).hexdigest()
         name = f"part-{digest[:12]}.safetensors"
         self._put(name, data)
@@ -142,7 +138,7 @@ class StageWriter:
 
     def _put(self, name: str, data: bytes) -> None:
         try:
-            self._store._files.put(f"{self._kind}/{self._key}/{name}", data)
+            self._store.files.put(f"{self._kind}/{self._key}/{name}", data)
         except OSError as error:
             raise self._store._run_error(error, f"writing {self._kind}/{self._key}", self._key) from error
 
@@ -173,41 +169,31 @@ class Store:
         self.log = log or (lambda text: None)
         self.used: set[str] = set()  #: keys of results that this store found or wrote
         try:
-            self._files = Files(*open_uri(self.uri))
-            self._files.log = lambda text: self.log(f"{self.uri}: {text}")
+            self.files = Files(*open_uri(self.uri))  #: by names relative to the storage
+            self.files.log = lambda text: self.log(f"{self.uri}: {text}")
             if not create and not self._impatient_files().exists():
                 raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
-            if self._files.local:
-                os.makedirs(self._files.root, exist_ok=True)
-            self._leases = Leases(self._files)
+            if self.files.local:
+                os.makedirs(self.files.root, exist_ok=True)
+            self.leases = Leases(self.files)
         except (OSError, ValueError, NotImplementedError) as error:
             raise self._request_error(error) from None
 
     @property
     def local_root(self) -> Path | None:
         """The storage folder if it is local, else None."""
-        return Path(self._files.root) if self._files.local else None
-
-    @property
-    def files(self) -> Files:
-        """The storage's files, by names relative to it."""
-        return self._files
-
-    @property
-    def leases(self) -> Leases:
-        """The leases on keys that are being computed."""
-        return self._leases
+        return Path(self.files.root) if self.files.local else None
 
     def _impatient_files(self) -> Files:
         """Return the same files with few retries: an error at the start is more often a wrong request."""
-        return Files(self._files.filesystem, self._files.root, OPENING_SECONDS)
+        return Files(self.files.filesystem, self.files.root, OPENING_SECONDS)
 
     def check_writable(self) -> None:
         """Raise ``RequestError`` unless a 1 MiB file can be written and a local disk has ``MIN_FREE_BYTES`` free."""
         files = self._impatient_files()
         probe = f"{OBJECTS}/.probe-{uuid.uuid4().hex}"
         try:
-            if self._files.local and (free := shutil.disk_usage(self._files.root).free) < MIN_FREE_BYTES:
+            if self.files.local and (free := shutil.disk_usage(self.files.root).free) < MIN_FREE_BYTES:
                 raise RequestError(
                     f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, "
                     f"{MIN_FREE_BYTES >> 20} MiB needed); make room or name another folder"
@@ -235,18 +221,18 @@ class Store:
     def discard(self, key: str) -> None:
         """Remove the result under ``key``, so that it is computed again."""
         try:
-            self._delete_manifest(f"{OBJECTS}/{key}")
+            self.files.delete(f"{OBJECTS}/{key}/{MANIFEST}")
         except OSError as error:
             raise self._run_error(error, f"removing {OBJECTS}/{key}", key) from error
 
     def try_lease(self, key: str) -> Lease | None:
         """Try to lease ``key``, exclusively across threads, processes and machines; None if it is leased."""
         try:
-            lease = self._leases.take(_name(key))
+            lease = self.leases.take(_name(key))
         except OSError as error:
             raise self._run_error(error, f"leasing {key}", key) from error
         if lease:
-            self._files.remove_abandoned(f"{OBJECTS}/{key}")
+            self.files.remove_abandoned(f"{OBJECTS}/{key}")
         return lease
 
     def get_or_lease(self, key: str) -> StageResult | Lease | None:
@@ -255,37 +241,20 @@ class Store:
         lease = None if found else self.try_lease(key)
         if lease is None:
             return found
-        with contextlib.ExitStack() as release:
-            release.enter_context(lease)
-            found = self.get(key)  # it may have been finished before the lease
-            if found is None:
-                release.pop_all()
-                return lease
-        return found
+        with lease:  # the result may have been finished before the lease
+            return self.get(key) or lease.pop_all()
 
     def upload(self, folder: Path, name: str) -> None:
         """Copy the files of a local folder to ``name`` in this storage (for storage that is not local)."""
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            self._files.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-
-    def read(self, name: str) -> bytes:
-        """Read a file that is no result, such as a sweep's plan; ``name`` is relative to the storage."""
-        return self._files.read(name)
+            self.files.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
     def write(self, name: str, data: bytes) -> None:
-        """Replace such a file atomically."""
+        """Replace a file that is no result, such as a sweep's plan, atomically; ``RunError`` if that fails."""
         try:
-            self._files.put(name, data)
+            self.files.put(name, data)
         except OSError as error:
             raise RunError(f"storage {self.uri}: {reason(error)} while writing {name}") from error
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names in ``folder``; [] if it does not exist."""
-        return self._files.names(folder)
-
-    def move(self, folder: str, to: str) -> None:
-        """Rename a folder."""
-        self._files.move(folder, to)
 
     def where(self, name: str) -> str:
         """Return the path or URI of a file or folder here; a query of the URI stays at its end."""
@@ -296,9 +265,9 @@ class Store:
         kept = self._fill(StageWriter(self, CHECKPOINTS, key), facts, parts)
         current = {entry["name"] for entry in kept._entries.values()}
         with contextlib.suppress(OSError):  # the next save or drop removes them
-            for name in self._files.names(f"{CHECKPOINTS}/{key}"):
+            for name in self.files.names(f"{CHECKPOINTS}/{key}"):
                 if name.startswith("part-") and name.endswith(".safetensors") and name not in current:
-                    self._files.delete(f"{CHECKPOINTS}/{key}/{name}")
+                    self.files.delete(f"{CHECKPOINTS}/{key}/{name}")
 
     def load_checkpoint(self, key: str) -> StageResult | None:
         """Return the verified checkpoint under ``key``; None if absent or damaged (logged and removed)."""
@@ -307,13 +276,13 @@ class Store:
     def drop_checkpoint(self, key: str) -> None:
         """Remove the checkpoint under ``key`` if it exists."""
         with contextlib.suppress(OSError):  # a leftover checkpoint only takes disk space
-            self._files.delete_folder(f"{CHECKPOINTS}/{key}")
+            self.files.delete_folder(f"{CHECKPOINTS}/{key}")
 
     def manifest(self, kind: str, key: str) -> dict[str, Any] | None:
         """Return the manifest of a result or checkpoint; None if absent, ``DamagedFile`` if its checksum differs."""
         folder = f"{kind}/{key}"
         try:
-            manifest: dict[str, Any] = json.loads(self._files.read(f"{folder}/{MANIFEST}"))
+            manifest: dict[str, Any] = json.loads(self.files.read(f"{folder}/{MANIFEST}"))
             seal = manifest.pop("sha256")
             sound = seal == hashlib.sha256(canonical_json(manifest)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
@@ -333,20 +302,17 @@ class Store:
         """Hash every payload of ``manifest``; ``DamagedFile`` if one is missing or differs."""
         folder = f"{kind}/{manifest['key']}"
         for entry in manifest["files"].values():
-            self._verify(folder, entry)
-
-    def _verify(self, folder: str, entry: Mapping[str, Any]) -> None:
-        try:
-            size, digest = self._files.digest(f"{folder}/{entry['name']}")
-        except FileNotFoundError:
-            raise DamagedFile(entry["name"], "it is missing") from None
-        except OSError as error:
-            self._raise_if_storage_down(error, folder, folder.rpartition("/")[2])
-            raise DamagedFile(entry["name"], reason(error)) from None
-        if size != entry["size"]:
-            raise DamagedFile(entry["name"], f"{size} bytes instead of {entry['size']}")
-        if digest != entry["sha256"]:
-            raise DamagedFile(entry["name"], "its SHA-256 differs")
+            try:
+                size, digest = self.files.digest(f"{folder}/{entry['name']}")
+            except FileNotFoundError:
+                raise DamagedFile(entry["name"], "it is missing") from None
+            except OSError as error:
+                self._raise_if_storage_down(error, folder, manifest["key"])
+                raise DamagedFile(entry["name"], reason(error)) from None
+            if size != entry["size"]:
+                raise DamagedFile(entry["name"], f"{size} bytes instead of {entry['size']}")
+            if digest != entry["sha256"]:
+                raise DamagedFile(entry["name"], "its SHA-256 differs")
 
     @staticmethod
     def _fill(writer: StageWriter, facts: Mapping[str, Any], parts: Parts) -> StageResult:
@@ -363,20 +329,16 @@ class Store:
             self.verify(kind, manifest)
         except DamagedFile as damage:
             self.log(complaint.format(key, *damage.args))
-            with contextlib.suppress(OSError):
-                self._delete_manifest(folder)
+            with contextlib.suppress(OSError):  # only the manifest: another process may be at work on the same payload
+                self.files.delete(f"{folder}/{MANIFEST}")
             return None
         return StageResult(self, folder, manifest)
-
-    def _delete_manifest(self, folder: str) -> None:
-        # Only the manifest: another process may be writing or reading the same payload.
-        self._files.delete(f"{folder}/{MANIFEST}")
 
     def _raise_if_storage_down(self, error: OSError, folder: str, key: str) -> None:
         """Raise ``RunError`` unless ``error`` concerns only one file."""
         one_file = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-        if self._files.local:  # bad sectors, or files of other users
-            one_file |= error.errno == errno.EIO or not self._files.is_transient(error)
+        if self.files.local:  # bad sectors, or files of other users
+            one_file |= error.errno == errno.EIO or not self.files.is_transient(error)
         if not one_file:
             raise self._run_error(error, f"reading {folder}", key) from error
 

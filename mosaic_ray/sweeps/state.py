@@ -153,13 +153,13 @@ class SweepState:
 
     def _names(self, folder: str) -> list[str]:
         try:
-            return self.store.names(f"{self.place}/{folder}")
+            return self.store.files.names(f"{self.place}/{folder}")
         except OSError as error:
             raise self._unreadable(folder, error) from None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.store.read(f"{self.place}/{name}"))
+            found = json.loads(self.store.files.read(f"{self.place}/{name}"))
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError):
@@ -183,10 +183,10 @@ class SweepState:
 
     def _move_aside(self) -> None:
         try:
-            if self.store.names(self.place):
+            if self.store.files.names(self.place):
                 places = (f"{self.place}.{number}" for number in itertools.count(1))
-                aside = next(place for place in places if not self.store.names(place))
-                self.store.move(self.place, aside)
+                aside = next(place for place in places if not self.store.files.names(place))
+                self.store.files.move(self.place, aside)
         except (OSError, NotImplementedError) as error:
             raise RequestError(
                 f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"

@@ -256,7 +256,7 @@ def test_files_of_dead_leases_go_and_living_ones_stay(storage: Path, root: Path,
 def test_generators_that_cannot_be_traced_stay(storage: Path, root: Path, full: set[str], why: str) -> None:
     store = Store(storage)
     mine = make_run(store, "runs/two", override(TINY, {"seed": 7}))
-    summary = json.loads(store.read("runs/two/summary.json"))
+    summary = json.loads(store.files.read("runs/two/summary.json"))
     if why == "another version":
         summary["config"]["generator"]["a_knob_of_old"] = 1
     else:

@@ -150,14 +150,10 @@ def test_o31_digits_are_split_by_class_and_the_constants_are_those_of_the_traini
     assert data.facts.std[0] == pytest.approx(data.train.images.std() / 255, abs=5e-5)
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["from its file", "a release that keeps it elsewhere"])
-def test_digits_are_scikit_learns(monkeypatch, elsewhere):
+def test_digits_are_scikit_learns(monkeypatch):
     from sklearn.datasets import load_digits
 
-    if elsewhere:
-        monkeypatch.setattr("mosaic_ray.data.array_sources.find_spec", lambda name: None)
-    else:
-        monkeypatch.setattr("sklearn.datasets.load_digits", lambda: pytest.fail("all of scikit-learn was imported"))
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: pytest.fail("all of scikit-learn was imported"))
     data, bunch = load_dataset(DataConfig(name="digits")), load_digits()
     together = [(np.round(image * (16 / 255)), label) for part in (data.train, data.test)
                 for image, label in zip(part.images[:, 0], part.labels, strict=True)]  # fmt: skip

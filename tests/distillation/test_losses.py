@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mosaic_ray.config.schema import DistillConfig, ModelConfig
 from mosaic_ray.core.seeding import seeded
+from mosaic_ray.core.types import Weights
 from mosaic_ray.distillation.losses import (
     adversarial_loss,
     bhattacharyya,
@@ -21,16 +22,20 @@ from mosaic_ray.distillation.losses import (
     distillation_loss,
     diversity_loss,
     entropy_loss,
-    inversion_loss,
     inversion_probe,
     jensen_shannon,
     kl,
 )
-from mosaic_ray.models.batch_norm import bn_statistics
 from mosaic_ray.models.classifiers import build_classifier
-from mosaic_ray.models.state_dict import to_weights
+from mosaic_ray.models.state_dict import bn_statistics, to_weights
 
 NAMES = ("running_mean", "running_var")
+
+
+def inversion_loss(model: nn.Module, x: Tensor, targets: Weights | None = None) -> Tensor:
+    with inversion_probe(model, targets) as inversion:
+        model(x)
+    return inversion()
 
 
 # --- O12, O13: diversity and entropy ---------------------------------------------------------------------------------
@@ -219,19 +224,19 @@ def test_o14_targets_of_another_model():
 
 def test_o14_probe_shares_the_forward():
     net, x = small_net(), normal(16, 1, 8, 8)
-    with inversion_probe(net) as probe:
-        logits, inside = net(x), probe.loss()
+    with inversion_probe(net) as inversion:
+        logits, inside = net(x), inversion()
     torch.testing.assert_close(logits, net.eval()(x))
-    assert inside == probe.loss() == inversion_loss(net, x)
+    assert inside == inversion() == inversion_loss(net, x)
 
 
 @pytest.mark.parametrize("passes", [0, 2])
 def test_o14_probe_wants_one_forward_pass_and_cleans_up_after_an_error(passes):
     net, x = small_net(), normal(4, 1, 8, 8)
-    with pytest.raises(ValueError, match="one forward pass"), inversion_probe(net) as probe:
+    with pytest.raises(ValueError, match="one forward pass"), inversion_probe(net) as inversion:
         for _ in range(passes):
             net(x)
-        probe.loss()
+        inversion()
     assert not any(m._forward_pre_hooks for m in net.modules()) and net.training
 
 

@@ -43,7 +43,7 @@ def test_an_owner_is_dead_when_its_beat_has_stood_still_for_a_watchers_ttl(
     assert watcher.try_lease(KEY) is None, "seen for the first time"
     clock(TTL_SECONDS - 0.1)
     assert watcher.try_lease(KEY) is None
-    owner._leases._claims._write_heartbeat()
+    owner.leases._claims._write_heartbeat()
     clock(10 * TTL_SECONDS)
     assert watcher.try_lease(KEY) is None, "another heartbeat than the last time"
     clock(TTL_SECONDS - 0.1)
@@ -89,8 +89,8 @@ def test_the_heart_beats_while_anything_is_held(bucket_only: Path, monkeypatch: 
     one, two = held(store.try_lease(KEY)), held(store.try_lease(OTHER_KEY))
     (name,) = [name for name in remains(store) if name.startswith("~")]
     one.release()
-    before = store._files.read(f"leases/{name}")
-    until(lambda: store._files.read(f"leases/{name}") not in (before, b"") or None)
+    before = store.files.read(f"leases/{name}")
+    until(lambda: store.files.read(f"leases/{name}") not in (before, b"") or None)
     assert len(beats()) == 1
     two.release()
     assert beats() == [] and remains(store) == []
@@ -106,7 +106,7 @@ def test_of_several_that_claim_in_the_same_moment_one_gets_it(
     got: list[Lease | None] = []
 
     def take(store: Store) -> None:
-        real = store._files.put
+        real = store.files.put
 
         def put(name: str, data: bytes) -> None:
             if KEY in name:
@@ -115,7 +115,7 @@ def test_of_several_that_claim_in_the_same_moment_one_gets_it(
             if KEY in name:
                 together.wait(PATIENCE_SECONDS)
 
-        store._files.put = put
+        store.files.put = put
         got.append(store.try_lease(KEY))
 
     threads = [threading.Thread(target=take, args=(store,)) for store in stores]
@@ -131,7 +131,7 @@ def test_of_several_that_claim_in_the_same_moment_one_gets_it(
 
 def test_a_claim_that_cannot_be_put_leaves_nothing(bucket_only: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(bucket_only)
-    real = store._files.put
+    real = store.files.put
 
     def put(name: str, data: bytes) -> None:
         real(name, data)
@@ -139,7 +139,7 @@ def test_a_claim_that_cannot_be_put_leaves_nothing(bucket_only: Path, monkeypatc
             raise OSError(errno.EIO, "the network is away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store._files, "put", put)
+        patch.setattr(store.files, "put", put)
         with pytest.raises(RunError, match="while leasing"):
             store.try_lease(KEY)
     assert beats() == [] and remains(store) == []

@@ -235,11 +235,11 @@ def test_the_stores_contract_where_a_fifth_of_all_calls_fails(flaky: Flaky, seed
         assert got is not None and got.facts == FACTS and same(got.load("global"), arrays(number))
         assert two.load_checkpoint(key) is None
     one.write("sweeps/n/plan.json", b"{}")
-    assert two.read("sweeps/n/plan.json") == b"{}" and two.names("sweeps") == ["n"]
-    one.move("sweeps/n", "sweeps/n.1")
+    assert two.files.read("sweeps/n/plan.json") == b"{}" and two.files.names("sweeps") == ["n"]
+    one.files.move("sweeps/n", "sweeps/n.1")
     two.discard(KEY)
     assert one.get(KEY) is None and remains(one) == [] and not said
-    assert two.names("sweeps") == ["n.1"] and len(one.names("objects")) == 8 and not verify(one).damaged
+    assert two.files.names("sweeps") == ["n.1"] and len(one.files.names("objects")) == 8 and not verify(one).damaged
     assert flaky.failures > 0.1 * flaky.calls > 50
 
 

@@ -113,7 +113,7 @@ def is_part(request: Request) -> bool:
 def test_the_stores_contract_on_s3(s3: S3, said: list[str], tmp_path: Path) -> None:
     one, two = Store(s3.uri("bucket/some/prefix"), log=said.append), Store(s3.uri("bucket/some/prefix"))
     one.check_writable()
-    assert one.local_root is None and one.get(KEY) is None and one.names("objects") == []
+    assert one.local_root is None and one.get(KEY) is None and one.files.names("objects") == []
     big = {"w": np.random.default_rng(0).normal(size=(13 << 20) // 8)}  # more than one part of an upload
     with held(one.try_lease(KEY)):
         assert two.try_lease(KEY) is None
@@ -129,9 +129,9 @@ def test_the_stores_contract_on_s3(s3: S3, said: list[str], tmp_path: Path) -> N
     (tmp_path / "run/tensorboard").mkdir(parents=True)
     (tmp_path / "run/tensorboard/events").write_bytes(b"x")
     one.upload(tmp_path / "run", "runs/mine")
-    assert two.read("runs/mine/tensorboard/events") == b"x" and two.names("runs") == ["mine"]
+    assert two.files.read("runs/mine/tensorboard/events") == b"x" and two.files.names("runs") == ["mine"]
     with pytest.raises(FileNotFoundError):
-        two.read("runs/other/summary.json")
+        two.files.read("runs/other/summary.json")
     one.discard(KEY)
     one.discard(KEY)
     assert two.get(KEY) is None and not said
@@ -203,7 +203,7 @@ def test_what_a_bucket_holds_is_listed_verified_and_freed(s3: S3, monkeypatch: p
     assert "2 results and checkpoints" in ask("store", "verify", "--storage", uri).stdout
     freed = json.loads(ask("store", "gc", "--storage", uri, "--older-than", "0s", "--json").stdout)
     assert freed["bytes"] == listed["bytes"] > 0 and len(freed["freed"]) == 3
-    assert store.files.tree("") == {} and store.names("objects") == []
+    assert store.files.tree("") == {} and store.files.names("objects") == []
 
 
 def test_names_are_joined_before_the_query() -> None:
@@ -248,10 +248,10 @@ def test_a_run_on_s3_ends_as_on_a_disk_and_resumes(
     cached = {name for name, stage in summary["stages"].items() if stage["cached"]}
     assert cached == {"partition", "warmup", "generators", "prototypes", "teacher"}
     assert summary["accuracy"] == here["accuracy"] and summary["per_class_accuracy"] == here["per_class_accuracy"]
-    assert json.loads(store.read("runs/one/summary.json")) == summary
+    assert json.loads(store.files.read("runs/one/summary.json")) == summary
     student = load_file(Path(here["paths"]["run"]) / "student.safetensors")
-    assert_same(load(store.read("runs/one/student.safetensors")), student)
-    assert any(name.startswith("events") for name in store.names("runs/one/tensorboard"))
+    assert_same(load(store.files.read("runs/one/student.safetensors")), student)
+    assert any(name.startswith("events") for name in store.files.names("runs/one/tensorboard"))
 
 
 # ---------------------------------------------------------------- refusals before a run starts

@@ -222,8 +222,8 @@ def test_an_uploaded_folder_keeps_its_files_and_their_places(any_store: Store, t
     (run / "summary.json").write_bytes(b"{}")
     (run / "tensorboard" / "events").write_bytes(bytes(range(256)))
     any_store.upload(run, "runs/mine")
-    assert any_store._files.read("runs/mine/summary.json") == b"{}"
-    assert any_store._files.read("runs/mine/tensorboard/events") == bytes(range(256))
+    assert any_store.files.read("runs/mine/summary.json") == b"{}"
+    assert any_store.files.read("runs/mine/tensorboard/events") == bytes(range(256))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -235,8 +235,8 @@ def test_checkpoints_replace_each_other_and_tidy_up(any_store: Store, said: list
         any_store.save_checkpoint(KEY, {"round": number}, {"w": arrays(number), "kept": arrays(-1.0)})
         got = any_store.load_checkpoint(KEY)
         assert got is not None and got.facts == {"round": number} and same(got.load("w"), arrays(number))
-    assert sum(name.startswith("part-") for name in any_store._files.names(f"checkpoints/{KEY}")) == 2
+    assert sum(name.startswith("part-") for name in any_store.files.names(f"checkpoints/{KEY}")) == 2
     assert any_store.get(KEY) is None
     any_store.drop_checkpoint(KEY)
     any_store.drop_checkpoint(KEY)
-    assert any_store.load_checkpoint(KEY) is None and not any_store._files.names(f"checkpoints/{KEY}") and not said
+    assert any_store.load_checkpoint(KEY) is None and not any_store.files.names(f"checkpoints/{KEY}") and not said

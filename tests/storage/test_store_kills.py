@@ -55,7 +55,7 @@ def killed_at_every_step(
     """Run ``work`` with a kill at step 1, 2, ... until it lives; ``check(whole)`` after each. Returns the steps."""
     for last in range(1, 1000):
         dying = DyingOs(last)
-        delete = store._files.delete
+        delete = store.files.delete
 
         def counted(name: str, dying: DyingOs = dying, delete: Callable[[str], None] = delete) -> None:
             dying.count += 1
@@ -65,7 +65,7 @@ def killed_at_every_step(
 
         with monkeypatch.context() as patch:
             patch.setattr(files_module, "os", dying)
-            patch.setattr(store._files, "delete", counted)
+            patch.setattr(store.files, "delete", counted)
             try:
                 work()
                 whole = True

@@ -45,7 +45,7 @@ def test_storage_without_permission_is_a_request_error(tmp_path: Path) -> None:
 
 def test_check_writable_leaves_nothing(any_store: Store) -> None:
     any_store.check_writable()
-    assert any_store._files.names("objects") == []
+    assert any_store.files.names("objects") == []
 
 
 Usage = namedtuple("Usage", "total used free")

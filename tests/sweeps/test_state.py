@@ -232,7 +232,7 @@ def test_stray_files_are_not_read(store):
 def test_a_removed_plan_is_written_again(store):
     state = begun(store)
     state.record(TRIAL, status="done")
-    store._files.delete("sweeps/n/plan.json")
+    store.files.delete("sweeps/n/plan.json")
     assert begun(store).finished(TRIAL)["status"] == "done"
     assert "sweeps/n/plan.json" in " ".join(files(store))
 
@@ -266,9 +266,8 @@ def test_fresh_moves_aside_and_loses_nothing(store):
         assert moved.items() <= now.items()
         kept = now
     assert len(set(sessions)) == 4
-    turns = [
-        json.loads(store.read(f"sweeps/{name}/trials/p000s0/summary.json"))["turn"] for name in ("n.2", "n.3", "n")
-    ]
+    summaries = (store.files.read(f"sweeps/{name}/trials/p000s0/summary.json") for name in ("n.2", "n.3", "n"))
+    turns = [json.loads(summary)["turn"] for summary in summaries]
     assert turns == [1, 2, 3]
 
 
@@ -294,7 +293,7 @@ def test_fresh_replaces_damaged_files(store, name):
     store.write(f"sweeps/n/{name}", b"{")
     state = begun(store, fresh=True, seeds=[3])
     assert state.session and state.summary("p000s0") is None
-    assert store.read(f"sweeps/n.1/{name}") == b"{"
+    assert store.files.read(f"sweeps/n.1/{name}") == b"{"
 
 
 def test_fresh_leaves_neighbours_alone(store):
@@ -302,7 +301,7 @@ def test_fresh_leaves_neighbours_alone(store):
     begun(store, name="n", fresh=True)
     begun(store, name="n", fresh=True)
     assert begun(store, name="n2").session is None
-    assert sorted(store.names("sweeps")) == ["n", "n.1", "n2"]
+    assert sorted(store.files.names("sweeps")) == ["n", "n.1", "n2"]
 
 
 def test_a_storage_that_cannot_move_folders_says_so(store, monkeypatch):
@@ -312,7 +311,7 @@ def test_a_storage_that_cannot_move_folders_says_so(store, monkeypatch):
     def move(folder: str, to: str) -> None:
         raise NotImplementedError("no renaming here")
 
-    monkeypatch.setattr(store, "move", move)
+    monkeypatch.setattr(store.files, "move", move)
     line = refusal(begun, store, fresh=True)
     assert line.startswith("--fresh: ") and "no renaming here" in line and "another --name" in line
     assert files(store) == before
