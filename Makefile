@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@test -e $@ || $(PYTHON) -m venv $(if $(filter .venv,$(VENV)),--clear) $(VENV)
 	@rm -f $@
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,docs]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,docs,dev]'
 	@touch $@
 
 .PHONY: help
@@ -40,8 +40,13 @@ test-cluster: $(STAMP) ## a real `ray up`; needs root, iproute2, openssh-server,
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 
 .PHONY: lint
-lint: $(STAMP) ## look for slips of style
+lint: $(STAMP) ## style, and which folder imports which
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+.PHONY: types
+types: $(STAMP) ## check the types
+	$(BIN)/mypy
 
 .PHONY: docs
 docs: $(STAMP) ## build site/: the documentation, any warning fails

@@ -101,8 +101,8 @@ def test_constraints_are_names_and_versions_only():
 @pytest.mark.parametrize("need", REQUIRED + EXTRAS, ids=str)
 def test_every_dependency_has_an_honest_bound_and_a_pin(need):
     pin = PINNED[canonicalize_name(need.name)]
-    [bound] = need.specifier
-    assert bound.operator == ">="
+    bounds = sorted(bound.operator for bound in need.specifier)
+    assert bounds == [">="] or (need.name == "ray" and bounds == ["<", ">="])  # Ray's private modules are in use
     assert need.specifier.contains(pin), f"{need} leaves out the pinned {pin}"
 
 
@@ -148,7 +148,7 @@ def test_ci_runs_the_tests_and_cannot_pass_without_them():
     assert os.access(script, os.X_OK)
     text = script.read_text()
     assert "set -euo pipefail" in text
-    assert re.search(r'^make test VENV="\$place/venv"$', text, re.MULTILINE)
+    assert re.findall(r'^make (\w+) VENV="\$place/venv"', text, re.MULTILINE) == ["lint", "types", "test", "docs"]
     assert "||" not in text
 
 

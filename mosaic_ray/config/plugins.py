@@ -62,7 +62,7 @@ def load(kind: str, word: str) -> Any:
     if ":" not in word and word not in entries(kind):
         raise RequestError(f"{knob} = {word}: unknown {called}; {neighbours(word, [*entries(kind), 'module:object'])}")
     what = f"{knob} = {word}"
-    found = load_object(what, word if ":" in word else entries(kind)[word].target)
+    found: Any = load_object(what, word if ":" in word else entries(kind)[word].target)
     if isinstance(found, type) or getattr(found, "kind", "") != kind:
         raise RequestError(f"{what}: it is a {type(found).__name__}, not an instance of {base}")
     if found.name in {*entries(kind), *ExperimentConfig.__dataclass_fields__} - {word}:

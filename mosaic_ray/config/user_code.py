@@ -92,9 +92,10 @@ def load_file(what: str, path: str) -> types.ModuleType:
     name = f"user_{re.sub(r'[^a-zA-Z0-9_]', '_', Path(path).stem)}_{hashlib.sha256(source).hexdigest()[:20]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None, path
         module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
         try:
-            exec(spec.loader.source_to_code(source, path), vars(module))
+            exec(compile(source, path, "exec", dont_inherit=True), vars(module))
         except BaseException:
             del sys.modules[name]
             raise
@@ -129,15 +130,13 @@ def _load_source(what: str, source: str) -> types.ModuleType:
 def _blame(what: str, error: BaseException) -> NoReturn:
     """``error`` in one line, with the user's own file and line: where it begins, not the library it ends in."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
-    reason = str(error)
+    file, line, reason = None, None, str(error)
     if isinstance(error, RequestError) and not frames:
         raise error  # this package's own word, not the user's
     if frames:
         file, line = [(f.filename, f.lineno) for f in frames if f.filename == frames[0].filename][-1]
     elif isinstance(error, SyntaxError):
         file, line, reason = error.filename, error.lineno, error.msg
-    else:
-        file, line = None, None
     where = "".join([f"{file}, " if file else "", f"line {line}: " if line else ""])
     reason = " ".join([f"{type(error).__name__}:", *reason.split()])
     raise RequestError(f"{what}: {where}{reason}") from None

@@ -15,7 +15,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
     from .plugins import load, strategy_named
     from .registry import CLASSIFIERS, DATASET_PREFIXES, DATASETS, STRATEGIES
 
-    def need(holds: bool, message: str) -> None:
+    def need(holds: object, message: str) -> None:
         if not holds:
             raise RequestError(message)
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .types import Finding
+from .types import Finding, Severity
 
 Figures = Mapping[str, float]
 
@@ -24,7 +24,7 @@ class Rule:
 
     code: str
     stage: str
-    severity: str
+    severity: Severity
     threshold: float | None
     advice: str
 
@@ -34,7 +34,7 @@ class Rule:
         value: float,
         *,
         client: int = -1,
-        severity: str = "",
+        severity: Severity | None = None,
         threshold: float | None = None,
         advice: str = "",
     ) -> Finding:
@@ -259,7 +259,7 @@ def distill_findings(figures: Figures, share_held: float) -> list[Finding]:
             if one
             else f"the teacher sees {coverage:.0%} of the classes in the synthetic images"
         )
-        found.append(UNSEEN_CLASSES.finding(message, coverage, severity="error" if one else ""))
+        found.append(UNSEEN_CLASSES.finding(message, coverage, severity="error" if one else None))
     shift = figures.get("shift", 0.0)
     if shift > _threshold(INPUT_SHIFT):
         message = f"on {shift:.0%} of synthetic images the teacher says other than on the input that it was trained on"

@@ -19,7 +19,7 @@ def from_json(kind: Any, value: Any, place: str = "") -> Any:
     value that does not fit, such as ``stages.warmup.key``.
     """
     origin, args = get_origin(kind), get_args(kind)
-    if is_dataclass(kind) and isinstance(value, dict):
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
         names = [f.name for f in fields(kind) if f.default is MISSING or value.get(f.name) is not None]
         return kind(**{name: from_json(_hints(kind)[name], value.get(name), _at(place, name)) for name in names})
     if origin is list and isinstance(value, list):
@@ -34,7 +34,7 @@ def from_json(kind: Any, value: Any, place: str = "") -> Any:
     elif origin is Literal:
         fits = value in args
     else:
-        plain = {float: (int, float), Any: object}.get(kind, kind)
+        plain: Any = {float: (int, float), Any: object}.get(kind, kind)
         fits = origin is None and isinstance(value, plain) and (kind in (bool, Any) or not isinstance(value, bool))
     if not fits:
         raise ValueError(place)

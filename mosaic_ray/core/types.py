@@ -18,6 +18,8 @@ STAGES = (
     "partition", "warmup", "generators", "prototypes", "teacher", "distill", "finetune", "control", "evaluate",
 )  # fmt: skip
 
+Severity = Literal["info", "warning", "error"]
+
 #: The models whose accuracies a run reports, in the order in which they are made.
 ROLES = ("initial", "teacher", "distilled", "final", "control")
 
@@ -122,7 +124,7 @@ class Finding:
     """
 
     code: str
-    severity: Literal["info", "warning", "error"]
+    severity: Severity
     stage: str
     message: str
     client: int = -1
@@ -138,4 +140,5 @@ class Finding:
     @staticmethod
     def from_json(value: Any) -> Finding:
         """Check and return a finding that was read from JSON; ``ValueError`` names the field that does not fit."""
-        return from_json(Finding, value)
+        found: Finding = from_json(Finding, value)
+        return found

@@ -76,7 +76,8 @@ def cifar(meta: str, label_key: str, names_key: str) -> Callable[[DataConfig], D
 
     def load(config: DataConfig) -> Dataset:
         paths = needed(config)
-        num_classes = spec_of(config.name).facts.num_classes
+        facts = spec_of(config.name).facts
+        num_classes = facts.num_classes if facts else 0
         *parts, test = (part(path, num_classes) for path in paths)
         train = ImageSet(np.concatenate([p.images for p in parts]), np.concatenate([p.labels for p in parts]))
         path = paths[-1].with_name(meta)

@@ -57,7 +57,7 @@ def size_on_disk(places: list[Path]) -> str:
     total = 0
     for place in places:
         inside = (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
-        total += sum(os.stat(path).st_size for path in (place, *inside) if os.path.isfile(path))
+        total += sum(os.stat(path).st_size for path in [str(place), *inside] if os.path.isfile(path))
     return f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
 
 

@@ -163,7 +163,7 @@ def _unpack(archive: Path, first: Path, root: Path) -> None:
             os.replace(beside, first)
             return
         beside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root)))
-        shutil.unpack_archive(archive, beside, **({} if archive.suffix == ".zip" else {"filter": "data"}))
+        shutil.unpack_archive(archive, beside, filter=None if archive.suffix == ".zip" else "data")
         folder = root / first.relative_to(root).parts[0]
         if folder.exists():  # it lacks files, and may hold the user's own
             asides = (folder.with_name(f"{folder.name}.incomplete-{number}") for number in itertools.count(1))

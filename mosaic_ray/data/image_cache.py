@@ -72,7 +72,7 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
             f"{facts['name']}: {facts['left_out']} of {facts['listed']} images do not decode and are left out "
             f"(data.skip_bad): {', '.join(facts['left_out_first'])}{others}"
         )
-    mean, std = (facts["mean"], facts["std"]) if "mean" in facts else (fixed.mean, fixed.std)
+    mean, std = (facts["mean"], facts["std"]) if "mean" in facts or fixed is None else (fixed.mean, fixed.std)
     colour = fixed.augmentations if fixed else ("crop", "flip") if facts["coloured"] else ()
     content = [[facts["parts"][part][key] for key in ("shape", "blocks")] for part in PARTS]
     names, (_, channels, size, _) = tuple(facts["class_names"]), arrays[0].shape
@@ -105,7 +105,7 @@ def _mapped(folder: Path, name: str, part: dict[str, Any]) -> np.ndarray:
 
     def sound(number: int) -> bool:
         count, checksum = part["blocks"][number]
-        return zlib.crc32(array[ends[number] - count : ends[number]]) == checksum
+        return zlib.crc32(array[ends[number] - count : ends[number]].data) == checksum
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         if not all(pool.map(sound, checked)):

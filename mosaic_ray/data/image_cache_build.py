@@ -12,7 +12,7 @@ import tempfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -65,7 +65,7 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
             warn(f"{data_root(config)} cannot be written to, so decoded images are not kept; see data.root")
             made = build_cache(config, images, fixed, stack, None)
         try:
-            return read(made, fixed)
+            return cast(Dataset, read(made, fixed))
         except Damaged as error:
             raise RequestError(f"{error} as soon as written; is the disk sound?") from error
 
@@ -77,7 +77,7 @@ def imported(config: DataConfig) -> Dataset:
         there = neighbours(name, names) if names else "nothing was"
         raise RequestError(f"data.name = {config.name}: not imported to {root}; {there}")
     try:
-        return read(root / IMPORTED / name, None)
+        return cast(Dataset, read(root / IMPORTED / name, None))  # None only if it is compared with other files
     except Damaged as error:
         raise RequestError(f"data.name = {config.name}: {error}; remove that and import it again") from error
 
@@ -92,7 +92,7 @@ def import_as(name: str, config: DataConfig) -> Path:
             _tidy(folder.parent)
         if folder.exists():
             raise RequestError(f"{name}: imported already; remove {folder} first, or take another name")
-        images = spec_of(config.name).load(config)
+        images = cast(ImageFiles, spec_of(config.name).load(config))
         build_cache(config, images, None, stack, folder.parent).rename(folder)
     return folder
 
@@ -221,17 +221,18 @@ def _decode(
             "--skip-bad (data.skip_bad=true) leaves such images out"
         )
     labels = {part: images.labels[kept[part]] for part, images in parts.items()}
-    check_classes(name, *labels.values(), listing.class_names)
-    first = [name for name, _ in bad[:3]]
-    facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": first, "parts": {}}
+    check_classes(name, labels["train"], labels["test"], listing.class_names)
+    shown = [name for name, _ in bad[:3]]
+    facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": shown, "parts": {}}
     for part in parts:
         good = [[count, checksum] for _, count, checksum, _ in blocks[part] if count]
         _close_gaps(folder / f"{part}_images.npy", shape, blocks[part])
         np.save(folder / f"{part}_labels.npy", labels[part])
         flush(folder / f"{part}_labels.npy")
+        rows, checksum = len(labels[part]), zlib.crc32(labels[part].data)
         facts["parts"] |= {
-            f"{part}_images": {"shape": [len(labels[part]), *shape], "blocks": good},
-            f"{part}_labels": {"shape": [len(labels[part])], "blocks": [[len(labels[part]), zlib.crc32(labels[part])]]},
+            f"{part}_images": {"shape": [rows, *shape], "blocks": good},
+            f"{part}_labels": {"shape": [rows], "blocks": [[rows, checksum]]},
         }
     if measured:
         facts["mean"], facts["std"] = mean_std(tally for _, count, _, tally in blocks["train"] if count)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,13 @@ def work(task: Task) -> dict[str, Any]:
             if (index + 1) % rows == 0 or index + 1 == count(task):
                 block = np.ascontiguousarray(images[:good].transpose(0, 3, 1, 2))
                 file.seek(task["offset"] + (task["first"] + index // rows * rows) * size)
-                file.write(block)
-                found["blocks"].append([good, zlib.crc32(block), tally(block) if task["tally"] and good else []])
+                file.write(block.data)
+                found["blocks"].append([good, zlib.crc32(block.data), tally(block) if task["tally"] and good else []])
                 good = 0
     return found
 
 
-def run(tasks: list[Task]) -> Iterator[dict[str, Any]]:
+def run(tasks: list[Task]) -> Generator[dict[str, Any], None, None]:
     """Yield ``work`` of each task in order, over all cores if there are enough images."""
     total = sum(map(count, tasks))
     workers = min(_cores(), len(tasks))

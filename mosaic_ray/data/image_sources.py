@@ -103,8 +103,9 @@ def tiny_imagenet(config: DataConfig) -> ImageFiles:
 def food101(config: DataConfig) -> ImageFiles:
     """List ``images/<class>/*.jpg`` by ``meta/{train,test}.json`` or ``.txt``; classes in order of their names."""
     meta, images = needed(config)
-    lists = [next((p for p in (meta / f"{s}.json", meta / f"{s}.txt") if p.exists()), None) for s in ("train", "test")]
-    if None in lists:
+    both = ([p for p in (meta / f"{s}.json", meta / f"{s}.txt") if p.exists()] for s in ("train", "test"))
+    lists = [found[0] for found in both if found]
+    if len(lists) < 2:
         raise RequestError(f"data.name = {config.name}: no lists train and test (.json or .txt) in {meta}")
 
     def names_in(path: Path) -> list[str]:
@@ -125,7 +126,7 @@ def food101(config: DataConfig) -> ImageFiles:
         for path, rows in zip(lists, (train, test), strict=True):
             labels = [_label(classes, word, path) for word, _ in rows]
             parts.append(_of_files([images / f"{name}.jpg" for _, name in rows], labels))
-        return Listing(*parts, tuple(classes))
+        return Listing(parts[0], parts[1], tuple(classes))
 
     folders = sorted(path for path in images.iterdir() if path.is_dir())
     return ImageFiles(meta.parent, (*lists, *folders), listing, 64)

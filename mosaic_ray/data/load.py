@@ -70,8 +70,8 @@ def _run_plugin(config: DataConfig) -> Dataset:
         if not isinstance(found, Dataset):
             raise RequestError(f"{what}: it returned {type(found).__name__}, not a Dataset")
         _check(what, config.name, found)
-    parts = (ImageSet(part.images, np.ascontiguousarray(part.labels)) for part in (found.train, found.test))
-    return Dataset(found.facts, *parts, tuple(found.class_names), "")
+    train, test = (ImageSet(part.images, np.ascontiguousarray(part.labels)) for part in (found.train, found.test))
+    return Dataset(found.facts, train, test, tuple(found.class_names), "")
 
 
 def _check(what: str, name: str, data: Dataset) -> None:

@@ -129,8 +129,8 @@ def _versions(cluster: Cluster) -> Iterator[Check]:
         )
         declared += [(f"{local}", pinned[1])] if pinned else []
     wrong = dict.fromkeys((where, version) for where, version in declared if version != ray)
-    for where, version in wrong:
-        yield Check("versions", "problem", f"{where}: Ray {version}; {here}", f"let both be {ray}")
+    for where, other in wrong:
+        yield Check("versions", "problem", f"{where}: Ray {other}; {here}", f"let both be {ray}")
     if not declared and not any(kind.image for kind in cluster.types) and "-c " not in commands:
         yield Check("versions", "problem", "nothing says which Ray is installed", f"pip install 'ray[default]=={ray}'")
     if declared and not wrong:

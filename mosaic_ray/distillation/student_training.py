@@ -44,7 +44,7 @@ class DistContext:
 
     rank: int = 0
     size: int = 1
-    sum_: Callable[[Tensor], None] = lambda tensor: None
+    sum_: Callable[[Tensor], object] = lambda tensor: None
 
 
 class Batcher:

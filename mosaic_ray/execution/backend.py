@@ -187,8 +187,8 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actor = ray.remote(
-        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0.0), memory=needs.get("memory") or None, max_restarts=-1,
-        max_task_retries=0,
+        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0.0), max_restarts=-1, max_task_retries=0,
+        memory=needs.get("memory") or None,  # type: ignore[arg-type] # None, Ray's default, is not among its types
     )(ClientActor)  # fmt: skip
     hosts = []
     for node, count in counts.items():

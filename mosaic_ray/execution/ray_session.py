@@ -127,7 +127,7 @@ def all_resources() -> Resources:
     """Return the resources of all nodes that are up together, free or in use."""
     import ray
 
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    total = ray.cluster_resources()
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
 
 
@@ -154,7 +154,7 @@ def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
         types, head = dict(cluster["available_node_types"]), cluster["head_node_type"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
         return []
-    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    up = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     left = int(cluster.get("max_workers", 2)) + 1 - len(up)
     found: list[Node] = []
     for name, kind in types.items():
@@ -177,7 +177,7 @@ def nodes(expect: bool = False) -> list[Node]:
 
     own = ray.get_runtime_context().get_node_id()
     found = []
-    for facts in ray.nodes():  # type: ignore[no-untyped-call]
+    for facts in ray.nodes():
         if facts["Alive"]:
             has = facts["Resources"]
             found.append(Node(facts["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0)))
@@ -188,7 +188,7 @@ def own_node() -> dict[str, float]:
     """Return a request for Ray's ``node:<ip>`` resource, which pins a task to this node."""
     import ray
 
-    return {f"node:{ray.util.get_node_ip_address()}": 1e-3}  # type: ignore[no-untyped-call]
+    return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
 
 
 def disconnect() -> None:

@@ -179,7 +179,7 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
     threads = torch.get_num_threads()
     each = {"CPU": 1.0, "GPU": float(gpu)} | (own_node() if here else {})
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type] # declared as without a value, which Result.return_value then holds
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if gpu and torch.cuda.is_available() else "gloo"),
         scaling_config=ScalingConfig(
@@ -188,7 +188,8 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         run_config=RunConfig(
             name="distill",
             storage_path=storage,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),
+            # the limit is of Train v2, which Ray puts in the place of the class that mypy sees
+            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
@@ -204,7 +205,7 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         raise RunError(f"distillation: {line.strip()}", stage="distill") from error
     finally:
         torch.set_num_threads(threads)
-    outcome = result.return_value
+    outcome: Outcome = result.return_value
     if workers > 0:
         forwarder.flush(outcome[2])
     return outcome

@@ -89,7 +89,7 @@ class Tally:
     def by_client(self, direction: str) -> np.ndarray:
         """Return each client's bytes over all rounds and kinds, int64 [clients]."""
         counts = [array.sum(0) for name, array in self._bytes.items() if name.startswith(f"{direction}/")]
-        return np.sum(counts, axis=0, dtype=np.int64) if counts else np.zeros(self._shape[1], np.int64)
+        return sum(counts, np.zeros(self._shape[1], np.int64))
 
     @property
     def total(self) -> int:

@@ -12,6 +12,7 @@ from ..config.schema import ExperimentConfig
 from ..core.seeding import derive, stream
 from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise
+from ..models.classifiers import Classifier
 from ..models.state_dict import use_precision
 
 
@@ -93,7 +94,7 @@ def batches(
 
 
 def train_locally(
-    model: nn.Module,
+    model: Classifier,
     shard: Shard,
     plan: LocalTrainingConfig,
     facts: DataFacts,

@@ -30,7 +30,7 @@ CACHED = 2**19
 class Moments(NamedTuple):
     """Of a batch norm's input: values per channel, their sum and the sum of their squares, both float64 [channels]."""
 
-    count: int
+    count: int  # type: ignore[assignment] # it hides tuple.count, which nothing calls
     total: np.ndarray
     squares: np.ndarray
 
@@ -67,7 +67,7 @@ def moments(
     """
     layers = list(bn_statistics(model)) if layers is None else layers
     counts = dict.fromkeys(layers, 0)
-    sums: dict[str, Tensor | int] = dict.fromkeys(layers, 0)
+    sums: dict[str, Tensor] = {}
     reads, wanted = 0, math.inf
 
     def read(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -76,7 +76,7 @@ def moments(
         counts[name] += x.shape[0] * x.shape[2]
         for few in x.split(max(1, CACHED // x[0].numel())):
             few = few.double()
-            sums[name] = sums[name] + torch.stack([few.sum((0, 2)), few.square().sum((0, 2))])
+            sums[name] = sums.get(name, 0) + torch.stack([few.sum((0, 2)), few.square().sum((0, 2))])
         reads += 1
         if reads == wanted:
             raise _Enough
@@ -101,10 +101,12 @@ def pooled(parts: Iterable[Mapping[str, Moments]]) -> Weights:
     The variance is the population's, over n and not torch's n - 1: what batch norm normalises by while it trains on all
     images at once, and what the inversion loss compares with.
     """
-    summed: dict[str, list] = {}
+    summed: dict[str, Moments] = {}
     for part in parts:
         for name, found in part.items():
-            summed[name] = [a + b for a, b in zip(summed[name], found, strict=True)] if name in summed else list(found)
+            if old := summed.get(name):
+                found = Moments(old.count + found.count, old.total + found.total, old.squares + found.squares)
+            summed[name] = found
     buffers: Weights = {}
     for name, (count, total, squares) in summed.items():
         mean = total / count

@@ -6,7 +6,6 @@ reads like the paper's algorithm. Keys, dry run, bytes, garbage collection and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,7 @@ class Method:
     knobs: type | None = None
     stages: Graph = ()
     #: The server's work after every round of the warm-up, for methods that distil in each (``AfterRound``), or None.
-    after_round: AfterRound | Callable[..., object] | None = None
+    after_round: AfterRound | None = None
 
     def check(self, config: ExperimentConfig) -> None:
         """Raise ``RequestError`` where ``config`` asks for something that this method cannot do."""

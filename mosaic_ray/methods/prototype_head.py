@@ -5,7 +5,7 @@ It is the floor that distillation has to beat: Mosaic's generators add what Mosa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..pipeline.graph import Stage
 from ..pipeline.stages import prototype_split
@@ -15,9 +15,10 @@ from .mosaic.graph import PROTOTYPES
 if TYPE_CHECKING:
     from ..config.schema import ExperimentConfig
     from ..core.types import Prototypes, Weights
-    from ..pipeline.context import Progress, RunContext
+    from ..pipeline.context import Facts, RunContext
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageWriter
+    from ..tracking.progress import StageProgress
 
 REFIT = Stage(
     "distill", 2, lambda inputs: {"distiller": "prototype_head", "split": prototype_split(inputs.config)},
@@ -60,7 +61,7 @@ def refit_head(
     """Return the student and its accuracy on held-out prototypes (stage REFIT)."""
     from ..pipeline.evaluate import log_validation
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         weights, figures = refit(ctx.config, warmup.weights, prototypes[warmup.federation.student])
         writer.add("global", weights)
         progress.advance(note=f"held-out prototypes {figures['held_out_accuracy']:.1%}")

@@ -173,7 +173,7 @@ class _Propagation:
 
     def layer(self, name: str, module: nn.Module, x: TensorLayout) -> TensorLayout:
         kind = type(module)
-        if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             x = x.resolved(module.in_channels)
             if module.groups == 1:
                 out = self._new_group(name, module.out_channels)
@@ -183,7 +183,7 @@ class _Propagation:
                 out = AxisGroup(read.group, module.out_channels // read.group.size)
                 self._record(name, module, weight=(out,), bias=(out,))
             return TensorLayout(out, x.ndim)
-        if kind is nn.Linear and x.ndim == 2:
+        if type(module) is nn.Linear and x.ndim == 2:
             if module.in_features % x.dim.size:
                 _refuse(f"{name} does not read whole maps")
             x = x.resolved(module.in_features)
@@ -195,12 +195,12 @@ class _Propagation:
             own = (x.dim,)
             self._record(name, module, weight=own, bias=own, running_mean=own, running_var=own)
             return x
-        if kind is nn.GroupNorm and module.affine:
+        if type(module) is nn.GroupNorm and module.affine:
             x = x.resolved(module.num_channels)
             own = (x.dim.split_into_blocks(module.num_channels // module.num_groups),)
             self._record(name, module, weight=own, bias=own)
             return x
-        if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
+        if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             return replace(x, ndim=2, unresolved=x.unresolved or x.ndim > 2)
         plain = not module.state_dict() and kind is not nn.GLU
         if kind is nn.Identity or (plain and kind.__module__ in _LAYERS_WITHOUT_WEIGHTS):

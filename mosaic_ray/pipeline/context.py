@@ -25,7 +25,7 @@ from ..federated.client import ClientContext, Task
 from ..federated.strategies.base import Strategy
 from ..storage.locks import Lease
 from ..storage.store import StageResult, StageWriter, Store
-from ..tracking.progress import StageProgress as Progress
+from ..tracking.progress import StageProgress
 from ..tracking.tracker import Tracker
 from .graph import KeyInputs, Stage, load_function
 
@@ -39,7 +39,9 @@ R = TypeVar("R")
 Traffic = dict[str, dict[str, int]]
 #: Runs a distillation task, reporting (step, metrics); returns the student, figures and the curve.
 DistilHost = Callable[[DistillTask, Callable[[int, Mapping[str, float]], None]], Any]
-Compute = Callable[[StageWriter, Progress], dict[str, Any]]
+#: What a stage stores beside arrays: plain values, fit for JSON.
+Facts = dict[str, Any]
+Compute = Callable[[StageWriter, StageProgress], Facts]
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Shards:
     @property
     def sizes(self) -> np.ndarray:
         """Return the training samples of each client, int64 [K]."""
-        return self.counts.sum(1)
+        return np.asarray(self.counts.sum(1))
 
 
 @dataclass

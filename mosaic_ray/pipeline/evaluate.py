@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,7 +11,8 @@ from ..core.types import ROLES, ImageSet, Weights
 from ..distillation.teacher import MixedTeacher, TeacherState, build_teacher
 from ..federated.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
 from ..storage.store import StageResult, StageWriter
-from .context import Progress, RunContext
+from ..tracking.progress import StageProgress
+from .context import Facts, RunContext
 from .graph import Stage
 from .stages import evaluated_key
 
@@ -78,12 +78,13 @@ def evaluate(ctx: RunContext, stage: Stage, models: Mapping[str, tuple[str, Mode
     """Evaluate each role's model, (its key, weights), on test and validation images: accuracy and calibration."""
     roles = [role for role in ROLES if role in models]
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
-        splits = {"test": ctx.dataset.test, "validation": validation_images(ctx)}
-        found: dict[str, dict[str, StageResult]] = {name: {} for name, data in splits.items() if data is not None}
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
+        validation = validation_images(ctx)
+        splits = {"test": ctx.dataset.test} | ({} if validation is None else {"validation": validation})
+        found: dict[str, dict[str, StageResult]] = {split: {} for split in splits}
         for role in roles:
-            for split, results in found.items():
-                results[role] = evaluated(ctx, *models[role], split, splits[split])
+            for split, data in splits.items():
+                found[split][role] = evaluated(ctx, *models[role], split, data)
             reached = found["test"][role].facts["accuracy"]
             progress.advance(note=f"{role} {reached:.1%}")
             progress.scalar(*_curve(ctx, role), reached)

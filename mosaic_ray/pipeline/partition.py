@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ..core.errors import RequestError
 from ..core.health import partition_findings
 from ..data.partition import label_counts, partition, split_validation
 from ..storage.store import StageWriter
-from .context import Progress, RunContext, Shards
+from ..tracking.progress import StageProgress
+from .context import Facts, RunContext, Shards
 from .stages import PARTITION
 
 
@@ -22,7 +21,7 @@ def deal(ctx: RunContext) -> Shards:
     """
     config, data = ctx.config, ctx.dataset
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         shards = partition(data.train.labels, config.partition, config.seed, data.facts.num_classes)
         held = config.partition.validation_fraction
         train, validation = split_validation(data.train.labels, shards, held, config.seed)

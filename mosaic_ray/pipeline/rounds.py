@@ -29,7 +29,8 @@ from ..federated.local_training import LocalTrainingConfig
 from ..federated.static_batch_norm import pooled, with_statistics
 from ..models.submodel import ChannelIndices
 from ..storage.store import StageResult, StageWriter
-from .context import FailedClients, Progress, RunContext
+from ..tracking.progress import StageProgress
+from .context import Facts, FailedClients, RunContext
 from .evaluate import log_validation, table_of, validation_images
 from .graph import Stage
 from .stages import WARMUP
@@ -139,7 +140,7 @@ _STATE, _SERVER, _METHOD = "state_", "server", "method"
 
 
 def federated_rounds(
-    ctx: RunContext, rounds: RoundsConfig, models: Models, key: str, writer: StageWriter, progress: Progress
+    ctx: RunContext, rounds: RoundsConfig, models: Models, key: str, writer: StageWriter, progress: StageProgress
 ) -> dict[str, Any]:
     """Run ``rounds.num_rounds`` federated rounds: send, train, aggregate; returns the facts of the stage's result.
 
@@ -246,7 +247,7 @@ def _log_round(
     answers: list[float],
     asked: int,
     done: int,
-    progress: Progress,
+    progress: StageProgress,
 ) -> None:
     """Log the losses of the clients that answered, and accuracies, after round number ``done``, counted from 1."""
     config, student = ctx.config, ctx.client_context.federation.student
@@ -398,7 +399,7 @@ def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models
     """Find or compute a stage of rounds; replay the losses of a stored one, which its curve does not hold."""
     [key] = ctx.client_keys(stage)
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         return federated_rounds(ctx, rounds, models, key, writer, progress)
 
     result = ctx.find_or_compute(stage, compute)

@@ -26,7 +26,7 @@ from ..sweeps.state import PlanFile
 from .sweep_table import best_sections
 
 _KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
-_METRIC = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
+_METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
 
 
 class NotAvailable(LookupError):
@@ -250,7 +250,7 @@ def find(path: str | Path) -> tuple[str, Path]:
     raise RequestError(f"{path}: no run or sweep lies there (neither summary.json nor config.toml nor plan.json)")
 
 
-def read_run(path: str | Path, kind: type[R] = RunReport) -> R:
+def read_run(path: str | Path, kind: type[R] = RunReport) -> R:  # type: ignore[assignment] # R is then RunReport
     """Read the run in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
     found, folder = find(path)
     if found != "run":
@@ -264,7 +264,7 @@ def read_run(path: str | Path, kind: type[R] = RunReport) -> R:
     )  # fmt: skip
 
 
-def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:
+def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:  # type: ignore[assignment] # S is then SweepReport
     """Read the sweep in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
     found, folder = find(path)
     if found != "sweep":
@@ -336,7 +336,7 @@ def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
     if rows is None:
         return None
     try:
-        counts = np.array(rows, dtype=np.int64)
+        counts: np.ndarray = np.array(rows, dtype=np.int64)
     except (ValueError, TypeError, OverflowError):
         counts = np.empty(0)
     if counts.ndim != 2 or not counts.size or (counts < 0).any():

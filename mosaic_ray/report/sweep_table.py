@@ -96,7 +96,7 @@ class _SweepTable:
             table = _table(*SHARED)
             for stage, computed, found, spent, saved in shared:
                 table.add_row(stage, str(computed), str(found), _seconds(spent), _seconds(saved))
-            yield from ("", table)
+            yield from (Text(), table)
         if failed := [row for row in self.rows if row["status"] == "failed"]:
             yield from ("", *_failures(failed))
         if self.folder is not None:

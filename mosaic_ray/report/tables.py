@@ -71,8 +71,10 @@ def _accuracy(summary: Summary) -> Table:
     table = _table(f"{summary.method or 'run'}, seed {seed}", "test accuracy", "gain over control")
     final, control = values.get("final"), values.get("control")
     for key, label in rows.items():
-        gain = f"{100 * (final - control):+.1f} points" if key == "final" and None not in (final, control) else ""
-        shown = "-" if values.get(key) is None else f"{100 * values[key]:.1f} %"
+        gain, value = "", values.get(key)
+        if key == "final" and final is not None and control is not None:
+            gain = f"{100 * (final - control):+.1f} points"
+        shown = "-" if value is None else f"{100 * value:.1f} %"
         table.add_row(Text(label), shown, gain, style="bold" if key == "final" else "")
     return table
 
@@ -90,7 +92,7 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
+def _communication(moved: Mapping[str, Mapping[str, float]]) -> Table:
     """Show bytes by kind, from the clients (uplink) and to them (downlink)."""
     up, down = moved.get("uplink", {}), moved.get("downlink", {})
     table = _table("communication", "uplink", "downlink")
@@ -102,10 +104,11 @@ def _communication(moved: Mapping[str, Mapping[str, int]]) -> Table:
 
 def _comparison(record: CommunicationRecord) -> Text:
     """Compare all bytes with the predicted ones, and with the bytes of FedAvg and FedRolex in the same rounds."""
-    words = [f"{100 * record.measured_over_predicted:.1f} % of what arithmetic predicts"]
-    for name, ways in record.baselines.items():
-        words.append(f"{record.total / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
-    return Text(f"{size(record.total)} in all: {'; '.join(words)}")
+    share, total = record.measured_over_predicted, record.total or 0.0
+    words = [] if share is None else [f"{100 * share:.1f} % of what arithmetic predicts"]
+    for name, ways in (record.baselines or {}).items():
+        words.append(f"{total / sum(sum(kinds.values()) for kinds in ways.values()):.2f} of {name}'s")
+    return Text(f"{size(total)} in all: {'; '.join(words)}")
 
 
 def worst_first(findings: list[Finding]) -> list[Finding]:
@@ -129,7 +132,7 @@ def _health(findings: list[Finding]) -> list[RenderableType]:
     return [table, Text(f"and {left} more in summary.json")] if left > 0 else [table]
 
 
-def _places(paths: Mapping[str, str]) -> list[Text]:
+def _places(paths: Mapping[str, str]) -> list[RenderableType]:
     lines = [("files", "{}", paths.get("run")), ("curves", "tensorboard --logdir {}", paths.get("tensorboard"))]
     return [
         Text(f"{what:<8}{shape.format(path)}", no_wrap=True, overflow="ignore") for what, shape, path in lines if path

@@ -77,7 +77,7 @@ def communication(ctx: RunContext, counts: np.ndarray) -> dict[str, Any]:
         for k, (name, width) in enumerate(zip(federation.classifiers, federation.widths, strict=True))
     ]
     widths = []
-    for name, width in dict.fromkeys((row["classifier"], row["width"]) for row in clients):
+    for name, width in dict.fromkeys(zip(federation.classifiers, federation.widths, strict=True)):
         entries = federation.entries(name, width)
         rows = [row for row in clients if (row["classifier"], row["width"]) == (name, width)]
         widths.append(

@@ -8,7 +8,7 @@ from ..config.plugins import load
 from ..core.types import ROLES
 from ..methods.base import Method
 from ..pipeline.context import RunContext
-from ..pipeline.evaluate import evaluate
+from ..pipeline.evaluate import Model, evaluate
 from ..pipeline.partition import deal
 from ..pipeline.rounds import close, warm_up
 from ..pipeline.stages import models_of
@@ -36,7 +36,7 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     control = close(ctx, stages["control"], plain.models).load("global")
 
     # the accuracy of each of them on test images
-    models = {"initial": warmup.weights, "distilled": student, "final": final, "control": control}
+    models: dict[str, Model] = {"initial": warmup.weights, "distilled": student, "final": final, "control": control}
     if distilled and distilled.teacher is not None:
         models["teacher"] = distilled.teacher
     keys = models_of(tuple(stages.values()), ctx.keys)

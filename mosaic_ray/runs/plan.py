@@ -76,7 +76,7 @@ def unique_work(
     closing rounds are the control's) counts in the first.
     """
     graphs = [{stage.name: stage for stage in graph_of(config)} for config in configs]
-    rows, counted = [], set()
+    rows, counted = [], set[str]()
     for name in merged(chains):
         trials = [trial for trial in zip(chains, configs, graphs, strict=True) if name in trial[0]]
         found = {key: trial for trial in trials for key in trial[0][name] if key not in counted}

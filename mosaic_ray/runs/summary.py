@@ -21,7 +21,7 @@ Share = Annotated[float, (0.0, 1.0)]
 Amount = Annotated[float, (0.0, sys.float_info.max)]
 
 #: Direction (uplink, downlink) -> kind of message -> bytes.
-Traffic = dict[str, dict[str, Amount | None]]
+Traffic = dict[str, dict[str, Amount]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
 
     from .communication import COMPARISONS, communication
 
-    traffic: dict[str, dict[str, int]] = {"uplink": {}, "downlink": {}}
+    traffic: Traffic = {"uplink": {}, "downlink": {}}
     for stage, kinds in run.traffic.items():
         if stage in COMPARISONS:
             continue

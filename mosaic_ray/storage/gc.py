@@ -23,7 +23,8 @@ _WORKERS = 8  # threads that read; hashing and network waits release the GIL
 _ATTEMPTS = 3  # at reading a result that a living writer replaces meanwhile
 _GC = "gc"  # key of the lease that garbage collection holds
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

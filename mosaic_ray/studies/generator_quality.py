@@ -151,8 +151,8 @@ def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]
     shares.set(xlabel="class (lines: range over seeds)", ylabel="share of the synthetic images")
     shares.legend(frameon=False)
     for place, name in enumerate(names):
-        found = [row["ratio"] for row in rows if row["classifier"] == name and row["ratio"] is not None]
-        ratios.plot([place] * len(found), found, "o", mfc="none")
+        known = [row["ratio"] for row in rows if row["classifier"] == name and row["ratio"] is not None]
+        ratios.plot([place] * len(known), known, "o", mfc="none")
     ratios.set_xticks(range(len(names)), names)
     ratios.set(yscale="log", ylabel="FID / floor (1: as real images)", xlim=(-0.5, len(names) - 0.5))
     ratios.axhline(1, color="0.6", lw=0.8)

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from ..execution.placement import Placement
     from ..methods.mosaic.client_uploads import Generators
-    from ..pipeline.context import RunContext
-    from ..pipeline.partition import Shards
+    from ..pipeline.context import RunContext, Shards
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageResult, StageWriter, Store
     from ..tracking.progress import StageProgress

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from ..methods.mosaic.client_uploads import Generators
-    from ..pipeline.context import RunContext
-    from ..pipeline.partition import Shards
+    from ..pipeline.context import RunContext, Shards
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageResult
 

@@ -137,7 +137,7 @@ class Lines(Quiet):
 
     def _line(self, stage: StageProgress, *words: str) -> None:
         self.last = _now()
-        self.say(f"{stage.name}: " + ", ".join(word for word in words if word), False)
+        self.say(f"{stage.name}: " + ", ".join(word for word in words if word), "")
 
     def begin(self, stage: StageProgress) -> None:
         self._line(stage, "begins", "" if stage.total is None else stage.count)
@@ -156,7 +156,7 @@ class Lines(Quiet):
         self._line(stage, f"{stage.state} after {stage.seconds:.1f} s")
 
     def cached(self, name: str) -> None:
-        self.say(f"{name}: cached", False)
+        self.say(f"{name}: cached", "")
 
 
 class Live(Quiet):

@@ -59,9 +59,10 @@ def test_every_python_that_is_tested_is_declared():
 def test_continuous_integration_makes_what_can_be_made():
     steps = steps_of(yaml.safe_load(read(".github/workflows/ci.yml")))
     made = {target for step in steps for target in re.findall(r"\bmake ([a-z-]+)", step)}
-    assert made == {"lint", "test", "wheel", "docs"}
+    assert made == {"lint", "types", "test", "wheel", "docs"}
     assert made <= TARGETS
-    assert {"lint-imports", "mypy"} <= {Path(word).name for step in steps for word in step.split()}
+    recipes = dict(re.findall(r"^([a-z-]+): .*\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE))
+    assert re.findall(r"\$\(BIN\)/(\S+)", recipes["lint"] + recipes["types"]) == ["ruff", "lint-imports", "mypy"]
 
 
 def test_hooks_run_the_projects_own_tools():

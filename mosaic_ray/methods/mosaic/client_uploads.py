@@ -21,11 +21,12 @@ from ...federated.client import initial_models
 from ...federated.client_models import Federation
 from ...federated.communication import Size, Tally, entries_of, size_of, size_of_entries
 from ...models.generator import build_generator
-from ...pipeline.context import POLL_SECONDS, FailedClients, Progress, RunContext
+from ...pipeline.context import POLL_SECONDS, Facts, FailedClients, RunContext
 from ...pipeline.graph import Stage
 from ...pipeline.rounds import Warmup, add_prototypes
 from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
+from ...tracking.progress import StageProgress
 
 #: Clients whose generators are leased at once: each lease is an open file.
 MAX_LEASES = 256
@@ -40,7 +41,7 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
     config, federation = ctx.config, ctx.client_context.federation
     everyone = list(range(config.partition.num_clients))
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         traffic, failed = Tally(1, len(everyone)), FailedClients(stage.name)
         if config.prototypes.rounds == "all":
             prototypes = {federation.student: Prototypes(**warmup.result.load("prototypes"))}
@@ -60,8 +61,8 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
                 traffic.add("uplink", "prototypes", k, size_of(part.arrays()))
                 progress.advance()
             prototypes = {name: Prototypes.concatenate(made) for name, made in parts.items()}
-        for part, made in _prototype_parts(federation, prototypes):
-            writer.add(part, made.arrays())
+        for name, made in _prototype_parts(federation, prototypes):
+            writer.add(name, made.arrays())
         writer.add("communication", traffic.arrays())
         labels = np.concatenate([made.labels for made in prototypes.values()])
         found = np.bincount(labels, minlength=ctx.dataset.facts.num_classes)
@@ -148,7 +149,7 @@ def _fill(
     keys: Sequence[str],
     found: dict[int, StageResult],
     failed: FailedClients,
-    progress: Progress,
+    progress: StageProgress,
 ) -> tuple[int, float]:
     """Fill ``found`` for all clients but ``failed``: compute unlocked keys, wait for locked ones.
 

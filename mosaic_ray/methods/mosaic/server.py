@@ -15,11 +15,12 @@ from ...distillation.student_training import inspect_student, make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
 from ...distillation.teacher_training import inspect_teacher, make_teacher
 from ...federated.client_models import Federation, group_counts
-from ...pipeline.context import Progress, RunContext, known
+from ...pipeline.context import Facts, RunContext, known
 from ...pipeline.evaluate import log_validation
 from ...pipeline.graph import Stage
 from ...pipeline.rounds import Warmup
 from ...storage.store import StageResult, StageWriter
+from ...tracking.progress import StageProgress
 from .client_uploads import Generators, PrototypesOf
 
 
@@ -29,7 +30,7 @@ def train_teacher(
     """Return distinct class experts and the meta model (stages A, M); one such teacher for each architecture."""
     config, federation = ctx.config, ctx.client_context.federation
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         figures: dict[str, float] = {}
         findings: list[Finding] = []
         for number, (name, clients) in enumerate(federation.groups.items()):
@@ -71,7 +72,7 @@ def _teach(
     generators: Generators,
     name: str,
     clients: Sequence[int],
-    progress: Progress,
+    progress: StageProgress,
 ) -> tuple[TeacherState, dict[str, float]]:
     """Train the teacher of one architecture from its clients; return it and figures."""
     done = 0
@@ -134,7 +135,7 @@ def distill(
     """
     config = ctx.config
 
-    def compute(writer: StageWriter, progress: Progress) -> dict[str, Any]:
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         task = make_task(
             config, ctx.dataset.facts, warmup.weights, teacher, generators.weights(), generators.figures,
             ctx.shards.sizes[generators.clients], prototypes[warmup.federation.student],

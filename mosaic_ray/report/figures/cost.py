@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.units import size
+from ...runs.summary import Traffic
 from ..load import NotAvailable, RunReport
 from ..text import duration, percent
 from .base import Drawing, ReportFigure
@@ -50,7 +51,7 @@ def baselines(run: RunReport) -> Drawing:
     sent, record = traffic(run), run.summary.communication
     if record is None or record.baselines is None or not any(sent.values()):
         raise NotAvailable("the run keeps no comparison of its traffic; an older version made it")
-    rows = {"this run": sent, "predicted": record.predicted or {}, **record.baselines}
+    rows: dict[str, Traffic] = {"this run": sent, "predicted": record.predicted or {}, **record.baselines}
     names = {"fedavg": "FedAvg", "fedrolex": "FedRolex"}
     frame = pd.DataFrame(
         {

@@ -51,7 +51,7 @@ def coverage(run: RunReport) -> Drawing:
     low = sorted({f.client for f in findings if f.code == "generator.low_coverage" and f.client >= 0})
     if len(frame) > MOST_ROWS:
         figure, over = axes()
-        over.hist(frame["coverage"], np.linspace(0, 1, 11), color=colour("s7"), rwidth=0.9)
+        over.hist(frame["coverage"], np.linspace(0, 1, 11).tolist(), color=colour("s7"), rwidth=0.9)
         over.set(xlabel="share of the client's classes shown", ylabel="clients")
     else:
         figure, over = axes(height=0.8 + 0.28 * len(frame))

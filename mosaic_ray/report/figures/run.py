@@ -62,8 +62,8 @@ def rounds_frame(run: RunReport, begun: int) -> pd.DataFrame:
     for name, tag, start in (("final", "finetune", distilled), ("control", "control", initial)):
         start, curve = initial if start is None else start, run.curve(f"{tag}/accuracy")
         line = ({0: start} if start is not None else {}) | dict(curve.items())
-        if run.accuracy(name) is not None and curve.empty:
-            line[_whole(run.knob("finetune.num_rounds"), 1)] = run.accuracy(name)
+        if (reached := run.accuracy(name)) is not None and curve.empty:
+            line[_whole(run.knob("finetune.num_rounds"), 1)] = reached
         rows += [(name, begun + step, value) for step, value in line.items()] if len(line) > 1 else []
     if not rows:
         raise NotAvailable("no accuracy was measured between rounds (runtime.eval_rounds)")
@@ -102,7 +102,7 @@ def rounds(run: RunReport) -> Drawing:
     if distilled is not None:
         over.axvline(begun, color=colour("muted"), lw=1, ls=(0, (3, 3)))
     over.set(xlabel="federated round", ylim=(0, 1.03))
-    over.xaxis.get_major_locator().set_params(integer=True)
+    over.locator_params(axis="x", integer=True)
     in_percent(over.yaxis)
     label_ends(over, ends)
     between = " The dashed line is the distillation." if distilled is not None else ""

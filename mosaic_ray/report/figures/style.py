@@ -54,9 +54,9 @@ ROLE_LOOKS = {
 SERIES = tuple(zip(("s1", "s2", "s3", "s4", "s7", "s5", "s8", "s6"), "o^Dsv<>P", strict=True))
 
 #: A bar that stands for a result found in the store.
-OUTLINE = {"facecolor": "none", "edgecolor": colour("s6"), "ls": (0, (3, 2)), "lw": 1.2}
+OUTLINE: dict[str, Any] = {"facecolor": "none", "edgecolor": colour("s6"), "ls": (0, (3, 2)), "lw": 1.2}
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": colour("ink"),
     "axes.edgecolor": colour("rule"), "axes.labelcolor": colour("muted"), "axes.titlesize": 10, "axes.grid": True,
     "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": colour("paper"),

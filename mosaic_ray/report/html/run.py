@@ -102,7 +102,7 @@ def _cards(run: RunReport) -> list[Card]:
         up, down = (sum(moved[way].values()) for way in ("uplink", "downlink"))
         cards.append(Card("bytes sent", size(up + down), f"{size(up)} up, {size(down)} down"))
     if run.summary.health is not None:
-        found = [finding.severity for finding in run.summary.health]
+        found: list[str] = [finding.severity for finding in run.summary.health]
         counts = [
             counted(found.count(kind), kind) if kind != "info" else f"{found.count(kind)} info" for kind in SEVERITIES
         ]
@@ -162,6 +162,7 @@ def _samples(run: RunReport) -> list[Picture]:
 
 
 def _held(run: RunReport, client_id: int) -> str:
+    assert run.label_counts is not None
     row = run.label_counts[client_id]
     most = [int(c) for c in np.argsort(-row, kind="stable") if row[c]]
     text = ", ".join(f"{c} ({row[c]:,})" for c in most[:3])
