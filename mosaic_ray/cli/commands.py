@@ -25,9 +25,6 @@ from .sweep import compare, spaces, sweep
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
-# --- commands --------------------------------------------------------------------------------------------------------
-
-
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mosaic", message="%(prog)s %(version)s")
 def mosaic() -> None:
@@ -113,8 +110,8 @@ def show(preset: str, algorithm: str | None) -> None:
 @mosaic.command()
 def methods() -> None:
     """List the methods, the federated strategies and the networks, installed plug-ins too."""
-    for kind in ("methods", "strategies"):
-        title = {"methods": "Methods", "strategies": "Federated strategies (join several by a plus)"}[kind]
+    titles = {"methods": "Methods", "strategies": "Federated strategies (join several by a plus)"}
+    for kind, title in titles.items():
         listing(title, {name: entry.summary for name, entry in plugins.entries(kind).items()})
     listing("Networks", CLASSIFIERS)
     click.echo("mosaic run --method METHOD --set federation.strategy=STRATEGY --set model.classifier=NETWORK")

@@ -155,7 +155,6 @@ def parse_config(base: Mapping[str, Any] | None = None, **options: Any) -> Exper
 
 
 def _typed_knobs(options: ConfigOptions) -> dict[str, str]:
-    """Return the given ``options`` that spell a knob."""
     return {name: str(word) for name, word in options.items() if name in KNOB_OF_OPTION and word is not None}
 
 

@@ -83,8 +83,6 @@ _NAMES: dict[str, Any] = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Accepts only the names that pickled integer arrays use."""
-
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
         if full not in _NAMES:

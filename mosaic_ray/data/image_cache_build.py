@@ -52,15 +52,17 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
             return found
     with contextlib.ExitStack() as stack:
         if _writable(folder.parent):
-            locked = stack.enter_context(lock_folder(folder.parent))
+            _lock(folder.parent, stack)
             try:
                 if (found := read(folder, fixed, images.places)) is not None:
                     return found  # another process has made it meanwhile
             except Damaged as error:
                 warn(f"{error}; its images are decoded afresh")
-            if locked:
-                _tidy(folder.parent)
-            made = _put(build_cache(config, images, fixed, stack, folder.parent), folder)
+            made = build_cache(config, images, fixed, stack, folder.parent)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                made.rename(folder)
+            made = folder if folder.exists() else made  # another process may have put it there meanwhile
         else:
             warn(f"{data_root(config)} cannot be written to, so decoded images are not kept; see data.root")
             made = build_cache(config, images, fixed, stack, None)
@@ -88,8 +90,7 @@ def import_as(name: str, config: DataConfig) -> Path:
     if not _writable(folder.parent):
         raise RequestError(f"data.root = {data_root(config)}: {folder.parent} cannot be written to")
     with contextlib.ExitStack() as stack:
-        if stack.enter_context(lock_folder(folder.parent)):
-            _tidy(folder.parent)
+        _lock(folder.parent, stack)
         if folder.exists():
             raise RequestError(f"{name}: imported already; remove {folder} first, or take another name")
         images = cast(ImageFiles, spec_of(config.name).load(config))
@@ -109,19 +110,11 @@ def _writable(folder: Path) -> bool:
     return True
 
 
-def _tidy(parent: Path) -> None:
-    """Remove the unfinished copies of killed processes; the lock excludes living ones."""
-    for left in parent.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def _put(made: Path, folder: Path) -> Path:
-    """Move ``made`` to ``folder``, or return the copy that another process has put there meanwhile."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        made.rename(folder)
-        return folder
-    return folder if folder.exists() else made
+def _lock(parent: Path, stack: contextlib.ExitStack) -> None:
+    """Lock ``parent`` until ``stack`` closes; remove the unfinished copies of killed processes."""
+    if stack.enter_context(lock_folder(parent)):  # excludes living ones
+        for left in parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def build_cache(

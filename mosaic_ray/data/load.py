@@ -15,7 +15,6 @@ from ..core.types import DataFacts, Dataset, ImageSet
 from .image_cache_build import decoded
 from .image_ops import chunks, in_channels, mean_std, resized, tally
 from .image_sources import check_classes
-from .paths import data_root as data_root
 from .specs import ImageFiles, is_plugin, spec_of
 
 

@@ -45,8 +45,10 @@ def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) 
     if "partition" not in stages:
         return used, True
     try:
-        if any(":" in name for name in _user_code(summary["config"])):
-            return used, False
+        written, model = summary["config"], summary["config"]["model"]
+        strategy = written["federation"].get("strategy", "")
+        if any(":" in name for name in (written["method"], strategy, model["classifier"], *model["classifiers"])):
+            return used, False  # user code
         config = override(ExperimentConfig(), summary["config"])
         graph = graph_of(config)
     except (RequestError, KeyError, TypeError, AttributeError):
@@ -67,10 +69,3 @@ def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) 
         used |= set(clients)
         whole &= stages[stage.name] in (stage.joint_key(clients), stage.joint_key(found))
     return used, whole
-
-
-def _user_code(config: Mapping[str, Any]) -> list[str]:
-    """Return the words of a summary's config that may name user code."""
-    model, federation = config["model"], config["federation"]
-    strategy = federation.get("strategy", "")
-    return [config["method"], strategy, model["classifier"], *model["classifiers"]]

@@ -115,22 +115,19 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         for direction, amounts in kinds.items():
             for kind, amount in amounts.items():
                 traffic[direction][kind] = traffic[direction].get(kind, 0) + amount
+    same = ("accuracy", "validation_accuracy", "per_class_accuracy", "calibration", "label_counts")
     return Summary(
+        **{name: results[name] for name in same},
         status="done",
         method=config.method,
         seed=config.seed,
-        accuracy=results["accuracy"],
-        validation_accuracy=results["validation_accuracy"],
         selection=_selection(results),
-        per_class_accuracy=results["per_class_accuracy"],
-        calibration=results["calibration"],
         stages=from_json(dict[str, StageRecord], run.log),
         communication_bytes=traffic,
         communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
         health=run.findings,
         config=as_dict(config),
         versions=versions(),
-        label_counts=results["label_counts"],
     )
 
 

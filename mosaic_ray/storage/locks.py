@@ -144,8 +144,6 @@ def _living_owners(files: Files, owners: set[str]) -> set[str]:
 
 
 class _Claims:
-    """Leases for storage without locks, made of claims and heartbeats (see the module docstring)."""
-
     def __init__(self, files: Files) -> None:
         self._files, self.owner = files, uuid.uuid4().hex
         self._guard = threading.Lock()  # not taken by the heartbeat thread

@@ -22,8 +22,6 @@ MOST_SETTINGS = 4
 
 @dataclass
 class _Trial:
-    """A running trial."""
-
     label: str
     begun: float
     stage: str = ""
@@ -44,7 +42,14 @@ class SweepView:
         self._running: dict[str, _Trial] = {}
         self._begun, self._slots, self._succeeded = _now(), 1, False
         self._durations: list[float] = []
-        self._live = _live(self, stream) if progress is not False and is_terminal(stream) else None
+        self._live: Live | None = None
+        if progress is not False and is_terminal(stream):
+            from rich.console import Console
+            from rich.live import Live
+
+            # a piped standard output is data, which must not go to the terminal
+            console, redirect = Console(file=stream, force_terminal=True), sys.stdout.isatty()
+            self._live = Live(self, console=console, refresh_per_second=4, redirect_stdout=redirect)
         self._plain = Quiet(stream)
         self._lines = self._live is None and progress is not False
 
@@ -103,10 +108,6 @@ class SweepView:
         line = Text(f"{mark}: {text}", style="yellow") if mark else Text(text)
         self._live.console.print(line, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
-        """Print a warning."""
-        self.say(text, "warning")
-
     def seconds_left(self) -> float | None:
         """Estimate the seconds left from the mean duration of the finished trials.
 
@@ -132,19 +133,17 @@ class SweepView:
         label, selection = self.best[setting]
         return f"best so far {selection:.1%} ({label})"
 
-    def _counts(self) -> str:
-        counts = {"done": self.ended["done"], "stopped early": self.ended["stopped"], "failed": self.ended["failed"]}
-        shown = {word: n for word, n in counts.items() if n or word == "done"} | {"running": len(self._running)}
-        return ", ".join(f"{n} {word}" for word, n in shown.items()) + f" of {self.total}"
-
     def __rich_console__(self, *_: Any) -> Iterator[RenderableType]:
         """Render the live view: two lines for the sweep, one for each setting's best, one for each running trial."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
+        words = {"done": "done", "stopped": "stopped early", "failed": "failed"}
+        counts = [f"{n} {words[status]}" for status, n in self.ended.items() if n or status == "done"]
+        counted = Text(f"{', '.join(counts)}, {len(self._running)} running of {self.total}")
         head = Table.grid(padding=(0, 1, 0, 0))
-        head.add_row("sweep", ProgressBar(self.total, sum(self.ended.values()), width=16), Text(self._counts()))
+        head.add_row("sweep", ProgressBar(self.total, sum(self.ended.values()), width=16), counted)
         yield head
         yield Text(f"{clock(_now() - self._begun)} elapsed, {self._left()}", no_wrap=True, overflow="crop")
         for setting in list(self.best)[:MOST_SETTINGS]:
@@ -156,13 +155,3 @@ class SweepView:
         for trial in list(self._running.values()):  # a copy, since another thread draws the view
             rows.add_row(Text(f"> {trial.label}"), Text(trial.stage), clock(_now() - trial.begun))
         yield rows
-
-
-def _live(view: SweepView, stream: TextIO) -> Live:
-    """Draw ``view`` on a terminal."""
-    from rich.console import Console
-    from rich.live import Live
-
-    # a piped standard output is data, which must not go to the terminal
-    console, redirect = Console(file=stream, force_terminal=True), sys.stdout.isatty()
-    return Live(view, console=console, refresh_per_second=4, redirect_stdout=redirect)

@@ -68,7 +68,8 @@ class TrialQueue:
 
     def restart(self, name: str) -> None:
         """Note that the trial's process died and that Tune starts another."""
-        self.view.warn(f"{self._trials[name].label}: its process died; it begins again at its last stored stage")
+        label = self._trials[name].label
+        self.view.say(f"{label}: its process died; it begins again at its last stored stage", "warning")
 
     def finish(self, name: str) -> None:
         """Keep the result of a trial that returned, or that the scheduler stopped before it reported a status."""
@@ -91,17 +92,13 @@ class TrialQueue:
         for name, data in results_files(results_table(self.results.values())).items():
             self.state.store.write(f"{self.state.place}/{name}", data)
 
-    def sorted(self) -> list[TrialResult]:
-        """Return the results by point and seed."""
-        return sorted(self.results.values(), key=lambda r: (r.point, r.seed))
-
     def _finish(self, trial: Trial) -> None:
         summary = self.state.summary(trial.name)
         if summary is None:  # the trial could not write one; the storage may have failed
             summary = self.state.record(trial, status="failed", error="it left no summary", stage=None)
         kept = self._keep(trial, summary)
         if summary["status"] == "failed":
-            self.view.warn(f"{trial.label}: {summary['error']}")
+            self.view.say(f"{trial.label}: {summary['error']}", "warning")
         if summary["status"] != "done":  # a done trial wrote its own
             board = f"{self.state.folder(trial.name)}/tensorboard"
             self.state.store.write(f"{board}/{HPARAMS_FILE}", hparams_file(kept, self.swept))

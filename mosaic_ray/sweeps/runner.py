@@ -89,7 +89,7 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
         raise RequestError(
             f"{option}: it compares trials on validation images; set partition.validation_fraction above 0"
         )
-    plan_json = PlanFile(
+    plan_file = PlanFile(
         space=request.space,
         search=search,
         samples=None if search == "grid" else samples,
@@ -98,9 +98,9 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
         knobs={name: describe(domain) for name, domain in plan.knobs.items()},
         points=None if search == "optuna" else [dict(point) for point in points],
         base=as_dict(request.config),
-    ).to_json()
+    )
     chosen: Search = OptunaSearch(plan, samples, seeds, base) if search == "optuna" else FixedTrials(trials)
-    return Sweep(request, base, chosen, tuple(trials), plan_json, swept, setting_knobs(swept))
+    return Sweep(request, base, chosen, tuple(trials), vars(plan_file), swept, setting_knobs(swept))
 
 
 def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
@@ -253,11 +253,11 @@ def run(
             if queue.has_unfinished():
                 _run_trials(sweep, queue, datasets, storage, address)
         queue.write()
-    return Outcome(state.name, store.where(state.place), queue.sorted(), sweep.swept, sweep.setting)
+    results = sorted(queue.results.values(), key=lambda r: (r.point, r.seed))
+    return Outcome(state.name, store.where(state.place), results, sweep.swept, sweep.setting)
 
 
 def _run_trials(sweep: Sweep, queue: TrialQueue, datasets: dict[Any, Any], storage: str, address: str) -> None:
-    """Join Ray and run the trials of ``queue`` there."""
     from ..execution.ray_session import connect, nodes
     from .tune import HalvingBySetting, TrialContext, run_trials
 

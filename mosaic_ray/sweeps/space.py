@@ -64,9 +64,6 @@ class SweepPlan:
     seeds: tuple[int, ...] = ()
 
 
-# --- loading ------------------------------------------------------------------------------------------
-
-
 def list_spaces() -> dict[str, str]:
     """Return the shipped spaces: name to summary."""
     return {name: load_space(name)[1].summary for name in _shipped()}
@@ -92,9 +89,6 @@ def load_space(word: str) -> tuple[str, SweepPlan]:
 
 def _shipped() -> list[str]:
     return sorted(found.name for found in pkgutil.iter_modules(importlib.import_module(SHIPPED).__path__))
-
-
-# --- checking ---------------------------------------------------------------------------------------------
 
 
 def check_space(name: str, plan: SweepPlan) -> None:
@@ -183,9 +177,6 @@ def _typed(point: Mapping[str, Any]) -> dict[str, Any]:
     return {knob: check_value(knob, value) for knob, value in point.items()}
 
 
-# --- points ----------------------------------------------------------------------------------------------------------
-
-
 def grid_points(plan: SweepPlan) -> list[dict[str, Any]]:
     """Return every combination, the last knob varying fastest; or the explicit points."""
     if plan.points:
@@ -226,9 +217,6 @@ def rounded(knob: str, domain: Range, value: float) -> Any:
     """Return a drawn ``value`` within ``domain``, as a whole number or with the 6 digits that are shown."""
     low, high = _values(knob, (domain.low, domain.high))
     return min(max(round(value) if isinstance(low, int) else float(f"{value:.6g}"), low), high)
-
-
-# --- text -----------------------------------------------------------------------------------------------------------
 
 
 def setting_knobs(names: Iterable[str]) -> tuple[str, ...]:

@@ -34,7 +34,10 @@ MOST_DIFFERENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFile:
-    """The request in plan.json; ``knobs`` are domains in words, ``points`` None where a search finds them."""
+    """The request in plan.json, to which ``SweepState`` adds the session and the precision.
+
+    ``knobs`` are domains in words, ``points`` None where a search finds them.
+    """
 
     space: str
     search: str | None = None
@@ -44,10 +47,6 @@ class PlanFile:
     knobs: dict[str, Any]
     points: list[dict[str, Any]] | None = None
     base: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of plan.json, to which ``SweepState`` adds the session and the precision."""
-        return dict(vars(self))
 
     @staticmethod
     def from_json(value: Any) -> PlanFile:
@@ -133,7 +132,10 @@ class SweepState:
         summary = self.summary(trial.name)
         if summary is None or summary.get("status") not in FINISHED:
             return None
-        return summary if _same(summary, trial.config) else None
+        try:
+            return summary if override(ExperimentConfig(), summary["config"]) == trial.config else None
+        except (RequestError, KeyError, TypeError, AttributeError):
+            return None  # written by a version with other knobs
 
     def summary(self, trial: str) -> dict[str, Any] | None:
         """Return the content of a trial's summary.json; None where there is none yet."""
@@ -191,14 +193,6 @@ class SweepState:
             raise RequestError(
                 f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"
             ) from None
-
-
-def _same(summary: Mapping[str, Any], config: ExperimentConfig) -> bool:
-    """Return whether a summary belongs to ``config``."""
-    try:
-        return override(ExperimentConfig(), summary["config"]) == config
-    except (RequestError, KeyError, TypeError, AttributeError):
-        return False  # written by a version with other knobs
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -113,8 +113,6 @@ class _Unsaved:
 
 
 class _Searcher(_Unsaved, Searcher):
-    """Hands the trials of ``queue`` to Tune."""
-
     def __init__(self, queue: TrialQueue) -> None:
         super().__init__()
         self._queue = queue
@@ -138,8 +136,6 @@ class _Searcher(_Unsaved, Searcher):
 
 
 class _Progress(_Unsaved, Callback):
-    """Passes the progress of Tune's trials on to ``queue``."""
-
     def __init__(self, queue: TrialQueue) -> None:
         self._queue = queue
 
@@ -218,7 +214,7 @@ def run_trials(
     try:
         up = started(here) if here else []
         if len(up) < len(here):
-            queue.view.warn(f"{len(up)} of {len(here)} client hosts could start; other jobs use the rest")
+            queue.view.say(f"{len(up)} of {len(here)} client hosts could start; other jobs use the rest", "warning")
         wait = f", {later} more as the cluster's machines come" if later else ""
         queue.view.say(f"Ray is up: {len(up)} client hosts{wait}, {resources.concurrent} trials at once")
         up += coming

@@ -28,8 +28,8 @@ from mosaic_ray.config.schema import DataConfig
 from mosaic_ray.data import image_ops
 from mosaic_ray.data import load as datasets
 from mosaic_ray.data.image_cache_build import import_as
-from mosaic_ray.data.load import data_root as root_of
 from mosaic_ray.data.load import known_facts, load_dataset
+from mosaic_ray.data.paths import data_root as root_of
 from mosaic_ray.data.specs import DatasetSpec, folders, spec_of
 
 

@@ -32,7 +32,7 @@ def test_plain_lines(clock: Clock) -> None:
         view.begin("p001s0", "b")
         clock.now += 10
         view.end("p001s0", "failed", None, "b")
-        view.warn("b failed")
+        view.say("b failed", "warning")
         view.begin("p002s0", "c")
         clock.now += 20
         view.end("p002s0", "stopped", 0.9, "c")
@@ -96,7 +96,7 @@ def test_without_progress_only_messages_are_shown(tty: Terminal, terminal: bool)
         view.stage("a", "warmup")
         view.say("a [red]word")
         view.end("a", "done", 0.5, "a")
-        view.warn("take care")
+        view.say("take care", "warning")
     assert stream.getvalue() == "a [red]word\nwarning: take care\n"
 
 
@@ -134,7 +134,7 @@ def test_the_live_view(clock: Clock, tty: Terminal) -> None:
         head, _, best = shown(view, tty)
         assert head.endswith("4 done, 1 stopped early, 1 failed, 0 running of 18") and "87.5%" in best
         view.say("markup is [red]text")
-        view.warn("x" * 300)
+        view.say("x" * 300, "warning")
     text = tty.getvalue()
     assert "markup is [red]text\n" in text and "warning: " + "x" * 300 in text
     assert "begins" not in text
