@@ -15,7 +15,7 @@ from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from .data import data
 from .group import CommandGroup, resume_command
-from .options import RunOptions, common_options, listing, print_parts, run_options, stdout_for_json
+from .options import RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
 from .request import cluster_request, parse_address, parse_config
 from .store import store
 from .study import experiment
@@ -43,6 +43,7 @@ def mosaic() -> None:
 def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     """Run one experiment; the same command again resumes it."""
     config = parse_config(**typed)
+    from ..report.tables import closing_table
     from ..runs import runner
 
     with stdout_for_json(place.as_json):
@@ -50,12 +51,7 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
             config, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
             command=resume_command(ctx.obj), strict_health=place.strict_health,
         )  # fmt: skip
-    if place.as_json:
-        click.echo(json.dumps(summary, indent=2))
-    else:
-        from ..report.tables import closing_table
-
-        print_parts(closing_table(summary))
+    print_result(place.as_json, summary, closing_table(summary))
 
 
 @mosaic.command()
@@ -81,8 +77,7 @@ def partition(png: str | None, as_json: bool, **typed: Any) -> None:
         title = f"{heatmap.heading(config)}\n{skewness}"
         heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names))
     if as_json:
-        sizes = [len(shard) for shard in shards]
-        found = {"label_counts": counts.tolist(), "client_sizes": sizes}
+        found = {"label_counts": counts.tolist(), "client_sizes": [len(shard) for shard in shards]}
         click.echo(json.dumps(found | {"sampler": config.partition.sampler, "seed": config.seed}))
     else:
         from ..report.tables import partition_table

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,14 @@ def print_parts(*parts: Any) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     for part in parts:
         console.print(part, crop=False, soft_wrap=isinstance(part, str))
+
+
+def print_result(as_json: bool, content: Mapping[str, Any], *parts: Any) -> None:
+    """Print ``content`` as JSON; without ``as_json`` print ``parts``, which show it to a reader."""
+    if as_json:
+        click.echo(json.dumps(content, indent=2))
+    else:
+        print_parts(*parts)
 
 
 def stdout_for_json(as_json: bool) -> contextlib.AbstractContextManager[Any]:

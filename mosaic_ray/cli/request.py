@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from ..sweeps.runner import SweepRequest
     from ..sweeps.space import SweepPlan
 
-
-#: The options that make a configuration, as typed, by the names of ``options.REQUEST``; those not given are None or
-#: absent.
+#: Typed options that make a configuration, by the names of ``options.REQUEST``; None or absent where not given.
 ConfigOptions = Mapping[str, Any]
 
 

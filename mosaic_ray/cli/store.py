@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ..core.errors import RequestError
 from .group import CommandGroup
-from .options import common_options, print_parts
+from .options import common_options, print_result
 
 if TYPE_CHECKING:
     from ..storage.store import Store
@@ -34,7 +32,7 @@ def list_results(storage: str, as_json: bool) -> None:
     from ..storage.gc import scan
 
     inventory = scan(opened, keys_used)
-    _print(opened, as_json, listed(inventory), listing(inventory))
+    print_result(as_json, {"storage": opened.uri, **listed(inventory)}, *listing(inventory))
 
 
 @store.command("gc")
@@ -59,7 +57,7 @@ def free_results(storage: str, older_than: str, dry_run: bool, as_json: bool) ->
     from ..storage.gc import collect_garbage
 
     plan = collect_garbage(opened, keys_used, int(age[1]) * _UNITS[age[2]], dry_run=dry_run)
-    _print(opened, as_json, freed_facts(plan, dry_run), freed(plan, dry_run))
+    print_result(as_json, {"storage": opened.uri, **freed_facts(plan, dry_run)}, *freed(plan, dry_run))
 
 
 @store.command("verify")
@@ -73,7 +71,7 @@ def verify_results(ctx: click.Context, storage: str, as_json: bool) -> None:
 
     found = verify(opened)
     counts = {"results": found.results, "bytes": found.size, "damaged": found.damaged}
-    _print(opened, as_json, counts, verdict(found))
+    print_result(as_json, {"storage": opened.uri, **counts}, *verdict(found))
     ctx.exit(bool(found.damaged))
 
 
@@ -81,10 +79,3 @@ def _open(storage: str) -> Store:
     from ..storage.store import Store
 
     return Store(storage, create=False, log=lambda text: click.echo(f"warning: {text}", err=True))
-
-
-def _print(store: Store, as_json: bool, data: Mapping[str, Any], parts: Sequence[Any]) -> None:
-    if as_json:
-        click.echo(json.dumps({"storage": store.uri, **data}, indent=2))
-    else:
-        print_parts(*parts)

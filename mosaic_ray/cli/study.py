@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import click
 
 from ..config.presets import ALGORITHMS
 from .group import CommandGroup, resume_command
-from .options import RunOptions, common_options, print_parts, run_options, stdout_for_json
+from .options import RunOptions, common_options, print_result, run_options, stdout_for_json
 from .request import ConfigOptions, parse_config, parse_count, parse_seeds
 
 #: The default scale of a data set; the demo's for all others.
@@ -90,7 +89,4 @@ def _run_study(
             fresh=place.fresh, command=shlex.join(resume_command(ctx.obj)),
             progress=None if sys.stderr.isatty() else False,
         )  # fmt: skip
-    if place.as_json:
-        click.echo(json.dumps(found, indent=2))
-    else:
-        print_parts(table(study.STUDY, found), f"\nfiles   {found['paths']['results']}")
+    print_result(place.as_json, found, table(study.STUDY, found), f"\nfiles   {found['paths']['results']}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..core.errors import RequestError
-from .options import RunOptions, common_options, listing, print_parts, run_options, stdout_for_json
+from .options import RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
 from .request import compare_plan, sweep_request
 
 if TYPE_CHECKING:
@@ -54,8 +53,7 @@ def sweep(
 @run_options("strict_health", "dry_run")
 def compare(methods: str, seeds: str, max_concurrent: str | None, place: RunOptions, **typed: Any) -> None:
     """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
-    plan = compare_plan(methods)
-    _run(sweep_request("compare", typed, plan=plan, seeds=seeds, max_concurrent=max_concurrent), place)
+    _run(sweep_request("compare", typed, plan=compare_plan(methods), seeds=seeds, max_concurrent=max_concurrent), place)
 
 
 @click.command()
@@ -68,6 +66,7 @@ def spaces() -> None:
 
 
 def _run(request: SweepRequest, place: RunOptions) -> None:
+    from ..report.sweep_table import sweep_table
     from ..sweeps import runner
 
     if place.dry_run and place.as_json:
@@ -80,12 +79,8 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
             request, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
             strict_health=place.strict_health,
         )  # fmt: skip
-    if place.as_json:
-        click.echo(json.dumps(outcome.as_dict(), indent=2))
-    else:
-        from ..report.sweep_table import sweep_table
-
-        print_parts(sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place))
+    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place)
+    print_result(place.as_json, outcome.as_dict(), table)
     outcome.raise_failures()
 
 

@@ -159,7 +159,11 @@ class _Claims:
                 return None
             with Lease() as undo:
                 undo.callback(self._stop_heartbeat)
-                self._start_heartbeat()
+                if self._heartbeat is None:
+                    self._write_heartbeat()
+                    self._stop.clear()
+                    self._heartbeat = threading.Thread(target=self._run_heartbeat, daemon=True, name="lease-heartbeat")
+                    self._heartbeat.start()
                 undo.callback(self._withdraw, key)
                 self._files.put(f"{LEASES}/{key}~{self.owner}", b"")
                 if not self._is_sole_claimant(key):
@@ -208,13 +212,6 @@ class _Claims:
             self._seen[owner] = heartbeat, _now()
             return True
         return _now() - max(since, self._files.recovered) < TTL_SECONDS
-
-    def _start_heartbeat(self) -> None:
-        if self._heartbeat is None:
-            self._write_heartbeat()
-            self._stop.clear()
-            self._heartbeat = threading.Thread(target=self._run_heartbeat, daemon=True, name="lease-heartbeat")
-            self._heartbeat.start()
 
     def _run_heartbeat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

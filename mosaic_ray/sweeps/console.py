@@ -76,27 +76,23 @@ class SweepView:
             self._running[trial].stage = f"{name} {note}".rstrip()
 
     def found(self, status: str, selection: float | None, label: str, setting: str = "") -> None:
-        """Count a trial that finished in an earlier session."""
+        """Count a trial that has finished, in this session or an earlier one."""
         self.ended[status] += 1
-        self._rank(status, selection, label, setting)
+        best = self.best.get(setting)
+        if status == "done" and selection is not None and (best is None or selection > best[1]):
+            self.best[setting] = label, selection
 
     def end(self, trial: str, status: str, selection: float | None, label: str, setting: str = "") -> None:
         """Show that ``trial`` is done, stopped or failed; ``selection`` in [0, 1] ranks the configurations."""
         if ran := self._running.pop(trial, None):
             self._durations.append(_now() - ran.begun)
-        self.ended[status] += 1
         self._succeeded |= status != "failed"
-        self._rank(status, selection, label, setting)
+        self.found(status, selection, label, setting)
         if self._lines:
             reached = "" if selection is None or status == "failed" else f"selection {selection:.1%}"
             outcome = {"done": reached or "done", "stopped": "stopped early", "failed": "failed"}[status]
             parts = filter(None, (outcome, self._best(setting), self._left()))
             self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: {', '.join(parts)}")
-
-    def _rank(self, status: str, selection: float | None, label: str, setting: str) -> None:
-        best = self.best.get(setting)
-        if status == "done" and selection is not None and (best is None or selection > best[1]):
-            self.best[setting] = label, selection
 
     def say(self, text: str, mark: str = "") -> None:
         """Print a line, above the live view; ``mark`` is "warning" or nothing."""

@@ -193,11 +193,7 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
-        trials = [
-            {"trial": r.trial, "point": r.point, "seed": r.seed, "knobs": dict(r.knobs), "summary": r.summary}
-            for r in self.results
-        ]
-        status = "failed" if self.failed else "done"
+        status, trials = "failed" if self.failed else "done", [vars(result) for result in self.results]
         return {"status": status, "name": self.name, "paths": {"sweep": self.place}, "trials": trials}
 
     def raise_failures(self) -> None:

@@ -119,8 +119,7 @@ def _check(plan: SweepPlan) -> None:
         _need(isinstance(point, Mapping), f"points: {point!r} does not map knobs to values")
         for knob in point:
             _check_swept(knob)
-    points = [_typed(point) for point in plan.points]
-    _check_distinct("points", points)
+    _check_distinct("points", [_typed(point) for point in plan.points])
     _need(isinstance(plan.preset, str), f"preset = {plan.preset!r}: it takes the name of a preset")
     if plan.preset:
         try:

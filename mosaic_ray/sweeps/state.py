@@ -112,7 +112,11 @@ class SweepState:
         if fresh:
             self._move_aside()
         old = self._read("plan.json")
-        for trial in self._names("trials"):
+        try:
+            trials = self.store.files.names(f"{self.place}/trials")
+        except OSError as error:
+            raise self._unreadable("trials", error) from None
+        for trial in trials:
             if re.fullmatch(r"p\d+s\d+", trial):
                 self.summary(trial)  # refuses a damaged file now, not while trials run
         if old is None:
@@ -152,12 +156,6 @@ class SweepState:
         summary = {**base, **(known if known.get("status") == entries.get("status") else {}), **entries}
         self._write(f"trials/{trial.name}/summary.json", summary)
         return summary
-
-    def _names(self, folder: str) -> list[str]:
-        try:
-            return self.store.files.names(f"{self.place}/{folder}")
-        except OSError as error:
-            raise self._unreadable(folder, error) from None
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
