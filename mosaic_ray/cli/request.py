@@ -46,13 +46,17 @@ def sweep_request(
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
     named, plan = (space, plan) if plan else load_space(space)
     check_space(named, plan)
-    refuse_swept(named, plan, options)
+    swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
+    typed = {_spelled(name, word): KNOB_OF_OPTION[name] for name, word in _typed_knobs(options).items()}
+    typed |= {f"--set {item}": item.partition("=")[0].strip() for item in options.get("sets", ())}
+    for option, knob in typed.items():
+        if knob in swept:
+            raise RequestError(f"{option}: space {named} tries values of {knob} itself")
     preset = {"preset": plan.preset} if plan.preset else {}
     config = parse_config(base=SWEEP_BASE | preset | dict(plan.base), **options)
-    one_seed = options.get("seed") is not None or "seed" in map(_key, options.get("sets", ()))
     return SweepRequest(
         config, named, plan, search=search or "", samples=parse_count("samples", samples),
-        seeds=parse_seeds(seeds, config.seed if one_seed else None), scheduler=scheduler,
+        seeds=parse_seeds(seeds, config.seed if "seed" in typed.values() else None), scheduler=scheduler,
         max_concurrent=parse_count("max-concurrent", max_concurrent),
     )  # fmt: skip
 
@@ -156,11 +160,6 @@ def _typed_knobs(options: ConfigOptions) -> dict[str, str]:
     return {name: str(word) for name, word in options.items() if name in KNOB_OF_OPTION and word is not None}
 
 
-def _key(item: str) -> str:
-    """Return the knob of a --set KEY=VALUE."""
-    return item.partition("=")[0].strip()
-
-
 def _spelled(name: str, word: str) -> str:
     """Return an option as it stood on the command line."""
     option = f"--{name.replace('_', '-')}"
@@ -207,14 +206,3 @@ def parse_seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
         return tuple(check_value("seed", seed) for seed in seeds)
     except RequestError as error:
         raise RequestError(f"--seeds {text}: {error}") from None
-
-
-def refuse_swept(space: str, plan: SweepPlan, options: ConfigOptions) -> None:
-    """``RequestError`` where an option sets a knob that the space itself sets in every trial."""
-    swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
-    for name, word in _typed_knobs(options).items():
-        if (knob := KNOB_OF_OPTION[name]) in swept:
-            raise RequestError(f"{_spelled(name, word)}: space {space} tries values of {knob} itself")
-    for item in options.get("sets", ()):
-        if (knob := _key(item)) in swept:
-            raise RequestError(f"--set {item}: space {space} tries values of {knob} itself")

@@ -11,7 +11,7 @@ from .options import RunOptions, common_options, listing, print_parts, print_res
 from .request import compare_plan, sweep_request
 
 if TYPE_CHECKING:
-    from ..sweeps.runner import DryRun, SweepRequest
+    from ..sweeps.runner import SweepRequest
 
 _SEEDS = "Repeat every {} with each of these seeds."
 _AT_ONCE = click.option("--max-concurrent", metavar="N", help="The most trials at once; as many as fit by default.")
@@ -67,12 +67,19 @@ def spaces() -> None:
 
 def _run(request: SweepRequest, place: RunOptions) -> None:
     from ..report.sweep_table import sweep_table
+    from ..report.tables import work_table
     from ..sweeps import runner
 
     if place.dry_run and place.as_json:
         raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
     if place.dry_run:
-        _print_dry_run(runner.dry_run(request, place.storage, place.name, place.address))
+        found = runner.dry_run(request, place.storage, place.name, place.address)
+        trials = f"{found.points * found.seeds} trials ({found.points} points x {found.seeds} seeds)"
+        print_parts(f"sweep {found.name}: space {found.space}, {found.search} search, {trials}", *found.resources)
+        if found.work is None:
+            print_parts("its points depend on results, so the work is not known beforehand")
+        else:
+            print_parts("", work_table(found.work))
         return
     with stdout_for_json(place.as_json):
         outcome = runner.run(
@@ -82,14 +89,3 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place)
     print_result(place.as_json, outcome.as_dict(), table)
     outcome.raise_failures()
-
-
-def _print_dry_run(found: DryRun) -> None:
-    from ..report.tables import work_table
-
-    trials = f"{found.points * found.seeds} trials ({found.points} points x {found.seeds} seeds)"
-    print_parts(f"sweep {found.name}: space {found.space}, {found.search} search, {trials}", *found.resources)
-    if found.work is None:
-        print_parts("its points depend on results, so the work is not known beforehand")
-    else:
-        print_parts("", work_table(found.work))

@@ -124,7 +124,13 @@ class SweepState:
             self._write("plan.json", {**plan_json, "session": self.session, "precision": precision})
             return
         self.session, self.precision = old.pop("session", None), old.pop("precision", precision)
-        if differs := _differences(old, plan_json):
+        left, right = _flat(old), _flat(plan_json)
+        differs = [
+            f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
+            for name in dict.fromkeys([*right, *left])
+            if left.get(name) != right.get(name)
+        ]
+        if differs:
             more = f" and {len(differs) - MOST_DIFFERENCES} more" if len(differs) > MOST_DIFFERENCES else ""
             raise RequestError(
                 f"--name {self.name}: that sweep has another plan ({'; '.join(differs[:MOST_DIFFERENCES])}{more}); "
@@ -191,16 +197,6 @@ class SweepState:
             raise RequestError(
                 f"--fresh: {self.store.uri}/{self.place} cannot be moved aside ({error}); give another --name"
             ) from None
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return the differences between two plans as text: ``samples 16 there, 8 here``."""
-    left, right = _flat(old), _flat(new)
-    return [
-        f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
-        for name in dict.fromkeys([*right, *left])
-        if left.get(name) != right.get(name)
-    ]
 
 
 def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
