@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.plugins import load
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
-from ..pipeline.graph import Graph, KeyInputs, Stage, graph_keys
+from ..pipeline.graph import Graph, KeyInputs, graph_keys
 from ..pipeline.stages import evaluated_key, models_of, whole_graph
 
 #: Stage -> its keys, as ``stage_keys`` gives them.
@@ -53,58 +53,37 @@ def merged(chains: Iterable[Iterable[str]]) -> list[str]:
 class StageWork:
     """One stage over all trials.
 
-    ``asked`` counts the results that ``trials`` need (of generators one per client), ``unique`` the distinct ones,
-    ``stored`` those of them that exist already. ``work`` is what the unique ones take, by unit, and ``left`` the part
-    of it that is not stored; a teacher's updates are an upper bound, since ``meta.patience`` may end training.
+    ``asked`` counts the results that trials need (of generators one per client), ``unique`` the distinct ones. ``work``
+    is what these take, by unit; a teacher's updates are an upper bound, since ``meta.patience`` may end training.
     """
 
     stage: str
-    trials: int
     asked: int
     unique: int
-    stored: int
     work: dict[str, int]
-    left: dict[str, int]
 
 
-def unique_work(
-    chains: Sequence[Chain], configs: Sequence[ExperimentConfig], stored: Callable[[str], bool] | None = None
-) -> list[StageWork]:
+def unique_work(chains: Sequence[Chain], configs: Sequence[ExperimentConfig]) -> list[StageWork]:
     """Return a row for each stage that any trial has; trial i has ``chains[i]`` and ``configs[i]``.
 
-    ``stored``: whether a key's result exists. A result that two stages share (without distillation the student's
-    closing rounds are the control's) counts in the first.
+    A result that two stages share (without distillation the student's closing rounds are the control's) counts in the
+    first. So does the evaluation of a model that several runs share.
     """
     graphs = [{stage.name: stage for stage in graph_of(config)} for config in configs]
     rows, counted = [], set[str]()
     for name in merged(chains):
         trials = [trial for trial in zip(chains, configs, graphs, strict=True) if name in trial[0]]
         found = {key: trial for trial in trials for key in trial[0][name] if key not in counted}
-        missing = [key for key in found if not (stored and stored(key))]
+        work: Counter[str] = Counter()
+        models = set()
+        for chain, config, graph in found.values():
+            if name == "evaluate":
+                keys = {stage: first for stage, (first, *_) in chain.items()}
+                evaluated = models_of(tuple(graph.values()), keys).values()
+                models |= {evaluated_key(config, keys["partition"], model, "test") for model in evaluated}
+            else:
+                work.update(graph[name].work(config))
         asked = sum(len(chain[name]) for chain, _, _ in trials)
-        if name == "evaluate":
-            models = {key for trial in found.values() for key in _evaluated(*trial)}
-            unknown = {key for missed in missing for key in _evaluated(*found[missed])}
-            work = {"models": len(models)}
-            left = {"models": sum(not (stored and stored(key)) for key in unknown)}
-        else:
-            work, left = _total(name, found.values()), _total(name, (found[key] for key in missing))
-        rows.append(StageWork(name, len(trials), asked, len(found), len(found) - len(missing), work, left))
+        rows.append(StageWork(name, asked, len(found), {"models": len(models)} if name == "evaluate" else dict(work)))
         counted |= found.keys()
     return rows
-
-
-_Trial = tuple[Chain, ExperimentConfig, dict[str, Stage]]
-
-
-def _total(name: str, trials: Iterable[_Trial]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for _, config, graph in trials:
-        total.update(graph[name].work(config))
-    return dict(total)
-
-
-def _evaluated(chain: Chain, config: ExperimentConfig, graph: dict[str, Stage]) -> set[str]:
-    """Return the keys of a run's evaluations on test images, one per model; runs that share a model share them."""
-    models = models_of(tuple(graph.values()), {name: keys[0] for name, keys in chain.items()})
-    return {evaluated_key(config, chain["partition"][0], model, "test") for model in models.values()}

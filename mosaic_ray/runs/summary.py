@@ -115,13 +115,17 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         for direction, amounts in kinds.items():
             for kind, amount in amounts.items():
                 traffic[direction][kind] = traffic[direction].get(kind, 0) + amount
+    # test images never enter the metric that configurations are chosen by; its value is None without prototypes too
+    selection = {"metric": "held-out prototypes", "value": results["held_out_accuracy"]}
+    if results["validation_accuracy"]:
+        selection = {"metric": "validation accuracy", "value": results["validation_accuracy"]["final"]}
     same = ("accuracy", "validation_accuracy", "per_class_accuracy", "calibration", "label_counts")
     return Summary(
         **{name: results[name] for name in same},
         status="done",
         method=config.method,
         seed=config.seed,
-        selection=_selection(results),
+        selection=selection,
         stages=from_json(dict[str, StageRecord], run.log),
         communication_bytes=traffic,
         communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
@@ -129,17 +133,6 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         config=as_dict(config),
         versions=versions(),
     )
-
-
-def _selection(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metric that configurations are chosen by, and its value. Test images never enter it.
-
-    It is the final model's accuracy on the clients' validation images; without such images the distilled student's on
-    held-out prototypes (None without prototypes).
-    """
-    if results["validation_accuracy"]:
-        return {"metric": "validation accuracy", "value": results["validation_accuracy"]["final"]}
-    return {"metric": "held-out prototypes", "value": results["held_out_accuracy"]}
 
 
 def versions() -> dict[str, str]:

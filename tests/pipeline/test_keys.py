@@ -169,9 +169,9 @@ GRID = [
 WIDE = override(ExperimentConfig(), {"partition.num_clients": 100, "runtime.precision": "fp32"})
 
 
-def work_of(configs: list[ExperimentConfig], sizes: list[int] | None = None, stored=None) -> dict[str, StageWork]:
+def work_of(configs: list[ExperimentConfig], sizes: list[int] | None = None) -> dict[str, StageWork]:
     chains = [stage_keys(config, sizes=sizes) for config in configs]
-    return {row.stage: row for row in unique_work(chains, configs, stored)}
+    return {row.stage: row for row in unique_work(chains, configs)}
 
 
 @pytest.mark.parametrize("num_small", [0, 40, 100, None])
@@ -191,9 +191,7 @@ def test_the_grid_of_27_lambdas_counts_what_brute_force_counts(num_small):
     expected |= {"generators": generators} | dict.fromkeys(AFTER_DISTILL, students)
     assert {stage: row.unique for stage, row in rows.items()} == expected
     assert tuple(rows) == STAGES
-    assert {row.trials for row in rows.values()} == {27}
     assert {stage: row.asked for stage, row in rows.items()} == dict.fromkeys(STAGES, 27) | {"generators": 2700}
-    assert {row.stored for row in rows.values()} == {0}
     closing = WIDE.finetune.num_rounds * 100
     assert {stage: row.work for stage, row in rows.items()} == {
         "partition": {"draws": 1},
@@ -206,7 +204,6 @@ def test_the_grid_of_27_lambdas_counts_what_brute_force_counts(num_small):
         "control": {"client rounds": closing, "local steps": 10 * closing},
         "evaluate": {"models": 3 + 2 * students},  # after the warm-up, the teacher and the control: the same for all
     }
-    assert all(row.left == row.work for row in rows.values())
 
 
 def test_omegas_and_seeds_share_nothing():
@@ -220,27 +217,10 @@ def test_omegas_and_seeds_share_nothing():
     }  # fmt: skip
 
 
-def test_what_is_stored_is_taken_off():
-    configs, steps = [override(TINY, point) for point in GRID[:3]], TINY.generator.steps
-    done = stage_keys(configs[0])
-    there = {key for stage in ("partition", "warmup", "distill") for key in done[stage]} | set(done["generators"][:2])
-    rows = work_of(configs, stored=there.__contains__)
-    assert {stage: row.stored for stage, row in rows.items() if row.stored} == {
-        "partition": 1, "warmup": 1, "generators": 2, "distill": 1,
-    }  # fmt: skip
-    assert rows["warmup"].work == {"client rounds": 9, "local steps": 27}
-    assert rows["warmup"].left == {}
-    assert (rows["generators"].work, rows["generators"].left) == ({"steps": 9 * steps}, {"steps": 7 * steps})
-    assert (rows["distill"].work, rows["distill"].left) == ({"steps": 30}, {"steps": 20})
-    assert rows["evaluate"].left == rows["evaluate"].work == {"models": 9}
-    rows = work_of(configs, stored=lambda key: key.startswith(("evaluate", "judged")))
-    assert (rows["evaluate"].work, rows["evaluate"].left) == ({"models": 9}, {"models": 0})
-
-
 def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_closing():
     rows = work_of([override(TINY, {"method": method}) for method in METHODS])
-    assert {stage: (row.trials, row.unique) for stage, row in rows.items()} == {
-        "partition": (3, 1), "warmup": (3, 1), "generators": (1, 3), "prototypes": (2, 1), "teacher": (1, 1),
+    assert {stage: (row.asked, row.unique) for stage, row in rows.items()} == {
+        "partition": (3, 1), "warmup": (3, 1), "generators": (3, 3), "prototypes": (2, 1), "teacher": (1, 1),
         "distill": (2, 2), "finetune": (3, 3), "control": (3, 0), "evaluate": (3, 3),
     }  # fmt: skip
     assert rows["distill"].work == {"steps": 10, "fits": 1}
