@@ -75,7 +75,7 @@ def unique_work(chains: Sequence[Chain], configs: Sequence[ExperimentConfig]) ->
         trials = [trial for trial in zip(chains, configs, graphs, strict=True) if name in trial[0]]
         found = {key: trial for trial in trials for key in trial[0][name] if key not in counted}
         work: Counter[str] = Counter()
-        models = set()
+        models: set[str] = set()
         for chain, config, graph in found.values():
             if name == "evaluate":
                 keys = {stage: first for stage, (first, *_) in chain.items()}
