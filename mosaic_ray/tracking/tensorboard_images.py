@@ -6,7 +6,7 @@ the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,6 @@ MOST_CLIENTS = 50
 
 #: Role -> tag of the confusion tables that are shown.
 SHOWN = {"initial": "student/confusion_initial", "teacher": "teacher/confusion", "final": "student/confusion_final"}
-
 
 #: TensorBoard's page "Custom Scalars": title -> [kind of chart, tags (regular expressions)].
 LAYOUT = {
@@ -76,9 +75,10 @@ class TensorBoardImages:
         """Write the images of stages that have ended since the last call."""
         if not self._tracker.draws:
             return
-        for stage in [name for name in SHOW if name in self._results and name not in self._done]:
+        shown = {"partition": self._partition, "teacher": self._teacher, "evaluate": self._evaluate}
+        for stage in [name for name in shown if name in self._results and name not in self._done]:
             self._done.add(stage)
-            SHOW[stage](self, self._results[stage])
+            shown[stage](self._results[stage])
         if self._generators and "generators" not in self._done:
             self._done.add("generators")
             self._show_generators()
@@ -89,7 +89,6 @@ class TensorBoardImages:
         self._tracker.image("partition/label_counts", 0, picture)
 
     def _show_generators(self) -> None:
-        """Write every client's synthetic images during training, and histograms of the clients' metrics."""
         figures: dict[str, list[float]] = {}
         for client_id, result in self._generators.items():
             for name, value in result.facts["figures"].items():
@@ -115,17 +114,6 @@ class TensorBoardImages:
         for role, tag in SHOWN.items():
             if f"{role}/test" in tables:
                 self._tracker.image(tag, 0, confusion_picture(tables[f"{role}/test"], role, self._names))
-
-
-#: Stage -> the method that writes its images.
-SHOW: dict[str, Callable[[TensorBoardImages, StageResult], None]] = {
-    "partition": TensorBoardImages._partition,
-    "teacher": TensorBoardImages._teacher,
-    "evaluate": TensorBoardImages._evaluate,
-}
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def partition_picture(counts: np.ndarray, title: str, names: Sequence[str]) -> np.ndarray:
