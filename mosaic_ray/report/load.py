@@ -223,9 +223,6 @@ def _images(arrays: Weights, ndim: int) -> np.ndarray:
     return images
 
 
-# --- from disk -------------------------------------------------------------------------------------------------------
-
-
 def find(path: str | Path) -> tuple[str, Path]:
     """Return "run" or "sweep", and its folder; ``RequestError`` where ``path`` is neither.
 
@@ -291,7 +288,6 @@ def _checked(kind: type[T], path: Path) -> T:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a file's object; an empty one where there is no file."""
     text = read_text(path)
     try:
         found = {} if text is None else json.loads(text)
@@ -331,7 +327,6 @@ def _metrics(path: Path) -> pd.DataFrame:
 
 
 def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
-    """Return the label counts of summary.json, else of label_counts.json."""
     rows = summary.label_counts or _json(folder / "label_counts.json").get("label_counts")
     if rows is None:
         return None
@@ -345,7 +340,6 @@ def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
 
 
 def _store_of(folder: Path) -> Store | None:
-    """Return the storage that holds a run's or a trial's folder."""
     for above in list(folder.parents)[:4]:
         if (above / OBJECTS).is_dir():
             return Store(above, create=False)

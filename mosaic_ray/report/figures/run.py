@@ -15,10 +15,7 @@ from ..text import counted, percent
 from . import cost, data, teacher
 from .base import Drawing, ReportFigure
 from .heatmap import MOST_COLUMNS, heat_map
-from .style import ROLE_LOOKS, WIDTH, axes, colour, in_percent, label_ends
-
-#: Least change of a class's accuracy, in [0, 1], that the text mentions.
-NOTABLE = 0.05
+from .style import ROLE_LOOKS, WIDTH, axes, beside, colour, in_percent, label_ends
 
 
 @partial(ReportFigure, "stages", "Accuracy by stage")
@@ -38,10 +35,8 @@ def stages(run: RunReport) -> Drawing:
     for row, (role, value) in enumerate(reached.items()):
         tint, marker = ROLE_LOOKS[role]
         over.plot(value, row, marker, color=colour(tint), ms=8)
-        over.annotate(
-            percent(value), (value, row), xytext=(9, 0), textcoords="offset points", va="center",
-            bbox={"boxstyle": "square,pad=0.1", "fc": colour("paper"), "ec": "none"},
-        )  # fmt: skip
+        box = {"boxstyle": "square,pad=0.1", "fc": colour("paper"), "ec": "none"}
+        beside(over, percent(value), (value, row), 9, bbox=box)
     over.set(xlim=(low, high + 0.2 * (high - low)), ylim=(len(frame) - 0.5, -0.5))
     over.set_yticks(range(len(frame)), frame["model"])
     over.tick_params(axis="y", labelcolor=colour("ink"), labelsize=10, length=0)
@@ -95,10 +90,7 @@ def rounds(run: RunReport) -> Drawing:
     if teacher is not None:
         tint, marker = ROLE_LOOKS["teacher"]
         over.plot(begun, teacher, marker, color=colour(tint), ms=8, zorder=3)
-        over.annotate(
-            f"teacher {percent(teacher)}", (begun, teacher), xytext=(-9, 0), textcoords="offset points", ha="right",
-            va="center", size=9, color=colour(tint),
-        )  # fmt: skip
+        beside(over, f"teacher {percent(teacher)}", (begun, teacher), -9, ha="right", size=9, color=colour(tint))
     if distilled is not None:
         over.axvline(begun, color=colour("muted"), lw=1, ls=(0, (3, 3)))
     over.set(xlabel="federated round", ylim=(0, 1.03))
@@ -143,7 +135,7 @@ def _per_class_words(frame: pd.DataFrame) -> str:
     if not {"initial", "final"} <= set(frame):
         return f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}."
     change = (frame["final"] - frame["initial"]).dropna()
-    better, worse = change[change > NOTABLE], change[change < -NOTABLE]
+    better, worse = change[change > 0.05], change[change < -0.05]
     parts = []
     for which, moved, pick in (("gain", better, change.idxmax), ("lose", worse, change.idxmin)):
         if len(moved):

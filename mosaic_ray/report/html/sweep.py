@@ -82,9 +82,11 @@ def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) 
 
 
 def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
+    planned = len(sweep.plan.points or []) * len(sweep.plan.seeds or [])
+    of = f" of {planned:,}" if planned > len(sweep.rows) else ""
     seeds = f"{counted(len(sweep.plan.seeds or [0]), 'seed')} each"
     cards = [
-        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", ended(sweep.rows) or "none has ended"),
+        Card("trials", f"{len(sweep.rows):,}{of}", ended(sweep.rows) or "none has ended"),
         Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
     ]
     if chosen := _chosen(best):
@@ -108,13 +110,6 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
         worst = ", ".join(f"{code} in {counted(count, 'trial')}" for code, count in most)  # names may break there
         cards.append(Card("health", counted(len(codes), "code"), f"most: {worst}" if worst else "no findings"))
     return cards
-
-
-def _planned(sweep: SweepReport) -> str:
-    """Return `` of 12`` where more trials are planned than have ended."""
-    points, seeds = sweep.plan.points, sweep.plan.seeds
-    planned = len(points) * len(seeds) if points and seeds else 0
-    return f" of {planned:,}" if planned > len(sweep.rows) else ""
 
 
 def _failure(failed: list[dict[str, Any]]) -> tuple[str, str] | None:
