@@ -203,10 +203,6 @@ class SweepReport:
         return folder
 
 
-R = TypeVar("R", bound=RunReport)
-S = TypeVar("S", bound=SweepReport)
-
-
 def _load(result: StageResult, part: str) -> Weights:
     if part not in result.parts:
         raise NotAvailable(f"its stage kept no {part}; an older version made it, or another method")
@@ -247,22 +243,22 @@ def find(path: str | Path) -> tuple[str, Path]:
     raise RequestError(f"{path}: no run or sweep lies there (neither summary.json nor config.toml nor plan.json)")
 
 
-def read_run(path: str | Path, kind: type[R] = RunReport) -> R:  # type: ignore[assignment] # R is then RunReport
-    """Read the run in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+def read_run(path: str | Path) -> RunReport:
+    """Read the run in folder ``path``; ``RequestError`` where there is none or a file is damaged."""
     found, folder = find(path)
     if found != "run":
         raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
     summary = _checked(Summary, folder / "summary.json")
     toml = folder / "config.toml"
     config = summary.config or (read_toml(toml) if toml.is_file() else {})
-    return kind(
+    return RunReport(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
         read_text(folder / "command.txt"), _store_of(folder),
     )  # fmt: skip
 
 
-def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:  # type: ignore[assignment] # S is then SweepReport
-    """Read the sweep in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+def read_sweep(path: str | Path) -> SweepReport:
+    """Read the sweep in folder ``path``; ``RequestError`` where there is none or a file is damaged."""
     found, folder = find(path)
     if found != "sweep":
         raise RequestError(f"{path}: that is a run; load_run reads it")
@@ -273,7 +269,7 @@ def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:  # type: ign
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
     names = list(dict.fromkeys([*SCHEMA.names, *next(iter(rows), ()), *swept]))
     rows = [{name: row.get(name) for name in names} for row in rows]
-    return kind(folder, plan, pd.DataFrame(rows, columns=names), rows, swept, setting_knobs(swept))
+    return SweepReport(folder, plan, pd.DataFrame(rows, columns=names), rows, swept, setting_knobs(swept))
 
 
 T = TypeVar("T", Summary, PlanFile)

@@ -55,7 +55,6 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
 
 
 def _accuracy(summary: Summary) -> Table:
-    """Show accuracies in percent; the gain is final minus control, in points."""
     values = summary.accuracy or {}
     federation = (summary.config or {}).get("federation", {})
     strategy = federation.get("strategy") or federation.get("optimiser", "fedavg")  # an older name
@@ -93,7 +92,6 @@ def _seconds(value: float | None) -> str:
 
 
 def _communication(moved: Mapping[str, Mapping[str, float]]) -> Table:
-    """Show bytes by kind, from the clients (uplink) and to them (downlink)."""
     up, down = moved.get("uplink", {}), moved.get("downlink", {})
     table = _table("communication", "uplink", "downlink")
     for kind in dict.fromkeys([*up, *down]):
@@ -118,9 +116,8 @@ def worst_first(findings: list[Finding]) -> list[Finding]:
 def _health(findings: list[Finding]) -> list[RenderableType]:
     """Show findings, the worst first; each advice only once."""
     findings = worst_first(findings)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-    for column in ("health", "where", ""):
-        table.add_column(Text(column))
+    table = _table("health", words="where")
+    table.add_column("")
     advised: set[str] = set()
     for finding in findings[:MOST_FINDINGS]:
         severity, advice = finding.severity, finding.advice

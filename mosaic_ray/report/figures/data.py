@@ -105,6 +105,3 @@ def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
         place.imshow(picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         place.set_title(title, size=9)
     return figure
-
-
-FIGURES = [partition, coverage]

@@ -128,12 +128,8 @@ def per_class(run: RunReport) -> Drawing:
         over.set_yticks(range(len(frame)))
     in_percent(over.xaxis)
     figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
-    return Drawing(figure, frame, _per_class_words(frame))
-
-
-def _per_class_words(frame: pd.DataFrame) -> str:
     if not {"initial", "final"} <= set(frame):
-        return f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}."
+        return Drawing(figure, frame, f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}.")
     change = (frame["final"] - frame["initial"]).dropna()
     better, worse = change[change > 0.05], change[change < -0.05]
     parts = []
@@ -144,7 +140,8 @@ def _per_class_words(frame: pd.DataFrame) -> str:
             some = f"{counted(len(moved), 'class', 'classes')} {which}{'s' if len(moved) == 1 else ''}"
             parts.append(f"{some} more than 5 points (most: {most})")
     parts = parts or ["no class moves by more than 5 points"]
-    return f"From the initial to the final model, of {counted(len(change), 'class', 'classes')}: {'; '.join(parts)}."
+    of = counted(len(change), "class", "classes")
+    return Drawing(figure, frame, f"From the initial to the final model, of {of}: {'; '.join(parts)}.")
 
 
 def confusion(run: RunReport, role: str = "final") -> Drawing:
@@ -195,9 +192,9 @@ FIGURES: dict[str, list[ReportFigure]] = {
         ReportFigure(f"confusion_{role}", f"{role.capitalize()} model", partial(confusion, role=role), wide=True)
         for role in ("initial", "teacher", "final")
     ],
-    "Data and generators": data.FIGURES,
-    "Teacher and distillation": [*teacher.FIGURES, distillation],
-    "Cost": cost.FIGURES,
+    "Data and generators": [data.partition, data.coverage],
+    "Teacher and distillation": [teacher.synthetic_classes, teacher.expert_weights, teacher.meta_gates, distillation],
+    "Cost": [cost.time, cost.communication, cost.baselines],
 }
 
 #: By name, for ``api.Run.plot``.

@@ -77,7 +77,6 @@ def _log_ticks(axis: Any, values: Any) -> None:
 
 
 def _bars(over: Axes, means: pd.DataFrame, x: Any, look: tuple[str, str], line: bool, name: str = "") -> None:
-    """Draw means with one standard deviation to either side."""
     tint, marker = look
     over.errorbar(
         x, means["mean"], means["sd"].fillna(0), color=colour(tint), marker=marker, ms=6, lw=1.8 if line else 0,

@@ -88,6 +88,3 @@ def _heat(shares: np.ndarray, row: str) -> Figure:
     texts = np.vectorize(lambda share: f"{share:.2f}".removeprefix("0"))(shares) if each else None
     heat_map(over, shares, texts, row, size=7.5)
     return figure
-
-
-FIGURES = [synthetic_classes, expert_weights, meta_gates]

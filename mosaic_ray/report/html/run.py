@@ -88,12 +88,10 @@ def _cards(run: RunReport) -> list[Card]:
     if run.gain is not None:
         cards.append(Card("gain over control", points(run.gain), "points of test accuracy, final − control"))
     cards += [Card(r, percent(run.accuracy(r)), what) for r, what in _WHAT.items() if run.accuracy(r) is not None]
-    try:
+    if run.summary.stages:
         frame = time_frame(run)
         cached = int((frame["state"] == "cached").sum())
         cards.append(Card("time", duration(frame["seconds"].sum()), f"{cached} of {len(frame)} stages cached"))
-    except NotAvailable:
-        pass
     moved = traffic(run)
     if any(moved.values()):
         up, down = (sum(moved[way].values()) for way in ("uplink", "downlink"))

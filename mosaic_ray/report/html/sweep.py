@@ -115,11 +115,8 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
 def _failure(failed: list[dict[str, Any]]) -> tuple[str, str] | None:
     if not failed:
         return None
-    names = listed([row["trial"] for row in failed])
-    return (
-        f"{counted(len(failed), 'trial')} failed",
-        f"{names}; the same command tries {'it' if len(failed) == 1 else 'them'} again.",
-    )
+    names, them = listed([row["trial"] for row in failed]), "it" if len(failed) == 1 else "them"
+    return f"{counted(len(failed), 'trial')} failed", f"{names}; the same command tries {them} again."
 
 
 def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> Section:
