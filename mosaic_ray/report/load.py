@@ -25,7 +25,6 @@ from ..sweeps.space import setting_knobs
 from ..sweeps.state import PlanFile
 from .sweep_table import best_sections
 
-_KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
 _METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
 
 
@@ -151,7 +150,7 @@ class RunReport:
         # not ``Store.get``, which removes damaged results
         if self.store is None:
             raise NotAvailable("there is no store beside this folder; stage results were not copied along")
-        if not _KEY.fullmatch(key):
+        if not re.fullmatch("[a-z_]+-[0-9a-f]{8,64}", key):
             raise NotAvailable(f'"{key}" names no stage result')
         try:
             manifest = self.store.manifest(OBJECTS, key)
@@ -251,9 +250,10 @@ def read_run(path: str | Path) -> RunReport:
     summary = _checked(Summary, folder / "summary.json")
     toml = folder / "config.toml"
     config = summary.config or (read_toml(toml) if toml.is_file() else {})
+    above = next((above for above in list(folder.parents)[:4] if (above / OBJECTS).is_dir()), None)
     return RunReport(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
-        read_text(folder / "command.txt"), _store_of(folder),
+        read_text(folder / "command.txt"), Store(above, create=False) if above else None,
     )  # fmt: skip
 
 
@@ -333,10 +333,3 @@ def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
     if counts.ndim != 2 or not counts.size or (counts < 0).any():
         raise RequestError(f"{folder}: its label counts are no table of whole numbers, clients by classes")
     return counts
-
-
-def _store_of(folder: Path) -> Store | None:
-    for above in list(folder.parents)[:4]:
-        if (above / OBJECTS).is_dir():
-            return Store(above, create=False)
-    return None

@@ -16,9 +16,6 @@ from ..core.units import size
 from ..runs.plan import StageWork
 from ..runs.summary import CommunicationRecord, StageRecord, Summary
 
-#: With more classes than this, the partition table has each client's largest classes only.
-WIDEST_PARTITION = 10
-
 #: Most findings in the closing table; summary.json has all.
 MOST_FINDINGS = 12
 
@@ -137,11 +134,11 @@ def _places(paths: Mapping[str, str]) -> list[RenderableType]:
 
 
 def partition_table(counts: np.ndarray) -> RenderableType:
-    """Show ``counts`` [clients, classes] as a table; for many classes only each client's largest ones."""
+    """Show ``counts`` [clients, classes] as a table; for more than 10 classes only each client's largest ones."""
     counts = np.asarray(counts)
     num_clients, num_classes = counts.shape
     sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    if num_classes <= WIDEST_PARTITION:
+    if num_classes <= 10:
         table = _table("client", *map(str, range(num_classes)), "all", gap=1)
         for client, row in enumerate(counts):
             table.add_row(str(client), *("." if n == 0 else str(n) for n in row), str(sizes[client]))

@@ -39,13 +39,10 @@ BASE: dict[str, Any] = {"meta.init": "random", "meta.select": False, "runtime.ev
 
 def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]) -> None:
     """``RequestError`` where the arms could not differ in ``meta.data`` alone."""
-    for knob, value, wanted in (
-        ("meta.init", config.meta.init, "random"),
-        ("meta.select", config.meta.select, False),
-        ("meta.data", config.meta.data, "prototypes"),
-    ):
-        if value != wanted:
-            raise RequestError(f"{knob} = {str(value).lower()}: this experiment sets {knob} itself; leave it out")
+    for name, wanted in {"init": "random", "select": False, "data": "prototypes"}.items():
+        if (value := getattr(config.meta, name)) != wanted:
+            shown = f"meta.{name} = {str(value).lower()}"
+            raise RequestError(f"{shown}: this experiment sets meta.{name} itself; leave it out")
     for arm in ARMS:
         check_config(override(config, {"meta.data": arm}))
 

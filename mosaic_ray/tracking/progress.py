@@ -15,7 +15,6 @@ from typing import Any, Protocol, TextIO
 #: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
 Scalar = list[Any]
 
-_SECONDS_BETWEEN_LINES = 10.0
 _now = time.monotonic
 
 
@@ -132,7 +131,7 @@ class Lines(Quiet):
 
     def advance(self, stage: StageProgress) -> None:
         tenth = 0 if not stage.total else 10 * stage.done // stage.total
-        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < _SECONDS_BETWEEN_LINES:
+        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < 10:
             return
         self.tenth[stage] = tenth
         self._line(stage, stage.count, *stage.pace, stage.note)

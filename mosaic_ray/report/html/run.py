@@ -106,12 +106,10 @@ def _cards(run: RunReport) -> list[Card]:
 
 
 def health(run: RunReport) -> Section:
-    section = Section("Health")
     if run.summary.health is None:
-        section.lead = "Findings are listed once a run is done."
-        return section
+        return Section("Health", "Findings are listed once a run is done.")
     findings = worst_first(run.summary.health)
-    section.lead = "" if findings else "Nothing looked unwell."
+    section = Section("Health", "" if findings else "Nothing looked unwell.")
     for finding in findings[:MOST_FINDINGS]:
         numbers = {"value": finding.value, "threshold": finding.threshold}
         measured = [f"{what} {number:.4g}" for what, number in numbers.items() if number is not None]

@@ -11,9 +11,6 @@ from matplotlib.figure import Figure
 
 from ..figures.style import _ROLE_OF, style
 
-_NUMBER = re.compile(r"-?\d+\.\d{3,}")
-_HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
-
 
 def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     """Return ``figure`` as an SVG element for HTML, with the page's colours and ids that begin with ``name``.
@@ -58,5 +55,5 @@ def _shortened(word: str, value: str, name: str) -> str:
         value = re.sub(r"(url\(#|^#)(?=[a-zA-Z])", rf"\g<1>{name}-", value)
     if word == "style":
         value = re.sub(r"font-family: [^;]*;? ?", "", value)
-        return _HEX.sub(lambda found: f"var(--{_ROLE_OF[found[0].lower()]})", value)
-    return _NUMBER.sub(lambda found: f"{float(found[0]):.2f}", " ".join(value.split()))
+        return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: f"var(--{_ROLE_OF[found[0].lower()]})", value)
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", " ".join(value.split()))
