@@ -39,12 +39,12 @@ class Sweep(SweepReport):
 
 def load_run(path: str | Path) -> Run:
     """Read the run in the folder ``path``; ``RequestError`` where there is none, or its files are damaged."""
-    return read_run(path, Run)
+    return Run(**vars(read_run(path)))
 
 
 def load_sweep(path: str | Path) -> Sweep:
     """Read the sweep in the folder ``path``; ``RequestError`` where there is none, or its files are damaged."""
-    return read_sweep(path, Sweep)
+    return Sweep(**vars(read_sweep(path)))
 
 
 def _named(figures: Mapping[str, Any], name: str) -> Any:

@@ -25,7 +25,6 @@ from ..sweeps.space import setting_knobs
 from ..sweeps.state import PlanFile
 from .sweep_table import best_sections
 
-_KEY = re.compile(r"[a-z_]+-[0-9a-f]{8,64}")
 _METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
 
 
@@ -151,7 +150,7 @@ class RunReport:
         # not ``Store.get``, which removes damaged results
         if self.store is None:
             raise NotAvailable("there is no store beside this folder; stage results were not copied along")
-        if not _KEY.fullmatch(key):
+        if not re.fullmatch("[a-z_]+-[0-9a-f]{8,64}", key):
             raise NotAvailable(f'"{key}" names no stage result')
         try:
             manifest = self.store.manifest(OBJECTS, key)
@@ -203,10 +202,6 @@ class SweepReport:
         return folder
 
 
-R = TypeVar("R", bound=RunReport)
-S = TypeVar("S", bound=SweepReport)
-
-
 def _load(result: StageResult, part: str) -> Weights:
     if part not in result.parts:
         raise NotAvailable(f"its stage kept no {part}; an older version made it, or another method")
@@ -221,9 +216,6 @@ def _images(arrays: Weights, ndim: int) -> np.ndarray:
     if images is None or images.dtype != np.uint8 or images.ndim != ndim or images.shape[-3] not in (1, 3):
         raise NotAvailable("the stored samples are no images of one or three channels")
     return images
-
-
-# --- from disk -------------------------------------------------------------------------------------------------------
 
 
 def find(path: str | Path) -> tuple[str, Path]:
@@ -250,22 +242,23 @@ def find(path: str | Path) -> tuple[str, Path]:
     raise RequestError(f"{path}: no run or sweep lies there (neither summary.json nor config.toml nor plan.json)")
 
 
-def read_run(path: str | Path, kind: type[R] = RunReport) -> R:  # type: ignore[assignment] # R is then RunReport
-    """Read the run in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+def read_run(path: str | Path) -> RunReport:
+    """Read the run in folder ``path``; ``RequestError`` where there is none or a file is damaged."""
     found, folder = find(path)
     if found != "run":
         raise RequestError(f"{path}: that is a sweep; load_sweep reads it, or name one of its trials")
     summary = _checked(Summary, folder / "summary.json")
     toml = folder / "config.toml"
     config = summary.config or (read_toml(toml) if toml.is_file() else {})
-    return kind(
+    above = next((above for above in list(folder.parents)[:4] if (above / OBJECTS).is_dir()), None)
+    return RunReport(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
-        read_text(folder / "command.txt"), _store_of(folder),
+        read_text(folder / "command.txt"), Store(above, create=False) if above else None,
     )  # fmt: skip
 
 
-def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:  # type: ignore[assignment] # S is then SweepReport
-    """Read the sweep in folder ``path`` as a ``kind``; ``RequestError`` where there is none or a file is damaged."""
+def read_sweep(path: str | Path) -> SweepReport:
+    """Read the sweep in folder ``path``; ``RequestError`` where there is none or a file is damaged."""
     found, folder = find(path)
     if found != "sweep":
         raise RequestError(f"{path}: that is a run; load_run reads it")
@@ -276,7 +269,7 @@ def read_sweep(path: str | Path, kind: type[S] = SweepReport) -> S:  # type: ign
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
     names = list(dict.fromkeys([*SCHEMA.names, *next(iter(rows), ()), *swept]))
     rows = [{name: row.get(name) for name in names} for row in rows]
-    return kind(folder, plan, pd.DataFrame(rows, columns=names), rows, swept, setting_knobs(swept))
+    return SweepReport(folder, plan, pd.DataFrame(rows, columns=names), rows, swept, setting_knobs(swept))
 
 
 T = TypeVar("T", Summary, PlanFile)
@@ -291,7 +284,6 @@ def _checked(kind: type[T], path: Path) -> T:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return a file's object; an empty one where there is no file."""
     text = read_text(path)
     try:
         found = {} if text is None else json.loads(text)
@@ -331,7 +323,6 @@ def _metrics(path: Path) -> pd.DataFrame:
 
 
 def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
-    """Return the label counts of summary.json, else of label_counts.json."""
     rows = summary.label_counts or _json(folder / "label_counts.json").get("label_counts")
     if rows is None:
         return None
@@ -342,11 +333,3 @@ def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
     if counts.ndim != 2 or not counts.size or (counts < 0).any():
         raise RequestError(f"{folder}: its label counts are no table of whole numbers, clients by classes")
     return counts
-
-
-def _store_of(folder: Path) -> Store | None:
-    """Return the storage that holds a run's or a trial's folder."""
-    for above in list(folder.parents)[:4]:
-        if (above / OBJECTS).is_dir():
-            return Store(above, create=False)
-    return None

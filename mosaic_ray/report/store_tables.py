@@ -50,9 +50,8 @@ def _totals(holdings: Inventory) -> str:
     used, results, checkpoints = holdings.used_by(), holdings.of(OBJECTS), holdings.of(CHECKPOINTS)
     idle = [entry for entry in results if entry.key not in used]
     runs = sum(owner.name.startswith("run ") for owner in holdings.owners)
-    parts = [
-        f"{_sum(results, 'result')}, used by {counted(runs, 'run')} and {counted(len(holdings.owners) - runs, 'trial')}"
-    ]
+    trials = counted(len(holdings.owners) - runs, "trial")
+    parts = [f"{_sum(results, 'result')}, used by {counted(runs, 'run')} and {trials}"]
     if idle:
         parts.append(f"{_sum(idle, 'result')} used by nobody (`mosaic store gc` frees what no run needs)")
     if checkpoints:

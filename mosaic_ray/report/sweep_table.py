@@ -133,7 +133,9 @@ def _section(points: list[Point], knobs: list[str], seeds: int, sign: str, width
     columns = {short[knob]: [shown(point[0][knob]) for point in first] for knob in knobs} | reached
     widths = [max(map(len, [head, *cells])) for head, cells in [("point", names), *columns.items()]]
     if sum(widths) + 2 * len(columns) > width:
-        common = _common(points, knobs)
+        most = {knob: Counter(point[0][knob] for point in points).most_common(1)[0] for knob in knobs}
+        # as in an ablation: the values that more than three quarters of the points share
+        common = {knob: value for knob, (value, count) in most.items() if 4 * count > 3 * len(points)}
         values = [{k: point[0][k] for k in knobs if point[0][k] != common.get(k, ...)} for point in first]
         columns = reached | {"configuration": [_knobs(row, short) or "-" for row in values]}
         if common:
@@ -152,12 +154,6 @@ def _section(points: list[Point], knobs: list[str], seeds: int, sign: str, width
 
 def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:
     return ", ".join(f"{short[knob]}={shown(value)}" for knob, value in values.items())
-
-
-def _common(points: list[Point], knobs: Sequence[str]) -> dict[str, Any]:
-    """Return the values that more than three quarters of the points share, as in an ablation."""
-    most = {knob: Counter(point[0][knob] for point in points).most_common(1)[0] for knob in knobs}
-    return {knob: value for knob, (value, count) in most.items() if 4 * count > 3 * len(points)}
 
 
 SHARED = ("stage", "computed", "found", "seconds spent", "seconds saved")

@@ -16,9 +16,6 @@ from ..core.units import size
 from ..runs.plan import StageWork
 from ..runs.summary import CommunicationRecord, StageRecord, Summary
 
-#: With more classes than this, the partition table has each client's largest classes only.
-WIDEST_PARTITION = 10
-
 #: Most findings in the closing table; summary.json has all.
 MOST_FINDINGS = 12
 
@@ -55,7 +52,6 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
 
 
 def _accuracy(summary: Summary) -> Table:
-    """Show accuracies in percent; the gain is final minus control, in points."""
     values = summary.accuracy or {}
     federation = (summary.config or {}).get("federation", {})
     strategy = federation.get("strategy") or federation.get("optimiser", "fedavg")  # an older name
@@ -93,7 +89,6 @@ def _seconds(value: float | None) -> str:
 
 
 def _communication(moved: Mapping[str, Mapping[str, float]]) -> Table:
-    """Show bytes by kind, from the clients (uplink) and to them (downlink)."""
     up, down = moved.get("uplink", {}), moved.get("downlink", {})
     table = _table("communication", "uplink", "downlink")
     for kind in dict.fromkeys([*up, *down]):
@@ -118,9 +113,8 @@ def worst_first(findings: list[Finding]) -> list[Finding]:
 def _health(findings: list[Finding]) -> list[RenderableType]:
     """Show findings, the worst first; each advice only once."""
     findings = worst_first(findings)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1))
-    for column in ("health", "where", ""):
-        table.add_column(Text(column))
+    table = _table("health", words="where")
+    table.add_column("")
     advised: set[str] = set()
     for finding in findings[:MOST_FINDINGS]:
         severity, advice = finding.severity, finding.advice
@@ -140,11 +134,11 @@ def _places(paths: Mapping[str, str]) -> list[RenderableType]:
 
 
 def partition_table(counts: np.ndarray) -> RenderableType:
-    """Show ``counts`` [clients, classes] as a table; for many classes only each client's largest ones."""
+    """Show ``counts`` [clients, classes] as a table; for more than 10 classes only each client's largest ones."""
     counts = np.asarray(counts)
     num_clients, num_classes = counts.shape
     sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    if num_classes <= WIDEST_PARTITION:
+    if num_classes <= 10:
         table = _table("client", *map(str, range(num_classes)), "all", gap=1)
         for client, row in enumerate(counts):
             table.add_row(str(client), *("." if n == 0 else str(n) for n in row), str(sizes[client]))

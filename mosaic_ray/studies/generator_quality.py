@@ -33,7 +33,6 @@ BASE: dict[str, Any] = {
     "partition.num_clients": 1, "partition.sampler": "iid", "partition.validation_fraction": 0.2,
     "warmup.num_rounds": 30, "warmup.local_steps": 20, "runtime.eval_rounds": 0,
 }  # fmt: skip
-VERSION = 1
 
 #: Images of each kind where no number is asked for.
 MOST_IMAGES, FEWEST_IMAGES = 2000, 20
@@ -98,9 +97,7 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
             rows.append({"classifier": "inception"} | found)
         return rows, {"images": images[:100]}
 
-    return measured(
-        run, STUDY.name, VERSION, {"images": count, "inception": inception}, [generators.key, judge.key], compute
-    )
+    return measured(run, STUDY, {"images": count, "inception": inception}, [generators.key, judge.key], compute)
 
 
 def _distances(features: Any, images: np.ndarray, halves: Sequence[np.ndarray], device: str) -> Row:
@@ -112,7 +109,6 @@ def _distances(features: Any, images: np.ndarray, halves: Sequence[np.ndarray], 
 
 
 def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
-    """Measure ``images`` and two sets of real ones with one classifier."""
     from ..distillation import image_quality as quality
     from ..federated.evaluation import accuracy
     from ..pipeline.evaluate import table_of
@@ -159,14 +155,11 @@ def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]
 
 
 STUDY = Study(
-    "generator-quality",
-    measure,
-    "classifier",
+    "generator-quality", measure, "classifier",
     {
         "fid": ("FID", ".3g"), "floor": ("floor", ".3g"), "ratio": ("FID / floor", ".3g"),
         "inception_score": ("IS", ".2f"), "inception_score_real": ("IS of real", ".2f"),
         "coverage": ("coverage", ".0%"), "test_accuracy": ("its test accuracy", ".1%"),
     },
-    figure,
-    check,
+    figure, check,
 )  # fmt: skip

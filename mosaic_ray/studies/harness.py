@@ -67,7 +67,7 @@ class Study:
 
     ``measure(context, config)`` returns a stored result with the rows as facts and arrays as the part "arrays".
     ``columns`` maps a row's numbers to a heading and a format; rows that agree in ``by`` are one column of the table,
-    over seeds. ``figure`` draws on an empty figure.
+    over seeds. ``figure`` draws on an empty figure. ``version`` rises when the mathematics of ``measure`` changes.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Study:
     columns: Mapping[str, tuple[str, str]]
     figure: Callable[[Figure, Sequence[Row], Mapping[str, np.ndarray]], None]
     check: Callable[[ExperimentConfig, Dataset, Mapping[str, Any]], None] = lambda config, dataset, options: None
+    version: int = 1
 
 
 def uploads(run: RunContext) -> tuple[Shards, Warmup, Generators]:
@@ -105,14 +106,13 @@ def generated(run: RunContext, generator: Weights, count: int, *address: str | i
 
 def measured(
     run: RunContext,
-    study: str,
-    version: int,
+    study: Study,
     knobs: Mapping[str, Any],
     upstream: Sequence[str],
     compute: Callable[[], tuple[list[Row], dict[str, np.ndarray]]],
 ) -> StageResult:
-    """Store the rows and arrays of ``compute``; ``version`` rises when its mathematics changes."""
-    name = study.replace("-", "_")
+    """Store the rows and arrays of ``compute``."""
+    name = study.name.replace("-", "_")
     common = {"seed": run.config.seed, "threads": run.config.runtime.driver_threads}
 
     def work(writer: StageWriter, progress: StageProgress) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def measured(
         progress.advance()
         return {"rows": rows}
 
-    return run.stage(name, stage_key(name, version, {**knobs, **common}, upstream), work, total=1, unit="look")
+    return run.stage(name, stage_key(name, study.version, {**knobs, **common}, upstream), work, total=1, unit="look")
 
 
 def run_study(

@@ -35,24 +35,21 @@ if TYPE_CHECKING:
 ARMS = ("prototypes", "synthetic", "synthetic_vote")
 #: Defaults below --config and --set: no arm may start from, or be selected by, prototypes.
 BASE: dict[str, Any] = {"meta.init": "random", "meta.select": False, "runtime.eval_rounds": 0}
-VERSION = 1
 
 
 def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]) -> None:
     """``RequestError`` where the arms could not differ in ``meta.data`` alone."""
-    for knob, value, wanted in (
-        ("meta.init", config.meta.init, "random"),
-        ("meta.select", config.meta.select, False),
-        ("meta.data", config.meta.data, "prototypes"),
-    ):
-        if value != wanted:
-            raise RequestError(f"{knob} = {str(value).lower()}: this experiment sets {knob} itself; leave it out")
+    for name, wanted in {"init": "random", "select": False, "data": "prototypes"}.items():
+        if (value := getattr(config.meta, name)) != wanted:
+            shown = f"meta.{name} = {str(value).lower()}"
+            raise RequestError(f"{shown}: this experiment sets meta.{name} itself; leave it out")
     for arm in ARMS:
         check_config(override(config, {"meta.data": arm}))
 
 
 def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Train a teacher for each arm on the clients' uploads, and evaluate it on test images."""
+    from ..distillation.image_quality import domain_auc
     from ..distillation.prototypes import split_held_out
     from ..methods.mosaic.graph import PROTOTYPES, TEACHER
     from ..pipeline.evaluate import evaluated
@@ -71,7 +68,7 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
         def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
             own = prototypes[warmup.federation.student]
             kept = split_held_out(own, config.prototypes.held_out, config.seed)[0]  # what the meta model trains on
-            rows = []
+            rows, num_classes = [], run.dataset.facts.num_classes
             for arm in ARMS:
                 facts = reached[arm]
                 row = {"learns_from": arm} | {name: facts[name] for name in ("accuracy", "nll", "ece")}
@@ -79,14 +76,19 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
                     pair = (facts[name], reached["prototypes"][name])
                     row[f"{name}_difference"] = None if arm == "prototypes" or None in pair else pair[0] - pair[1]
                 if arm != "prototypes":
-                    row |= _bias(run, kept, _synthetic(*looks[arm], warmup, generators, kept))
+                    made = _synthetic(*looks[arm], warmup, generators, kept)
+                    shares = [np.bincount(p.labels, p.sizes, num_classes) / p.sizes.sum() for p in (kept, made)]
+                    row |= {
+                        "auc": domain_auc(kept.vectors, made.vectors, config.seed),
+                        "label_distance": float(np.abs(shares[0] - shares[1]).sum() / 2),
+                        "num_classes": len(np.unique(made.labels)),
+                    }
                 rows.append(row)
-            rows.append(
-                {"learns_from": "real images", "auc": _auc(run, kept, _real_features(run, shards, warmup, kept))}
-            )
+            real = _real_features(run, shards, warmup, kept)
+            rows.append({"learns_from": "real images", "auc": domain_auc(kept.vectors, real, config.seed)})
             return rows, {"kept": kept.vectors}
 
-        return measured(run, STUDY.name, VERSION, {}, [*keys, generators.key], compute)
+        return measured(run, STUDY, {}, [*keys, generators.key], compute)
 
 
 def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
@@ -97,23 +99,6 @@ def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Genera
     sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
     vote = expert_mean_logits(run.client_context, teacher.experts, teacher.index)
     return synthetic_prototypes(run.client_context, warmup.weights, sources, vote, kept)
-
-
-def _bias(run: RunContext, kept: Prototypes, made: Prototypes) -> dict[str, float]:
-    """Measure how synthetic training vectors differ from prototypes, by domain and by the classes of their labels."""
-    classes = run.dataset.facts.num_classes
-    shares = [np.bincount(p.labels, p.sizes, classes) / p.sizes.sum() for p in (kept, made)]
-    return {
-        "auc": _auc(run, kept, made.vectors),
-        "label_distance": float(np.abs(shares[0] - shares[1]).sum() / 2),
-        "num_classes": len(np.unique(made.labels)),
-    }
-
-
-def _auc(run: RunContext, kept: Prototypes, vectors: np.ndarray) -> float:
-    from ..distillation.image_quality import domain_auc
-
-    return domain_auc(kept.vectors, vectors, run.config.seed)
 
 
 def _real_features(run: RunContext, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
@@ -149,14 +134,11 @@ def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]
 
 
 STUDY = Study(
-    "meta-training",
-    measure,
-    "learns_from",
+    "meta-training", measure, "learns_from",
     {
         "accuracy": ("test accuracy", ".1%"), "accuracy_difference": ("paired difference, points", "+.1%"),
         "nll": ("NLL", ".2f"), "ece": ("ECE", ".3f"), "auc": ("AUC", ".2f"),
         "label_distance": ("labels' distance", ".2f"),
     },
-    figure,
-    check,
+    figure, check,
 )  # fmt: skip

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..storage.store import StageResult
 
 BASE: dict[str, Any] = {}
-VERSION = 1
 NUM_IMAGES = 2000
 
 
@@ -98,7 +97,7 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
             rows = [compared(name, true, guess) for name, guess in guesses.items()]
             return rows, {"true": true, "guess": guesses["synthetic"], "classes": owned}
 
-        return measured(run, STUDY.name, VERSION, {"images": NUM_IMAGES}, [warmup.key, generators.key], compute)
+        return measured(run, STUDY, {"images": NUM_IMAGES}, [warmup.key, generators.key], compute)
 
 
 def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
@@ -144,9 +143,7 @@ def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]
 
 
 STUDY = Study(
-    "moe-weights",
-    measure,
-    "weights",
+    "moe-weights", measure, "weights",
     {
         "total_variation": ("total variation", ".3f"), "worst": ("of the worst class", ".3f"),
         "rank_correlation": ("rank correlation", ".2f"), "owner": ("largest owner found", ".0%"),

@@ -12,12 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TextIO
 
-import numpy as np
-
 #: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
 Scalar = list[Any]
 
-_SECONDS_BETWEEN_LINES = 10.0
 _now = time.monotonic
 
 
@@ -34,8 +31,6 @@ class Output(Protocol):
 
     def scalar(self, stage: str, tag: str, step: int, value: float) -> Scalar: ...
     def replay_scalars(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]: ...
-    def image(self, tag: str, step: int, array: np.ndarray) -> None: ...
-    def histogram(self, tag: str, step: int, values: np.ndarray) -> None: ...
 
 
 class StageProgress:
@@ -47,7 +42,7 @@ class StageProgress:
         self.recorded: list[Scalar] = []
         self.done = self.resumed_at = 0
         self.note = ""
-        self.state = "running"  # then done or stopped
+        self.state = "running"  # then done or stopped; cached for a replay
         self._begun, self._ended = _now(), math.nan
 
     def __enter__(self) -> StageProgress:
@@ -63,14 +58,6 @@ class StageProgress:
     def scalar(self, tag: str, step: int, value: float) -> None:
         """Record one point of the curve ``tag``."""
         self.recorded.append(self._tracker.scalar(self.name, tag, int(step), float(value)))
-
-    def image(self, tag: str, step: int, array: np.ndarray) -> None:
-        """Write an image uint8 [H, W] or [C, H, W] to TensorBoard."""
-        self._tracker.image(tag, step, array)
-
-    def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """Write a histogram of the finite ``values`` (any shape) to TensorBoard."""
-        self._tracker.histogram(tag, step, values)
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count ``n`` more finished units; ``note`` is shown beside them, such as the loss."""
@@ -114,10 +101,7 @@ class Quiet:
     def begin(self, stage: StageProgress) -> None:
         pass
 
-    advance = resume = end = begin
-
-    def cached(self, name: str) -> None:
-        pass
+    advance = resume = end = cached = begin
 
     def say(self, text: str, mark: str) -> None:
         self.stream.write((f"{mark}: " if mark else "") + text + "\n")
@@ -147,7 +131,7 @@ class Lines(Quiet):
 
     def advance(self, stage: StageProgress) -> None:
         tenth = 0 if not stage.total else 10 * stage.done // stage.total
-        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < _SECONDS_BETWEEN_LINES:
+        if stage in self.tenth and tenth == self.tenth[stage] and _now() - self.last < 10:
             return
         self.tenth[stage] = tenth
         self._line(stage, stage.count, *stage.pace, stage.note)
@@ -155,8 +139,8 @@ class Lines(Quiet):
     def end(self, stage: StageProgress) -> None:
         self._line(stage, f"{stage.state} after {stage.seconds:.1f} s")
 
-    def cached(self, name: str) -> None:
-        self.say(f"{name}: cached", "")
+    def cached(self, stage: StageProgress) -> None:
+        self.say(f"{stage.name}: cached", "")
 
 
 class Live(Quiet):
@@ -169,25 +153,24 @@ class Live(Quiet):
         from rich.text import Text
 
         class Row(ProgressColumn):
-            """Show the text that ``words`` makes of a row's stage."""
-
             def __init__(self, words: Callable[[Any], str], **layout: Any) -> None:
                 self.words = words
                 super().__init__(Column(no_wrap=True, overflow="ellipsis", **layout))
 
             def render(self, task: Task) -> Text:
-                return Text(self.words(task.fields["row"]))
+                return Text(self.words(task.fields["stage"]))
 
         super().__init__(stream)
         self.console = Console(file=stream, force_terminal=True)
         ascii_only = self.console.options.ascii_only
-        marks = {"running": ">", "done": "+" if ascii_only else "✓", "stopped": "x"}
+        tick = "+" if ascii_only else "✓"
+        marks = {"running": ">", "done": tick, "cached": tick, "stopped": "x"}
         self.progress = Progress(
-            Row(lambda row: marks["done" if isinstance(row, str) else row.state]),
-            Row(lambda row: row if isinstance(row, str) else row.name),
+            Row(lambda stage: marks[stage.state]),
+            Row(lambda stage: stage.name),
             BarColumn(bar_width=16),
             Row(_status),
-            Row(lambda row: "" if isinstance(row, str) else row.note, ratio=1),
+            Row(lambda stage: stage.note, ratio=1),
             console=self.console,
             refresh_per_second=4,
             expand=True,
@@ -197,7 +180,7 @@ class Live(Quiet):
         self.tasks: dict[StageProgress, Any] = {}
 
     def begin(self, stage: StageProgress) -> None:
-        self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, row=stage)
+        self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, stage=stage)
         self.progress.start()
 
     def advance(self, stage: StageProgress) -> None:
@@ -211,8 +194,8 @@ class Live(Quiet):
         else:
             self.progress.stop()  # restores the terminal before the failure is printed
 
-    def cached(self, name: str) -> None:
-        self.progress.add_task(name, total=1, completed=1, row=name)
+    def cached(self, stage: StageProgress) -> None:
+        self.progress.add_task(stage.name, total=1, completed=1, stage=stage)
         self.progress.start()
 
     def say(self, text: str, mark: str) -> None:
@@ -225,14 +208,12 @@ class Live(Quiet):
         self.progress.stop()
 
 
-def _status(row: StageProgress | str) -> str:
-    """Return the text behind a stage's bar; a cached stage is given by its name."""
-    if isinstance(row, str):
-        return "cached"
-    if row.state == "done":
-        return f"{row.seconds:.1f} s"
-    words = [row.count, clock(row.seconds), *row.pace] if row.state == "running" else [row.count, row.state]
-    return "  ".join(words)
+def _status(stage: StageProgress) -> str:
+    if stage.state == "running":
+        return "  ".join([stage.count, clock(stage.seconds), *stage.pace])
+    if stage.state == "done":
+        return f"{stage.seconds:.1f} s"
+    return stage.state if stage.state == "cached" else f"{stage.count}  {stage.state}"
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -244,6 +225,4 @@ def display_on(stream: TextIO, progress: bool | None) -> Quiet:
     """Return a display for ``stream``: live on a terminal, else lines; only messages where ``progress`` is False."""
     if progress is False:
         return Quiet(stream)
-    if is_terminal(stream):
-        return Live(stream)
-    return Lines(stream)
+    return Live(stream) if is_terminal(stream) else Lines(stream)

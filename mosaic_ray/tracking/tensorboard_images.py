@@ -6,7 +6,8 @@ the store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,12 +29,8 @@ _LIGHT, _DARK = np.array([226, 240, 247]), np.array([12, 52, 102])
 #: Most letters of a class's name.
 LONGEST_NAME = 16
 
-#: Most clients with synthetic images.
-MOST_CLIENTS = 50
-
 #: Role -> tag of the confusion tables that are shown.
 SHOWN = {"initial": "student/confusion_initial", "teacher": "teacher/confusion", "final": "student/confusion_final"}
-
 
 #: TensorBoard's page "Custom Scalars": title -> [kind of chart, tags (regular expressions)].
 LAYOUT = {
@@ -51,81 +48,68 @@ LAYOUT = {
 }  # fmt: skip
 
 
+@dataclass
 class TensorBoardImages:
-    """Writes the images of each finished stage of a run once, in ``catch_up``."""
+    """Writes the images of each finished stage of a run once, in ``catch_up``.
 
-    def __init__(
-        self,
-        tracker: Tracker,
-        config: ExperimentConfig,
-        dataset: Dataset,
-        results: Mapping[str, StageResult],
-        generators: Mapping[int, StageResult],
-    ) -> None:
-        """``results`` by stage and ``generators`` by client are the run's own mappings, which it fills."""
-        self._tracker, self._config, self._names = tracker, config, dataset.class_names
-        self._results, self._generators = results, generators
-        self._done: set[str] = set()
+    ``results`` by stage and ``generators`` by client are the run's own mappings, which it fills.
+    """
+
+    tracker: Tracker
+    config: ExperimentConfig
+    dataset: Dataset
+    results: Mapping[str, StageResult]
+    generators: Mapping[int, StageResult]
+    done: set[str] = field(default_factory=set)
 
     def begin(self) -> None:
         """Write the configuration as text, and the layout of combined charts."""
-        self._tracker.layout(LAYOUT)
-        self._tracker.text("run/config", f"```toml\n{to_toml(self._config)}```")
+        self.tracker.layout(LAYOUT)
+        self.tracker.text("run/config", f"```toml\n{to_toml(self.config)}```")
 
     def catch_up(self) -> None:
         """Write the images of stages that have ended since the last call."""
-        if not self._tracker.draws:
+        if not self.tracker.draws:
             return
-        for stage in [name for name in SHOW if name in self._results and name not in self._done]:
-            self._done.add(stage)
-            SHOW[stage](self, self._results[stage])
-        if self._generators and "generators" not in self._done:
-            self._done.add("generators")
+        shown = {"partition": self._partition, "teacher": self._teacher, "evaluate": self._evaluate}
+        for stage in [name for name in shown if name in self.results and name not in self.done]:
+            self.done.add(stage)
+            shown[stage](self.results[stage])
+        if self.generators and "generators" not in self.done:
+            self.done.add("generators")
             self._show_generators()
 
     def _partition(self, result: StageResult) -> None:
         counts = result.load("shards")["counts"]
-        picture = partition_picture(counts, "training images by client and class", self._names)
-        self._tracker.image("partition/label_counts", 0, picture)
+        picture = partition_picture(counts, "training images by client and class", self.dataset.class_names)
+        self.tracker.image("partition/label_counts", 0, picture)
 
     def _show_generators(self) -> None:
-        """Write every client's synthetic images during training, and histograms of the clients' metrics."""
         figures: dict[str, list[float]] = {}
-        for client_id, result in self._generators.items():
+        for client_id, result in self.generators.items():
             for name, value in result.facts["figures"].items():
                 figures.setdefault(name, []).append(value)
-            if client_id >= MOST_CLIENTS:
+            if client_id >= 50:  # so many have synthetic images
                 continue
             progress = result.load("progress")
             for step, images in zip(progress["steps"], progress["images"], strict=True):
-                self._tracker.image(f"synthetic/client_{client_id:03d}", int(step), image_grid(images, 4))
+                self.tracker.image(f"synthetic/client_{client_id:03d}", int(step), image_grid(images, 4))
         for name, values in figures.items():
-            self._tracker.histogram(f"clients/generator_{name}", 0, np.array(values, np.float64))
+            self.tracker.histogram(f"clients/generator_{name}", 0, np.array(values, np.float64))
 
     def _teacher(self, result: StageResult) -> None:
         """Write the meta model's weight of each expert, one image per architecture."""
         for part in result.parts:
             group, found, _ = part.partition("diagnostics")
             if found and "meta_gates" in (arrays := result.load(part)):
-                picture = gates_picture(arrays["meta_gates"], self._names)
-                self._tracker.image(f"meta/{group}expert_weights", 0, picture)
+                picture = gates_picture(arrays["meta_gates"], self.dataset.class_names)
+                self.tracker.image(f"meta/{group}expert_weights", 0, picture)
 
     def _evaluate(self, result: StageResult) -> None:
         tables = result.load("confusion")
         for role, tag in SHOWN.items():
             if f"{role}/test" in tables:
-                self._tracker.image(tag, 0, confusion_picture(tables[f"{role}/test"], role, self._names))
-
-
-#: Stage -> the method that writes its images.
-SHOW: dict[str, Callable[[TensorBoardImages, StageResult], None]] = {
-    "partition": TensorBoardImages._partition,
-    "teacher": TensorBoardImages._teacher,
-    "evaluate": TensorBoardImages._evaluate,
-}
-
-
-# --- pictures --------------------------------------------------------------------------------------------------------
+                self.tracker.image(tag, 0, confusion_picture(tables[f"{role}/test"], role, self.dataset.class_names))
 
 
 def partition_picture(counts: np.ndarray, title: str, names: Sequence[str]) -> np.ndarray:

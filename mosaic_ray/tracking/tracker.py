@@ -48,18 +48,15 @@ class Tracker:
         self._board: Any = None
         if run_dir is not None:
             with self._writing():
-                self._open(run_dir, tensorboard)
+                run_dir.mkdir(parents=True, exist_ok=True)
+                # line-buffered: each metric is one write and can be read at once; ``close`` closes it
+                self._lines = open(run_dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
+                shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+                if tensorboard:
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
         self.display = display_on(sys.stderr if stream is None else stream, progress)
-
-    def _open(self, run_dir: Path, tensorboard: bool) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # line-buffered: each metric is one write and can be read at once
-        self._lines = open(run_dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)  # noqa: SIM115 (close closes it)
-        shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
 
     def __enter__(self) -> Tracker:
         return self
@@ -88,7 +85,9 @@ class Tracker:
         """Write the scalars of a cached stage again, and show it as cached."""
         self._enter(stage_name)
         self.replay_scalars(stage_name, recorded)
-        self.display.cached(stage_name)
+        stage = StageProgress(self, stage_name, None, "")
+        stage.state = "cached"
+        self.display.cached(stage)
 
     def _enter(self, stage_name: str) -> None:
         self.before_stage()

@@ -155,8 +155,8 @@ def test_metrics_are_one_object_a_line_readable_at_once(tmp_path: Path) -> None:
             assert metrics(tmp_path) == [first]
             stage.scalar("global/loss", 2, math.nan)
             stage.scalar("global/loss", 3, -math.inf)
-            stage.image("image", 1, np.zeros((4, 4), np.uint8))
-            stage.histogram("weights", 1, np.zeros(3))
+            tracker.image("image", 1, np.zeros((4, 4), np.uint8))
+            tracker.histogram("weights", 1, np.zeros(3))
             tracker.text("config", "no board, no text")
             assert [step for _, step, _ in stage.recorded] == [1, 2, 3]
             assert [value for _, _, value in stage.recorded] == [first["value"], None, None]
@@ -233,11 +233,11 @@ def test_tensorboard_files_can_be_read_back(tmp_path: Path, monkeypatch: pytest.
                 stage.scalar("student/accuracy", step, step / 128)
         assert not flushed, "a flush for each scalar would be slow"
         with tracker.stage("generators") as stage:
-            stage.image("colour", 3, image_grid(np.zeros((4, 3, 8, 8), np.uint8), 2))
-            stage.image("grey", 3, np.zeros((5, 7), np.uint8))
-            stage.image("one channel", 3, np.zeros((1, 5, 7), np.uint8))
-            stage.histogram("weights", 1, np.array([[1.0, np.nan], [2.0, np.inf]]))
-            stage.histogram("nothing finite", 1, np.array([np.nan]))
+            tracker.image("colour", 3, image_grid(np.zeros((4, 3, 8, 8), np.uint8), 2))
+            tracker.image("grey", 3, np.zeros((5, 7), np.uint8))
+            tracker.image("one channel", 3, np.zeros((1, 5, 7), np.uint8))
+            tracker.histogram("weights", 1, np.array([[1.0, np.nan], [2.0, np.inf]]))
+            tracker.histogram("nothing finite", 1, np.array([np.nan]))
             tracker.text("config", "**bold**")
         tracker.replay("teacher", [["teacher/accuracy", 5, 0.25]])
     (file,) = (tmp_path / "tensorboard").iterdir()

@@ -114,6 +114,3 @@ def time_frame(run: RunReport) -> pd.DataFrame:
     if not rows:
         raise NotAvailable("the run ended before its first stage did")
     return pd.DataFrame(rows).set_index("stage")
-
-
-FIGURES = [time, communication, baselines]

@@ -27,10 +27,8 @@ def partition(run: RunReport) -> Drawing:
     if (counts := run.label_counts) is None:
         raise NotAvailable("the run ended before its partition, or keeps no label counts")
     sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
-    if counts.shape[1] <= MOST_COLUMNS:
-        frame = pd.DataFrame(counts)
-    else:
-        frame = pd.DataFrame({"classes": held, "largest class": counts.argmax(axis=1)})
+    largest = {"classes": held, "largest class": counts.argmax(axis=1)}
+    frame = pd.DataFrame(counts if counts.shape[1] <= MOST_COLUMNS else largest)
     words = (
         f"{counted(len(counts), 'client')} hold {sizes.min():,} to {sizes.max():,} training images of {held.min()} to "
         f"{held.max()} of {counted(counts.shape[1], 'class', 'classes')}; "
@@ -105,6 +103,3 @@ def _pictures(pictures: dict[str, np.ndarray]) -> Figure:
         place.imshow(picture.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         place.set_title(title, size=9)
     return figure
-
-
-FIGURES = [partition, coverage]

@@ -19,13 +19,10 @@ from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
-from .style import STEPS, colour, style
+from .style import STEPS, beside, colour, style
 
 #: With more rows or columns than this, not every one has a label and no cell its number.
 MOST_ROWS, MOST_COLUMNS = 40, 20
-
-#: Most rows of pixels in a PNG, so that it fits a screen.
-MOST_PIXELS = 1800
 
 
 def default_name(config: ExperimentConfig) -> str:
@@ -103,7 +100,7 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
     bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
     for client, count in enumerate(sizes if each else []):
-        bars.annotate(f"{count:,}", (count, client), xytext=(3, 0), textcoords="offset points", va="center", size=8)
+        beside(bars, f"{count:,}", (count, client), 3, size=8)
     bars.tick_params(axis="y", length=0, labelleft=False)
     bars.spines["left"].set_visible(False)
     bars.spines["bottom"].set_visible(False)
@@ -126,7 +123,7 @@ def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str]
     out = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)  # a name in another script
-        figure.savefig(out, format="png", dpi=min(300, MOST_PIXELS / figure.get_figheight()))
+        figure.savefig(out, format="png", dpi=min(300, 1800 / figure.get_figheight()))  # 1800 rows fit a screen
     return out.getvalue()
 
 

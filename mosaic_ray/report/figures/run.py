@@ -15,10 +15,7 @@ from ..text import counted, percent
 from . import cost, data, teacher
 from .base import Drawing, ReportFigure
 from .heatmap import MOST_COLUMNS, heat_map
-from .style import ROLE_LOOKS, WIDTH, axes, colour, in_percent, label_ends
-
-#: Least change of a class's accuracy, in [0, 1], that the text mentions.
-NOTABLE = 0.05
+from .style import ROLE_LOOKS, WIDTH, axes, beside, colour, in_percent, label_ends
 
 
 @partial(ReportFigure, "stages", "Accuracy by stage")
@@ -38,10 +35,8 @@ def stages(run: RunReport) -> Drawing:
     for row, (role, value) in enumerate(reached.items()):
         tint, marker = ROLE_LOOKS[role]
         over.plot(value, row, marker, color=colour(tint), ms=8)
-        over.annotate(
-            percent(value), (value, row), xytext=(9, 0), textcoords="offset points", va="center",
-            bbox={"boxstyle": "square,pad=0.1", "fc": colour("paper"), "ec": "none"},
-        )  # fmt: skip
+        box = {"boxstyle": "square,pad=0.1", "fc": colour("paper"), "ec": "none"}
+        beside(over, percent(value), (value, row), 9, bbox=box)
     over.set(xlim=(low, high + 0.2 * (high - low)), ylim=(len(frame) - 0.5, -0.5))
     over.set_yticks(range(len(frame)), frame["model"])
     over.tick_params(axis="y", labelcolor=colour("ink"), labelsize=10, length=0)
@@ -95,10 +90,7 @@ def rounds(run: RunReport) -> Drawing:
     if teacher is not None:
         tint, marker = ROLE_LOOKS["teacher"]
         over.plot(begun, teacher, marker, color=colour(tint), ms=8, zorder=3)
-        over.annotate(
-            f"teacher {percent(teacher)}", (begun, teacher), xytext=(-9, 0), textcoords="offset points", ha="right",
-            va="center", size=9, color=colour(tint),
-        )  # fmt: skip
+        beside(over, f"teacher {percent(teacher)}", (begun, teacher), -9, ha="right", size=9, color=colour(tint))
     if distilled is not None:
         over.axvline(begun, color=colour("muted"), lw=1, ls=(0, (3, 3)))
     over.set(xlabel="federated round", ylim=(0, 1.03))
@@ -136,14 +128,10 @@ def per_class(run: RunReport) -> Drawing:
         over.set_yticks(range(len(frame)))
     in_percent(over.xaxis)
     figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
-    return Drawing(figure, frame, _per_class_words(frame))
-
-
-def _per_class_words(frame: pd.DataFrame) -> str:
     if not {"initial", "final"} <= set(frame):
-        return f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}."
+        return Drawing(figure, frame, f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}.")
     change = (frame["final"] - frame["initial"]).dropna()
-    better, worse = change[change > NOTABLE], change[change < -NOTABLE]
+    better, worse = change[change > 0.05], change[change < -0.05]
     parts = []
     for which, moved, pick in (("gain", better, change.idxmax), ("lose", worse, change.idxmin)):
         if len(moved):
@@ -152,7 +140,8 @@ def _per_class_words(frame: pd.DataFrame) -> str:
             some = f"{counted(len(moved), 'class', 'classes')} {which}{'s' if len(moved) == 1 else ''}"
             parts.append(f"{some} more than 5 points (most: {most})")
     parts = parts or ["no class moves by more than 5 points"]
-    return f"From the initial to the final model, of {counted(len(change), 'class', 'classes')}: {'; '.join(parts)}."
+    of = counted(len(change), "class", "classes")
+    return Drawing(figure, frame, f"From the initial to the final model, of {of}: {'; '.join(parts)}.")
 
 
 def confusion(run: RunReport, role: str = "final") -> Drawing:
@@ -203,9 +192,9 @@ FIGURES: dict[str, list[ReportFigure]] = {
         ReportFigure(f"confusion_{role}", f"{role.capitalize()} model", partial(confusion, role=role), wide=True)
         for role in ("initial", "teacher", "final")
     ],
-    "Data and generators": data.FIGURES,
-    "Teacher and distillation": [*teacher.FIGURES, distillation],
-    "Cost": cost.FIGURES,
+    "Data and generators": [data.partition, data.coverage],
+    "Teacher and distillation": [teacher.synthetic_classes, teacher.expert_weights, teacher.meta_gates, distillation],
+    "Cost": [cost.time, cost.communication, cost.baselines],
 }
 
 #: By name, for ``api.Run.plot``.

@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 #: Number of colours of a heat map.
 STEPS = 9
@@ -89,24 +89,18 @@ def in_percent(axis: Any) -> None:
     axis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
 
 
-def log_ticks(axis: Any, values: Sequence[float]) -> None:
-    """Put ticks at ``values`` of a logarithmic ``axis``, as plain numbers."""
-    axis.set_major_locator(FixedLocator(sorted(set(values))))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(FixedLocator([]))
+def beside(over: Axes, text: str, at: tuple[Any, float], gap: float = 5, **options: Any) -> None:
+    """Write ``text`` ``gap`` points to the right of the point ``at``."""
+    over.annotate(text, at, xytext=(gap, 0), textcoords="offset points", va="center", **options)
 
 
-def label_ends(over: Axes, ends: Sequence[tuple[float, float, str, str]], lines: float = 0.075) -> None:
-    """Label line ends (x, y, text, role) on their right, at least ``lines`` of the axes' height apart."""
+def label_ends(over: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Label line ends (x, y, text, role) on their right, at least 0.075 of the axes' height apart."""
     low, high = over.get_ylim()
-    gap, floor = lines * (high - low), -np.inf
+    floor = -np.inf
     for x, y, text, role in sorted(ends, key=lambda end: end[1]):
-        floor = max(y, floor + gap)
-        over.annotate(
-            text, (x, floor), xytext=(6, 0), textcoords="offset points", va="center", size=9, color=colour(role),
-            annotation_clip=False,
-        )  # fmt: skip
+        floor = max(y, floor + 0.075 * (high - low))
+        beside(over, text, (x, floor), 6, size=9, color=colour(role), annotation_clip=False)
 
 
 def bar_axes(over: Axes, names: Sequence[str], most: float) -> None:
@@ -122,4 +116,4 @@ def bar_axes(over: Axes, names: Sequence[str], most: float) -> None:
 def label_bars(over: Axes, lengths: Iterable[float], places: Iterable[float], texts: Iterable[str]) -> None:
     """Write ``texts`` behind horizontal bars."""
     for length, place, text in zip(lengths, places, texts, strict=True):
-        over.annotate(text, (length, place), xytext=(5, 0), textcoords="offset points", va="center", size=9)
+        beside(over, text, (length, place), size=9)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter
 
 from ...config.fields import short_names, shown
 from ...config.resolve import KNOBS
@@ -19,28 +20,12 @@ from ..load import NotAvailable, SweepReport
 from ..sweep_table import SHARED, shared_stages
 from ..text import counted, duration, listed, percent
 from .base import Drawing, ReportFigure
-from .style import (
-    OUTLINE,
-    ROLE_LOOKS,
-    SERIES,
-    STEPS,
-    WIDTH,
-    axes,
-    bar_axes,
-    colour,
-    in_percent,
-    label_bars,
-    label_ends,
-    log_ticks,
-)
+from .style import OUTLINE, ROLE_LOOKS, SERIES, STEPS, WIDTH, axes, bar_axes, colour, in_percent, label_bars, label_ends
 
 OMEGA = "partition.omega"
 
 #: With more values than this no line joins them; more series share a colour.
 MOST_VALUES, MOST_SERIES = 8, len(SERIES)
-
-#: Least ratio of a knob's largest to its smallest value for a logarithmic axis.
-LOG_FROM = 20.0
 
 
 def numeric(sweep: SweepReport) -> tuple[str, ...]:
@@ -79,12 +64,19 @@ def _spread(frame: pd.DataFrame, by: list[str], column: str) -> pd.DataFrame:
 
 
 def _log(values: Any) -> bool:
+    """Return whether an axis of ``values`` is logarithmic: the largest is 20 times the smallest or more."""
     low, high = min(values), max(values)
-    return low > 0 and high / low >= LOG_FROM
+    return low > 0 and high / low >= 20
+
+
+def _log_ticks(axis: Any, values: Any) -> None:
+    axis.set_major_locator(FixedLocator(sorted(set(values))))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(FixedLocator([]))
 
 
 def _bars(over: Axes, means: pd.DataFrame, x: Any, look: tuple[str, str], line: bool, name: str = "") -> None:
-    """Draw means with one standard deviation to either side."""
     tint, marker = look
     over.errorbar(
         x, means["mean"], means["sd"].fillna(0), color=colour(tint), marker=marker, ms=6, lw=1.8 if line else 0,
@@ -164,7 +156,7 @@ def ladder(sweep: SweepReport) -> Drawing:
         _bars(over, rows, rows[OMEGA], look, True)
         ends.append((rows[OMEGA].iloc[-1], rows["mean"].iloc[-1], series, look[0]))
     over.set_xscale("log")
-    log_ticks(over.xaxis, means[OMEGA])
+    _log_ticks(over.xaxis, means[OMEGA])
     over.set(xlabel="omega (small is skewed)", ylabel="test accuracy")
     in_percent(over.yaxis)
     label_ends(over, ends)
@@ -205,7 +197,7 @@ def response(sweep: SweepReport, knob: str) -> Drawing:
     if _log(values):
         over.set_xscale("log")
     if few:
-        log_ticks(over.xaxis, values)
+        _log_ticks(over.xaxis, values)
     over.set(xlabel=knob, ylabel="test accuracy, final")
     in_percent(over.yaxis)
     if len(names) > 1 and few:

@@ -15,9 +15,6 @@ from .base import Drawing, ReportFigure
 from .heatmap import MOST_COLUMNS, MOST_ROWS, _numbers, heat_map
 from .style import axes, colour, in_percent
 
-#: Least share of a synthetic batch for a class to count as seen.
-SEEN = 0.01
-
 
 @partial(ReportFigure, "synthetic_classes", "Classes of synthetic images")
 def synthetic_classes(run: RunReport) -> Drawing:
@@ -34,8 +31,8 @@ def synthetic_classes(run: RunReport) -> Drawing:
     over.grid(axis="x", visible=False)
     in_percent(over.yaxis)
     lacks = "it names every class at least once in a hundred"
-    if missed := np.flatnonzero(share < SEEN).tolist():
-        lacks = f"under {100 * SEEN:.0f} % it names class {listed(missed)}"
+    if missed := np.flatnonzero(share < 0.01).tolist():
+        lacks = f"under 1 % it names class {listed(missed)}"
     words = (
         f"In a batch of {counts.sum():,} synthetic images the teacher names class {share.argmax()} most "
         f"({percent(share.max())}); {lacks}. Dashed: an even share."
@@ -91,6 +88,3 @@ def _heat(shares: np.ndarray, row: str) -> Figure:
     texts = np.vectorize(lambda share: f"{share:.2f}".removeprefix("0"))(shares) if each else None
     heat_map(over, shares, texts, row, size=7.5)
     return figure
-
-
-FIGURES = [synthetic_classes, expert_weights, meta_gates]

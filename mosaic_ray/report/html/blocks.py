@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from markupsafe import Markup
@@ -17,22 +17,17 @@ from .svg import inline_svg
 #: Most rows of a table below a figure.
 MOST_ROWS = 200
 
-#: Inches from which a figure has a row of its own.
-BROAD = 5.5
-
 #: Name of the page in the folder of a run or sweep.
 FILE = "report.html"
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     label: str
     value: str
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """``rows`` hold texts; ``best``: the first row is the best."""
 
     title: str
@@ -46,9 +41,8 @@ class Table:
         return any(re.search("[^\\W\\d_]{2}", str(row[column])) for row in self.rows)
 
 
-@dataclass(frozen=True)
-class RenderedFigure:
-    """A figure as SVG, with its sentence and its numbers; a ``broad`` one has a row of its own."""
+class RenderedFigure(NamedTuple):
+    """A figure as SVG, with its sentence and its numbers; a ``broad`` one, over 5.5 inches, has a row of its own."""
 
     figure: ReportFigure
     svg: Markup
@@ -57,8 +51,7 @@ class RenderedFigure:
     broad: bool
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     uri: str
     width: int
     height: int
@@ -66,15 +59,13 @@ class Picture:
     caption: str
 
 
-@dataclass(frozen=True)
-class Gallery:
+class Gallery(NamedTuple):
     title: str
     words: str
     pictures: Sequence[Picture]
 
 
-@dataclass(frozen=True)
-class Text:
+class Text(NamedTuple):
     """Text to copy; ``folded``: collapsed until it is clicked."""
 
     title: str
@@ -105,13 +96,12 @@ class Section:
             except NotAvailable as absent:
                 self.absent.append((figure.title, str(absent)))
                 continue
-            svg, broad = Markup(inline_svg(drawing, figure.name, figure.wide)), drawing.get_figwidth() > BROAD
+            svg, broad = Markup(inline_svg(drawing, figure.name, figure.wide)), drawing.get_figwidth() > 5.5
             self.figures.append(RenderedFigure(figure, svg, words, _table(figure.title, table), broad))
         return self
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """The content of a page. ``failure``: a headline and the error."""
 
     title: str

@@ -25,9 +25,6 @@ from .blocks import Card, Gallery, Page, Picture, Section, Text
 #: Most findings on the page; summary.json has all.
 MOST_FINDINGS = 40
 
-#: Difference of accuracy in [0, 1] below which two models count as equal.
-NO_GAIN = 0.0005
-
 _WHAT = {
     "final": "after the closing rounds", "control": "the same rounds, no distillation",
     "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
@@ -71,7 +68,7 @@ def verdict(run: RunReport) -> str:
     if run.accuracy("distilled") is None:
         return f"{text}. Nothing was distilled, so it is its own control ({percent(control)})."
     against = f"the control, which had the same closing rounds without distillation ({percent(control)})"
-    if abs(gain) < NO_GAIN:
+    if abs(gain) < 0.0005:  # less than the last digit shows
         text = f"{text}, exactly as many as {against}"
     else:
         text = f"{text}, {points(abs(gain)).strip('+')} points {'more' if gain > 0 else 'fewer'} than {against}"
@@ -91,34 +88,28 @@ def _cards(run: RunReport) -> list[Card]:
     if run.gain is not None:
         cards.append(Card("gain over control", points(run.gain), "points of test accuracy, final − control"))
     cards += [Card(r, percent(run.accuracy(r)), what) for r, what in _WHAT.items() if run.accuracy(r) is not None]
-    try:
+    if run.summary.stages:
         frame = time_frame(run)
         cached = int((frame["state"] == "cached").sum())
         cards.append(Card("time", duration(frame["seconds"].sum()), f"{cached} of {len(frame)} stages cached"))
-    except NotAvailable:
-        pass
     moved = traffic(run)
     if any(moved.values()):
         up, down = (sum(moved[way].values()) for way in ("uplink", "downlink"))
         cards.append(Card("bytes sent", size(up + down), f"{size(up)} up, {size(down)} down"))
     if run.summary.health is not None:
         found: list[str] = [finding.severity for finding in run.summary.health]
-        counts = [
-            counted(found.count(kind), kind) if kind != "info" else f"{found.count(kind)} info" for kind in SEVERITIES
-        ]
-        worst = next((word for kind, word in zip(SEVERITIES, counts, strict=True) if kind in found), "sound")
-        rest = [word for kind, word in zip(SEVERITIES, counts, strict=True) if kind in found and word != worst]
-        cards.append(Card("health", worst, ", ".join(rest) or ("no findings" if not found else "")))
+        counts = {kind: found.count(kind) for kind in SEVERITIES if kind in found}
+        words = [f"{count} info" if kind == "info" else counted(count, kind) for kind, count in counts.items()]
+        words = words or ["sound", "no findings"]
+        cards.append(Card("health", words[0], ", ".join(words[1:])))
     return cards or [Card("status", run.status)]
 
 
 def health(run: RunReport) -> Section:
-    section = Section("Health")
     if run.summary.health is None:
-        section.lead = "Findings are listed once a run is done."
-        return section
+        return Section("Health", "Findings are listed once a run is done.")
     findings = worst_first(run.summary.health)
-    section.lead = "" if findings else "Nothing looked unwell."
+    section = Section("Health", "" if findings else "Nothing looked unwell.")
     for finding in findings[:MOST_FINDINGS]:
         numbers = {"value": finding.value, "threshold": finding.threshold}
         measured = [f"{what} {number:.4g}" for what, number in numbers.items() if number is not None]

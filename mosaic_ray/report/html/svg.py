@@ -11,9 +11,6 @@ from matplotlib.figure import Figure
 
 from ..figures.style import _ROLE_OF, style
 
-_NUMBER = re.compile(r"-?\d+\.\d{3,}")
-_HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
-
 
 def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     """Return ``figure`` as an SVG element for HTML, with the page's colours and ids that begin with ``name``.
@@ -24,7 +21,12 @@ def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     with style():
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     root = ElementTree.fromstring("".join(out.getvalue().partition("<svg")[1:]))
-    _prune(root)
+    for parent in list(root.iter()):  # no metadata, no styles for the whole page, no backgrounds of figure and axes
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+        if re.match("(figure|axes)_", parent.get("id", "")) and parent[0].get("id", "").startswith("patch_"):
+            parent.remove(parent[0])
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', ElementTree.tostring(root, encoding="unicode")))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -44,25 +46,14 @@ def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
 
 
-def _prune(root: ElementTree.Element) -> None:
-    """Remove metadata, styles for the whole page, and the backgrounds of figure and axes."""
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-        if re.match("(figure|axes)_", parent.get("id", "")) and parent[0].get("id", "").startswith("patch_"):
-            parent.remove(parent[0])
-
-
 def _shortened(word: str, value: str, name: str) -> str:
     if word == "id":
         return f"{name}-{value}"
     if word == "href" and value.startswith("data:"):
         return value
-    value = (
-        re.sub(r"(url\(#|^#)(?=[a-zA-Z])", rf"\g<1>{name}-", value) if word in ("href", "style", "clip-path") else value
-    )
+    if word in ("href", "style", "clip-path"):
+        value = re.sub(r"(url\(#|^#)(?=[a-zA-Z])", rf"\g<1>{name}-", value)
     if word == "style":
         value = re.sub(r"font-family: [^;]*;? ?", "", value)
-        return _HEX.sub(lambda found: f"var(--{_ROLE_OF[found[0].lower()]})", value)
-    return _NUMBER.sub(lambda found: f"{float(found[0]):.2f}", " ".join(value.split()))
+        return re.sub(r"#[0-9a-fA-F]{6}\b", lambda found: f"var(--{_ROLE_OF[found[0].lower()]})", value)
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", " ".join(value.split()))

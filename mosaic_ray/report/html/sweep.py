@@ -52,11 +52,6 @@ def _mean(point: Point, column: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _label(row: dict[str, Any], knobs: list[str]) -> str:
-    short = short_names(knobs)
-    return ", ".join(f"{short[name]} = {shown(row[name])}" for name in knobs) or "the one configuration"
-
-
 def _chosen(best: list[tuple[str, list[str], list[Point]]]) -> list[tuple[str, list[str], Point]]:
     """Return the sections in which a configuration was chosen, with that configuration."""
     return [(title, knobs, section[0]) for title, knobs, section in best if "best by" in title]
@@ -67,11 +62,12 @@ def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) 
         return "No trial has ended well yet." if sweep.rows else "No trial has ended yet."
     parts = []
     for title, knobs, point in _chosen(best)[:3]:
-        under = title.rpartition(", best by")[0]
+        under, short = title.rpartition(", best by")[0], short_names(knobs)
+        values = ", ".join(f"{short[name]} = {shown(point[0][name])}" for name in knobs)
         gain = _mean(point, "gain")
         over = f", {points(gain)} points over the control" if gain is not None else ""
         parts.append(
-            f"{f'At {under}, ' if under else ''}{_label(point[0], knobs)} was chosen, with "
+            f"{f'At {under}, ' if under else ''}{values or 'the one configuration'} was chosen, with "
             f"{percent(_mean(point, 'accuracy_final'))} on test images{over}"
         )
     if not parts:
@@ -82,9 +78,11 @@ def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) 
 
 
 def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> list[Card]:
+    planned = len(sweep.plan.points or []) * len(sweep.plan.seeds or [])
+    of = f" of {planned:,}" if planned > len(sweep.rows) else ""
     seeds = f"{counted(len(sweep.plan.seeds or [0]), 'seed')} each"
     cards = [
-        Card("trials", f"{len(sweep.rows):,}{_planned(sweep)}", ended(sweep.rows) or "none has ended"),
+        Card("trials", f"{len(sweep.rows):,}{of}", ended(sweep.rows) or "none has ended"),
         Card("configurations", f"{len({row['point'] for row in sweep.rows}):,}", seeds),
     ]
     if chosen := _chosen(best):
@@ -110,34 +108,23 @@ def _cards(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -
     return cards
 
 
-def _planned(sweep: SweepReport) -> str:
-    """Return `` of 12`` where more trials are planned than have ended."""
-    points, seeds = sweep.plan.points, sweep.plan.seeds
-    planned = len(points) * len(seeds) if points and seeds else 0
-    return f" of {planned:,}" if planned > len(sweep.rows) else ""
-
-
 def _failure(failed: list[dict[str, Any]]) -> tuple[str, str] | None:
     if not failed:
         return None
-    names = listed([row["trial"] for row in failed])
-    return (
-        f"{counted(len(failed), 'trial')} failed",
-        f"{names}; the same command tries {'it' if len(failed) == 1 else 'them'} again.",
-    )
+    names, them = listed([row["trial"] for row in failed]), "it" if len(failed) == 1 else "them"
+    return f"{counted(len(failed), 'trial')} failed", f"{names}; the same command tries {them} again."
 
 
 def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> Section:
-    section = Section("Best configurations")
     if not best:
-        section.lead = "Nothing to compare yet."
-        return section
+        return Section("Best configurations", "Nothing to compare yet.")
     seeds = max(len(point) for *_, points_there in best for point in points_there)
     spread = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
-    section.lead = (
+    lead = (
         f"Percent{spread}. Configurations are chosen by selection, which no test image enters; final, control and gain "
         "(final − control) are on test images, for reporting."
     )
+    section = Section("Best configurations", lead)
     for title, knobs, there in best:
         short = short_names(knobs)
         heads = ["configuration", *short.values(), "seeds", "selection", "final", "control", "gain"]
@@ -181,11 +168,10 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
     ]  # fmt: skip
     heads += ["page"] if any(pages) else []
     left = f"the first {MOST_TRIALS} of {len(sweep.rows)}" if len(sweep.rows) > MOST_TRIALS else ""
-    section = Section("Trials", tables=[Table("All trials", heads, rows, left)] if rows else [])
-    section.lead = (
+    lead = (
         "A trial is a run: `mosaic report` on its folder below trials/ makes its own page, which is then linked here."
     )
-    return section
+    return Section("Trials", lead, tables=[Table("All trials", heads, rows, left)] if rows else [])
 
 
 def _compared(plan: PlanFile) -> list[str]:
