@@ -93,7 +93,7 @@ def run_task(
         raise RunError(f"{type(error).__name__}: {error}", round=round_num, client=client_id) from error
 
 
-class SerialBackend:
+class SerialBackend(ClientBackend):
     """Runs every client in turn, in this process."""
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, shards: Callable[[int], ImageSet]) -> None:
@@ -105,9 +105,7 @@ class SerialBackend:
         clients: Sequence[int],
         broadcast: B,
         per_client: Callable[[int], P],
-        *,
-        ordered: bool = True,
-        cost: Callable[[int], float] | None = None,
+        **ignored: Any,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Implement ``ClientBackend.map``, always in client order."""
         import torch
@@ -127,12 +125,6 @@ class SerialBackend:
                 finally:
                     torch.set_num_threads(threads)
             yield client_id, result
-
-    def release(self) -> None:
-        """Hold nothing."""
-
-    def close(self) -> None:
-        """Hold nothing."""
 
 
 class ClientActor:

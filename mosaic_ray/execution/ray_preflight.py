@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 
 from ..core.errors import RequestError
@@ -26,11 +25,18 @@ _NO_TOKEN = "InvalidAuthToken", "AuthenticationError"
 
 def check_cluster(address: str) -> None:
     """Raise a one-line ``RequestError`` unless the cluster at ``address`` (``auto``, ``HOST:PORT``) can be joined."""
-    head = _find_head(address)
+    import psutil
+
+    head = ray_internals.find_head() if address == "auto" else address
+    if not head:
+        raise RequestError(f"--address {address}: no Ray runs on this machine, and RAY_ADDRESS names none")
     _check_port(address, head)
     if "://" in head:
         return  # Ray's client protocol, whose server does the checks below
-    _check_token(address)
+    if os.environ.get("RAY_AUTH_MODE") == "token" and not _find_token():  # Ray would abort the process
+        raise RequestError(
+            f"--address {address}: RAY_AUTH_MODE=token, but there is no token; put the cluster's into {TOKEN_PLACES}"
+        )
     try:
         found = ray_internals.probe_head(head, PATIENCE_SECONDS)
     except TimeoutError:
@@ -40,27 +46,18 @@ def check_cluster(address: str) -> None:
             raise RequestError(f"--address {address}: {_token_advice()}") from None
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         raise RequestError(f"--address {address}: no Ray cluster answers there ({last.strip()})") from None
-    _check_versions(address, found["versions"])
-    if not set(found["nodes"]) & _own_addresses():
+    if not ray_internals.same_versions(found["versions"]):
+        raise RequestError(
+            f"--address {address}: the cluster runs Ray {found['versions']['ray_version']} on Python "
+            f"{found['versions']['python_version']}, this is Ray {importlib.metadata.version('ray')} on Python "
+            f"{platform.python_version()}; install the same here and there (constraints.txt pins Ray)"
+        )
+    own = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    if not own.intersection(found["nodes"]):
         raise RequestError(
             f"--address {address}: this machine is no node of that cluster; give the command on one (`ray exec`, `ray "
             "job submit`), or let this one join it by `ray start --address`"
         )
-
-
-def _own_addresses() -> set[str]:
-    """Return the IP addresses of this machine."""
-    import psutil
-
-    return {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
-
-
-def _find_head(address: str) -> str:
-    """Return ``address``, or the address of the cluster that Ray finds for ``auto``."""
-    head = ray_internals.find_head() if address == "auto" else address
-    if not head:
-        raise RequestError(f"--address {address}: no Ray runs on this machine, and RAY_ADDRESS names none")
-    return head
 
 
 def _check_port(address: str, head: str) -> None:
@@ -80,29 +77,10 @@ def _find_token() -> str:
     return str(path) if path.is_file() else ""
 
 
-def _check_token(address: str) -> None:
-    """Refuse token mode without a token, for which Ray aborts the process."""
-    if os.environ.get("RAY_AUTH_MODE") == "token" and not _find_token():
-        raise RequestError(
-            f"--address {address}: RAY_AUTH_MODE=token, but there is no token; put the cluster's into {TOKEN_PLACES}"
-        )
-
-
 def _token_advice() -> str:
-    """Return what to do about a token that the cluster refuses."""
     token = _find_token()
     if os.environ.get("RAY_AUTH_MODE") == "token":
         return f"the cluster does not take the token in {token}; put the cluster's own there"
     if token:
         return f"the cluster wants a token; set RAY_AUTH_MODE=token (there is one in {token})"
     return f"the cluster wants a token; set RAY_AUTH_MODE=token, and put its token into {TOKEN_PLACES}"
-
-
-def _check_versions(address: str, cluster: Mapping[str, str]) -> None:
-    """Refuse a cluster of another Ray, or under another Python: Ray joins neither."""
-    if not ray_internals.same_versions(cluster):
-        raise RequestError(
-            f"--address {address}: the cluster runs Ray {cluster['ray_version']} on Python "
-            f"{cluster['python_version']}, this is Ray {importlib.metadata.version('ray')} on Python "
-            f"{platform.python_version()}; install the same here and there (constraints.txt pins Ray)"
-        )

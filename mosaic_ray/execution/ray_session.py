@@ -28,7 +28,6 @@ RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
 }
 
-
 #: Where `ray up` leaves the cluster's file on its head.
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
@@ -48,15 +47,11 @@ class Resources:
 def local_resources() -> Resources:
     """Return this machine's CPUs, GPUs and available memory, without Ray."""
     import psutil
-
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Resources(cpus, _local_gpus(), psutil.virtual_memory().available)
-
-
-def _local_gpus() -> int:
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Resources(cpus, gpus, psutil.virtual_memory().available)
 
 
 def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
@@ -106,15 +101,14 @@ def connect(address: str = "local") -> Resources:
     import ray
 
     if not ray.is_initialized():
-        if address != "local":
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == "local":
+            options |= {"num_cpus": int(local_resources().cpus), "include_dashboard": False}
+        else:
             check_cluster(address)
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         on_term = signal.getsignal(signal.SIGTERM)
         try:
-            if address == "local":
-                ray.init(address="local", num_cpus=int(local_resources().cpus), **options)
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
@@ -189,10 +183,3 @@ def own_node() -> dict[str, float]:
     import ray
 
     return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
-
-
-def disconnect() -> None:
-    """Leave Ray; stop a Ray that ``connect`` started here."""
-    import ray
-
-    ray.shutdown()
