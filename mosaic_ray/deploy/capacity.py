@@ -128,7 +128,15 @@ def storage_checks(cluster: Cluster, commands: Sequence[str], storage: str | Non
         yield Check("storage", "warning", found, "let both be one: TensorBoard there reads what the file names")
     scheme, _, rest = place.rpartition("://")
     if scheme in ("", "file"):
-        yield _local_storage(cluster, " ".join(commands), rest)
+        mounts = _shared_mounts(cluster, " ".join(commands)) if cluster.most else []
+        mount = next((m for m in mounts if rest == m or rest.startswith(f"{m.rstrip('/')}/")), None)
+        if not cluster.most:
+            yield Check("storage", "ok", f"{rest}, on the one machine")
+        elif mount:
+            yield Check("storage", "ok", f"{rest} lies on {mount}, which all machines mount")
+        else:
+            fix = "name s3://... or gs://..., or mount a shared folder there and name its path"
+            yield Check("storage", "problem", f"{rest} is a folder of one machine, and goes with it", fix)
         return
     asks = {("s3", "aws"): "IamInstanceProfile", ("gs", "gcp"): "serviceAccounts"}.get((scheme, cluster.document.kind))
     severity, kinds = "problem", cluster.workers  # Ray gives the head an account of its own where it has none
@@ -139,16 +147,6 @@ def storage_checks(cluster: Cluster, commands: Sequence[str], storage: str | Non
         yield Check("storage", severity, f"{name}: no {asks}, so nothing there may use {place}", f"name one by {asks}")
     if not without:
         yield Check("storage", "ok", f"{place}; rights on it are not tried from here")
-
-
-def _local_storage(cluster: Cluster, text: str, path: str) -> Check:
-    if not cluster.most:
-        return Check("storage", "ok", f"{path}, on the one machine")
-    for mount in _shared_mounts(cluster, text):
-        if path == mount or path.startswith(f"{mount.rstrip('/')}/"):
-            return Check("storage", "ok", f"{path} lies on {mount}, which all machines mount")
-    fix = "name s3://... or gs://..., or mount a shared folder there and name its path"
-    return Check("storage", "problem", f"{path} is a folder of one machine, and goes with it", fix)
 
 
 def _shared_mounts(cluster: Cluster, text: str) -> list[str]:

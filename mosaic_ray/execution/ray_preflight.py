@@ -30,10 +30,15 @@ def check_cluster(address: str) -> None:
     head = ray_internals.find_head() if address == "auto" else address
     if not head:
         raise RequestError(f"--address {address}: no Ray runs on this machine, and RAY_ADDRESS names none")
-    _check_port(address, head)
+    host, _, port = head.partition("://")[2 if "://" in head else 0].rpartition(":")
+    try:  # Ray would try for more than three minutes
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
     if "://" in head:
         return  # Ray's client protocol, whose server does the checks below
-    if os.environ.get("RAY_AUTH_MODE") == "token" and not _find_token():  # Ray would abort the process
+    token, token_mode = _find_token(), os.environ.get("RAY_AUTH_MODE") == "token"
+    if token_mode and not token:  # Ray would abort the process
         raise RequestError(
             f"--address {address}: RAY_AUTH_MODE=token, but there is no token; put the cluster's into {TOKEN_PLACES}"
         )
@@ -43,7 +48,14 @@ def check_cluster(address: str) -> None:
         raise RequestError(f"--address {address}: something listens there, but no Ray head answers") from None
     except ConnectionError as error:
         if any(word in str(error) for word in _NO_TOKEN):
-            raise RequestError(f"--address {address}: {_token_advice()}") from None
+            advice = "the cluster wants a token; set RAY_AUTH_MODE=token"
+            if token_mode:
+                advice = f"the cluster does not take the token in {token}; put the cluster's own there"
+            elif token:
+                advice += f" (there is one in {token})"
+            else:
+                advice += f", and put its token into {TOKEN_PLACES}"
+            raise RequestError(f"--address {address}: {advice}") from None
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         raise RequestError(f"--address {address}: no Ray cluster answers there ({last.strip()})") from None
     if not ray_internals.same_versions(found["versions"]):
@@ -60,27 +72,9 @@ def check_cluster(address: str) -> None:
         )
 
 
-def _check_port(address: str, head: str) -> None:
-    """Raise ``RequestError`` unless something listens at ``head``; Ray would try for more than three minutes."""
-    host, _, port = head.partition("://")[2 if "://" in head else 0].rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
-
-
 def _find_token() -> str:
     """Return the variable or the file that holds this user's token; empty without a token."""
     if os.environ.get("RAY_AUTH_TOKEN"):
         return "RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
     return str(path) if path.is_file() else ""
-
-
-def _token_advice() -> str:
-    token = _find_token()
-    if os.environ.get("RAY_AUTH_MODE") == "token":
-        return f"the cluster does not take the token in {token}; put the cluster's own there"
-    if token:
-        return f"the cluster wants a token; set RAY_AUTH_MODE=token (there is one in {token})"
-    return f"the cluster wants a token; set RAY_AUTH_MODE=token, and put its token into {TOKEN_PLACES}"

@@ -127,11 +127,8 @@ def all_resources() -> Resources:
 
 def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
     """Return the sum of ``there`` and of the nodes ``to_come``."""
-    return Resources(
-        there.cpus + sum(node.cpus for node in to_come),
-        there.gpus + sum(node.gpus for node in to_come),
-        there.memory + sum(node.memory for node in to_come),
-    )
+    every = [there, *to_come]
+    return Resources(sum(n.cpus for n in every), sum(n.gpus for n in every), sum(n.memory for n in every))
 
 
 def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
