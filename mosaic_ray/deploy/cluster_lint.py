@@ -19,7 +19,6 @@ FILL_IN = "FILL_IN"
 
 TOKEN = "~/.ray/auth_token"  # where Ray looks for it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WORLD = ("0.0.0.0/0", "::/0")
 
 _SECRET_NAME = re.compile(r"(secret|password|passwd|access_?key|auth_?token|api_?key)$", re.IGNORECASE)
 _SECRETS = (
@@ -200,7 +199,7 @@ def _ports(cluster: Cluster) -> Iterator[Check]:
     group = mapping(mapping(cluster.content.get("provider")).get("security_group"))
     for rule in group.get("IpPermissions") or []:
         ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
-        open_to = {r.get("CidrIp") or r.get("CidrIpv6") for r in ranges} & set(WORLD)
+        open_to = {r.get("CidrIp") or r.get("CidrIpv6") for r in ranges} & {"0.0.0.0/0", "::/0"}
         first, last = rule.get("FromPort"), rule.get("ToPort")
         if open_to and (first, last) != (22, 22):
             what = f"the security group opens ports {first} to {last} to the world"

@@ -161,14 +161,12 @@ def _of_ray_up(document: Document, content: dict[str, Any]) -> Cluster:
             starts=tuple(content[f"{role}_start_ray_commands"]),
             content=kind.get("node_config") or {},
         )
-    local = document.kind == "local"  # the head and the workers are of one type there
-    workers = tuple(kind for name, kind in types.items() if name != head or local)
-    if local:
+    top, workers = types[head], tuple(kind for name, kind in types.items() if name != head)
+    if document.kind == "local":  # the head and the workers are of one type there
         starts = tuple(content["worker_start_ray_commands"])
-        workers = tuple(replace(kind, name="worker", starts=starts) for kind in workers)
-    return Cluster(
-        document, content, replace(types[head], name="head" if local else head), workers, content["max_workers"]
-    )
+        workers = tuple(replace(kind, name="worker", starts=starts) for kind in types.values())
+        top = replace(top, name="head")
+    return Cluster(document, content, top, workers, content["max_workers"])
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

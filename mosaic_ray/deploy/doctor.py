@@ -85,14 +85,17 @@ def _cpu() -> Check:
     return Check("cpu", "ok", f"{cores} cores" if cores > 1 else "1 core")
 
 
+def _check_amount(what: str, found: str, amount: float, least: float, fix: str) -> Check:
+    return Check(what, "warning", found, fix) if amount < least else Check(what, "ok", found)
+
+
 def _memory() -> Check:
     import psutil
 
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
-    if memory.available < LEAST_MEMORY:
-        return Check("memory", "warning", found, "close something, or keep to --host serial and the demo preset")
-    return Check("memory", "ok", found)
+    fix = "close something, or keep to --host serial and the demo preset"
+    return _check_amount("memory", found, memory.available, LEAST_MEMORY, fix)
 
 
 def _shared_memory() -> Iterator[Check]:
@@ -100,12 +103,9 @@ def _shared_memory() -> Iterator[Check]:
     shared = Path("/dev/shm")
     if sys.platform == "linux" and shared.is_dir():
         free = shutil.disk_usage(shared).free
+        fix = "Ray will be slow; in a container give it more, such as --shm-size=2g"
         found = f"{free / GIB:.2f} GiB free in {shared}"
-        if free < LEAST_SHARED_MEMORY:
-            fix = "Ray will be slow; in a container give it more, such as --shm-size=2g"
-            yield Check("shared memory", "warning", found, fix)
-        else:
-            yield Check("shared memory", "ok", found)
+        yield _check_amount("shared memory", found, free, LEAST_SHARED_MEMORY, fix)
 
 
 def _torch() -> Iterator[Check]:
@@ -148,10 +148,7 @@ def _storage(storage: str) -> Iterator[Check]:
         yield Check("storage", "ok", f"{wanted} is writable")
         free = shutil.disk_usage(place).free
         found = f"{size(free, 'GiB')} free for {wanted}"
-        if free < LEAST_DISK:
-            yield Check("disk", "warning", found, "make room, or name another by --storage")
-        else:
-            yield Check("disk", "ok", found)
+        yield _check_amount("disk", found, free, LEAST_DISK, "make room, or name another by --storage")
 
 
 def _data(data: DataConfig) -> Check:

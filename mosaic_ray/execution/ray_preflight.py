@@ -20,8 +20,6 @@ CONNECT_SECONDS, PATIENCE_SECONDS = 3.0, 7.0
 
 TOKEN_PLACES = "~/.ray/auth_token or RAY_AUTH_TOKEN"
 
-_NO_TOKEN = "InvalidAuthToken", "AuthenticationError"
-
 
 def check_cluster(address: str) -> None:
     """Raise a one-line ``RequestError`` unless the cluster at ``address`` (``auto``, ``HOST:PORT``) can be joined."""
@@ -37,7 +35,11 @@ def check_cluster(address: str) -> None:
         raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
     if "://" in head:
         return  # Ray's client protocol, whose server does the checks below
-    token, token_mode = _find_token(), os.environ.get("RAY_AUTH_MODE") == "token"
+    token_mode = os.environ.get("RAY_AUTH_MODE") == "token"
+    token = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else ""  # the variable or the file that holds it
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    if not token and path.is_file():
+        token = str(path)
     if token_mode and not token:  # Ray would abort the process
         raise RequestError(
             f"--address {address}: RAY_AUTH_MODE=token, but there is no token; put the cluster's into {TOKEN_PLACES}"
@@ -47,7 +49,7 @@ def check_cluster(address: str) -> None:
     except TimeoutError:
         raise RequestError(f"--address {address}: something listens there, but no Ray head answers") from None
     except ConnectionError as error:
-        if any(word in str(error) for word in _NO_TOKEN):
+        if any(word in str(error) for word in ("InvalidAuthToken", "AuthenticationError")):
             advice = "the cluster wants a token; set RAY_AUTH_MODE=token"
             if token_mode:
                 advice = f"the cluster does not take the token in {token}; put the cluster's own there"
@@ -70,11 +72,3 @@ def check_cluster(address: str) -> None:
             f"--address {address}: this machine is no node of that cluster; give the command on one (`ray exec`, `ray "
             "job submit`), or let this one join it by `ray start --address`"
         )
-
-
-def _find_token() -> str:
-    """Return the variable or the file that holds this user's token; empty without a token."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return "RAY_AUTH_TOKEN"
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    return str(path) if path.is_file() else ""

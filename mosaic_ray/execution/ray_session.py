@@ -60,15 +60,12 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
     ``RequestError`` where not even one fits.
     """
     knobs = config.runtime
-    if knobs.cpus_per_client > resources.cpus:
-        raise RequestError(
-            f"runtime.cpus_per_client = {knobs.cpus_per_client:g}: there are {resources.cpus:g} CPUs, so no client fits"
-        )
-    if knobs.gpus_per_client > resources.gpus:
-        raise RequestError(
-            f"runtime.gpus_per_client = {knobs.gpus_per_client:g}: there are {resources.gpus:g} GPUs "
-            "(0 runs clients on CPUs)"
-        )
+    for knob, asks, has, hint in (
+        ("cpus_per_client", knobs.cpus_per_client, resources.cpus, "CPUs, so no client fits"),
+        ("gpus_per_client", knobs.gpus_per_client, resources.gpus, "GPUs (0 runs clients on CPUs)"),
+    ):
+        if asks > has:
+            raise RequestError(f"runtime.{knob} = {asks:g}: there are {has:g} {hint}")
     bounds = [
         config.partition.num_clients,
         int(resources.cpus / knobs.cpus_per_client + 1e-9),

@@ -145,8 +145,7 @@ class _Need:
     max_hosts: float
 
     @property
-    def compete(self) -> bool:
-        """Return whether trials and workers compete for CPUs or GPUs."""
+    def compete(self) -> bool:  # whether trials and workers compete for CPUs or GPUs
         return bool(self.workers and (self.trial_cpus or self.gpus))
 
 
@@ -403,7 +402,7 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
     line = f"runtime.{kind.lower()}_per_client = {value:g}: {wants}; {cluster.there(kind)}{together}"
     below = [v for v in below if v < value]
     for base, beside in ((need, ""), (alone, " with distill.workers = 0")):
-        most = _largest(below, lambda less, base=base: cluster.fits(replace(base, **{field: less})))
+        most = _largest(below, lambda less, base=base: cluster.fits(replace(base, **{field: less})))  # type: ignore[misc]
         if most is not None:
             return f"{line}, so it may be at most {most:g}{beside}" + " (0 runs clients on CPUs)" * (kind == "GPUs")
     return line
