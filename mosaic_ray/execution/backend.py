@@ -89,7 +89,7 @@ def run_task(
         raise RunError(f"{type(error).__name__}: {error}", round=round_num, client=client_id) from error
 
 
-class SerialBackend(ClientBackend):
+class SerialBackend:
     """Runs every client in turn, in this process."""
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, shards: Callable[[int], ImageSet]) -> None:
@@ -121,6 +121,12 @@ class SerialBackend(ClientBackend):
                 finally:
                     torch.set_num_threads(threads)
             yield client_id, result
+
+    def release(self) -> None:
+        """Hold nothing."""
+
+    def close(self) -> None:
+        """Hold nothing."""
 
 
 class ClientActor:

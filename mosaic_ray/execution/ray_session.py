@@ -124,7 +124,7 @@ def all_resources() -> Resources:
 
 def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
     """Return the sum of ``there`` and of the nodes ``to_come``."""
-    every = [there, *to_come]
+    every: list[Resources | Node] = [there, *to_come]
     return Resources(sum(n.cpus for n in every), sum(n.gpus for n in every), sum(n.memory for n in every))
 
 
