@@ -45,7 +45,7 @@ def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
     if config.runtime.host == "serial":
         return Fit(("clients run inside the run's own process, on the head (runtime.host = serial)",), {})
     clients, workers = config.partition.num_clients, config.distill.workers
-    capacity = [_hosts_on(node.cpus, node.gpus, node.memory, config) for node in nodes]
+    capacity = [_hosts_on(node, config) for node in nodes]
     if not any(capacity):
         plan(nodes, [config], num_trials=1)  # raises, with what would fit
     hosts = min(clients, config.runtime.max_hosts or clients, sum(capacity))
@@ -55,9 +55,8 @@ def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
         kind = "GPUs" if gpus else "CPUs"
         raise RequestError(f"distill.workers = {workers}: all machines together have {sum(places)} {kind} for them")
     held = [max(pair) for pair in zip(_dealt(hosts, capacity), _dealt(workers, places), strict=True)]
-    lines = [
-        f"client hosts: {hosts}, up to {math.ceil(clients / hosts)} of the run's {clients} clients on each, in turn"
-    ]
+    each = math.ceil(clients / hosts)
+    lines = [f"client hosts: {hosts}, up to {each} of the run's {clients} clients on each, in turn"]
     if workers:
         lines.append(f"Train workers: {workers}, when the client hosts have gone")
     return Fit(tuple(lines), _used(nodes, held))
@@ -71,15 +70,13 @@ def _dealt(count: int, capacity: Sequence[int]) -> list[int]:
 
 def _used(nodes: Sequence[Node], counts: Sequence[int]) -> Mapping[str, int]:
     """Count each type's machines that hold something, among those to come."""
-    return Counter(
-        node.name.rpartition(" ")[0] for node, count in zip(nodes, counts, strict=True) if node.to_come and count
-    )
+    used = (node for node, count in zip(nodes, counts, strict=True) if node.to_come and count)
+    return Counter(node.name.rpartition(" ")[0] for node in used)
 
 
-def _hosts_on(cpus: float, gpus: float, memory: float, config: ExperimentConfig) -> int:
-    """Return the number of client hosts that one machine holds."""
+def _hosts_on(machine: Node | NodeType, config: ExperimentConfig) -> int:
     try:
-        return num_hosts(config, Resources(cpus, gpus, memory))
+        return num_hosts(config, Resources(machine.cpus or 0.0, machine.gpus, machine.memory))
     except RequestError:
         return 0
 
@@ -107,21 +104,16 @@ def _hands_gpus_on(cluster: Cluster, kind: NodeType) -> bool:
     if cluster.document.kind == "kuberay":
         return True
     own = mapping(mapping(cluster.content["available_node_types"][kind.name]).get("docker"))
-    options = [
-        *(mapping(cluster.content.get("docker")).get(name) or [] for name in ("run_options", "worker_run_options"))
-    ]
-    return "--gpus" in " ".join(word for words in [*options, own.get("worker_run_options") or []] for word in words)
-
-
-# --- storage ---------------------------------------------------------------------------------------------------------
+    common = mapping(cluster.content.get("docker"))
+    options = (common.get("run_options"), common.get("worker_run_options"), own.get("worker_run_options"))
+    return any("--gpus" in " ".join(words or []) for words in options)
 
 
 def named_storage(commands: Sequence[str]) -> str | None:
     """Return the storage that a command of the file names."""
     text = " ".join(commands)
-    typed = re.search(r"--storage[= ]([^\s'\"$]+)", text)
-    exported = re.search(r"MOSAIC_STORAGE=([^\s'\"]+)", text)
-    return next((match[1] for match in (typed, exported) if match), None)
+    match = re.search(r"--storage[= ]([^\s'\"$]+)", text) or re.search(r"MOSAIC_STORAGE=([^\s'\"]+)", text)
+    return match[1] if match else None
 
 
 def storage_checks(cluster: Cluster, commands: Sequence[str], storage: str | None) -> Iterator[Check]:
@@ -136,29 +128,25 @@ def storage_checks(cluster: Cluster, commands: Sequence[str], storage: str | Non
         yield Check("storage", "warning", found, "let both be one: TensorBoard there reads what the file names")
     scheme, _, rest = place.rpartition("://")
     if scheme in ("", "file"):
-        yield _local_storage(cluster, " ".join(commands), rest)
+        mounts = _shared_mounts(cluster, " ".join(commands)) if cluster.most else []
+        mount = next((m for m in mounts if rest == m or rest.startswith(f"{m.rstrip('/')}/")), None)
+        if not cluster.most:
+            yield Check("storage", "ok", f"{rest}, on the one machine")
+        elif mount:
+            yield Check("storage", "ok", f"{rest} lies on {mount}, which all machines mount")
+        else:
+            fix = "name s3://... or gs://..., or mount a shared folder there and name its path"
+            yield Check("storage", "problem", f"{rest} is a folder of one machine, and goes with it", fix)
         return
     asks = {("s3", "aws"): "IamInstanceProfile", ("gs", "gcp"): "serviceAccounts"}.get((scheme, cluster.document.kind))
+    severity, kinds = "problem", cluster.workers  # Ray gives the head an account of its own where it has none
     if cluster.document.kind == "kuberay":
-        asks = "serviceAccountName"
-    # Ray gives the head an account of its own where it has none
-    kinds = cluster.types if cluster.document.kind == "kuberay" else cluster.workers
+        asks, severity, kinds = "serviceAccountName", "warning", cluster.types
     without = [kind.name for kind in kinds if asks and not kind.content.get(asks)]
     for name in without:
-        severity = "warning" if cluster.document.kind == "kuberay" else "problem"
         yield Check("storage", severity, f"{name}: no {asks}, so nothing there may use {place}", f"name one by {asks}")
     if not without:
         yield Check("storage", "ok", f"{place}; rights on it are not tried from here")
-
-
-def _local_storage(cluster: Cluster, text: str, path: str) -> Check:
-    if not cluster.most:
-        return Check("storage", "ok", f"{path}, on the one machine")
-    for mount in _shared_mounts(cluster, text):
-        if path == mount or path.startswith(f"{mount.rstrip('/')}/"):
-            return Check("storage", "ok", f"{path} lies on {mount}, which all machines mount")
-    fix = "name s3://... or gs://..., or mount a shared folder there and name its path"
-    return Check("storage", "problem", f"{path} is a folder of one machine, and goes with it", fix)
 
 
 def _shared_mounts(cluster: Cluster, text: str) -> list[str]:
@@ -167,17 +155,11 @@ def _shared_mounts(cluster: Cluster, text: str) -> list[str]:
         return re.findall(r"\bmount\s+(?:-\S+\s+\S+\s+)*\S+:\S*\s+(/[^\s;&]+)", text)
     places = []
     for kind in cluster.types:
-        shared = {
-            volume["name"]
-            for volume in kind.content.get("volumes") or []
-            if "persistentVolumeClaim" in volume or "nfs" in volume
-        }
+        volumes = kind.content.get("volumes") or []
+        shared = {volume["name"] for volume in volumes if "persistentVolumeClaim" in volume or "nfs" in volume}
         mounts = kind.content["containers"][0].get("volumeMounts") or []
         places.append({mount["mountPath"] for mount in mounts if mount["name"] in shared})
     return sorted(set.intersection(*places))
-
-
-# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterator[Check]:
@@ -189,7 +171,9 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
         yield Check("plan", "warning" if cluster.document.kind != "local" else "ok", found, fix)
         return
     for kind in cluster.types:
-        yield Check(f"node {kind.name}", "ok", f"{_has(kind)}: {_describe_capacity(kind, asked.configs)}")
+        gpus = f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}, " if kind.gpus else ""
+        has = f"{kind.cpus:g} CPUs, {gpus}{size(kind.memory, 'GiB')}"
+        yield Check(f"node {kind.name}", "ok", f"{has}: {_describe_capacity(kind, asked.configs)}")
     nodes = cluster.nodes(gpus=any(config.runtime.gpus_per_client for config in asked.configs))
     try:
         fit = asked.fit_on(nodes, storage)
@@ -202,15 +186,9 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
     yield Check("workers", "ok", f"the autoscaler will be asked for {wanted or 'none: the file has none'}")
 
 
-def _has(kind: NodeType) -> str:
-    parts = [f"{kind.cpus:g} CPUs", *([f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}"] if kind.gpus else [])]
-    return ", ".join([*parts, size(kind.memory, "GiB")])
-
-
 def _describe_capacity(kind: NodeType, configs: Sequence[ExperimentConfig]) -> str:
-    """Describe how many of the request's largest client hosts one machine holds."""
     on_ray = [config for config in configs if config.runtime.host == "ray"]
     if not on_ray:
         return "clients run inside the run's own process"
-    fewest = min(_hosts_on(kind.cpus or 0.0, kind.gpus, kind.memory, config) for config in on_ray)
+    fewest = min(_hosts_on(kind, config) for config in on_ray)
     return f"room for {fewest} client host{'s' * (fewest != 1)}" if fewest else "no client host fits"

@@ -19,7 +19,6 @@ FILL_IN = "FILL_IN"
 
 TOKEN = "~/.ray/auth_token"  # where Ray looks for it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WORLD = ("0.0.0.0/0", "::/0")
 
 _SECRET_NAME = re.compile(r"(secret|password|passwd|access_?key|auth_?token|api_?key)$", re.IGNORECASE)
 _SECRETS = (
@@ -37,10 +36,9 @@ def examine_cluster(path: str, asked: ClusterRequest, storage: str | None = None
     `ray up` does.
     """
     document = load(path)
-    cluster, problems = understand(document)
-    for problem in problems:
-        yield Check("schema", "problem", problem.found, problem.fix)
-    if cluster is None:
+    cluster = understand(document)
+    if isinstance(cluster, Check):
+        yield cluster
         yield Check("cluster", "problem", f"{path} cannot be understood further", "fix its schema first")
         return
     if document.kind == "kuberay":
@@ -63,7 +61,6 @@ def examine_cluster(path: str, asked: ClusterRequest, storage: str | None = None
 
 
 def _scalars(content: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text in the file, with its place."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _scalars(value, f"{where}.{key}" if where else str(key))
@@ -75,22 +72,16 @@ def _scalars(content: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _commands(cluster: Cluster) -> list[str]:
-    """Return all shell commands of the file."""
     names = ("initialization_commands", "head_setup_commands", "worker_setup_commands")
-    own = [
-        kind.get("worker_setup_commands") or []
-        for kind in mapping(cluster.content.get("available_node_types")).values()
-    ]
-    listed = [*(cluster.content.get(name) or [] for name in names), *own, *(kind.starts for kind in cluster.types)]
+    listed = [cluster.content.get(name) or [] for name in names]
+    types = mapping(cluster.content.get("available_node_types")).values()
+    listed += [kind.get("worker_setup_commands") or [] for kind in types]
+    listed += [kind.starts for kind in cluster.types]
     job = mapping(cluster.content.get("spec")).get("entrypoint")
     return [*(command for commands in listed for command in commands), *([job] if job else [])]
 
 
-# --- versions, files -------------------------------------------------------------------------------------------------
-
-
 def _versions(cluster: Cluster) -> Iterator[Check]:
-    """Compare Ray and Python of every node with those of this installation."""
     ray, python = importlib.metadata.version("ray"), sys.version_info[:2]
     here = f"Ray {ray} and Python {python[0]}.{python[1]} are here"
     declared: list[tuple[str, str]] = []  # where, Ray's version
@@ -100,15 +91,12 @@ def _versions(cluster: Cluster) -> Iterator[Check]:
         if version:
             declared.append((f"image {image}", version[1]))
         else:
-            stock = "rayproject/ray" in image
+            severity = "problem" if "rayproject/ray" in image else "warning"
             fix = f"name one, such as rayproject/ray:{ray}-py3{python[1]}"
-            yield Check(
-                "versions", "problem" if stock else "warning", f"image {image} does not say which Ray it has", fix
-            )
+            yield Check("versions", severity, f"image {image} does not say which Ray it has", fix)
         if minor and int(minor[1]) < 11:
-            yield Check(
-                "versions", "problem", f"image {image} has Python 3.{minor[1]}", "mosaic-ray needs 3.11 or newer"
-            )
+            fix = "mosaic-ray needs 3.11 or newer"
+            yield Check("versions", "problem", f"image {image} has Python 3.{minor[1]}", fix)
         elif minor and int(minor[1]) != python[1]:
             fix = "submit by `ray job submit` or `ray exec`: a driver here cannot talk to it"
             yield Check("versions", "warning", f"image {image} has Python 3.{minor[1]}; {here}", fix)
@@ -122,11 +110,8 @@ def _versions(cluster: Cluster) -> Iterator[Check]:
             declared.append(("rayVersion", str(ray_version)))
     for file in re.findall(r"-c\s+(\S+)", commands):
         local = _local(cluster, file)
-        pinned = (
-            re.search(r"^ray==(\S+)", local.read_text(encoding="utf-8"), re.MULTILINE)
-            if local and local.is_file()
-            else None
-        )
+        text = local.read_text(encoding="utf-8") if local and local.is_file() else ""
+        pinned = re.search(r"^ray==(\S+)", text, re.MULTILINE)
         declared += [(f"{local}", pinned[1])] if pinned else []
     wrong = dict.fromkeys((where, version) for where, version in declared if version != ray)
     for where, other in wrong:
@@ -146,7 +131,6 @@ def _local(cluster: Cluster, remote: str) -> Path | None:
 
 
 def _files(cluster: Cluster) -> Iterator[Check]:
-    """Check that the mounted files exist here, and that the project is installed."""
     if cluster.document.kind == "kuberay":
         pip = "pip" in str(mapping(cluster.content.get("spec")).get("runtimeEnvYAML", ""))
         for kind in cluster.types:
@@ -156,15 +140,14 @@ def _files(cluster: Cluster) -> Iterator[Check]:
         return
     for there, here in mapping(cluster.content.get("file_mounts")).items():
         if not Path(here).expanduser().exists():
-            fix = {TOKEN: "ray get-auth-token --generate", "~/mosaic": "make wheel"}.get(
-                there, "make it, or leave it out"
-            )
+            fixes = {TOKEN: "ray get-auth-token --generate", "~/mosaic": "make wheel"}
+            fix = fixes.get(there, "make it, or leave it out")
             yield Check("files", "problem", f"{here}, which becomes {there}, is not here", fix)
-    wheels = [word for command in _commands(cluster) for word in re.findall(r"\S+\.whl\b", command)]
-    if not wheels and not re.search(r"\bmosaic[-_]ray\b", " ".join(_commands(cluster))):
-        yield Check(
-            "project", "problem", "no setup command installs mosaic-ray", "pip install ~/mosaic/mosaic_ray-*.whl"
-        )
+    commands = " ".join(_commands(cluster))
+    wheels = re.findall(r"\S+\.whl\b", commands)
+    if not wheels and not re.search(r"\bmosaic[-_]ray\b", commands):
+        fix = "pip install ~/mosaic/mosaic_ray-*.whl"
+        yield Check("project", "problem", "no setup command installs mosaic-ray", fix)
     for word in dict.fromkeys(wheels):
         pattern = _local(cluster, word)
         if pattern is None or not pattern.parent.is_dir():
@@ -178,11 +161,7 @@ def _files(cluster: Cluster) -> Iterator[Check]:
             yield Check("project", "ok", f"{found[0]} is installed on every node")
 
 
-# --- access ----------------------------------------------------------------------------------------------------------
-
-
 def _token(cluster: Cluster) -> Iterator[Check]:
-    """Check that every node gets the token and requires it."""
     if cluster.document.kind == "kuberay":
         mode = mapping(cluster_spec(cluster.content).get("authOptions")).get("mode")
         if mode != "token":
@@ -190,7 +169,8 @@ def _token(cluster: Cluster) -> Iterator[Check]:
         else:
             yield Check("token", "ok", "KubeRay makes one, and every container asks for it")
         return
-    bare = [kind.name for kind in cluster.types for command in kind.starts if _starts_without_token(command)]
+    starts = [(kind.name, *command.partition("ray start")) for kind in cluster.types for command in kind.starts]
+    bare = [name for name, before, start, _ in starts if start and "RAY_AUTH_MODE=token" not in before]
     for name in dict.fromkeys(bare):
         fix = "RAY_AUTH_MODE=token ray start ..."
         yield Check("token", "problem", f"{name}: `ray start` is not in token mode, so anybody may run code there", fix)
@@ -206,16 +186,10 @@ def _token(cluster: Cluster) -> Iterator[Check]:
         yield Check("token", "ok", "brought to every node, and asked of everyone")
 
 
-def _starts_without_token(command: str) -> bool:
-    before, starts, _ = command.partition("ray start")
-    return bool(starts) and "RAY_AUTH_MODE=token" not in before
-
-
 def _ports(cluster: Cluster) -> Iterator[Check]:
-    """Check that nothing but SSH listens to the world."""
     found = []
+    tunnel = "--dashboard-host=127.0.0.1, and `ray attach -p 8265`"
     for command in _commands(cluster):
-        tunnel = "--dashboard-host=127.0.0.1, and `ray attach -p 8265`"
         hosts = re.findall(r"--dashboard-host[= ](\S+)", command)
         found += [(f"the dashboard listens on {host}", tunnel) for host in hosts if host not in LOOPBACK]
         if re.search(r"\btensorboard\s+--", command):
@@ -225,12 +199,11 @@ def _ports(cluster: Cluster) -> Iterator[Check]:
     group = mapping(mapping(cluster.content.get("provider")).get("security_group"))
     for rule in group.get("IpPermissions") or []:
         ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
-        open_to = {r.get("CidrIp") or r.get("CidrIpv6") for r in ranges} & set(WORLD)
-        ports = (rule.get("FromPort"), rule.get("ToPort"))
-        if open_to and ports != (22, 22):
-            found.append(
-                (f"the security group opens ports {ports[0]} to {ports[1]} to the world", "name your own addresses")
-            )
+        open_to = {r.get("CidrIp") or r.get("CidrIpv6") for r in ranges} & {"0.0.0.0/0", "::/0"}
+        first, last = rule.get("FromPort"), rule.get("ToPort")
+        if open_to and (first, last) != (22, 22):
+            what = f"the security group opens ports {first} to {last} to the world"
+            found.append((what, "name your own addresses"))
     if cluster.document.kind == "kuberay":
         head = mapping(cluster_spec(cluster.content).get("headGroupSpec"))
         service = mapping(mapping(head.get("headService")).get("spec")).get("type") or head.get("serviceType")

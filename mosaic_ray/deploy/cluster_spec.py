@@ -15,6 +15,7 @@ from ..core.errors import RequestError, neighbours
 from ..execution.ray_internals import known_providers, validate_cluster
 from ..execution.ray_session import MEMORY_A_CPU
 from ..execution.resource_plan import Node
+from .doctor import Check
 
 KUBERAY = ("RayJob", "RayCluster")
 
@@ -29,17 +30,8 @@ _QUANTITY |= {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 class Document:
     """The file as it stands. ``kind``: the provider of a `ray up` file, or kuberay."""
 
-    path: str
     kind: str
     content: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that Ray or KubeRay would refuse, and how to fix it (may be empty)."""
-
-    found: str
-    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,10 +53,8 @@ class NodeType:
         """Return whether the provider may take it away."""
         market = (self.content.get("InstanceMarketOptions") or {}).get("MarketType")
         schedules = self.content.get("scheduling") or []
-        for schedule in [schedules] if isinstance(schedules, Mapping) else schedules:
-            if schedule.get("provisioningModel") == "SPOT" or schedule.get("preemptible"):
-                return True
-        return market == "spot"
+        schedules = [schedules] if isinstance(schedules, Mapping) else schedules
+        return market == "spot" or any(s.get("provisioningModel") == "SPOT" or s.get("preemptible") for s in schedules)
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ def load(path: str) -> Document:
         raise RequestError(f"--cluster {path}: it is not YAML ({where}{getattr(error, 'problem', error)})") from None
     for part in parts:
         if isinstance(part, dict) and part.get("kind") in KUBERAY:
-            return Document(path, "kuberay", part)
+            return Document("kuberay", part)
     first = parts[0] if parts and isinstance(parts[0], dict) else {}
     provider = first.get("provider")
     if not isinstance(provider, dict) or not isinstance(provider.get("type"), str):
@@ -121,32 +111,24 @@ def load(path: str) -> Document:
             f"--cluster {path}: it is neither a file for `ray up` (no provider.type) nor a KubeRay manifest "
             f"(kind {' or '.join(KUBERAY)})"
         )
-    return Document(path, provider["type"], first)
+    return Document(provider["type"], first)
 
 
-def understand(document: Document) -> tuple[Cluster | None, list[Problem]]:
-    """Return the cluster that the file describes; without one, the problems that hide it."""
+def understand(document: Document) -> Cluster | Check:
+    """Return the cluster that the file describes, or the problem for which Ray or KubeRay would refuse it."""
     if document.kind == "kuberay":
         try:
-            return _of_kuberay(document), []
+            return _of_kuberay(document)
         except ValueError as error:
-            return None, [Problem(str(error))]
-    prepared, problems = _validate(document)
-    return (None if prepared is None else _of_ray_up(document, prepared)), problems
-
-
-# --- files for `ray up` ----------------------------------------------------------------------------------------------
-
-
-def _validate(document: Document) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """Return the content with Ray's defaults, or the problem that Ray's own validation finds."""
+            return Check("schema", "problem", str(error))
     providers = known_providers()
     if document.kind not in providers:
-        return None, [Problem(f"provider.type: Ray knows no {document.kind}", neighbours(document.kind, providers))]
+        found = f"provider.type: Ray knows no {document.kind}"
+        return Check("schema", "problem", found, neighbours(document.kind, providers))
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            return validate_cluster(copy.deepcopy(document.content)), []
+            content = validate_cluster(copy.deepcopy(document.content))
     except RequestError:
         raise
     except Exception as error:  # of Ray or of jsonschema; its text names the problem
@@ -155,9 +137,10 @@ def _validate(document: Document) -> tuple[dict[str, Any] | None, list[Problem]]
             known = schema["properties"]
             key = min(set(error.instance) - set(known), key=str)  # type: ignore[attr-defined]
             name = f"{where}.{key}" if where else key
-            return None, [Problem(f"{name}: Ray knows no such key", neighbours(str(key), known))]
+            return Check("schema", "problem", f"{name}: Ray knows no such key", neighbours(str(key), known))
         text = " ".join((printed.getvalue().strip() or str(getattr(error, "message", error))).split())
-        return None, [Problem(f"{where}: {text}" if where else text)]
+        return Check("schema", "problem", f"{where}: {text}" if where else text)
+    return _of_ray_up(document, content)
 
 
 def _of_ray_up(document: Document, content: dict[str, Any]) -> Cluster:
@@ -178,17 +161,12 @@ def _of_ray_up(document: Document, content: dict[str, Any]) -> Cluster:
             starts=tuple(content[f"{role}_start_ray_commands"]),
             content=kind.get("node_config") or {},
         )
-    local = document.kind == "local"  # the head and the workers are of one type there
-    workers = tuple(kind for name, kind in types.items() if name != head or local)
-    if local:
+    top, workers = types[head], tuple(kind for name, kind in types.items() if name != head)
+    if document.kind == "local":  # the head and the workers are of one type there
         starts = tuple(content["worker_start_ray_commands"])
-        workers = tuple(replace(kind, name="worker", starts=starts) for kind in workers)
-    return Cluster(
-        document, content, replace(types[head], name="head" if local else head), workers, content["max_workers"]
-    )
-
-
-# --- KubeRay ---------------------------------------------------------------------------------------------------------
+        workers = tuple(replace(kind, name="worker", starts=starts) for kind in types.values())
+        top = replace(top, name="head")
+    return Cluster(document, content, top, workers, content["max_workers"])
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -202,16 +180,6 @@ def cluster_spec(content: Mapping[str, Any]) -> Mapping[str, Any]:
     return spec if content["kind"] == "RayCluster" else mapping(spec.get("rayClusterSpec"))
 
 
-def _pod(group: Mapping[str, Any]) -> Mapping[str, Any]:
-    return mapping(mapping(group.get("template")).get("spec"))
-
-
-def _container(group: Mapping[str, Any]) -> Any:
-    """Return the container that runs Ray: the first."""
-    containers = _pod(group).get("containers")
-    return containers[0] if isinstance(containers, list) and containers else None
-
-
 def _of_kuberay(document: Document) -> Cluster:
     """Read the machines of a manifest; ``ValueError`` if a part that describes them is missing.
 
@@ -221,25 +189,27 @@ def _of_kuberay(document: Document) -> Cluster:
     if not spec:
         raise ValueError("spec.rayClusterSpec: missing" if document.content["kind"] == "RayJob" else "spec: missing")
     scales = bool(spec.get("enableInTreeAutoscaling"))
-    head = _machine("headGroupSpec", spec.get("headGroupSpec"), None)
+    head = _machine("headGroupSpec", spec.get("headGroupSpec"), False)
     groups = enumerate(spec.get("workerGroupSpecs") or [])
     workers = tuple(_machine(f"workerGroupSpecs.{number}", group, scales) for number, group in groups)
     return Cluster(document, document.content, replace(head, name="head"), workers, sum(kind.most for kind in workers))
 
 
-def _machine(where: str, group: Any, scales: bool | None) -> NodeType:
-    """Read a group's pods. ``scales``: whether their number follows demand (None: there is one)."""
-    container = _container(mapping(group))
+def _machine(where: str, group: Any, scales: bool) -> NodeType:
+    """Read a group's pods, whose first container runs Ray. ``scales``: whether their number follows demand."""
+    pod = mapping(mapping(mapping(group).get("template")).get("spec"))
+    containers = pod.get("containers")
+    container = containers[0] if isinstance(containers, list) and containers else None
     if not isinstance(container, Mapping):
         raise ValueError(f"{where}.template.spec.containers: missing")
     asks = mapping(container.get("resources"))
     has = dict(asks.get("requests") or {}) | dict(asks.get("limits") or {})
     params = mapping(group.get("rayStartParams"))
     cpus = params.get("num-cpus", has.get("cpu"))
-    replicas = group.get("replicas", group.get("minReplicas", 0)) or 0
-    least, most = (0, 0) if scales is None else (replicas, replicas)
     if scales:
         least, most = group.get("minReplicas") or 0, group.get("maxReplicas", 2**31 - 1)
+    else:
+        least = most = group.get("replicas", group.get("minReplicas", 0)) or 0
     each = group.get("numOfHosts", 1)
     try:
         return NodeType(
@@ -251,7 +221,7 @@ def _machine(where: str, group: Any, scales: bool | None) -> NodeType:
             most=most * each,
             image=str(container.get("image") or ""),
             starts=(),
-            content=_pod(group),
+            content=pod,
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None

@@ -59,9 +59,8 @@ def _packages() -> Iterator[Check]:
     try:
         declared = importlib.metadata.requires("mosaic-ray") or []
     except importlib.metadata.PackageNotFoundError:
-        yield Check(
-            "packages", "warning", "mosaic-ray is not installed, so there is nothing to compare", "pip install -e ."
-        )
+        found = "mosaic-ray is not installed, so there is nothing to compare"
+        yield Check("packages", "warning", found, "pip install -e .")
         return
     good = []
     for text in declared:
@@ -86,14 +85,17 @@ def _cpu() -> Check:
     return Check("cpu", "ok", f"{cores} cores" if cores > 1 else "1 core")
 
 
+def _check_amount(what: str, found: str, amount: float, least: float, fix: str) -> Check:
+    return Check(what, "warning", found, fix) if amount < least else Check(what, "ok", found)
+
+
 def _memory() -> Check:
     import psutil
 
     memory = psutil.virtual_memory()
     found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
-    if memory.available < LEAST_MEMORY:
-        return Check("memory", "warning", found, "close something, or keep to --host serial and the demo preset")
-    return Check("memory", "ok", found)
+    fix = "close something, or keep to --host serial and the demo preset"
+    return _check_amount("memory", found, memory.available, LEAST_MEMORY, fix)
 
 
 def _shared_memory() -> Iterator[Check]:
@@ -101,16 +103,12 @@ def _shared_memory() -> Iterator[Check]:
     shared = Path("/dev/shm")
     if sys.platform == "linux" and shared.is_dir():
         free = shutil.disk_usage(shared).free
+        fix = "Ray will be slow; in a container give it more, such as --shm-size=2g"
         found = f"{free / GIB:.2f} GiB free in {shared}"
-        if free < LEAST_SHARED_MEMORY:
-            fix = "Ray will be slow; in a container give it more, such as --shm-size=2g"
-            yield Check("shared memory", "warning", found, fix)
-        else:
-            yield Check("shared memory", "ok", found)
+        yield _check_amount("shared memory", found, free, LEAST_SHARED_MEMORY, fix)
 
 
 def _torch() -> Iterator[Check]:
-    """List the GPUs that torch can use, and native bf16."""
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library is missing or damaged
@@ -120,49 +118,37 @@ def _torch() -> Iterator[Check]:
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         yield Check("gpu", "ok", ", ".join(f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus))
-        places = {"the GPU": True, "the CPU": False}
+    elif Path("/proc/driver/nvidia/version").exists():
+        fix = "its driver may be too old for it, or CUDA_VISIBLE_DEVICES hides it"
+        yield Check("gpu", "warning", f"there is one that torch {torch.__version__} cannot use", fix)
     else:
-        if Path("/proc/driver/nvidia/version").exists():
-            fix = "its driver may be too old for it, or CUDA_VISIBLE_DEVICES hides it"
-            yield Check("gpu", "warning", f"there is one that torch {torch.__version__} cannot use", fix)
-        else:
-            yield Check("gpu", "ok", "none; everything runs on the CPU")
-        places = {"the CPU": False}
-    for place, cuda in places.items():
-        native = has_native_bf16(cuda)
+        yield Check("gpu", "ok", "none; everything runs on the CPU")
+    for place in ("the GPU", "the CPU") if torch.cuda.is_available() else ("the CPU",):
+        native = has_native_bf16(cuda=place == "the GPU")
         yield Check("bf16", "ok", f"native on {place}" if native else f"not native on {place}; fp32 is used")
 
 
 def _storage(storage: str) -> Iterator[Check]:
-    """Check that results can be written, and the free space."""
     if "://" in storage:
-        yield _remote_storage(storage)
+        from ..storage.store import Store
+
+        try:
+            Store(storage).check_writable()
+        except RequestError as error:
+            yield Check("storage", "problem", str(error).removeprefix("--storage "))
+        else:
+            yield Check("storage", "ok", f"{storage} is writable")
         return
     wanted = Path(storage).expanduser().absolute()
     place = next(p for p in (wanted, *wanted.parents) if p.exists())
-    if not place.is_dir():
-        yield Check("storage", "problem", f"{wanted}: {place} is a file", "name another folder by --storage")
-    elif not os.access(place, os.W_OK | os.X_OK):
-        yield Check("storage", "problem", f"{wanted}: {place} is not writable", "name another folder by --storage")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        reason = "not writable" if place.is_dir() else "a file"
+        yield Check("storage", "problem", f"{wanted}: {place} is {reason}", "name another folder by --storage")
     else:
         yield Check("storage", "ok", f"{wanted} is writable")
-        usage = shutil.disk_usage(place)
-        found = f"{size(usage.free, 'GiB')} free for {wanted}"
-        short = usage.free < LEAST_DISK
-        yield Check(
-            "disk", "warning" if short else "ok", found, "make room, or name another by --storage" if short else ""
-        )
-
-
-def _remote_storage(uri: str) -> Check:
-    """Write and remove a small object, by the check that every run makes."""
-    from ..storage.store import Store
-
-    try:
-        Store(uri).check_writable()
-    except RequestError as error:
-        return Check("storage", "problem", str(error).removeprefix("--storage "))
-    return Check("storage", "ok", f"{uri} is writable")
+        free = shutil.disk_usage(place).free
+        found = f"{size(free, 'GiB')} free for {wanted}"
+        yield _check_amount("disk", found, free, LEAST_DISK, "make room, or name another by --storage")
 
 
 def _data(data: DataConfig) -> Check:
@@ -180,13 +166,13 @@ def _data(data: DataConfig) -> Check:
 
 
 def _ray(address: str) -> Check:
-    from ..execution import ray_session
-
     try:
-        have = ray_session.connect(address)
+        import ray
+
+        from ..execution.ray_session import connect
+
+        have = connect(address)
     except (RequestError, ImportError) as error:
         return Check("ray", "problem", str(error), "run without it: --host serial")
-    try:
-        return Check("ray", "ok", f"{address}: {have.cpus:g} CPUs, {have.gpus:g} GPUs, {size(have.memory, 'GiB')}")
-    finally:
-        ray_session.disconnect()
+    ray.shutdown()
+    return Check("ray", "ok", f"{address}: {have.cpus:g} CPUs, {have.gpus:g} GPUs, {size(have.memory, 'GiB')}")

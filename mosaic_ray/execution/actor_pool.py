@@ -139,6 +139,9 @@ class ClientMap:
 
     def results(self, ordered: bool) -> Iterator[tuple[int, Any]]:
         """Yield (client, its result or ``ClientFailure``) for every client; ``RunError`` where no actor can work."""
+        import ray
+        from ray.exceptions import ObjectLostError
+
         turn = iter(self._clients)
         due = next(turn, None)
         try:
@@ -149,14 +152,19 @@ class ClientMap:
                     client_id = due if ordered else next(iter(self._arrived))
                     if client_id not in self._arrived:
                         break
-                    found, value = self._fetch(client_id, self._arrived.pop(client_id))
-                    if not found:
+                    value = self._arrived.pop(client_id)
+                    try:
+                        value = value if isinstance(value, ClientFailure) else ray.get(value)
+                    except ObjectLostError:  # with its node; it is computed again
+                        self._again(client_id)
                         break
                     yield client_id, value
                     del value
                     due = next(turn, None)
         finally:
-            self._cancel()
+            for done in self._running:
+                with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
+                    ray.cancel(done, force=False)
 
     def _dispatch(self) -> None:
         while self._queue and self._idle:
@@ -189,7 +197,6 @@ class ClientMap:
             )
 
     def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:
-        """Handle the end of one call (``client_id`` -1: of a ping)."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -212,7 +219,6 @@ class ClientMap:
                 self._losses = 0
 
     def _failed(self, client_id: int, error: RunError) -> None:
-        """Queue the client again, unless it failed ``max_failures`` times."""
         failures = self._failures[client_id] = self._failures.get(client_id, 0) + 1
         if failures < self._max_failures:
             self._again(client_id)
@@ -226,7 +232,11 @@ class ClientMap:
         """Handle the death of an actor, perhaps with a client's work, and ping it until Ray has restarted it."""
         worker_id = self._pool.mark_down(actor)
         starved = bool(worker_id) and killed_for_memory(worker_id)
-        if starved and self._removed(client_id, actor):
+        if starved and self._pool.remove(actor):
+            left = len(self._pool.actors)
+            self._pool.say(f"out of memory: a client actor was killed; going on with {left} at once")
+            if client_id >= 0:
+                self._again(client_id)  # its client has not failed
             return
         if starved and self._beside.get(client_id, 1) > 1:  # the last of several that were killed at once
             self._again(client_id)
@@ -238,40 +248,9 @@ class ClientMap:
                 raise RunError(f"a client actor cannot start: {first_line(error)}") from error
         self._ping(actor)
 
-    def _removed(self, client_id: int, actor: Any) -> bool:
-        """Remove an actor that was killed because its node ran out of memory; its client has not failed."""
-        if not self._pool.remove(actor):
-            return False
-        left = len(self._pool.actors)
-        self._pool.say(f"out of memory: a client actor was killed; going on with {left} at once")
-        if client_id >= 0:
-            self._again(client_id)
-        return True
-
     def _ping(self, actor: Any) -> None:
         # with retries: Ray holds the call until the actor is up, or dead for good
         self._running[actor.ping.options(max_task_retries=-1).remote()] = (-1, None, actor)
-
-    def _fetch(self, client_id: int, reference: Any) -> tuple[bool, Any]:
-        """Return (True, value), or (False, None) where the value was lost with its node and is computed again."""
-        import ray
-        from ray.exceptions import ObjectLostError
-
-        if isinstance(reference, ClientFailure):
-            return True, reference
-        try:
-            return True, ray.get(reference)
-        except ObjectLostError:
-            self._again(client_id)
-            return False, None
-
-    def _cancel(self) -> None:
-        import ray
-
-        for done in self._running:
-            with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
-                ray.cancel(done, force=False)
-        self._running.clear()
 
 
 def first_line(error: BaseException) -> str:

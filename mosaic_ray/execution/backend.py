@@ -21,10 +21,6 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-def no_input(client_id: int) -> None:
-    """Return the input of tasks that need nothing of their own for a client."""
-
-
 class ClientBackend(Protocol):
     """Runs tasks for clients."""
 
@@ -105,9 +101,7 @@ class SerialBackend:
         clients: Sequence[int],
         broadcast: B,
         per_client: Callable[[int], P],
-        *,
-        ordered: bool = True,
-        cost: Callable[[int], float] | None = None,
+        **ignored: Any,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Implement ``ClientBackend.map``, always in client order."""
         import torch
@@ -239,17 +233,6 @@ class RayBackend:
         self._pool: ActorPool | None = None
         self._refs: dict[int, tuple[Any, Any]] = {}
 
-    def _start(self) -> ActorPool:
-        if self._pool is None:
-            self._pool = self._make_pool()
-            if not self._refs:
-                import ray
-
-                for client_id in range(self._config.partition.num_clients):
-                    shard = self._shards(client_id)
-                    self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
-        return self._pool
-
     def map(
         self,
         task: Task[B, P, R],
@@ -263,7 +246,12 @@ class RayBackend:
         """Implement ``ClientBackend.map``."""
         import ray
 
-        pool, call = self._start(), (self._config, self._facts, task)
+        pool = self._pool = self._pool or self._make_pool()
+        if not self._refs:
+            for client_id in range(self._config.partition.num_clients):
+                shard = self._shards(client_id)
+                self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
+        call = (self._config, self._facts, task)
         module = sys.modules[type(task).__module__]
         if is_file_module(module):  # of a plug-in's FILE.py, which the actors cannot import
             ray.cloudpickle.register_pickle_by_value(module)

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-#: Parameters of glibc's ``mallopt`` (malloc.h), with bytes: smaller blocks come from the heap (the largest threshold),
-#: and up to so much may stay free at the heap's end.
-_MMAP_THRESHOLD, _HEAP_BELOW = -3, 32 << 20
-_TRIM_THRESHOLD, _KEPT = -1, 256 << 20
-
 
 def keep_freed() -> None:
     """Make this process keep up to 256 MB that it freed.
@@ -18,8 +13,8 @@ def keep_freed() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _HEAP_BELOW)
-        mallopt(_TRIM_THRESHOLD, _KEPT)
+        mallopt(-3, 32 << 20)  # malloc.h's M_MMAP_THRESHOLD, at its largest: smaller blocks come from the heap
+        mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: up to so much may stay free at the heap's end
 
 
 def give_back() -> None:

@@ -30,11 +30,7 @@ class Placement:
     in_trial: bool = False
 
     def backend(
-        self,
-        config: ExperimentConfig,
-        facts: DataFacts,
-        shards: Callable[[int], ImageSet],
-        say: Callable[[str], None],
+        self, config: ExperimentConfig, facts: DataFacts, shards: Callable[[int], ImageSet], say: Callable[[str], None]
     ) -> ClientBackend:
         """Return the clients of ``config``; ``shards`` returns a client's training images."""
         if config.runtime.host == "serial":

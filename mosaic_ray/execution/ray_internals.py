@@ -35,7 +35,6 @@ print(json.dumps({"versions": versions, "nodes": alive}))
 
 
 def _missing(what: str) -> RequestError:
-    """Return the error that names a private part of Ray which the installed release lacks."""
     installed = importlib.metadata.version("ray")
     return RequestError(f"Ray {installed}: {what}; this was read from Ray {RAY_READ} (pip install 'ray=={RAY_READ}.*')")
 
@@ -54,9 +53,8 @@ def find_head() -> str | None:
 
     ``ray.init`` knows it too, but starts a cluster where it finds none.
     """
-    canonicalize = _private("ray._private.services:canonicalize_bootstrap_address")
     try:
-        return canonicalize("auto") or None
+        return _private("ray._private.services:canonicalize_bootstrap_address")("auto") or None
     except (ConnectionError, ValueError, OSError):
         return None
 
@@ -84,9 +82,8 @@ def probe_head(head: str, timeout: float) -> Mapping[str, Any]:
 
 def same_versions(cluster: Mapping[str, str]) -> bool:
     """Return whether Ray joins a cluster of these versions from here: its own Ray and Python."""
-    check_version_info = _private("ray._private.utils:check_version_info")
     try:
-        check_version_info(cluster, "this machine")
+        _private("ray._private.utils:check_version_info")(cluster, "this machine")
     except RuntimeError:
         return False
     return True
@@ -99,11 +96,9 @@ def known_providers() -> list[str]:
 
 def validate_cluster(content: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a `ray up` file with Ray's defaults; raise what Ray raises if it refuses the file."""
-    prepare_config = _private("ray.autoscaler._private.util:prepare_config")
-    validate_config = _private("ray.autoscaler._private.util:validate_config")
     logging.getLogger("ray.autoscaler").setLevel(logging.ERROR)  # it logs every default that it fills in
-    prepared: dict[str, Any] = prepare_config(content)
-    validate_config(prepared)
+    prepared: dict[str, Any] = _private("ray.autoscaler._private.util:prepare_config")(content)
+    _private("ray.autoscaler._private.util:validate_config")(prepared)
     return prepared
 
 

@@ -28,7 +28,6 @@ RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "1",
 }
 
-
 #: Where `ray up` leaves the cluster's file on its head.
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
@@ -48,15 +47,11 @@ class Resources:
 def local_resources() -> Resources:
     """Return this machine's CPUs, GPUs and available memory, without Ray."""
     import psutil
-
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Resources(cpus, _local_gpus(), psutil.virtual_memory().available)
-
-
-def _local_gpus() -> int:
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Resources(cpus, gpus, psutil.virtual_memory().available)
 
 
 def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
@@ -65,15 +60,12 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
     ``RequestError`` where not even one fits.
     """
     knobs = config.runtime
-    if knobs.cpus_per_client > resources.cpus:
-        raise RequestError(
-            f"runtime.cpus_per_client = {knobs.cpus_per_client:g}: there are {resources.cpus:g} CPUs, so no client fits"
-        )
-    if knobs.gpus_per_client > resources.gpus:
-        raise RequestError(
-            f"runtime.gpus_per_client = {knobs.gpus_per_client:g}: there are {resources.gpus:g} GPUs "
-            "(0 runs clients on CPUs)"
-        )
+    for knob, asks, has, hint in (
+        ("cpus_per_client", knobs.cpus_per_client, resources.cpus, "CPUs, so no client fits"),
+        ("gpus_per_client", knobs.gpus_per_client, resources.gpus, "GPUs (0 runs clients on CPUs)"),
+    ):
+        if asks > has:
+            raise RequestError(f"runtime.{knob} = {asks:g}: there are {has:g} {hint}")
     bounds = [
         config.partition.num_clients,
         int(resources.cpus / knobs.cpus_per_client + 1e-9),
@@ -106,15 +98,14 @@ def connect(address: str = "local") -> Resources:
     import ray
 
     if not ray.is_initialized():
-        if address != "local":
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address == "local":
+            options |= {"num_cpus": int(local_resources().cpus), "include_dashboard": False}
+        else:
             check_cluster(address)
-        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         on_term = signal.getsignal(signal.SIGTERM)
         try:
-            if address == "local":
-                ray.init(address="local", num_cpus=int(local_resources().cpus), **options)
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, **options)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
@@ -133,11 +124,8 @@ def all_resources() -> Resources:
 
 def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
     """Return the sum of ``there`` and of the nodes ``to_come``."""
-    return Resources(
-        there.cpus + sum(node.cpus for node in to_come),
-        there.gpus + sum(node.gpus for node in to_come),
-        there.memory + sum(node.memory for node in to_come),
-    )
+    every: list[Resources | Node] = [there, *to_come]
+    return Resources(sum(n.cpus for n in every), sum(n.gpus for n in every), sum(n.memory for n in every))
 
 
 def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
@@ -189,10 +177,3 @@ def own_node() -> dict[str, float]:
     import ray
 
     return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
-
-
-def disconnect() -> None:
-    """Leave Ray; stop a Ray that ``connect`` started here."""
-    import ray
-
-    ray.shutdown()

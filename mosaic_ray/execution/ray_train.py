@@ -28,7 +28,6 @@ MAX_FAILURES = 3
 
 
 def _loop(task: DistillTask, dist: DistContext, report: Report) -> Outcome:
-    """Run the training loop of one worker; return its weights, metrics and curve."""
     import torch
 
     keep_freed()
@@ -112,7 +111,6 @@ class ReportForwarder:
 
 
 def _worker(settings: dict[str, Any]) -> Outcome:
-    """Run the loop on a Ray Train worker (or in process, with no workers)."""
     import ray
     import torch
     from ray import train
@@ -121,10 +119,9 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     os.environ.setdefault("OMP_NUM_THREADS", str(settings["threads"]))
     context = train.get_context()
     task = settings.get("task") or ray.get(settings["ref"][0])
-    size = context.get_world_size()
     dist = DistContext()
-    if size > 1:
-        dist = DistContext(context.get_world_rank(), size, torch.distributed.all_reduce)
+    if context.get_world_size() > 1:
+        dist = DistContext(context.get_world_rank(), context.get_world_size(), torch.distributed.all_reduce)
     report = settings.get("report") or (lambda step, metrics: None)
     if settings.get("queue") and dist.rank == 0:
         [queue] = settings["queue"]
@@ -145,15 +142,14 @@ def _fit(trainer: Any) -> Any:
     just starting. A wait for resources that ends in vain is not repeated."""
     from ray.exceptions import RayActorError
 
-    for attempt in range(MAX_FAILURES + 1):
+    for _ in range(MAX_FAILURES):
         try:
             return trainer.fit()
         except Exception as error:
             cause = getattr(error, "controller_failure", error)
-            died = isinstance(cause, RayActorError) or type(cause).__name__ == "WorkerGroupStartupFailedError"
-            if not died or attempt == MAX_FAILURES:
+            if not isinstance(cause, RayActorError) and type(cause).__name__ != "WorkerGroupStartupFailedError":
                 raise
-    raise AssertionError("the last attempt raises")
+    return trainer.fit()
 
 
 def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool = False) -> Outcome:

@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -78,17 +78,16 @@ class ResourcePlan:
         """Return the plan as lines of text."""
         hosts, kept = sum(self.hosts), sum(self.kept)
         bound = "" if self.trials_on is None else f", all on {self.nodes[self.trials_on].label}"
-        trials = (
-            f"trials at once: {self.concurrent}{bound}, each {_amounts(self.trial)}; limited by {self.limits_trials}"
-        )
-        if not hosts:
-            return [trials, "client hosts: none, clients run inside their trial (runtime.host = serial)", self._left()]
-        out = [
-            trials,
-            f"client hosts: {hosts}{self._spread(self.hosts)}, shared by all trials, each {_amounts(self.host)}; "
-            f"limited by {self.limits_hosts}",
-            f"clients per host: up to {math.ceil(self.clients / hosts)} of a trial's {self.clients}, in turn",
-        ]
+        each = f"each {_amounts(self.trial)}; limited by {self.limits_trials}"
+        out = [f"trials at once: {self.concurrent}{bound}, {each}"]
+        if hosts:
+            out += [
+                f"client hosts: {hosts}{self._spread(self.hosts)}, shared by all trials, each {_amounts(self.host)}; "
+                f"limited by {self.limits_hosts}",
+                f"clients per host: up to {math.ceil(self.clients / hosts)} of a trial's {self.clients}, in turn",
+            ]
+        else:
+            out.append("client hosts: none, clients run inside their trial (runtime.host = serial)")
         if kept:
             out.append(
                 f"kept free for Ray Train: room for {_count(kept, 'worker')}{self._spread(self.kept)}, "
@@ -98,16 +97,17 @@ class ResourcePlan:
 
     def _spread(self, counts: Sequence[int]) -> str:
         """Return the nodes that ``counts`` are on; empty with one node."""
-        used = [f"{n} on {node.label}" for n, node in zip(counts, self.nodes, strict=True) if n]
         if len(self.nodes) == 1:
             return ""
+        used = [f"{n} on {node.label}" for n, node in zip(counts, self.nodes, strict=True) if n]
         return f" ({', '.join(used) if len(used) <= MAX_NAMED else f'on {len(used)} nodes'})"
 
     def _left(self) -> str:
         """Return what the plan leaves free, with the memory for everything else."""
         held = list(zip((self.hosts, self.trials, self.kept), (self.host, self.trial, self.worker), strict=True))
-        everywhere, parts = list(range(len(self.nodes))), []
-        for group in [[i] for i in everywhere] if len(everywhere) <= MAX_NAMED else [everywhere]:
+        each = [[number] for number in range(len(self.nodes))]
+        parts = []
+        for group in each if len(each) <= MAX_NAMED else [range(len(each))]:
             amounts = []
             for kind, field in (("CPU", "cpus"), ("GPU", "gpus"), ("memory", "memory")):
                 has = sum(getattr(self.nodes[i], field) for i in group)
@@ -116,7 +116,7 @@ class ResourcePlan:
                     amounts.append(f"{free / GIB:.1f} of {size(has, 'GiB')}")
                 elif has:
                     amounts.append(f"{round(free, 4):g} of {_count(has, kind)}")
-            name = f"{self.nodes[group[0]].label}: " if 1 < len(everywhere) <= MAX_NAMED else ""
+            name = f"{self.nodes[group[0]].label}: " if 1 < len(each) <= MAX_NAMED else ""
             parts.append(name + ", ".join(amounts))
         return "left over: " + "; ".join(parts)
 
@@ -145,8 +145,7 @@ class _Need:
     max_hosts: float
 
     @property
-    def compete(self) -> bool:
-        """Return whether trials and workers compete for CPUs or GPUs."""
+    def compete(self) -> bool:  # whether trials and workers compete for CPUs or GPUs
         return bool(self.workers and (self.trial_cpus or self.gpus))
 
 
@@ -163,14 +162,6 @@ def _need(configs: Sequence[ExperimentConfig]) -> _Need:
         per_round=min(c.federation.cohort_size or c.partition.num_clients for c in configs),
         max_hosts=min((c.runtime.max_hosts for c in on_ray if c.runtime.max_hosts), default=math.inf),
     )
-
-
-class _Packing(NamedTuple):
-    """Counts per node."""
-
-    hosts: tuple[int, ...]
-    trials: tuple[int, ...]
-    workers: tuple[int, ...]
 
 
 SCARCE = ("CPUs", "GPUs", "memory")
@@ -212,9 +203,12 @@ class _Cluster:
     trials_on: int | None
 
     def pack(
-        self, need: _Need, trials: int, *, least: int = 0, most: float = math.inf, plenty: Sequence[str] = ()
-    ) -> _Packing | None:
-        """Place ``trials``, their workers and as many hosts as fit (``least`` to ``most``); None if they do not fit.
+        self, need: _Need, trials: int, *, least: int | None = None, most: float = math.inf, plenty: Sequence[str] = ()
+    ) -> list[tuple[int, ...]] | None:
+        """Place ``trials``, their workers and as many hosts as fit; None if they do not fit.
+
+        Returns the hosts, the trials and the workers of each node. There are ``least`` (without it, one if there is a
+        pool) to ``most`` hosts.
 
         On every node, with h hosts, t trials, w workers and s GPUs that are shared out:
 
@@ -259,28 +253,29 @@ class _Cluster:
             option = each[choice[min(groups, int(left[1]) // block), min(placed, int(left[2]))]]
             counts.append(tuple(int(min(pair)) for pair in zip(option, left, strict=True)))
             left = tuple(a - b for a, b in zip(left, counts[-1], strict=True))
-        packing = _Packing(*zip(*counts, strict=True))
-        return packing if sum(packing.hosts) >= least else None
+        placed_on = list(zip(*counts, strict=True))
+        return placed_on if sum(placed_on[0]) >= (need.pool if least is None else least) else None
 
     def bound(self, need: _Need) -> bool:
-        """Return whether all trials must be on one node."""
         return self.trials_on is not None or bool(need.workers and need.gpus)
 
     def fits(self, need: _Need, plenty: Sequence[str] = ()) -> bool:
         """Return whether one trial, its workers and one host fit."""
-        return self.pack(need, 1, least=need.pool, most=1, plenty=plenty) is not None
+        return self.pack(need, 1, most=1, plenty=plenty) is not None
 
     def there(self, kind: str) -> str:
         """Describe how much of a resource the nodes have."""
         amounts = [getattr(n, kind.lower()) for n in self.nodes]
-        show = functools.partial(size, unit="GiB") if kind == "memory" else "{:g}".format
-        total = size(sum(amounts), "GiB") if kind == "memory" else _count(sum(amounts), kind[:-1])
-        what = f"there {'is' if kind == 'memory' or sum(amounts) == 1 else 'are'} {total}"
+        one = max(amounts) if self.trials_on is None else amounts[self.trials_on]
+        if kind == "memory":
+            what, most = f"there is {size(sum(amounts), 'GiB')}", size(one, "GiB")
+        else:
+            what, most = f"there {'is' if sum(amounts) == 1 else 'are'} {_count(sum(amounts), kind[:-1])}", f"{one:g}"
         if len(amounts) == 1:
             return what
         if self.trials_on is None:
-            return f"{what}, at most {show(max(amounts))} on one node"
-        return f"{what}, {show(amounts[self.trials_on])} on {self.nodes[self.trials_on].label}, where trials run"
+            return f"{what}, at most {most} on one node"
+        return f"{what}, {most} on {self.nodes[self.trials_on].label}, where trials run"
 
 
 def _units(amount: float) -> int:
@@ -310,39 +305,38 @@ def plan(
     if max_concurrent is not None and max_concurrent < 1:
         raise RequestError(f"--max-concurrent {max_concurrent}: at least 1 trial must run")
     need, cluster = _need(configs), _Cluster(tuple(nodes), trials_on)
-    least = int(need.pool)
 
     def fits(trials: int) -> bool:
-        packing = cluster.pack(need, trials, least=least, most=need.max_hosts)
+        packing = cluster.pack(need, trials, most=need.max_hosts)
         if packing is None:
             return False
-        return bool(max_concurrent) or not need.pool or trials <= math.ceil(sum(packing.hosts) / need.per_round) + 1
+        return bool(max_concurrent) or not need.pool or trials <= math.ceil(sum(packing[0]) / need.per_round) + 1
 
     wanted = min(num_trials, max_concurrent or num_trials)
     concurrent = _largest(range(1, wanted + 1), fits)
     if concurrent is None:
         raise RequestError(_refusal(cluster, need))
     cap = min(need.clients * concurrent, need.max_hosts)
-    packing = cluster.pack(need, concurrent, least=least, most=cap)
+    packing = cluster.pack(need, concurrent, most=cap)
     assert packing is not None  # ``fits`` placed as many trials
-    hosts = sum(packing.hosts)
-
+    hosts_on, trials, kept = packing
+    hosts = sum(hosts_on)
     if concurrent == wanted:
         limits_trials = "--max-concurrent" if wanted < num_trials else "the number of trials"
-    elif cluster.pack(need, concurrent + 1, least=least):
+    elif cluster.pack(need, concurrent + 1):
         limits_trials = "client hosts, which are busy already"
     else:
-        limits_trials = _scarce(lambda plenty: cluster.pack(need, concurrent + 1, least=least, most=1, plenty=plenty))
+        limits_trials = _scarce(lambda plenty: cluster.pack(need, concurrent + 1, most=1, plenty=plenty))
     if not need.pool:
         limits_hosts = "runtime.host = serial"
     elif hosts == cap:
         limits_hosts = "runtime.max_hosts" if cap == need.max_hosts else "the number of clients"
     else:
-        more = {"least": hosts + 1, "most": hosts + 1}
-        limits_hosts = _scarce(lambda plenty: cluster.pack(need, concurrent, **more, plenty=plenty))
+        more = hosts + 1
+        limits_hosts = _scarce(lambda plenty: cluster.pack(need, concurrent, least=more, most=more, plenty=plenty))
     return ResourcePlan(
         nodes=cluster.nodes,
-        hosts=packing.hosts,
+        hosts=hosts_on,
         concurrent=concurrent,
         trial={"CPU": need.trial_cpus, "GPU": need.gpus, "memory": float(DRIVER_BYTES)},
         host={"CPU": need.host_cpus, "GPU": need.gpus, "memory": float(HOST_BYTES)} if need.pool else {},
@@ -350,9 +344,9 @@ def plan(
         worker={"CPU": 1.0, "GPU": float(need.gpus > 0)} if need.workers else {},
         limits_hosts=limits_hosts,
         limits_trials=limits_trials,
-        trials=packing.trials,
-        kept=packing.workers,
-        trials_on=int(np.argmax(packing.trials)) if cluster.bound(need) else None,
+        trials=trials,
+        kept=kept,
+        trials_on=int(np.argmax(trials)) if cluster.bound(need) else None,
         clients=need.clients,
     )
 
@@ -393,28 +387,22 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
             f"{cluster.there('memory')}; a node with {enough} would do"
             + (", or runtime.host = serial" if need.pool and cluster.fits(serial) else "")
         )
-    below = [v / 100 for v in range(1, 100)] + [float(v) for v in range(1, 1000)]
+    shares, whole = [v / 100 for v in range(1, 100)], [float(v) for v in range(1, 1000)]
     if "GPUs" in short or (need.gpus and "CPUs" not in short):
-        knob, field, kind, below = "runtime.gpus_per_client", "gpus", "GPUs", [0.0, *below]
-        wants = (
-            f"{'a trial and a client host need' if need.pool else 'a trial needs'} {need.gpus:g}{' each' * need.pool}"
-        )
+        kind, field, below = "GPUs", "gpus", [0.0, *shares, *whole]
+        wants = f"a trial and a client host need {need.gpus:g} each" if need.pool else f"a trial needs {need.gpus:g}"
     elif need.pool:
-        knob, field, kind = "runtime.cpus_per_client", "host_cpus", "CPUs"
+        kind, field, below = "CPUs", "host_cpus", [*shares, *whole]
         wants = f"a client host needs {need.host_cpus:g} on one node"
     else:
-        knob, field, kind, below = "runtime.cpus_per_client", "trial_cpus", "CPUs", below[99:]
+        kind, field, below = "CPUs", "trial_cpus", whole
         wants = f"a trial needs {need.trial_cpus:g} on one node"
     value = getattr(need, field)
     together = "" if short else ", but no node has CPUs, GPUs and memory together"
-    line = f"{knob} = {value:g}: {wants}; {cluster.there(kind)}{together}"
+    line = f"runtime.{kind.lower()}_per_client = {value:g}: {wants}; {cluster.there(kind)}{together}"
     below = [v for v in below if v < value]
     for base, beside in ((need, ""), (alone, " with distill.workers = 0")):
-        most = _largest(below, functools.partial(_fits_with, cluster, base, field))
+        most = _largest(below, lambda less, base=base: cluster.fits(replace(base, **{field: less})))  # type: ignore[misc]
         if most is not None:
             return f"{line}, so it may be at most {most:g}{beside}" + " (0 runs clients on CPUs)" * (kind == "GPUs")
     return line
-
-
-def _fits_with(cluster: _Cluster, need: _Need, field: str, value: float) -> bool:
-    return cluster.fits(replace(need, **{field: value}))  # type: ignore[arg-type]

@@ -37,12 +37,12 @@ def test_doctor_fails_on_a_storage_that_is_a_file(tmp_path):
 
 
 def test_doctor_refuses_the_remote_storage_that_a_run_refuses(tmp_path):
-    check = doctor._remote_storage("s3://key:hunter2@bucket/results")
+    [check] = doctor._storage("s3://key:hunter2@bucket/results")
     assert check.severity == "problem" and "hunter2" not in check.found and "holds no secrets" in check.found
-    assert doctor._remote_storage("ftp9://host/path").severity == "problem"
-    assert doctor._remote_storage(f"file://{tmp_path}/new") == doctor.Check(
-        "storage", "ok", f"file://{tmp_path}/new is writable"
-    )
+    assert [check.severity for check in doctor._storage("ftp9://host/path")] == ["problem"]
+    assert list(doctor._storage(f"file://{tmp_path}/new")) == [
+        doctor.Check("storage", "ok", f"file://{tmp_path}/new is writable")
+    ]
 
 
 def test_doctor_compares_versions_with_the_declared_bounds(monkeypatch):

@@ -22,7 +22,7 @@ from mosaic_ray.core.errors import RequestError, RunError
 from mosaic_ray.distillation.client_tasks import PrototypesTask
 from mosaic_ray.execution import actor_pool
 from mosaic_ray.execution.actor_pool import ActorPool, ClientFailure
-from mosaic_ray.execution.backend import ClientActor, RayBackend, no_input, start_hosts
+from mosaic_ray.execution.backend import ClientActor, RayBackend, start_hosts
 from mosaic_ray.pipeline.context import FailedClients
 from mosaic_ray.pipeline.rounds import answering
 from mosaic_ray.runs import runner
@@ -301,7 +301,7 @@ def test_actors_that_find_no_room_are_not_waited_for_for_ever(ray_up):
     cohort = RayBackend(TINY, FACTS, shards.__getitem__, lambda: nobody)
     try:
         with pytest.raises(RunError, match=r"no client actor could start within 0\.5 s: other jobs hold"):
-            list(cohort.map(PrototypesTask(0), [0], {}, no_input))
+            list(cohort.map(PrototypesTask(0), [0], {}, lambda client: None))
     finally:
         cohort.close()
 
