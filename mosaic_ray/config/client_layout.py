@@ -11,9 +11,6 @@ from .schema import ExperimentConfig
 
 T = TypeVar("T")
 
-#: Halvings at most under a rule, where it does not say (sigma, docs/algorithm.md O27).
-SIGMA = 2
-
 
 def client_widths(config: ExperimentConfig) -> tuple[float, ...]:
     """Return the width r_k of every client, in (0, 1].
@@ -29,7 +26,7 @@ def client_widths(config: ExperimentConfig) -> tuple[float, ...]:
         raise RequestError(
             f"federation.widths = {widths}: it takes a list such as [1.0, 0.5], or a rule such as rho:2 or rho:5:4"
         )
-    rho, sigma = int(rule[1]), int(rule[2] or SIGMA)
+    rho, sigma = int(rule[1]), int(rule[2] or 2)
     return tuple(0.5 ** min(sigma, rho * client // clients) for client in range(1, clients + 1))
 
 

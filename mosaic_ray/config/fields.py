@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import tomllib
 import typing
 from collections import Counter
@@ -22,6 +23,8 @@ _WORDS = {
     Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
 }  # fmt: skip
 
+_BOUNDS = {"above": ("above", operator.gt), "low": ("at least", operator.ge), "high": ("at most", operator.le)}
+
 
 def knob(
     default: Any,
@@ -33,10 +36,7 @@ def knob(
     choices: tuple[str, ...] | None = None,
 ) -> Any:
     """Declare a dataclass field with its meaning and range: ``low <= value <= high``, or ``above < value``."""
-    return field(
-        default=default,
-        metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices},
-    )
+    return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,8 @@ def _wants(spec: Knob) -> str:
     meta = spec.metadata
     if meta["choices"]:
         return "one of " + ", ".join(meta["choices"])
-    word = _WORDS[spec.type]
-    bounds = []
-    if meta["above"] is not None:
-        bounds.append(f"above {meta['above']:g}")
-    if meta["low"] is not None:
-        bounds.append(f"at least {meta['low']:g}")
-    if meta["high"] is not None:
-        bounds.append(f"at most {meta['high']:g}")
-    return " ".join([word, " and ".join(bounds)]).strip()
+    bounds = [f"{word} {meta[bound]:g}" for bound, (word, _) in _BOUNDS.items() if meta[bound] is not None]
+    return " ".join([_WORDS[spec.type], " and ".join(bounds)]).strip()
 
 
 def _coerce(spec: Knob, value: Any, text: bool) -> Any:
@@ -138,11 +131,7 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
         if meta["choices"] and found not in meta["choices"]:
             raise ValueError
         for number in (n for n in (found if isinstance(found, tuple) else (found,)) if not isinstance(n, str)):
-            if meta["above"] is not None and not number > meta["above"]:
-                raise ValueError
-            if meta["low"] is not None and number < meta["low"]:
-                raise ValueError
-            if meta["high"] is not None and number > meta["high"]:
+            if not all(holds(number, meta[bound]) for bound, (_, holds) in _BOUNDS.items() if meta[bound] is not None):
                 raise ValueError
     except (ValueError, OverflowError, tomllib.TOMLDecodeError):
         raise RequestError(f"{spec.name} = {shown}: it takes {_wants(spec)}") from None

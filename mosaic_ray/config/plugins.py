@@ -7,7 +7,7 @@ They are set as ``NAME.KNOB``, where NAME is the object's attribute ``name``.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
@@ -40,12 +40,11 @@ def entries(kind: str) -> dict[str, Entry]:
     Args:
         kind: ``methods`` or ``strategies``; installed packages use the group ``mosaic_ray.methods`` and so on.
     """
-    installed = {e.name: Entry(f"installed by {e.value.partition(':')[0]}", e.value) for e in _entry_points(kind)}
+    installed = {
+        e.name: Entry(f"installed by {e.value.partition(':')[0]}", e.value)
+        for e in entry_points(group=f"mosaic_ray.{kind}")
+    }
     return installed | dict(_KINDS[kind][1])
-
-
-def _entry_points(kind: str) -> Iterator[Any]:
-    return iter(entry_points(group=f"mosaic_ray.{kind}"))
 
 
 @lru_cache

@@ -12,8 +12,6 @@ from typing import Any
 
 from ..core.errors import RequestError, neighbours
 
-FIXED: dict[str, Any] = {}  # the defaults of config.py are the fixed preset, spelled out by `mosaic show`
-
 PAPER: dict[str, Any] = {
     "generator.discriminator": "shared_trunk",
     "generator.div_support": "all",
@@ -63,7 +61,7 @@ REFERENCE: dict[str, Any] = PAPER | {
 }
 
 ALGORITHMS: dict[str, tuple[dict[str, Any], str]] = {
-    "fixed": (FIXED, "what works: consistent teacher, guarded student (default)"),
+    "fixed": ({}, "what works: consistent teacher, guarded student (default)"),
     "paper": (PAPER, "the paper's text, as far as it can be recovered"),
     "reference": (REFERENCE, "the authors' code, its defects included"),
 }
@@ -78,6 +76,8 @@ class Scale:
     tuning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+_SMALL_SCALE: dict[str, Any] = {"warmup.lr": 0.05, "generator.ngf": 16, "generator.ndf": 16, "meta.feedforward": 256}
+
 _PAPER_SCALE: dict[str, Any] = {
     "model.classifier": "resnet18",
     "model.width": 64,
@@ -91,44 +91,25 @@ _PAPER_SCALE: dict[str, Any] = {
 SCALES: dict[str, Scale] = {
     "demo": Scale(
         "digits, 5 clients, about a minute on two cores",
-        {
+        _SMALL_SCALE
+        | {
             "data.name": "digits",
             "partition.num_clients": 5,
             "warmup.num_rounds": 10,
-            "warmup.lr": 0.05,
             "warmup.batch_size": 32,
             "warmup.local_steps": 5,
-            "generator.ngf": 16,
-            "generator.ndf": 16,
             "generator.steps": 300,
             "generator.latent_dim": 32,
-            "meta.feedforward": 256,
             "runtime.eval_rounds": 1,
         },
     ),
     "fmnist_small": Scale(
         "Fashion-MNIST, 10 clients, a small network: minutes on two cores",
-        {
-            "data.name": "fmnist",
-            "warmup.lr": 0.05,
-            "warmup.momentum": 0.9,
-            "generator.ngf": 16,
-            "generator.ndf": 16,
-            "generator.steps": 400,
-            "meta.feedforward": 256,
-        },
+        _SMALL_SCALE | {"data.name": "fmnist", "warmup.momentum": 0.9, "generator.steps": 400},
     ),
     "cifar10_small": Scale(
         "CIFAR-10, 10 clients, a small network: minutes on two cores",
-        {
-            "data.name": "cifar10",
-            "warmup.lr": 0.05,
-            "warmup.momentum": 0.9,
-            "warmup.num_rounds": 60,
-            "generator.ngf": 16,
-            "generator.ndf": 16,
-            "meta.feedforward": 256,
-        },
+        _SMALL_SCALE | {"data.name": "cifar10", "warmup.momentum": 0.9, "warmup.num_rounds": 60},
     ),
     "mnist": Scale(
         "MNIST, 10 clients, ResNet-18 at 32x32x3 (a GPU's work)",

@@ -15,8 +15,7 @@ class Entry(NamedTuple):
 #: Data sets that ship, by name; each target is a ``data.specs.DatasetSpec``.
 DATASETS: dict[str, Entry] = {
     "digits": Entry(
-        "scikit-learn's handwritten digits: 1,797 images of 8x8, bundled",
-        "mosaic_ray.data.array_sources:DIGITS",
+        "scikit-learn's handwritten digits: 1,797 images of 8x8, bundled", "mosaic_ray.data.array_sources:DIGITS"
     ),
     "mnist": Entry("MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:MNIST"),
     "fmnist": Entry("Fashion-MNIST: 60,000 + 10,000 images of 28x28", "mosaic_ray.data.array_sources:FASHION_MNIST"),
@@ -25,12 +24,10 @@ DATASETS: dict[str, Entry] = {
         "mosaic_ray.data.array_sources:SVHN",
     ),
     "cifar10": Entry(
-        "CIFAR-10: 50,000 + 10,000 colour images of 32x32, 10 classes",
-        "mosaic_ray.data.array_sources:CIFAR10",
+        "CIFAR-10: 50,000 + 10,000 colour images of 32x32, 10 classes", "mosaic_ray.data.array_sources:CIFAR10"
     ),
     "cifar100": Entry(
-        "CIFAR-100: 50,000 + 10,000 colour images of 32x32, 100 classes",
-        "mosaic_ray.data.array_sources:CIFAR100",
+        "CIFAR-100: 50,000 + 10,000 colour images of 32x32, 100 classes", "mosaic_ray.data.array_sources:CIFAR100"
     ),
     "tiny_imagenet": Entry(
         "Tiny-ImageNet: 100,000 + 10,000 colour images of 64x64, 200 classes",

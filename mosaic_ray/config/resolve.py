@@ -18,8 +18,6 @@ from .plugins import ALIASES, find_knob, load_named, selected
 from .schema import ExperimentConfig
 from .validate import check
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
 
 class KnobTable(dict[str, Knob]):
     """Every knob by dotted name. It iterates over the package's own; it also finds aliases and plug-ins' own knobs."""
@@ -57,9 +55,6 @@ def as_dict(config: ExperimentConfig) -> dict[str, Any]:
         inner = nested.setdefault(section, {}) if section else nested
         inner[leaf] = list(value) if isinstance(value, tuple) else value
     return nested
-
-
-# --- values -----------------------------------------------------------------------------------------------------------
 
 
 def check_value(name: str, value: Any, *, text: bool = False) -> Any:

@@ -162,9 +162,7 @@ class DistillConfig:
     backbone_lr: float = knob(0.0, "Adam learning rate below the head; 0 freezes it", low=0.0)
     samples_per_generator: int = knob(32, "synthetic images per generator and step, on average", low=1)
     gen_sampling: str = knob(
-        "quality",
-        "share of each generator in a batch (K4)",
-        choices=("uniform", "proportional", "quality"),
+        "quality", "share of each generator in a batch (K4)", choices=("uniform", "proportional", "quality")
     )
     temperature: float = knob(1.0, "T", above=0.0)
     soft_weight: float = knob(0.8, "alpha: weight of KL, with 1 - alpha on the hard label", low=0.0, high=1.0)

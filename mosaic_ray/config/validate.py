@@ -73,10 +73,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         not config.generator.conditional or not config.generator.drop_class0_bug,
         "generator.conditional = true: the class that generator.drop_class0_bug leaves out could not be drawn",
     )
-    need(
-        cohort <= clients,
-        f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)",
-    )
+    need(cohort <= clients, f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)")
     least, asked = config.federation.min_cohort, cohort or clients
     need(
         least <= asked,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 
@@ -15,19 +16,14 @@ class RunError(Exception):
     """A failure of a run, with its stage and, where they apply, its round and client."""
 
     def __init__(
-        self,
-        message: str,
-        *,
-        stage: str | None = None,
-        round: int | None = None,  # shadows the builtin
-        client: int | None = None,
+        self, message: str, *, stage: str | None = None, round: int | None = None, client: int | None = None
     ) -> None:
         self.stage, self.round, self.client = stage, round, client
         self.message = message
         super().__init__(message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _run_error, (self.message, self.stage, self.round, self.client)
+        return partial(RunError, stage=self.stage, round=self.round, client=self.client), (self.message,)
 
     def at(self, stage: str) -> RunError:
         """Return the same error with ``stage``, unless it has a stage already."""
@@ -37,10 +33,6 @@ class RunError(Exception):
         named = (("stage", self.stage), ("round", self.round), ("client", self.client))
         where = ", ".join(f"{word} {value}" for word, value in named if value is not None)
         return f"{where}: {self.message}" if where else self.message
-
-
-def _run_error(message: str, stage: str | None, round: int | None, client: int | None) -> RunError:
-    return RunError(message, stage=stage, round=round, client=client)
 
 
 def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:

@@ -1,6 +1,6 @@
 """Health rules: turn the figures of a stage into findings (docs/algorithm.md 4; docs/HEALTH.md explains each code).
 
-All functions are pure. ``RULES`` holds every threshold and its advice. Figures may be NaN or infinite. No figure is
+All functions are pure. Every ``Rule`` holds its threshold and advice. Figures may be NaN or infinite. No figure is
 computed on test images.
 """
 
@@ -45,8 +45,6 @@ class Rule:
             self.code, severity or self.severity, self.stage, message, client, known, limit, advice or self.advice
         )
 
-
-# --- thresholds, each with its reason ---------------------------------------------------------------------------------
 
 EMPTY_CLASS = Rule(
     "partition.empty_class", "partition", "warning", 0,
@@ -123,20 +121,10 @@ PLATEAU = Rule(
 )  # fmt: skip
 STUDENT_UNCHANGED = Rule("distill.guarded", "distill", "info", None, "see the teacher's and the generators' findings")
 
-PLATEAU_AGREEMENT = 0.9
 #: Steps in the window of the plateau rule, and the smallest window that it is applied to.
 PLATEAU_WINDOW, PLATEAU_MIN_WINDOW = 100, 10
 #: Effective number of owners below which a class counts as held by one client.
 SINGLE_OWNER_BELOW = 1.05
-
-RULES = (
-    EMPTY_CLASS, MODE_COLLAPSE, LOW_VARIETY, LOW_COVERAGE, LOW_LABEL_AGREEMENT, DISCRIMINATOR_OVERPOWER, OUT_OF_RANGE,
-    MISSING_PROTOTYPES, NO_HELD_OUT_PROTOTYPES, REDUNDANT_EXPERTS, SINGLE_OWNER_CLASSES, META_DIVERGED,
-    TEACHER_BELOW_STUDENT, UNSEEN_CLASSES, INPUT_SHIFT, FORGETTING, PLATEAU, STUDENT_UNCHANGED,
-)  # fmt: skip
-
-
-# --- rules ------------------------------------------------------------------------------------------------------------
 
 
 def partition_findings(label_counts: Sequence[int]) -> list[Finding]:
@@ -273,7 +261,7 @@ def distill_findings(figures: Figures, share_held: float) -> list[Finding]:
         message = f"held-out prototypes fell from {before:.1%} to {after:.1%}"
         return [*found, FORGETTING.finding(message, lost)]
     improved, agreed = figures.get("improvement", 1.0), figures.get("late_agreement", 1.0)
-    if improved < _threshold(PLATEAU) and agreed < PLATEAU_AGREEMENT:
+    if improved < _threshold(PLATEAU) and agreed < 0.9:
         message = f"the loss stands still ({improved:+.1%} better at the end), with {agreed:.0%} agreement"
         found.append(PLATEAU.finding(message, improved))
     return found

@@ -47,17 +47,10 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
             classifier = context.client_classifier(client_id, fresh)
             steps = knobs.classifier_epochs * -(-len(shard) // config.warmup.batch_size)
             plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
-            address = (config.seed, "generator/fresh", 0, client_id)
-            train_locally(classifier, shard, plan, context.facts, address, config.runtime.precision)
-        made = train_generator(
-            classifier,
-            federation.submodel(client_id, broadcast, own.indices),
-            shard,
-            knobs,
-            context.facts,
-            (config.seed, client_id),
-            config.runtime.precision,
-        )
+            fresh_address = (config.seed, "generator/fresh", 0, client_id)
+            train_locally(classifier, shard, plan, context.facts, fresh_address, config.runtime.precision)
+        targets, address = federation.submodel(client_id, broadcast, own.indices), (config.seed, client_id)
+        made = train_generator(classifier, targets, shard, knobs, context.facts, address, config.runtime.precision)
         if not all(map(math.isfinite, made.figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
         return made

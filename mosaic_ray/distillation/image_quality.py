@@ -47,18 +47,6 @@ class Network(nn.Module):
         return outputs.double()
 
 
-class _LogProbabilities(nn.Module):
-    """Maps images to log probabilities of at least -700, so that torchmetrics computes no 0 log 0 = NaN."""
-
-    def __init__(self, logits: nn.Module) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.logits(images)
-        return logits.double().log_softmax(1).clamp(min=-700)
-
-
 def frechet_distance(network: nn.Module | Path, first: np.ndarray, second: np.ndarray, device: str = "cpu") -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^{1/2}) of the features of two sets of uint8 images [N, C, H, W]; >= 0.
 
@@ -89,7 +77,9 @@ def inception_score(network: Network, images: np.ndarray, seed: int, device: str
     with warnings.catch_warnings():  # warns that it keeps all logits, which are few here
         warnings.filterwarnings("ignore", "Metric `InceptionScore`", UserWarning)
         splits = max(1, min(SPLITS, len(images) // (SPLIT_PER_CLASS * network.num_features)))
-        metric = InceptionScore(_LogProbabilities(network), splits=splits).to(device)
+        # log probabilities of at least -700, so that torchmetrics computes no 0 log 0 = NaN
+        bounded = nn.Sequential(network, nn.LogSoftmax(1), nn.Hardtanh(-700, 0))
+        metric = InceptionScore(bounded, splits=splits).to(device)
     for part in _chunks(images):
         metric.update(part.to(device))
     with seeded(seed, "quality", "inception-score"), warnings.catch_warnings():

@@ -49,8 +49,5 @@ def fit_head(
         (weights * losses).mean().backward()
         optimiser.step()
     accuracy = scores(unseen @ best[0].T + best[1], evaluated)[0]
-    return (
-        best[0].numpy(),
-        best[1].numpy(),
-        {"steps": best_step, "held_out_loss": best_loss, "held_out_accuracy": accuracy},
-    )
+    figures = {"steps": best_step, "held_out_loss": best_loss, "held_out_accuracy": accuracy}
+    return best[0].numpy(), best[1].numpy(), figures

@@ -25,9 +25,8 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     coincide, clusters can be empty; their centre is a copy of another one.
     """
     if len(features) < k or k == 1:
-        return features.mean(0, keepdims=True, dtype=np.float64).astype(np.float32), np.array(
-            [len(features)], np.float32
-        )
+        mean = features.mean(0, keepdims=True, dtype=np.float64)
+        return mean.astype(np.float32), np.array([len(features)], np.float32)
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits

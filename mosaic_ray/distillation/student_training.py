@@ -89,10 +89,7 @@ def sample_weights(teacher_logits: Tensor, confidence: float, class_balance: boo
 
 
 def distil(
-    task: DistillTask,
-    device: torch.device,
-    dist: DistContext,
-    report: Callable[[int, dict[str, float]], None],
+    task: DistillTask, device: torch.device, dist: DistContext, report: Callable[[int, dict[str, float]], None]
 ) -> tuple[Weights, dict[str, float]]:
     """Train the student; returns its weights and figures, equal on all workers.
 

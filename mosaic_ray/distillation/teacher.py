@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -117,8 +116,7 @@ class TeacherNet(nn.Module):
     def by_heads(self, images: Tensor, features: Tensor | None = None) -> Tensor:
         """Compute logits [B, C] with the experts' heads on the backbone's features, the input used in training."""
         features = self.backbone.features(images) if features is None else features
-        features = features.float()
-        return teacher_logits(self.meta, self.head_logits, features)
+        return teacher_logits(self.meta, self.head_logits, features.float())
 
 
 class MixedTeacherNet(nn.Module):
@@ -128,14 +126,10 @@ class MixedTeacherNet(nn.Module):
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, state: MixedTeacher) -> None:
         super().__init__()
-        self.groups = nn.ModuleList(TeacherNet(config, facts, group) for group in state.groups)
+        self.teachers = [TeacherNet(config, facts, group) for group in state.groups]
+        self.groups = nn.ModuleList(self.teachers)
         self.student = state.student
         self.register_buffer("shares", torch.tensor(state.shares, dtype=torch.float32))
-
-    @property
-    def teachers(self) -> list[TeacherNet]:
-        """The teachers of all architectures."""
-        return cast(list[TeacherNet], list(self.groups))
 
     def reads_student_features(self, student: Weights) -> bool:
         """Check whether the teacher of the student's architecture reads the student's features."""

@@ -138,11 +138,8 @@ def make_teacher(
         config.seed, progress,
     )  # fmt: skip
     figures |= {f"meta_{name}": value for name, value in trained.items()}
-    figures |= {
-        "num_experts": float(len(experts)),
-        "num_prototypes": float(len(kept)),
-        "num_held_out": float(len(held_out)),
-    }
+    figures |= {"num_experts": float(len(experts)), "num_prototypes": float(len(kept))}
+    figures["num_held_out"] = float(len(held_out))
     state = TeacherState(global_weights, tuple(experts), index, to_weights(teacher))
     return state, figures
 

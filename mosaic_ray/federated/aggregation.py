@@ -6,7 +6,7 @@ Where clients hold parts of a network (``models.submodel``), each coordinate is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -82,7 +82,8 @@ class PartialAverage:
             name: self._channels.part_index(name, np.shape(previous), sets) for name, previous in self._previous.items()
         }
         for name, place in places.items():
-            shape = _shape_at(self._previous[name], place)
+            whole, parted = np.shape(self._previous[name]), [index.size for index in place or ()]
+            shape = (*parted, *whole[len(parted) :])
             if np.shape(weights[name]) != shape:
                 raise ValueError(f"cannot average: {name} is {np.shape(weights[name])}, its part is {shape}")
         if weight == 0:
@@ -95,17 +96,14 @@ class PartialAverage:
             if place is None:
                 self._sums[name] += term
                 self._held[name] += weight
-            else:
-                self._sums[name][place] += term
-                self._held_array(name)[place] += weight
+                continue
+            held = self._held[name]
+            if not isinstance(held, np.ndarray):
+                shape, reach = self._sums[name].shape, self._channels.num_cut_axes(name)
+                held = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], held)
+            self._sums[name][place] += term
+            held[place] += weight
         self._added += 1
-
-    def _held_array(self, name: str) -> np.ndarray:
-        held = self._held[name]
-        if not isinstance(held, np.ndarray):
-            shape, reach = self._sums[name].shape, self._channels.num_cut_axes(name)
-            held = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], held)
-        return held
 
     def result(self) -> Weights:
         """Return the average so far, as new arrays of each entry's dtype; counters (integers) are rounded down."""
@@ -129,22 +127,9 @@ def _check_names(weights: Weights, expected: Mapping[str, object]) -> None:
         raise ValueError(f"cannot average: names differ in {sorted(expected.keys() ^ weights.keys())[:3]}")
 
 
-def _shape_at(array: np.ndarray, place: tuple[np.ndarray, ...] | None) -> tuple[int, ...]:
-    parted = () if place is None else tuple(index.size for index in place)
-    return parted + np.shape(array)[len(parted) :]
-
-
 def _as_type(mean: np.ndarray, dtype: np.dtype, added: int) -> np.ndarray:
     if dtype.kind != "f":
         # Fractional weights can leave the mean of equal counters a rounding error short of the counter.
         slack = (added + 1) * np.finfo(np.float64).eps
         mean = np.floor(mean + slack * np.abs(mean))
     return np.asarray(mean, dtype=dtype)
-
-
-def average(pairs: Iterable[tuple[Weights, float]]) -> Weights:
-    """Return the average of ``(weights, weight)`` pairs, added in their order."""
-    running = RunningAverage()
-    for weights, weight in pairs:
-        running.add(weights, weight)
-    return running.result()

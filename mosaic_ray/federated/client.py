@@ -56,9 +56,7 @@ class ClientContext:
         name = self.federation.classifiers[client_id]
         if self.federation.widths[client_id] == 1:
             return self.classifier(weights, name)
-        facts = self.facts
-        whole = build_classifier(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
-        return fit(whole, weights).to(self.device)
+        return fit(self.classifier(name=name), weights).to(self.device)
 
     def shard(self, images: np.ndarray, labels: np.ndarray) -> Shard:
         """Copy a client's arrays to this device (the originals may be shared memory)."""

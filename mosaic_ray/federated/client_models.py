@@ -100,6 +100,10 @@ class Federation:
         depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
         return passes(depths, self.config.federation.bn_passes)
 
+    def parts(self, stem: str) -> dict[str, str]:
+        """Return the name of each architecture's part in a result: ``stem`` for the student's, others are numbered."""
+        return {name: stem if name == self.student else f"{stem}_{k:03d}" for k, name in enumerate(self.groups)}
+
     def check(self) -> None:
         """Raise ``RequestError`` where a network cannot be cut, or a width leaves a layer without channels."""
         for client_id, width in enumerate(self.widths):

@@ -17,8 +17,6 @@ import numpy as np
 #: Arrays by name as (shape, dtype): what a message holds, without its values.
 Entries = Mapping[str, tuple[Sequence[int], Any]]
 
-DIRECTIONS = ("uplink", "downlink")
-
 #: The kind under which the frames of all messages count.
 FRAMES = "frames"
 
@@ -80,7 +78,7 @@ class Tally:
 
     def totals(self) -> dict[str, dict[str, int]]:
         """Return direction -> kind -> bytes of all rounds and clients."""
-        found: dict[str, dict[str, int]] = {direction: {} for direction in DIRECTIONS}
+        found: dict[str, dict[str, int]] = {"uplink": {}, "downlink": {}}
         for name, count in sorted(self._bytes.items(), key=lambda item: f"/{FRAMES}" in item[0]):
             direction, kind = name.split("/")
             found[direction][kind] = int(count.sum())
@@ -104,9 +102,6 @@ class Tally:
             for name, array in tally._bytes.items():
                 found[name] = found.get(name, 0) + array.sum(0, keepdims=True)
         return Tally(1, num_clients, found)
-
-
-# --- arithmetic: what a client will send, known before anything is trained --------------------------------------------
 
 
 def num_prototypes(held: np.ndarray | int, k: int, cap: int = 0, sampled: bool = False) -> np.ndarray:
@@ -137,10 +132,11 @@ def statistics_entries(entries: Entries, layers: Iterable[str]) -> Entries:
     return found
 
 
+def is_parameter(name: str) -> bool:
+    """Return whether an entry of a state dict is trained: neither batch norm's statistics nor a counter."""
+    return name.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked", "label_cdf")
+
+
 def num_parameters(entries: Entries) -> int:
     """Return the number of trained values: all entries but batch norm's statistics and counters."""
-    kept = (shape for name, (shape, _) in entries.items() if name.rpartition(".")[2] not in _BUFFERS)
-    return int(sum(np.prod(shape, dtype=np.int64) for shape in kept))
-
-
-_BUFFERS = {"running_mean", "running_var", "num_batches_tracked", "label_cdf"}
+    return int(sum(np.prod(shape, dtype=np.int64) for name, (shape, _) in entries.items() if is_parameter(name)))

@@ -64,7 +64,4 @@ def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | Non
     confidence, right = np.exp(log_p.max(1)), log_p.argmax(1) == labels
     bins = np.minimum(np.ceil(NUM_BINS * confidence), NUM_BINS).astype(np.int64)  # a rounded sum may be above 1
     gaps = np.bincount(bins, right - confidence)
-    return {
-        "nll": float(-log_p[np.arange(len(labels)), labels].mean()),
-        "ece": float(np.abs(gaps).sum() / len(labels)),
-    }
+    return {"nll": float(-log_p[np.arange(len(labels)), labels].mean()), "ece": float(np.abs(gaps).sum() / len(labels))}

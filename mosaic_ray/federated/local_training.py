@@ -122,11 +122,9 @@ def train_locally(
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)
     if plan.freeze_head:
-        for parameter in model.head.parameters():
-            parameter.requires_grad_(False)
+        model.head.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     objective = objective or Objective()
     missing = torch.bincount(shard.labels, minlength=facts.num_classes) == 0 if masked else None

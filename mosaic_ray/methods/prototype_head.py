@@ -13,7 +13,6 @@ from .base import Distilled, Method
 from .mosaic.graph import PROTOTYPES
 
 if TYPE_CHECKING:
-    from ..config.schema import ExperimentConfig
     from ..core.types import Prototypes, Weights
     from ..pipeline.context import Facts, RunContext
     from ..pipeline.rounds import Warmup
@@ -42,28 +41,21 @@ class PrototypeHead(Method):
 PROTOTYPE_HEAD = PrototypeHead()
 
 
-def refit(
-    config: ExperimentConfig, global_weights: Weights, prototypes: Prototypes
-) -> tuple[Weights, dict[str, float]]:
-    """Return the global model with its head re-fitted, and figures; held-out prototypes stop the fit."""
-    from ..distillation.linear_head import fit_head
-    from ..distillation.prototypes import split_held_out
-    from ..models.state_dict import head_of
-
-    kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
-    matrix, bias, figures = fit_head(kept, held_out, head_of(global_weights), config.prototypes.weighting)
-    return global_weights | {"head.weight": matrix, "head.bias": bias}, figures
-
-
 def refit_head(
     ctx: RunContext, stage: Stage, warmup: Warmup, prototypes: dict[str, Prototypes]
 ) -> tuple[Weights, float]:
-    """Return the student and its accuracy on held-out prototypes (stage REFIT)."""
+    """Return the global model with its head re-fitted, and its accuracy on held-out prototypes, which stop the fit."""
+    from ..distillation.linear_head import fit_head
+    from ..distillation.prototypes import split_held_out
+    from ..models.state_dict import head_of
     from ..pipeline.evaluate import log_validation
 
+    section, own = ctx.config.prototypes, prototypes[warmup.federation.student]
+
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
-        weights, figures = refit(ctx.config, warmup.weights, prototypes[warmup.federation.student])
-        writer.add("global", weights)
+        kept, held_out = split_held_out(own, section.held_out, ctx.config.seed)
+        matrix, bias, figures = fit_head(kept, held_out, head_of(warmup.weights), section.weighting)
+        writer.add("global", warmup.weights | {"head.weight": matrix, "head.bias": bias})
         progress.advance(note=f"held-out prototypes {figures['held_out_accuracy']:.1%}")
         return {"figures": {name: float(value) for name, value in figures.items()}}
 

@@ -77,11 +77,6 @@ def head_of(weights: Weights) -> tuple[np.ndarray, np.ndarray]:
     return weights["head.weight"], weights["head.bias"]
 
 
-def num_bytes(weights: Weights) -> int:
-    """Return the size of all arrays in bytes, as they are sent."""
-    return sum(array.nbytes for array in weights.values())
-
-
 def use_precision(precision: str, device: str | torch.device) -> contextlib.AbstractContextManager[None]:
     """Return a context of bf16 autocast on ``device``, or a null context for fp32. Resolve ``auto`` beforehand."""
     if precision == "bf16":

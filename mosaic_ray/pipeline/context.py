@@ -7,12 +7,10 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.health import format_finding
@@ -22,7 +20,6 @@ from ..execution.actor_pool import ClientFailure
 from ..execution.backend import ClientBackend
 from ..execution.malloc import give_back
 from ..federated.client import ClientContext, Task
-from ..federated.strategies.base import Strategy
 from ..storage.locks import Lease
 from ..storage.store import StageResult, StageWriter, Store
 from ..tracking.progress import StageProgress
@@ -124,16 +121,9 @@ class RunContext:
     def with_config(self, config: ExperimentConfig) -> RunContext:
         """Return this context under another configuration: the same data, clients and results, keys of its own."""
         other = copy.copy(self)
-        other.__dict__.pop("strategy", None)
         other.config, other.keys = config, dict(self.keys)
         other.client_context = ClientContext(config, self.dataset.facts, self.client_context.device)
         return other
-
-    @cached_property
-    def strategy(self) -> Strategy:
-        """The federated strategy of the run."""
-        found: Strategy = strategy_named(self.config.federation.strategy)
-        return found
 
     def inputs(self) -> KeyInputs:
         """Return what keys depend on beside upstream keys."""

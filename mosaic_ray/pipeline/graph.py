@@ -37,10 +37,6 @@ class KeyInputs:
     sizes: Sequence[int] | None = None
 
 
-def _no_work(config: ExperimentConfig) -> Work:
-    return {}
-
-
 @dataclass(frozen=True)
 class Stage:
     """One step of a run, whose result is stored under a key and shared by all runs with the same key.
@@ -70,7 +66,7 @@ class Stage:
     role: str = ""
     total: Callable[[ExperimentConfig], int] = field(default=lambda config: 1)
     unit: str = "round"
-    work: Callable[[ExperimentConfig], Work] = _no_work
+    work: Callable[[ExperimentConfig], Work] = field(default=lambda config: {})
     messages: str = ""
 
     def reads(self, config: ExperimentConfig) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,15 +115,14 @@ class _Progress:
     method: Weights = field(default_factory=dict)  # the method's arrays
 
     def parts(self, federation: Federation) -> dict[str, Weights]:
-        """Return what is stored of it."""
-        found = dict(model_parts(federation, self.models)) | {"communication": self.traffic.arrays()}
+        found = {part: self.models[name] for name, part in federation.parts("global").items()}
+        found["communication"] = self.traffic.arrays()
         if self.prototypes:
             found["prototypes"] = Prototypes.concatenate(self.prototypes).arrays()
         states = {f"{_STATE}{k:05d}": state for k, state in sorted(self.clients.items()) if state}
         return found | states | {n: part for n, part in ((_SERVER, self.server), (_METHOD, self.method)) if part}
 
     def resume(self, checkpoint: StageResult, federation: Federation) -> None:
-        """Go on from a checkpoint."""
         self.begun = checkpoint.facts["round"]
         self.models = load_models(federation, checkpoint)
         self.losses[: self.begun] = checkpoint.load("losses")["losses"]
@@ -144,7 +143,7 @@ def federated_rounds(
 ) -> dict[str, Any]:
     """Run ``rounds.num_rounds`` federated rounds: send, train, aggregate; returns the facts of the stage's result.
 
-    The result's parts are the global models (``model_parts``); each client's model where asked; ``losses`` float32
+    The result's parts are the global models (see ``load_models``); each client's model where asked; ``losses`` float32
     [rounds, clients], NaN where there was no answer; ``communication`` as ``Tally.arrays`` gives it; and the arrays
     that strategy and method keep between rounds. Every few rounds a checkpoint is stored; a run that was killed begins
     at the last one and ends with the same numbers.
@@ -153,7 +152,7 @@ def federated_rounds(
     shape, last = (rounds.num_rounds, config.partition.num_clients), rounds.num_rounds - 1
     losses = np.full(shape, np.nan, np.float32)
     now = _Progress(models, Tally(*shape), losses, FailedClients(rounds.name))
-    now.server = ctx.strategy.initial_state(models)
+    now.server = strategy_named(config.federation.strategy).initial_state(models)
     checkpoint = ctx.store.load_checkpoint(key)
     if checkpoint is not None:
         now.resume(checkpoint, federation)
@@ -199,9 +198,9 @@ def _one_round(
 
     Returns the updates (empty unless the method reads them) and the losses of the clients that answered.
     """
-    federation, traffic, strategy = ctx.client_context.federation, now.traffic, ctx.strategy
+    federation, traffic = ctx.client_context.federation, now.traffic
     start = RoundStart(federation, now.models, now.server, rounds.address, round_num, ctx.shards.counts)
-    aggregator = strategy.aggregator(start)
+    aggregator = strategy_named(ctx.config.federation.strategy).aggregator(start)
     kept: list[Update] = []
     losses: list[float] = []
 
@@ -277,19 +276,9 @@ def show_losses(ctx: RunContext, stage: str, losses: np.ndarray, begun: int = 0)
             ctx.tracker.histogram("client/loss", number, row)
 
 
-def model_parts(federation: Federation, models: Models) -> Iterator[tuple[str, Weights]]:
-    """Yield names and contents of a result's parts: "global" is the student's architecture, others are numbered."""
-    for number, name in enumerate(federation.groups):
-        yield _part(federation, name, number), models[name]
-
-
 def load_models(federation: Federation, result: StageResult) -> Models:
-    """Load what ``model_parts`` stored."""
-    return {name: result.load(_part(federation, name, number)) for number, name in enumerate(federation.groups)}
-
-
-def _part(federation: Federation, name: str, number: int) -> str:
-    return "global" if name == federation.student else f"global_{number:03d}"
+    """Load the global models of a result, the parts ``Federation.parts("global")``."""
+    return {name: result.load(part) for name, part in federation.parts("global").items()}
 
 
 def static_statistics(ctx: RunContext, models: Models, traffic: Tally, failed: FailedClients, round_num: int) -> Models:
@@ -355,10 +344,6 @@ class Warmup:
             return self.result.load(part)
         return self.federation.submodel(client_id, self.models, self.indices(client_id))
 
-    def clients(self, wanted: Iterable[int]) -> Iterable[tuple[int, Weights]]:
-        """Yield (k, theta_k) in the order ``wanted``, one at a time in memory."""
-        return ((k, self.client(k)) for k in wanted)
-
 
 #: The streams of the warm-up's rounds, and of the closing ones.
 ADDRESS, CLOSING = "local", "closing"
@@ -406,9 +391,6 @@ def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models
     if ctx.log[stage.name]["cached"]:
         show_losses(ctx, stage.name, result.load("losses")["losses"])
     return result
-
-
-# --- predicted messages ----------------------------------------------------------------------------------------------
 
 
 def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from ..config.client_layout import any_partial_width
 from ..config.fields import changed_knobs
 from ..config.plugins import identity, parts
 from ..config.schema import ExperimentConfig
@@ -18,9 +17,6 @@ from .graph import Graph, KeyInputs, Knobs, Stage, Work
 
 #: The version of ``evaluated_key``'s results.
 EVALUATED = 1
-
-
-# --- what keys depend on ---------------------------------------------------------------------------------------------
 
 
 def model_knobs(config: ExperimentConfig) -> Knobs:
@@ -50,7 +46,8 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
 
 def prototype_split(config: ExperimentConfig) -> Knobs:
     """Return what divides prototypes into kept and held out, and weighs them."""
-    return changed_knobs(config.prototypes, *_MAKING) | {"seed": config.seed} | driver_knobs(config)
+    making = ("k", "model", "rounds", "samples", "augment", "cap")  # these show in the prototypes themselves
+    return changed_knobs(config.prototypes, *making) | {"seed": config.seed} | driver_knobs(config)
 
 
 def prototype_knobs(config: ExperimentConfig) -> Knobs:
@@ -63,13 +60,6 @@ def driver_knobs(config: ExperimentConfig) -> Knobs:
     return changed_knobs(config.runtime, *(name for name in vars(config.runtime) if name != "driver_threads"))
 
 
-#: Knobs of prototypes that show in the prototypes themselves.
-_MAKING = ("k", "model", "rounds", "samples", "augment", "cap")
-
-
-# --- partition -------------------------------------------------------------------------------------------------------
-
-
 def _partition_knobs(inputs: KeyInputs) -> Knobs:
     """Without the data's identity a stand-in that no run has, different for different data."""
     config = inputs.config
@@ -79,9 +69,6 @@ def _partition_knobs(inputs: KeyInputs) -> Knobs:
 
 
 PARTITION = Stage("partition", 1, _partition_knobs, unit="draw", work=lambda config: {"draws": 1})
-
-
-# --- federated rounds ------------------------------------------------------------------------------------------------
 
 
 def _rounds_work(config: ExperimentConfig, num_rounds: int, local_steps: int) -> Work:
@@ -140,9 +127,6 @@ def closing(name: str, role: str, start: str) -> Stage:
     )  # fmt: skip
 
 
-# --- evaluation ------------------------------------------------------------------------------------------------------
-
-
 def evaluated_key(config: ExperimentConfig, partition: str, model: str, split: str) -> str:
     """Return the key of a model's accuracy on the images of ``split``; runs and stages that share a model share it."""
     knobs = {"split": split, "threads": config.runtime.driver_threads}
@@ -172,8 +156,3 @@ def whole_graph(own: Graph, distils_in_rounds: bool = False) -> Graph:
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
     graph = (*first, *own, closing("finetune", "final", student), control)
     return (*graph, _evaluate(graph))
-
-
-def follows_width(config: ExperimentConfig) -> Knobs:
-    """Return the knobs of rounds where which channels a client holds depends on them."""
-    return {"federation": federation_knobs(config)} if any_partial_width(config) else {}

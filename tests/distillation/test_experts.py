@@ -17,7 +17,7 @@ from mosaic_ray.distillation.meta_model import MetaModel, Teacher, ema_update, e
 from mosaic_ray.distillation.prototypes import client_prototypes
 from mosaic_ray.distillation.teacher import TeacherState, build_teacher, head_logits
 from mosaic_ray.distillation.teacher_training import make_teacher
-from mosaic_ray.federated.aggregation import average
+from mosaic_ray.federated.aggregation import RunningAverage
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.models.state_dict import head_of, to_weights
 
@@ -62,7 +62,10 @@ def test_o8_experts_weighted_by_class_sizes_are_fedavg(rows):
     experts, index = form_experts(models, counts, None)
     shares = counts.sum(0) / counts.sum()
     mixed = sum(shares[c] * experts[index[c]]["w"].astype(float) for c in range(3))
-    fedavg = average((w, int(counts[k].sum())) for k, w in models)
+    running = RunningAverage()
+    for k, w in models:
+        running.add(w, int(counts[k].sum()))
+    fedavg = running.result()
     np.testing.assert_allclose(mixed, fedavg["w"], atol=1e-5)
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaic_ray.core.types import Weights
-from mosaic_ray.federated.aggregation import RunningAverage, average
+from mosaic_ray.federated.aggregation import RunningAverage
+
+
+def average(pairs: Iterable[tuple[Weights, float]]) -> Weights:
+    running = RunningAverage()
+    for weights, weight in pairs:
+        running.add(weights, weight)
+    return running.result()
 
 
 def client(seed: int) -> Weights:

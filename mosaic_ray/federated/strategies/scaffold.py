@@ -14,7 +14,7 @@ from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...core.types import Update, Weights
 from ..client_models import Models, RoundAggregator, RoundStart
-from ..communication import Entries
+from ..communication import Entries, is_parameter
 from ..local_training import LocalStart, Objective
 from .base import Strategy
 
@@ -79,7 +79,7 @@ class Scaffold(Strategy):
 
     def initial_state(self, models: Models) -> Weights:
         [network] = models.values()
-        return {name: np.zeros_like(value) for name, value in network.items() if _trained(name)}
+        return {name: np.zeros_like(value) for name, value in network.items() if is_parameter(name)}
 
     def objective(self, start: LocalStart) -> Objective:
         return ControlledObjective(start)
@@ -88,13 +88,8 @@ class Scaffold(Strategy):
         return ControlledAggregator(start)
 
     def messages(self, network: Entries) -> tuple[Entries, Entries]:
-        own = {name: entry for name, entry in network.items() if _trained(name)}
+        own = {name: entry for name, entry in network.items() if is_parameter(name)}
         return own, own
-
-
-def _trained(name: str) -> bool:
-    """Return whether an entry of a state dict is a parameter, and no buffer of a batch norm."""
-    return name.rpartition(".")[2] not in ("running_mean", "running_var", "num_batches_tracked")
 
 
 SCAFFOLD = Scaffold()

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ PrototypesOf = dict[str, Prototypes]
 def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> PrototypesOf:
     """Return every client's prototypes, concatenated in client order, for each architecture (stage Q)."""
     config, federation = ctx.config, ctx.client_context.federation
-    everyone = list(range(config.partition.num_clients))
+    everyone, stored = list(range(config.partition.num_clients)), federation.parts("prototypes")
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         traffic, failed = Tally(1, len(everyone)), FailedClients(stage.name)
@@ -61,8 +60,8 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
                 traffic.add("uplink", "prototypes", k, size_of(part.arrays()))
                 progress.advance()
             prototypes = {name: Prototypes.concatenate(made) for name, made in parts.items()}
-        for name, made in _prototype_parts(federation, prototypes):
-            writer.add(name, made.arrays())
+        for name, made in prototypes.items():
+            writer.add(stored[name], made.arrays())
         writer.add("communication", traffic.arrays())
         labels = np.concatenate([made.labels for made in prototypes.values()])
         found = np.bincount(labels, minlength=ctx.dataset.facts.num_classes)
@@ -71,16 +70,7 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
         return {"communication": traffic.totals(), "findings": rows, "num_prototypes": len(labels)}
 
     result = ctx.find_or_compute(stage, compute)
-    names = [part for part, _ in _prototype_parts(federation, dict.fromkeys(federation.groups))]
-    return {name: Prototypes(**result.load(part)) for name, part in zip(federation.groups, names, strict=True)}
-
-
-def _prototype_parts(federation: Federation, prototypes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return names and contents of the stored parts: "prototypes" for the student's architecture, others numbered."""
-    return [
-        ("prototypes" if name == federation.student else f"prototypes_{number:03d}", prototypes[name])
-        for number, name in enumerate(federation.groups)
-    ]
+    return {name: Prototypes(**result.load(part)) for name, part in stored.items()}
 
 
 @dataclass(frozen=True)
@@ -215,9 +205,6 @@ def _computed(
         }  # fmt: skip
         parts = {"generator": made.weights, "samples": {"images": made.samples}, "progress": made.progress}
         yield client_id, ctx.store.put(keys[client_id], facts, parts)
-
-
-# --- predicted messages ----------------------------------------------------------------------------------------------
 
 
 def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:

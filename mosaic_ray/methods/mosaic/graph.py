@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ...config.client_layout import groups
+from ...config.client_layout import any_partial_width, groups
 from ...config.fields import changed_knobs
 from ...config.schema import ExperimentConfig
 from ...pipeline.graph import KeyInputs, Knobs, Stage, Work
 from ...pipeline.stages import (
     driver_knobs,
-    follows_width,
+    federation_knobs,
     model_knobs,
     numbers_depend_on,
     prototype_knobs,
@@ -18,15 +18,14 @@ from ...pipeline.stages import (
 _HERE = "mosaic_ray.methods.mosaic"
 
 
-# --- generators: one result for each client --------------------------------------------------------------------------
-
-
 def _generator_knobs(inputs: KeyInputs) -> Knobs:
     config = inputs.config
     common = {"model": model_knobs(config), "seed": config.seed, "runtime": numbers_depend_on(config)}
     if config.generator.classifier_source == "fresh":
         common["fresh"] = [config.warmup.batch_size, config.warmup.shuffle]
-    return common | follows_width(config)  # which channels a client holds shows in no upstream key of "start"
+    if any_partial_width(config):  # which channels a client holds shows in no upstream key of "start"
+        common["federation"] = federation_knobs(config)
+    return common
 
 
 def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
@@ -54,18 +53,12 @@ GENERATORS = Stage(
 )  # fmt: skip
 
 
-# --- prototypes, teacher, student ------------------------------------------------------------------------------------
-
-
-def _prototypes_work(config: ExperimentConfig) -> Work:
-    # prototypes of all rounds came with the warm-up
-    return {"clients": config.partition.num_clients if config.prototypes.rounds == "last" else 0}
-
-
 PROTOTYPES = Stage(
     "prototypes", 2, lambda inputs: {"prototypes": prototype_knobs(inputs.config)},
     f"{_HERE}.client_uploads:collect_prototypes", upstream=("warmup",), unit="client",
-    total=lambda config: config.partition.num_clients, work=_prototypes_work,
+    total=lambda config: config.partition.num_clients,
+    # prototypes of all rounds came with the warm-up
+    work=lambda config: {"clients": config.partition.num_clients if config.prototypes.rounds == "last" else 0},
     messages=f"{_HERE}.client_uploads:prototype_messages",
 )  # fmt: skip
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -39,7 +38,10 @@ def train_teacher(
             looked, arrays = inspect_teacher(config, ctx.dataset.facts, state, counts, prototypes[name])
             found |= looked
             prefix, owners = _prefix(federation, name, number), effective_owners(counts)
-            _write_teacher(writer, state, prefix)
+            writer.add(f"{prefix}meta", state.meta)
+            writer.add(f"{prefix}index", {"index": state.index})
+            for place, expert in enumerate(state.experts):
+                writer.add(f"{prefix}expert_{place:04d}", expert)
             writer.add(f"{prefix}diagnostics", arrays)
             own = name == federation.student
             for what, value in found.items():
@@ -88,9 +90,7 @@ def _teach(
             done = update
 
     channels = federation.channels(name) if federation.partial_width else None
-    models: Iterable[Any] = warmup.clients(clients)
-    if federation.partial_width:
-        models = ((k, weights, warmup.indices(k)) for k, weights in models)
+    models = ((k, warmup.client(k), warmup.indices(k)) for k in clients)
     makers = zip(generators.clients, generators.results, strict=True)
     try:
         return make_teacher(
@@ -106,13 +106,6 @@ def _teach(
 def _prefix(federation: Federation, name: str, number: int) -> str:
     """Return the prefix of a teacher's stored parts: empty for the student's architecture, others are numbered."""
     return "" if name == federation.student else f"group_{number:03d}_"
-
-
-def _write_teacher(writer: StageWriter, state: TeacherState, prefix: str) -> None:
-    writer.add(f"{prefix}meta", state.meta)
-    writer.add(f"{prefix}index", {"index": state.index})
-    for number, expert in enumerate(state.experts):
-        writer.add(f"{prefix}expert_{number:04d}", expert)
 
 
 def _read_teacher(result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
@@ -156,10 +149,9 @@ def distill(
         looked, named = inspect_student(task, weights, ctx.client_context.device)
         figures |= looked
         writer.add("diagnostics", {"synthetic_counts": named})
-        for what in ("entropy", "confidence"):
-            progress.scalar(f"teacher/synthetic_{what}", config.distill.steps, looked[f"teacher_{what}"])
-        for what in ("class_entropy", "shift"):
-            progress.scalar(f"teacher/synthetic_{what}", config.distill.steps, looked[what])
+        for what in ("teacher_entropy", "teacher_confidence", "class_entropy", "shift"):
+            tag = f"teacher/synthetic_{what.removeprefix('teacher_')}"
+            progress.scalar(tag, config.distill.steps, looked[what])
         held = float((ctx.shards.counts.sum(0) > 0).mean())
         findings = [] if ctx.alarmed else distill_findings(figures, held)
         return {"figures": known(figures), "findings": [f.to_json() for f in findings]}
