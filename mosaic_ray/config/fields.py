@@ -34,9 +34,14 @@ def knob(
     above: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
+    plug_in: bool = False,
 ) -> Any:
-    """Declare a dataclass field with its meaning and range: ``low <= value <= high``, or ``above < value``."""
-    return field(default=default, metadata={"help": help, "low": low, "above": above, "high": high, "choices": choices})
+    """Declare a dataclass field with its meaning and range: ``low <= value <= high``, or ``above < value``.
+
+    ``plug_in``: beside ``choices`` it takes user code, as ``module:function`` or ``FILE.py:function``.
+    """
+    bounds = {"low": low, "above": above, "high": high, "choices": choices, "plug_in": plug_in}
+    return field(default=default, metadata={"help": help} | bounds)
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
     shown, meta = value if isinstance(value, str) else repr(value), spec.metadata
     try:
         found = _coerce(spec, value, text)
-        if meta["choices"] and found not in meta["choices"]:
+        if meta["choices"] and found not in meta["choices"] and not (meta["plug_in"] and ":" in found):
             raise ValueError
         for number in (n for n in (found if isinstance(found, tuple) else (found,)) if not isinstance(n, str)):
             if not all(holds(number, meta[bound]) for bound, (_, holds) in _BOUNDS.items() if meta[bound] is not None):

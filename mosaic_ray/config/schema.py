@@ -25,8 +25,9 @@ class PartitionConfig:
     sampler: str = knob(
         "reference",
         "how labels are dealt: the authors' Dirichlet split, one over clients, one over classes, evenly, a few classes "
-        "each, or evenly in classes and skewed in numbers",
+        "each, or evenly in classes and skewed in numbers; or module:function",
         choices=("reference", "dirichlet", "balanced", "iid", "pathological", "quantity"),
+        plug_in=True,
     )
     classes_per_client: int = knob(2, "classes of each client, with sampler = pathological", low=1)
     min_size: int = knob(10, "fewest samples a client may hold", low=1)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..config.schema import PartitionConfig
+from ..config.user_code import load_object, users_code
 from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
 
@@ -24,7 +25,8 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
     """Return each client's indices into ``labels`` (int64 [N], values in 0..num_classes-1): K shuffled int64 arrays.
 
     Every index occurs exactly once, and every client gets at least ``config.min_size``. The class counts of each client
-    depend on the class sizes, ``config`` and ``seed`` alone, not on the order of the labels.
+    depend on the class sizes, ``config`` and ``seed`` alone, not on the order of the labels. ``config.sampler`` names
+    one of ``SAMPLERS``, or user code with the same arguments (labels, class sizes int64 [C], config, seed).
 
     If a draw leaves a client below ``config.min_size``, all are drawn again, ``config.max_tries`` times at most.
     Then ``config.policy`` decides: "reject" raises ``RequestError``, "repair" moves samples to the small clients.
@@ -37,7 +39,18 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
             f"partition.num_clients = {num_clients}: {len(labels)} samples cannot give each client "
             f"partition.min_size = {min_size}; at most {len(labels) // min_size} clients"
         )
-    return SAMPLERS[config.sampler](labels, np.bincount(labels, minlength=num_classes), config, seed)
+    class_sizes = np.bincount(labels, minlength=num_classes)
+    if config.sampler in SAMPLERS:
+        return SAMPLERS[config.sampler](labels, class_sizes, config, seed)
+    what = f"partition.sampler = {config.sampler}"
+    sampler = load_object(what, config.sampler, function=True)
+    with users_code(what):
+        shards = [np.asarray(shard, np.int64) for shard in sampler(labels, class_sizes, config, seed)]
+    if len(shards) != num_clients or not np.array_equal(np.sort(np.concatenate(shards)), np.arange(len(labels))):
+        raise RequestError(f"{what}: it must give each of {num_clients} clients indices, and every index exactly once")
+    if min(map(len, shards)) < min_size:
+        raise RequestError(f"{what}: it left a client with fewer than partition.min_size = {min_size} samples")
+    return shards
 
 
 def _accepted(draw: Callable[[int], np.ndarray], config: PartitionConfig) -> np.ndarray:

@@ -65,7 +65,9 @@ def _partition_knobs(inputs: KeyInputs) -> Knobs:
     config = inputs.config
     data = inputs.identity or {"unseen": changed_knobs(config.data, "root", "download")}
     facts = inputs.facts and asdict(inputs.facts)
-    return {"data": data, "facts": facts, "partition": changed_knobs(config.partition), "seed": config.seed}
+    knobs = {"data": data, "facts": facts, "partition": changed_knobs(config.partition), "seed": config.seed}
+    source = digest_of(config.partition.sampler, f"partition.sampler = {config.partition.sampler}")
+    return knobs | ({"source": source} if source else {})
 
 
 PARTITION = Stage("partition", 1, _partition_knobs, unit="draw", work=lambda config: {"draws": 1})

@@ -177,3 +177,34 @@ def test_what_is_no_plug_in_is_refused():
     for knob, word in (("method", "lab.nearest_mean:MEANS"), ("federation.strategy", "lab.median:Median")):
         with pytest.raises(RequestError, match="not an instance of mosaic_ray"):
             override(TINY, {knob: word})
+
+
+SAMPLER = """
+import numpy as np
+
+def in_turn(labels, class_sizes, config, seed):
+    return [np.arange(k, len(labels), config.num_clients) for k in range(config.num_clients)]
+
+def twice(labels, class_sizes, config, seed):
+    return [np.arange(len(labels))] * config.num_clients
+"""
+
+
+def test_a_sampler_of_the_users_own(place):
+    Path("deal.py").write_text(SAMPLER)
+    shown = ask("partition", "--clients", "3", "--sampler", "deal.py:in_turn", "--json")
+    assert json.loads(shown.stdout)["client_sizes"] == [80, 80, 80], shown.stderr
+    config = override(TINY, {"partition.sampler": "deal.py:in_turn"})
+    before = stage_keys(config, "x", FACTS)["partition"]
+    Path("deal.py").write_text(SAMPLER + "# another\n")
+    assert stage_keys(config, "x", FACTS)["partition"] != before != stage_keys(TINY, "x", FACTS)["partition"]
+    for name, message in (("twice", "every index exactly once"), ("absent", "no function absent() there")):
+        result = ask("partition", "--clients", "3", "--sampler", f"deal.py:{name}", "--json")
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_comparisons_take_plug_ins(place):
+    words = ("--config", "tiny.toml", "--methods", f"fedavg,{METHOD},{METHOD}+{STRATEGY}", "--dry-run")
+    result = ask("compare", *words, "--address", "local")
+    assert result.exit_code == 0, result.stderr
+    assert "class_means" in result.stdout

@@ -29,7 +29,8 @@ def default_name(config: ExperimentConfig) -> str:
     """Return the file name of a partition's PNG, without a folder."""
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rstrip("/").rpartition("/")[2])
     section = config.partition
-    return f"{data}-{section.sampler}-omega{section.omega:g}-{section.num_clients}clients-s{config.seed}.png"
+    sampler = section.sampler.rpartition(":")[2]
+    return f"{data}-{sampler}-omega{section.omega:g}-{section.num_clients}clients-s{config.seed}.png"
 
 
 def heading(config: ExperimentConfig) -> str:
