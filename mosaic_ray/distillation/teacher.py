@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -126,10 +127,14 @@ class MixedTeacherNet(nn.Module):
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, state: MixedTeacher) -> None:
         super().__init__()
-        self.teachers = [TeacherNet(config, facts, group) for group in state.groups]
-        self.groups = nn.ModuleList(self.teachers)
+        self.groups = nn.ModuleList(TeacherNet(config, facts, group) for group in state.groups)
         self.student = state.student
         self.register_buffer("shares", torch.tensor(state.shares, dtype=torch.float32))
+
+    @property
+    def teachers(self) -> list[TeacherNet]:
+        """The teachers of all architectures."""
+        return cast(list[TeacherNet], list(self.groups))
 
     def reads_student_features(self, student: Weights) -> bool:
         """Check whether the teacher of the student's architecture reads the student's features."""
