@@ -7,7 +7,6 @@ import re
 from ..core.errors import RequestError, neighbours
 from .fields import shown
 from .schema import ExperimentConfig
-from .user_code import load_object
 
 
 def check(config: ExperimentConfig) -> ExperimentConfig:
@@ -38,8 +37,6 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
             f"federation.widths = {shown(config.federation.widths)}: {config.federation.strategy} trains whole models, "
             f"so every width must be 1.0; these take narrow clients: {', '.join(takes)}"
         )
-    if ":" in config.partition.sampler:
-        load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
     strategy.check(config)
     load("methods", config.method).check(config)
     cohort, clients = config.federation.cohort_size, config.partition.num_clients

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from ..config.plugins import load
 from ..config.schema import ExperimentConfig
+from ..config.user_code import load_object
 from ..core.types import DataFacts
 from ..federated.client_models import Federation
 from ..models.classifiers import norm_depths
 
 
 def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
-    """Raise ``RequestError`` unless every network can be built for these images and cut to its clients' widths."""
+    """Raise ``RequestError`` unless every network can be built for these images and cut to its clients' widths.
+
+    A sampler that is user code must load, too.
+    """
+    if ":" in config.partition.sampler:
+        load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name)
     load("methods", config.method).check_networks(config, facts)
