@@ -167,12 +167,10 @@ def _data(data: DataConfig) -> Check:
 
 def _ray(address: str) -> Check:
     try:
-        import ray
-
-        from ..execution.ray_session import connect
+        from ..execution.ray_session import connect, disconnect
 
         have = connect(address)
     except (RequestError, ImportError) as error:
         return Check("ray", "problem", str(error), "run without it: --host serial")
-    ray.shutdown()
+    disconnect()
     return Check("ray", "ok", f"{address}: {have.cpus:g} CPUs, {have.gpus:g} GPUs, {size(have.memory, 'GiB')}")

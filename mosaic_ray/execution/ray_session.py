@@ -177,3 +177,10 @@ def own_node() -> dict[str, float]:
     import ray
 
     return {f"node:{ray.util.get_node_ip_address()}": 1e-3}
+
+
+def disconnect() -> None:
+    """Leave Ray; stop a Ray that ``connect`` started here."""
+    import ray
+
+    ray.shutdown()
