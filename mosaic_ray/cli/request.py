@@ -45,6 +45,10 @@ def sweep_request(
         if word is not None and word not in known:
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
     named, plan = (space, plan) if plan else load_space(space)
+    sets = (item.partition("=") for item in options.get("sets", ()))
+    knobs = {KNOB_OF_OPTION[name]: word for name, word in _typed_knobs(options).items()}
+    file = read_toml(options["config"]) if options.get("config") else {}
+    plugins.load_named(file | {key.strip(): value.strip() for key, _, value in sets} | knobs)
     check_space(named, plan)
     swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
     typed = {_spelled(name, word): KNOB_OF_OPTION[name] for name, word in _typed_knobs(options).items()}

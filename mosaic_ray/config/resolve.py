@@ -76,7 +76,7 @@ def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool 
     """Return ``config`` with knobs changed; keys are dotted names, values typed, or strings with ``text``."""
     sections: dict[str, dict[str, Any]] = {}
     extra, changes = dict(config.extra), dotted(values)
-    load_named(changes)
+    load_named({"method": config.method, "federation.strategy": config.federation.strategy} | changes)
     for name, value in changes.items():
         value = check_value(name, value, text=text)
         section, _, leaf = ALIASES.get(name, name).rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 
+from ..config.plugins import load_named
 from ..config.resolve import KNOBS, dotted, override, read_toml
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
@@ -266,6 +268,9 @@ def read_sweep(path: str | Path) -> SweepReport:
     results = folder / "results.parquet"
     rows = read_results(results).to_pylist() if results.is_file() else []
     points = [plan.knobs] if plan.points is None else plan.points
+    with contextlib.suppress(RequestError):  # knobs of plug-ins that are not at hand are left out
+        for named in (dotted(plan.base or {}), *points):
+            load_named(named)
     swept = tuple(dict.fromkeys(name for point in points for name in point if name in KNOBS and name != "seed"))
     names = list(dict.fromkeys([*SCHEMA.names, *next(iter(rows), ()), *swept]))
     rows = [{name: row.get(name) for name in names} for row in rows]

@@ -71,7 +71,7 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
     from ..storage.store import Store
 
     torch.set_num_threads(1)
-    config = override(context.base, {name: value for name, value in knobs.items() if name in KNOBS})
+    config = override(context.base, {k: v for k, v in knobs.items() if "." in k or k in KNOBS})
     swept = {name: knobs[name] for name in context.swept if name in knobs}
     trial = Trial(knobs["trial"], knobs["point"], config.seed, swept, config)
     store = Store(context.storage, fresh=context.session is not None, session=context.session)

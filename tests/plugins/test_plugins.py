@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from door import ask
 from helpers import FACTS, TINY, assert_same, interrupted, small_ray, stripes_dataset
@@ -208,3 +210,53 @@ def test_comparisons_take_plug_ins(place):
     result = ask("compare", *words, "--address", "local")
     assert result.exit_code == 0, result.stderr
     assert "class_means" in result.stdout
+
+
+FRESH = """
+import pickle, sys
+from mosaic_ray.config.resolve import flatten, override
+base = pickle.loads(bytes.fromhex(sys.argv[1]))
+print(flatten(override(base, {"nearest_mean.shrink": 0.5}))["nearest_mean.shrink"])
+"""
+
+
+def fresh(*words: str) -> str:
+    """Run Python in a process that has not loaded the plug-ins; return its output."""
+    paths = os.pathsep.join([str(LAB.parent), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SPACE = """
+from mosaic_ray.spaces import Choice, SweepPlan
+def plan():
+    return SweepPlan("shrink", knobs={"nearest_mean.shrink": Choice((0.0, 1.0))})
+"""
+
+
+def test_a_fresh_process_knows_the_knobs_of_what_is_named(place):
+    """A trial's process gets a pickled configuration; a command reads the space before anything else."""
+    base = override(TINY, {"method": METHOD, "federation.strategy": STRATEGY})
+    assert fresh("-c", FRESH, pickle.dumps(base).hex()) == "0.5\n"
+    Path("space.py").write_text(SPACE)
+    planned = fresh("-m", "mosaic_ray", "sweep", "--space", "space.py", "--method", METHOD, "--dry-run")
+    assert "class_means" in planned
+
+
+@pytest.mark.slow
+def test_a_sweep_of_own_knobs_and_its_report(place):
+    Path("space.py").write_text(SPACE)
+    quick = ("--set", "warmup.num_rounds=2", "--set", "finetune.num_rounds=0", "--storage", "st", "--name", "s")
+    words = ("--method", METHOD, "--set", f"federation.strategy={STRATEGY}", *quick)
+    fresh("-m", "mosaic_ray", "sweep", "--space", "space.py", *words)
+    table = pq.read_table("st/sweeps/s/results.parquet").to_pylist()
+    assert [row["nearest_mean.shrink"] for row in table] == [0.0, 1.0]
+    assert table[0]["accuracy_distilled"] != table[1]["accuracy_distilled"]
+    assert all(row["federation.strategy"] == row["federation.optimiser"] == STRATEGY for row in table)
+    fresh("-m", "mosaic_ray", "report", "st/sweeps/s", "--out", "sweep.html")
+    page = Path("sweep.html").read_text()
+    assert "nearest_mean.shrink" in page or "shrink" in page
+    assert "class_means" in page
