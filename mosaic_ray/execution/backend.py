@@ -12,6 +12,7 @@ from ..core.errors import RunError
 from ..core.types import DataFacts, ImageSet
 from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, ClientMap, end, first_line
 from .malloc import give_back, keep_freed
+from .precision import device_of
 
 if TYPE_CHECKING:
     from ..federated.client import Task
@@ -101,12 +102,14 @@ class SerialBackend:
         clients: Sequence[int],
         broadcast: B,
         per_client: Callable[[int], P],
-        **ignored: Any,
+        *,
+        ordered: bool = True,
+        cost: Callable[[int], float] | None = None,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Implement ``ClientBackend.map``, always in client order."""
         import torch
 
-        device = "cuda" if self._config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu"
+        device = device_of(self._config).type
         threads = torch.get_num_threads()
         for client_id in sorted(clients):
             shard = self._shards(client_id)

@@ -100,7 +100,7 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
         base=as_dict(request.config),
     )
     chosen: Search = OptunaSearch(plan, samples, seeds, base) if search == "optuna" else FixedTrials(trials)
-    return Sweep(request, base, chosen, tuple(trials), vars(plan_file), swept, setting_knobs(swept))
+    return Sweep(request, base, chosen, tuple(trials), plan_file.to_json(), swept, setting_knobs(swept))
 
 
 def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:

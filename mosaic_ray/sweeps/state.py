@@ -11,7 +11,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.fields import short_names, shown
@@ -47,6 +47,10 @@ class PlanFile:
     knobs: dict[str, Any]
     points: list[dict[str, Any]] | None = None
     base: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of plan.json, to which ``SweepState`` adds the session and the precision."""
+        return asdict(self)
 
     @staticmethod
     def from_json(value: Any) -> PlanFile:
