@@ -204,17 +204,17 @@ def _one_round(
     kept: list[Update] = []
     losses: list[float] = []
 
-    def own(client_id: int) -> ClientRound:
-        indices = federation.indices(client_id, rounds.address, round_num)
-        return ClientRound(indices, now.clients.get(client_id, {}))
-
+    own: dict[int, ClientRound] = {}
     for client_id in asked:  # a client that does not answer is sent the model, too
-        share = federation.submodel(client_id, now.models, own(client_id).indices)
+        indices = federation.indices(client_id, rounds.address, round_num)
+        own[client_id] = ClientRound(indices, now.clients.get(client_id, {}))
+        share = federation.submodel(client_id, now.models, indices)
         traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
         if now.server:
             traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
     task = TrainTask(rounds.address, round_num, rounds.plan)
-    for client_id, update in ctx.map(task, answered, Round(now.models, now.server), own, failed_clients=now.failed):
+    start_models = Round(now.models, now.server)
+    for client_id, update in ctx.map(task, answered, start_models, own.__getitem__, failed_clients=now.failed):
         aggregator.add(update)
         losses.append(update.metrics["loss"])
         now.losses[round_num, client_id] = losses[-1]

@@ -258,5 +258,5 @@ def test_a_sweep_of_own_knobs_and_its_report(place):
     assert all(row["federation.strategy"] == row["federation.optimiser"] == STRATEGY for row in table)
     fresh("-m", "mosaic_ray", "report", "st/sweeps/s", "--out", "sweep.html")
     page = Path("sweep.html").read_text()
-    assert "nearest_mean.shrink" in page or "shrink" in page
+    assert "nearest_mean.shrink" in page
     assert "class_means" in page
