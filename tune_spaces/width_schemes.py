@@ -2,9 +2,9 @@
 over FedRolex.
 
 Widths 1, 1/2, 1/4, 1/8 in turn are the first four of the five classes of FedRolex' and HeteroFL's public codes (1/16
-would leave one channel of a small network's first layer). The order to expect, HeteroFL < FedRolex < Federated Dropout,
-is that of FedEcover's tables on CIFAR-10. ``accuracy_control`` of the Mosaic point is FedRolex under the same closing
-rounds.
+would leave one channel of a small network's first layer). The order to expect is HeteroFL < FedRolex < Federated
+Dropout, as in FedEcover's tables on CIFAR-10. ``accuracy_control`` of the Mosaic point is FedRolex under the same
+closing rounds.
 """
 
 from mosaic_ray.spaces import SweepPlan

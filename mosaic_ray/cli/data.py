@@ -19,7 +19,7 @@ def data() -> None:
 @data.command("list")
 @common_options("sets", "config")
 def list_data(**request: Any) -> None:
-    """Say what each data set is, and what of it is on the disk."""
+    """List the data sets, and how much of each is on the disk."""
     config = parse_config(**request).data
     from ..data.catalog import overview
     from ..data.paths import data_root

@@ -201,7 +201,7 @@ def parse_seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
     if text is None:
         return () if seed is None else (seed,)
     if seed is not None:
-        raise RequestError(f"--seeds {text}: the seed is said to be {seed} as well; give one of them")
+        raise RequestError(f"--seeds {text}: the seed is set to {seed} as well; give one of them")
     parts = [part.strip() for part in text.split(",")]
     seeds = [int(part) for part in parts if re.fullmatch("[0-9]{1,10}", part)]
     if len(set(seeds)) < len(parts):

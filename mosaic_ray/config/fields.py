@@ -55,7 +55,7 @@ class Knob:
 
 
 def knobs_of(cls: type, prefix: str = "") -> Iterator[Knob]:
-    """Yield the knobs that a dataclass declares, those of nested dataclasses under dotted names."""
+    """Yield the knobs that a dataclass declares; knobs of nested dataclasses have dotted names."""
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[item.name]):

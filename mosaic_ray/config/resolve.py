@@ -38,7 +38,7 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(ExperimentConfig) if f.defau
 
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
-    """Return every knob's value under its dotted name, those of the selected method and strategies last."""
+    """Return every knob's value by dotted name; knobs of the selected method and strategies are last."""
     values = {}
     for name in KNOBS:
         section, _, leaf = name.rpartition(".")

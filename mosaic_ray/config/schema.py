@@ -82,7 +82,7 @@ class WarmupConfig:
 class GeneratorConfig:
     stage: str = knob(
         "after_warmup",
-        "which weights the generators are trained beside (G9): the converged ones, or those of the start",
+        "which weights the generators are trained beside (G9): the converged or the initial ones",
         choices=("before", "after_warmup"),
     )
     classifier_source: str = knob(
@@ -102,7 +102,7 @@ class GeneratorConfig:
     div_support: str = knob("owned", "classes that diversity spreads over (G8)", choices=("all", "owned"))
     drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
     gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
-    conditional: bool = knob(False, "class-conditional: draw labels that the client owns, and tell both players")
+    conditional: bool = knob(False, "class-conditional: draw labels that the client owns, as input of both players")
     latent_dim: int = knob(100, "size of z", low=1)
     ngf: int = knob(64, "generator channels", low=1)
     ndf: int = knob(64, "discriminator channels", low=1)
@@ -117,13 +117,13 @@ class GeneratorConfig:
 @dataclass(frozen=True)
 class PrototypesConfig:
     k: int = knob(10, "centroids per class and client", low=1)
-    model: str = knob("global", "whose features (P1)", choices=("global", "client"))
+    model: str = knob("global", "the model that computes the features (P1)", choices=("global", "client"))
     rounds: str = knob("last", "upload once, or after every warm-up round and keep all (P3)", choices=("last", "all"))
     samples: int = knob(0, "samples used; 0: all the client's", low=0)
     augment: bool = knob(False, "on augmented images (P1)")
     weighting: str = knob("size", "weight of a centroid in meta training (P4)", choices=("size", "uniform"))
     cap: int = knob(0, "centroids per class that are sent; 0: all (P2: the authors' code sends 10)", low=0)
-    held_out: float = knob(0.25, "share kept from training to judge teacher and student", low=0.0, high=0.9)
+    held_out: float = knob(0.25, "share kept from training to score teacher and student", low=0.0, high=0.9)
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ class MetaConfig:
     input: str = knob("head", "what the experts show the meta model (M6)", choices=("head", "full"))
     data: str = knob(
         "prototypes",
-        "what it learns from: prototypes, or synthetic images labelled by their client's model or by the experts' vote",
+        "training data: prototypes, or synthetic images labelled by their client's model or by the experts' vote",
         choices=("prototypes", "synthetic", "synthetic_vote"),
     )
     pool: str = knob("mean", "pooling over experts (M5)", choices=("mean", "sum"))
-    expert_embedding: bool = knob(True, "tell the meta model which expert speaks (M3)")
+    expert_embedding: bool = knob(True, "add an embedding of the expert to its token (M3)")
     init: str = knob(
         "prototype_head", "start at random, or at a head re-fitted on prototypes", choices=("random", "prototype_head")
     )

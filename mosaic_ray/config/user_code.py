@@ -24,7 +24,7 @@ from ..core.errors import RequestError, neighbours
 
 @contextlib.contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Runs the user's code: whatever it raises becomes a ``RequestError`` of one line that begins with ``what``.
+    """Run the user's code, and turn an exception into a ``RequestError`` of one line that begins with ``what``.
 
     The working directory counts for imports. Standard output is kept for results: prints go beside it.
     """

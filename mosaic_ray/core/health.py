@@ -155,9 +155,8 @@ def generator_findings(client: int, figures: Figures) -> list[Finding]:
         message = f"its images are nearly one image ({variety:.1%} of the variety of real ones)"
         found.append(LOW_VARIETY.finding(message, variety, client=client))
     elif agreement is None and covered < _threshold(LOW_COVERAGE):
-        message = (
-            f"it shows {coverage * owned:.0f} of its {owned} classes, those of {covered:.0%} of its client's images"
-        )
+        shown = f"{coverage * owned:.0f} of its {owned} classes"
+        message = f"it shows {shown}, and {covered:.0%} of its client's images are of these"
         found.append(LOW_COVERAGE.finding(message, covered, client=client))
     evaluated = figures.get("discriminator_accuracy", 0.0)
     if evaluated > _threshold(DISCRIMINATOR_OVERPOWER):
@@ -188,14 +187,14 @@ def teacher_findings(
     found, suffix = [], f" of {name}" if name else ""
     if single_owners:
         verb = "is" if len(single_owners) == 1 else "are each"
-        message = f"{_classes(single_owners)} {verb} one client's own, whose model is the expert{suffix}"
+        message = f"{_classes(single_owners)} {verb} held by one client alone, and its model is the expert{suffix}"
         found.append(SINGLE_OWNER_CLASSES.finding(message, len(single_owners)))
     same = figures.get("expert_redundancy", 0.0)
     if same > _threshold(REDUNDANT_EXPERTS):
         message = f"the experts{suffix} of {same:.0%} of the pairs of classes are the same model"
         found.append(REDUNDANT_EXPERTS.finding(message, same))
     if holds_out and figures.get("num_held_out", 1.0) < 1:
-        message = f"none{suffix} can be held out, so teacher and student are judged by what they learnt from"
+        message = f"none{suffix} can be held out, so teacher and student are scored on their training prototypes"
         found.append(NO_HELD_OUT_PROTOTYPES.finding(message, 0.0))
     diverged = _diverged(figures, num_classes, suffix)
     if diverged:

@@ -15,7 +15,7 @@ def from_json(kind: Any, value: Any, place: str = "") -> Any:
 
     ``kind`` is a dataclass (keyword fields; unknown keys are ignored, a missing key or null takes the field's default),
     ``list[X]``, ``dict[str, X]``, ``X | None``, ``Literal``, ``Annotated[X, (low, high)]`` with both bounds included,
-    ``Any`` or a plain type; an int may stand for a float. Raises ``ValueError`` whose text is the place of the first
+    ``Any`` or a plain type; an int may stand for a float. Raises ``ValueError`` with the place of the first
     value that does not fit, such as ``stages.warmup.key``.
     """
     origin, args = get_origin(kind), get_args(kind)

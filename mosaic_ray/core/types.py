@@ -20,7 +20,7 @@ STAGES = (
 
 Severity = Literal["info", "warning", "error"]
 
-#: The models whose accuracies a run reports, in the order in which they are made.
+#: The models that a run scores, in the order in which they are made.
 ROLES = ("initial", "teacher", "distilled", "final", "control")
 
 

@@ -4,7 +4,7 @@ A copy is a folder of four ``.npy`` files and ``facts.json``, which holds a chec
 modification time, and a CRC-32 for every few megabytes (a cryptographic hash would take an eighth of the time of
 decoding a small JPEG). Reading gigabytes at each opening would take seconds, so an opening checks the facts, sizes and
 times, and ``SPOT_BYTES`` of blocks spread over the array, different ones each time. A copy no larger than that is
-checked whole every time; so is one whose files' times have changed. A damaged copy is decoded again. These checksums
+checked whole every time; so is one with changed file times. A damaged copy is decoded again. These checksums
 make the data set's identity.
 
 A copy is also decoded again when its images have changed: when one of their folders was written to (a file was added,

@@ -1,7 +1,7 @@
 """Split a data set among clients: pure functions from labels to index lists.
 
-K clients, C classes, N samples; omega is the Dirichlet concentration. The ``reference`` sampler equals the
-Mosaic authors' code (their "unbalanced" Dirichlet split, ALGORITHM §1.2; the scheme of NIID-Bench, Li et al. 2022,
+K clients, C classes, N samples; omega is the Dirichlet concentration. The ``reference`` sampler equals the Mosaic
+authors' code (their "unbalanced" Dirichlet split, docs/algorithm.md 1.2; the scheme of NIID-Bench, Li et al. 2022,
 arXiv 2102.02079) bit for bit, because it draws from the same numpy stream in the same order. All others draw from
 addressed streams.
 """

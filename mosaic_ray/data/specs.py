@@ -43,8 +43,8 @@ class Listing:
 class ImageFiles:
     """A data set of encoded images, which are listed only when no decoded copy of ``where`` is up to date.
 
-    ``places``: the files and folders whose times change when an image is added, removed or changed. ``size``: the side
-    in pixels that images are resized to if none is requested; 0: they share one.
+    ``places``: files and folders; a time of one changes when an image is added, removed or changed. ``size``: the
+    side in pixels that images are resized to if none is requested; 0: they share one.
     """
 
     where: Path

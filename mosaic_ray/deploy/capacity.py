@@ -89,7 +89,7 @@ def machines(cluster: Cluster) -> Iterator[Check]:
     for kind in cluster.workers:
         if kind.least and cluster.document.kind != "local":
             found = f"{kind.least} of {kind.name} run, and cost, whether there is work or not"
-            yield Check("machines", "warning", found, "let the least be 0: the autoscaler starts what is asked for")
+            yield Check("machines", "warning", found, "set the least to 0: the autoscaler starts machines on demand")
         if not kind.gpus:
             continue
         if cluster.document.kind == "aws" and not kind.content.get("ImageId"):
@@ -191,4 +191,4 @@ def _describe_capacity(kind: NodeType, configs: Sequence[ExperimentConfig]) -> s
     if not on_ray:
         return "clients run inside the run's own process"
     fewest = min(_hosts_on(kind, config) for config in on_ray)
-    return f"room for {fewest} client host{'s' * (fewest != 1)}" if fewest else "no client host fits"
+    return f"{fewest} client host{'s fit' if fewest > 1 else ' fits'}" if fewest else "no client host fits"

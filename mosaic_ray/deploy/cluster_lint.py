@@ -212,9 +212,9 @@ def _ports(cluster: Cluster) -> Iterator[Check]:
         if head.get("enableIngress"):
             found.append(("enableIngress opens the dashboard", "leave it out, and `kubectl port-forward`"))
     for what, fix in found:
-        yield Check("doors", "problem", what, fix)
+        yield Check("access", "problem", what, fix)
     if not found:
-        yield Check("doors", "ok", "dashboard and TensorBoard are reached through a tunnel alone")
+        yield Check("access", "ok", "dashboard and TensorBoard are reached through a tunnel alone")
 
 
 def _secrets(cluster: Cluster) -> Iterator[Check]:

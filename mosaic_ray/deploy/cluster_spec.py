@@ -196,7 +196,7 @@ def _of_kuberay(document: Document) -> Cluster:
 
 
 def _machine(where: str, group: Any, scales: bool) -> NodeType:
-    """Read a group's pods, whose first container runs Ray. ``scales``: whether their number follows demand."""
+    """Read a group's pods; their first container runs Ray. ``scales``: whether their number follows demand."""
     pod = mapping(mapping(mapping(group).get("template")).get("spec"))
     containers = pod.get("containers")
     container = containers[0] if isinstance(containers, list) and containers else None

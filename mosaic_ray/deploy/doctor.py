@@ -148,7 +148,7 @@ def _storage(storage: str) -> Iterator[Check]:
         yield Check("storage", "ok", f"{wanted} is writable")
         free = shutil.disk_usage(place).free
         found = f"{size(free, 'GiB')} free for {wanted}"
-        yield _check_amount("disk", found, free, LEAST_DISK, "make room, or name another by --storage")
+        yield _check_amount("disk", found, free, LEAST_DISK, "free some space, or name another folder by --storage")
 
 
 def _data(data: DataConfig) -> Check:

@@ -43,10 +43,10 @@ def effective_owners(counts: np.ndarray) -> np.ndarray:
 
 
 def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray) -> float:
-    """Return the share of pairs of classes whose experts are equal or closer than ``SAME`` in their parameters.
+    """Return the share of pairs of classes with nearly equal experts: their parameters are closer than ``SAME``.
 
-    The distance is relative to the experts' mean norm. Classes that no client holds are not counted, nor pairs that one
-    client holds nearly alone, whose experts must be equal. 0 if no pair is left.
+    The distance is relative to the experts' mean norm. Classes that no client holds are not counted. Nor are pairs that
+    one client holds nearly alone, because their experts must be equal. 0 if no pair is left.
     """
     squares, norms, chunk = np.zeros((len(experts),) * 2), np.zeros(len(experts)), 2**18  # numbers in memory at a time
     for name, value in experts[0].items():

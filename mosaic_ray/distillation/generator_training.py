@@ -7,10 +7,10 @@ Agakov 2003). So L_y with weight lambda_e replaces both terms; lambda_d and div_
 label frequencies q and mean prediction ybar, KL(q || ybar) <= L_y by convexity: as L_y falls, the distribution of
 predictions approaches q, without classes that the client lacks.
 
-Measured share of images whose label an independent classifier predicts (Fashion-MNIST at 16x16, ngf 16, 400 steps, one
-seed): L_y with weight 1, 0.55; weight 5, 0.40; weight 1 plus 5 KL(q || ybar), 0.31, as such images only fool the
-client's classifier. With 10 to 300 images per class: q proportional 0.75, q ~ sqrt(n_{k,c}) 0.57. If synthetic images
-have other label frequencies than real ones, the discriminator can rely on the label alone.
+Measured share of images that an independent classifier assigns to their label (Fashion-MNIST at 16x16, ngf 16, 400
+steps, one seed): L_y with weight 1, 0.55; weight 5, 0.40; weight 1 plus 5 KL(q || ybar), 0.31, as such images only fool
+the client's classifier. With 10 to 300 images per class: q proportional 0.75, q ~ sqrt(n_{k,c}) 0.57. If synthetic
+images have other label frequencies than real ones, the discriminator can rely on the label alone.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from .losses import adversarial_loss, discriminator_loss, diversity_loss, entrop
 NUM_SAMPLES = 64  # sample images that are stored
 NUM_EVALUATED = 512  # images for the health figures, at least
 NUM_EVALUATED_PER_CLASS = 16  # the same per class that the client owns
-NUM_COMPARED = 256  # synthetic and real images whose variety is compared
+NUM_COMPARED = 256  # synthetic and real images to compare in variety
 NUM_SNAPSHOT_IMAGES, NUM_SNAPSHOTS = 8, 5  # images of fixed latents, and snapshots of them during training
 
 
 def classifier_view(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
     """Convert a generator's output in [-1, 1] to classifier input (D11).
 
-    With ``gan_range`` = ``model_norm`` the output is used unchanged: the GAN is trained on normalised images, whose
-    values beyond [-1, 1] tanh cannot reach.
+    With ``gan_range`` = ``model_norm`` the output is used unchanged: the GAN is trained on normalised images. Tanh
+    cannot reach their values beyond [-1, 1].
     """
     return fake if gan_range == "model_norm" else pm1_to_normalised(fake, facts.mean, facts.std)
 

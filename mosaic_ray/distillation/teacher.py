@@ -21,7 +21,7 @@ from .meta_model import Teacher, teacher_logits
 class TeacherState:
     """A teacher as arrays. ``experts`` are the distinct ones: full models for ``meta.input = full``, else heads.
 
-    ``index`` int64 [C] maps each class to its expert. ``backbone`` is the model whose features the heads read, of
+    ``index`` int64 [C] maps each class to its expert. The heads read the features of ``backbone``, of
     architecture ``classifier`` (empty: the student's). ``meta`` is the state dict of ``Teacher``.
     """
 

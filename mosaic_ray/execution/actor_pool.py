@@ -1,4 +1,4 @@
-"""Dispatch one task per client to Ray actors, and retry the tasks whose actor dies."""
+"""Dispatch one task per client to Ray actors, and retry the tasks of actors that die."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class ActorPool:
             return False
         self.actors = [other for other in self.actors if other is not actor]
         self.mark_down(actor)
-        self._more = None  # where memory ran out, there is no room for more
+        self._more = None  # memory ran out: start no more actors
         if not self.shared:
             end([actor])
         return True
@@ -193,7 +193,7 @@ class ClientMap:
         elif time.monotonic() - self._alone_since > self._pool.patience_seconds:
             raise RunError(
                 f"no client actor could start within {self._pool.patience_seconds:g} s: other jobs hold the cluster's "
-                "CPUs, GPUs or memory, or its machines are gone (`ray status` shows who)"
+                "CPUs, GPUs or memory, or its machines are gone (`ray status` shows them)"
             )
 
     def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:

@@ -43,7 +43,7 @@ class ClientBackend(Protocol):
             ordered: yield in client order, so that a sum does not depend on scheduling; else as results arrive.
             cost: relative cost of a client's work; the most expensive work is dispatched first.
 
-        Work that fails, or whose actor dies, is tried again. After ``federation.max_client_failures`` failures a
+        If work fails or its actor dies, the work is tried again. After ``federation.max_client_failures`` failures a
         ``ClientFailure`` takes the place of the result.
         """
         ...
@@ -195,7 +195,7 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
 
 
 def started(hosts: list[Any], patience_seconds: float = PATIENCE_SECONDS) -> list[Any]:
-    """Return the actors that are up within ``patience_seconds``; end the others, whose resources other jobs hold.
+    """Return the actors that are up within ``patience_seconds``; end the others: other jobs hold their resources.
 
     Raises ``RunError`` where none is up.
     """
@@ -211,7 +211,7 @@ def started(hosts: list[Any], patience_seconds: float = PATIENCE_SECONDS) -> lis
     if not up:
         raise RunError(
             f"no client actor could start within {patience_seconds:g} s: other jobs hold the cluster's CPUs, GPUs or "
-            "memory (`ray status` shows who)"
+            "memory (`ray status` shows it)"
         )
     end([pings[ping] for ping in late])
     return [pings[ping] for ping in up]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.errors import RequestError
 
-#: The Ray release whose private modules were read.
+#: The Ray release that this file was written for.
 RAY_READ = "2.60"
 
 #: Seconds to wait until Ray has recorded why a worker ended.

@@ -34,7 +34,7 @@ def check_cluster(address: str) -> None:
     except (OSError, ValueError) as error:
         raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
     if "://" in head:
-        return  # Ray's client protocol, whose server does the checks below
+        return  # the server of Ray's client protocol does the checks below
     token_mode = os.environ.get("RAY_AUTH_MODE") == "token"
     token = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else ""  # the variable or the file that holds it
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()

@@ -31,7 +31,7 @@ RAY_ENVIRONMENT = {
 #: Where `ray up` leaves the cluster's file on its head.
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 
-#: Bytes of memory per CPU of a machine whose memory is unknown.
+#: Bytes of memory per CPU, where a machine's memory is unknown.
 MEMORY_A_CPU = 4 * 2**30
 
 
@@ -131,8 +131,8 @@ def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
 def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:
     """Return the workers that the autoscaler may start beside the nodes that are up; none if this is unknown.
 
-    It is read from the file that ``ray up`` leaves on the cluster's head, so for drivers that run there. A type whose
-    ``resources`` the provider fills in counts once they stand in that file; a type without memory counts 4 GiB a CPU.
+    They are read from the file that ``ray up`` leaves on the cluster's head, so they are known to drivers on the head
+    only. A type counts once the file has its ``resources``; a type without memory counts 4 GiB a CPU.
     """
     import ray
     import yaml

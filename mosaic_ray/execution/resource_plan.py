@@ -63,10 +63,10 @@ class ResourcePlan:
     nodes: tuple[Node, ...]
     hosts: tuple[int, ...]
     concurrent: int  # trials at once
-    trial: Mapping[str, float]  # what a trial asks of Ray
-    host: Mapping[str, float]  # what a client host asks
+    trial: Mapping[str, float]  # resources that a trial asks of Ray
+    host: Mapping[str, float]  # resources of a client host
     workers: int  # Train workers of one trial
-    worker: Mapping[str, float]  # what each of them asks
+    worker: Mapping[str, float]  # resources of one of them
     limits_hosts: str
     limits_trials: str
     trials: tuple[int, ...]
@@ -90,7 +90,7 @@ class ResourcePlan:
             out.append("client hosts: none, clients run inside their trial (runtime.host = serial)")
         if kept:
             out.append(
-                f"kept free for Ray Train: room for {_count(kept, 'worker')}{self._spread(self.kept)}, "
+                f"kept free for Ray Train: {_count(kept, 'worker')}{self._spread(self.kept)}, "
                 f"{self.workers} a trial, each {_amounts(self.worker)}"
             )
         return [*out, self._left()]
@@ -217,7 +217,7 @@ class _Cluster:
             GPUs     h + t <= s floor(1 / share), or share (h + t) <= s for whole GPUs;   s + w <= the node's
 
         These conditions are sufficient too where Ray chooses the places. Trials are alike, workers are alike, and Ray
-        puts a share on the fullest GPU that has room (2.60), so a new GPU is opened only if all others are full. Trials
+        puts a share on the fullest GPU it fits on (2.60), so a new GPU is opened only if all others are full. Trials
         and workers compete for GPUs alone, or for whole CPUs, which are interchangeable: with GPUs, all trials are
         bound to one node, since a trial elsewhere could open the GPU that a worker needs.
 
@@ -283,7 +283,7 @@ def _units(amount: float) -> int:
 
 
 def _rest(total: int, held: int) -> np.ndarray:
-    """Return what is left of 0 to ``total`` things beside ``held`` of them."""
+    """Return how many of 0 to ``total`` things are left when ``held`` are taken; int [total + 1]."""
     return np.maximum(np.arange(total + 1) - held, 0)
 
 

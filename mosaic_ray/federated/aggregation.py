@@ -59,13 +59,13 @@ class RunningAverage:
 class PartialAverage:
     """Average each coordinate over the clients that held it, weighted; where none did, keep ``previous``.
 
-    Otherwise like ``RunningAverage``, whose result it has to the last bit where everybody held everything.
+    Otherwise like ``RunningAverage``: the results are equal to the last bit if every client held all coordinates.
     """
 
     def __init__(self, previous: Weights, channels: ChannelLayout) -> None:
         self._previous, self._channels = previous, channels
         self._sums: Weights = {name: np.full(np.shape(array), -0.0) for name, array in previous.items()}
-        # sum_k w_k: a number while all held an entry whole, then an array with 1 for the dimensions that nobody parts
+        # sum_k w_k: a number while all held an entry whole, then an array with 1 for the dimensions that no client cuts
         self._held: dict[str, float | np.ndarray] = dict.fromkeys(previous, 0.0)
         self._added = 0
 

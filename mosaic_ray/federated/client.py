@@ -46,7 +46,7 @@ class ClientContext:
         return Federation(self.config, self.facts)
 
     def classifier(self, weights: Weights | None = None, name: str | None = None) -> Classifier:
-        """Build a whole classifier on this device: the student's or that of ``name``, with a copy of ``weights``."""
+        """Build a full-width classifier on this device: ``name``, by default the student's; it copies ``weights``."""
         facts = self.facts
         model = build_classifier(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
         return (model if weights is None else load_weights(model, weights)).to(self.device)

@@ -63,7 +63,7 @@ class Federation:
 
     @property
     def student(self) -> str:
-        """The architecture whose global model becomes the student."""
+        """The architecture of the student; its global model becomes the student."""
         return self.config.model.classifier
 
     @cached_property

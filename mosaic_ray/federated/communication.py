@@ -1,6 +1,6 @@
 """Count the bytes that clients and server send each other, and predict them (docs/algorithm.md 4.6).
 
-A message is a set of named arrays. Its size is that of a safetensors file: the arrays' bytes, which count under the
+A message is a set of named arrays. Its size is the size of a safetensors file: the arrays' bytes, which count under the
 message's kind, and a frame that names them, which counts under ``frames``. The frame grows with the number of arrays,
 not with their size: 0.03 % of a ResNet-18, a few per cent of a network of a test.
 """

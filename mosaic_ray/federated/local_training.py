@@ -61,7 +61,7 @@ class LocalStart:
 
 
 class Objective:
-    """The local objective of one client in one round: cross-entropy. Strategies override what they change."""
+    """The local objective of one client in one round: cross-entropy. Strategies override its methods."""
 
     def loss(self, model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a mini-batch; ``logits`` [B, C] float32, ``labels`` int64 [B]."""
@@ -110,8 +110,8 @@ def train_locally(
 
     ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
 
-    A last mini-batch of one image is skipped for networks whose batch norm would see a single value (it happens only
-    where the shard's size leaves a remainder of one).
+    A last mini-batch of one image is skipped if a batch norm would see a single value per channel. This happens only
+    if the shard's size leaves a remainder of one.
     """
     seed, phase, round_num, client_id = address
     device = shard.images.device

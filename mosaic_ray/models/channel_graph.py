@@ -94,7 +94,7 @@ class TensorLayout:
 
 @dataclass(frozen=True)
 class _AxisSize:
-    """The result of ``x.size(axis)``; a tuple of these is that of ``x.size()`` or ``x.shape``."""
+    """The result of ``x.size(axis)``; ``x.size()`` and ``x.shape`` are a tuple of these."""
 
     layout: TensorLayout
     axis: int
@@ -119,7 +119,7 @@ _LAYERS_WITHOUT_WEIGHTS = tuple(
 
 def _refuse(why: str) -> NoReturn:
     raise RequestError(
-        f"federation.widths: narrow clients need a network whose channels can be followed, and {why}; take width 1.0"
+        f"federation.widths: narrow clients need a network that can be traced, and {why}; take width 1.0"
     )
 
 

@@ -33,7 +33,7 @@ def load_weights(module: ModuleT, weights: Weights) -> ModuleT:
             raise ValueError(f"weights do not fit: {name} is {np.shape(weights[name])}, not {tuple(target.shape)}")
     with torch.no_grad():
         for name, target in state.items():
-            # Copied by numpy: torch warns about read-only arrays, such as those of an object store.
+            # Copied by numpy: torch warns about read-only arrays, and an object store's arrays are read-only.
             target.copy_(torch.from_numpy(np.array(weights[name])))
     return module
 

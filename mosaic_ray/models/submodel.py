@@ -38,7 +38,7 @@ class ChannelLayout:
 
     ``sizes`` [groups] are the numbers of channels, ``layers`` the names of the first layer of each group. ``entries``
     maps each state-dict entry to one item per axis: None if the axis is never cut, else (group, block), where index i
-    belongs to channel i // block. ``heads`` are the entries whose first axis is the classes.
+    belongs to channel i // block. The first axis of the ``heads`` is the classes.
     """
 
     sizes: tuple[int, ...]

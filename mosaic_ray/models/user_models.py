@@ -56,7 +56,7 @@ def _split(network: nn.Module, path: str) -> tuple[nn.Module, nn.Linear]:
 
 @functools.cache
 def _head_path(name: str, **asked: int) -> str:
-    """Return the module path of the head: the ``nn.Linear`` whose output is the network's, found by a forward pass.
+    """Return the module path of the head: the ``nn.Linear`` that gives the output, found by a forward pass.
 
     Raises ``RequestError`` if there is none, or if the network fails on images of this shape.
     """

@@ -1,4 +1,4 @@
-"""The context that all stages of a run share: configuration, data, store, clients, and what was found so far."""
+"""The context that all stages of a run share: configuration, data, store, clients, results and findings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Compute = Callable[[StageWriter, StageProgress], Facts]
 
 @dataclass
 class FailedClients:
-    """Clients whose work failed for good in one stage, and the findings about them."""
+    """Clients with work that failed for good in one stage, and the findings about them."""
 
     stage: str
     rounds: dict[int, int] = field(default_factory=dict)  # client -> number of failures
@@ -155,7 +155,7 @@ class RunContext:
         ordered: bool = True,
         cost: Callable[[int], float] | None = None,
     ) -> Iterator[tuple[int, R]]:
-        """Yield (client, result) of the clients whose work succeeds; arguments as in ``ClientBackend.map``.
+        """Yield (client, result) of the clients that succeed; arguments as in ``ClientBackend.map``.
 
         Up to ``max_missing`` clients (None: ``failure_budget``) that fail for good are added to ``failed_clients``; the
         next failure raises its ``RunError``.
@@ -247,9 +247,9 @@ class RunContext:
         for finding in findings:
             if finding.severity != "info" and finding not in self._warned:
                 self._warned.add(finding)
-                whose = f" client {finding.client}" if finding.client >= 0 else ""
+                client = f" client {finding.client}" if finding.client >= 0 else ""
                 advice = f"; {finding.advice}" if finding.advice else ""
-                self.tracker.warn(f"{finding.code}{whose}: {finding.message}{advice}", finding.severity)
+                self.tracker.warn(f"{finding.code}{client}: {finding.message}{advice}", finding.severity)
 
     @property
     def alarmed(self) -> bool:
@@ -263,9 +263,9 @@ def known(figures: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _markdown(finding: Finding) -> str:
-    whose = f", client {finding.client}" if finding.client >= 0 else ""
+    client = f", client {finding.client}" if finding.client >= 0 else ""
     advice = f" *{finding.advice}*" if finding.advice else ""
-    return f"**{finding.severity}**, {finding.stage}{whose}: {finding.message}.{advice}"
+    return f"**{finding.severity}**, {finding.stage}{client}: {finding.message}.{advice}"
 
 
 def _own_tag(tag: str, stage: str) -> str:

@@ -1,4 +1,4 @@
-"""Stages as data: what each depends on, what it computes, what it costs and what it sends.
+"""Stages as data: the inputs, the function, the work and the messages of each.
 
 A run is a graph of ``Stage`` records, in the order in which they run. Keys of stored results, the dry run, the
 communication ledger, garbage collection, reports and sweeps all walk it. Nothing here needs torch, Ray or images, so a
@@ -25,7 +25,7 @@ Work = dict[str, int]
 
 @dataclass(frozen=True)
 class KeyInputs:
-    """What keys depend on beside upstream keys.
+    """Inputs of a stage's key, beside upstream keys.
 
     ``identity`` (``Dataset.identity``) and ``facts`` are None where the data are not at hand. ``sizes`` [K] are the
     clients' training samples; without them every client counts as small (n_k < ``generator.tau``).
@@ -39,14 +39,14 @@ class KeyInputs:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a run, whose result is stored under a key and shared by all runs with the same key.
+    """One step of a run. Its result is stored under a key, and all runs with this key share it.
 
     Args:
         name: unique within a graph; the stage's name in summary.json and in progress.
         version: raise it when the mathematics changes: older results are then computed again.
         knobs: what the key depends on. Knobs at their default are left out (``config.fields.changed_knobs``).
         compute: ``module:function``, called as ``function(ctx, stage, *inputs)`` by ``RunContext.run``.
-        upstream: names of the stages whose results it reads, or a function of the configuration that gives them.
+        upstream: names of the stages that it reads results of, or a function of the configuration that gives them.
         kind: the first part of the key; stages of one kind share results where all else is equal. Default: the name.
         per_client: what client k's key depends on as well, where every client's result is stored on its own.
         role: the entry of summary.json's ``accuracy`` that its model fills, where it makes one.
@@ -70,7 +70,7 @@ class Stage:
     messages: str = ""
 
     def reads(self, config: ExperimentConfig) -> tuple[str, ...]:
-        """Return the names of the stages whose results it reads."""
+        """Return the names of the stages that it reads results of."""
         return self.upstream(config) if callable(self.upstream) else self.upstream
 
     def keys(self, inputs: KeyInputs, upstream: Mapping[str, str]) -> tuple[str, ...]:

@@ -334,7 +334,7 @@ class Warmup:
         return self.models | {self.federation.student: student}
 
     def indices(self, client_id: int) -> ChannelIndices | None:
-        """Return the channels of a client's model, those of the last round; None for a full-width client."""
+        """Return the channels of a client's model in the last round; None for a full-width client."""
         return self.federation.indices(client_id, ADDRESS, max(0, self.federation.config.warmup.num_rounds - 1))
 
     def client(self, client_id: int) -> Weights:
@@ -368,7 +368,7 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
 
 
 def close(ctx: RunContext, stage: Stage, models: Models) -> StageResult:
-    """Run the closing rounds (stage FT) from ``models``, those of the stage that ``stage`` reads."""
+    """Run the closing rounds (stage FT) from ``models``, the result of the stage that ``stage`` reads."""
     section, warmup = ctx.config.finetune, ctx.config.warmup
     # statistics of full networks fit no partial-width one
     frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width

@@ -1,11 +1,11 @@
-"""The stages that every run has: partition, warm-up, closing rounds, evaluation; and what keys depend on.
+"""The stages that every run has: partition, warm-up, closing rounds, evaluation; and the knobs in their keys.
 
 A key names all that a result depends on and nothing else. Knobs at their default are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from ..config.fields import changed_knobs
@@ -27,7 +27,7 @@ def model_knobs(config: ExperimentConfig) -> Knobs:
 
 
 def federation_knobs(config: ExperimentConfig) -> Knobs:
-    """Return the knobs of rounds; those of clients that do not answer only where some may be left out."""
+    """Return the knobs of rounds; knobs about failed clients count only if some clients may be left out."""
     section = config.federation
     strict = () if section.min_cohort else ("min_cohort", "max_client_failures")  # then a failure shows in no result
     without = (*strict, *(() if section.drop_rate else ("drop_rate",)), "strategy")
@@ -98,9 +98,9 @@ def _method_rounds_knobs(inputs: KeyInputs) -> Knobs:
     return _warmup_knobs(inputs) | {"method": identity("methods", inputs.config.method, inputs.config)}
 
 
-def _warmup(name: str, knobs: object = _warmup_knobs, role: str = "") -> Stage:
+def _warmup(name: str, knobs: Callable[[KeyInputs], Knobs] = _warmup_knobs, role: str = "") -> Stage:
     return Stage(
-        name, 3, knobs, upstream=("partition",), kind="warmup", role=role,  # type: ignore[arg-type]
+        name, 3, knobs, upstream=("partition",), kind="warmup", role=role,
         total=lambda config: config.warmup.num_rounds,
         work=lambda config: _rounds_work(config, config.warmup.num_rounds, config.warmup.local_steps),
         messages="mosaic_ray.pipeline.rounds:warmup_messages" if role else "",

@@ -41,6 +41,6 @@ def listed(names: Sequence[object]) -> str:
 
 
 def address(stage: str | None, round: int | None, client: int | None) -> str:
-    """Format the place of a failure as ``stage warmup, round 3, client 0``, without what is None."""
+    """Format the place of a failure as ``stage warmup, round 3, client 0``; leave out arguments that are None."""
     places = {"stage": stage, "round": round, "client": client}
     return ", ".join(f"{name} {value}" for name, value in places.items() if value is not None)

@@ -22,15 +22,15 @@ from ..pipeline.context import RunContext
 from ..pipeline.graph import load_function
 from .plan import graph_of
 
-#: Stages whose messages a deployment would not send.
+#: Stages that a deployment would not run.
 COMPARISONS = ("control", "control_warmup")
 
-#: FedRolex's own widths (Alam et al. 2022), dealt in turn: what it is set at where no client of a run is narrow.
+#: FedRolex's own widths (Alam et al. 2022), assigned to clients in turn, where no client of a run is narrow.
 FEDROLEX_WIDTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 def measured(ctx: RunContext) -> Tally:
-    """Return what was sent, by client, as the finished stages stored it."""
+    """Return the bytes sent by client, as the finished stages stored them."""
     clients = ctx.config.partition.num_clients
     results = (result for name, result in ctx.results.items() if name not in COMPARISONS)
     found = [Tally(1, clients, r.load("communication")) for r in results if "communication" in r.parts]

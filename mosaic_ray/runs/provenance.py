@@ -38,7 +38,7 @@ def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) 
     """Return the keys of the results behind ``summary``, and whether these are all, as far as ``stored`` keys go.
 
     A summary names the keys of stages. Each client's generator and the evaluations of models follow from its config,
-    unless another version of this package made them, or user code, whose source would have to be loaded.
+    unless another version of this package made them, or user code (its source would have to be loaded).
     """
     stages = {name: stage["key"] for name, stage in (summary.get("stages") or {}).items()}
     used = set(stages.values())

@@ -61,7 +61,7 @@ def run(
     """Run one experiment and write its files; returns the content of summary.json.
 
     ``strict_health``: a finding of severity error ends the run right after its stage; it changes no number and no key.
-    ``RequestError`` for what the user can mend (before Ray starts), ``RunError`` for a failure met while computing.
+    ``RequestError`` (before Ray starts) if the request is at fault, ``RunError`` for a failure while computing.
     """
     from ..execution.placement import Placement
 
@@ -75,7 +75,7 @@ def run(
 
 
 def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store]:
-    """The data and the storage; ``RequestError`` where machine, storage, data or networks cannot do what is asked."""
+    """Load the data and open the storage; ``RequestError`` if machine, storage, data or networks do not fit."""
     from ..execution.ray_session import check_room
     from ..storage.store import Store
 

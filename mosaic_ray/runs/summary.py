@@ -29,7 +29,7 @@ class StageRecord:
     """A stage of a run: ``key`` names its result in the store, ``cached`` means that it was found there.
 
     ``seconds`` were spent in this run, ``waited_seconds`` of them waiting for another run; ``computed_seconds`` were
-    spent by the run that computed the result. ``cached_clients`` counts clients whose result was found.
+    spent by the run that computed the result. ``cached_clients`` counts clients with a stored result.
     """
 
     seconds: Amount | None = None

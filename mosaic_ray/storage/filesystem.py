@@ -70,7 +70,7 @@ class Files:
         """Return the result of ``work``; retry transient errors until the patience is used up, then raise the last.
 
         After that storage counts as down: until an operation succeeds again, each is tried only once, so that a run
-        whose storage is gone can end.
+        can end when its storage is gone.
         """
         patience = PATIENCE_SECONDS if self._patience is None else self._patience
         started, (pause, longest), reported = time.monotonic(), _PAUSES, False

@@ -166,8 +166,8 @@ def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, 
 
 def _invalid(store: Store, place: str, file: str = "summary.json") -> RequestError:
     return RequestError(
-        f"--storage {store.uri}: {place}/{file} is not whole, so what that run uses cannot be told; run it "
-        "again, or remove its folder"
+        f"--storage {store.uri}: {place}/{file} is not whole, so the results that the run uses are unknown; "
+        "run it again, or remove its folder"
     )
 
 
@@ -222,7 +222,7 @@ def plan(
         elif held:  # earlier results of running runs are in no summary yet
             why = f"runs are at work in this storage ({', '.join(sorted(held)[:2])}) and may need it"
         elif incomplete and entry.stage in ("generator", "judged"):
-            why = f"{incomplete[0]} may use it: its summary.json does not tell"
+            why = f"{incomplete[0]} may use it: its summary.json is incomplete"
         else:
             what = "result" if is_result else "checkpoint"
             why = "no run or trial uses it" if entry.finished else "it was never finished"

@@ -127,7 +127,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _living_owners(files: Files, owners: set[str]) -> set[str]:
-    """Return the owners whose heartbeat changes within ``TTL_SECONDS``."""
+    """Return the owners that are alive: their heartbeat changes within ``TTL_SECONDS``."""
 
     def heartbeat(owner: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):

@@ -196,7 +196,7 @@ class Store:
             if self.files.local and (free := shutil.disk_usage(self.files.root).free) < MIN_FREE_BYTES:
                 raise RequestError(
                     f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, "
-                    f"{MIN_FREE_BYTES >> 20} MiB needed); make room or name another folder"
+                    f"{MIN_FREE_BYTES >> 20} MiB needed); free some space or name another folder"
                 )
             files.put(probe, bytes(1 << 20))
             files.delete(probe)
@@ -345,7 +345,7 @@ class Store:
     def _run_error(self, error: OSError, doing: str, key: str) -> RunError:
         why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
         return RunError(
-            f"storage {self.uri}: {why} while {doing}; mend it and give the same command again to resume",
+            f"storage {self.uri}: {why} while {doing}; fix it and give the same command again to resume",
             stage=key.rpartition("-")[0] or None,
         )
 

@@ -90,8 +90,8 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
         parts = generated(run, generators.weights()[0], count, "quality", "images")
         facts, scale = run.dataset.facts, config.generator.gan_range
         images = np.concatenate([to_pixels(part, scale, facts) for part in parts])
-        judges = {"own": warmup.weights, "judge": judge.weights}
-        rows = [_judge(run, name, weights, images, halves) for name, weights in judges.items()]
+        classifiers = {"own": warmup.weights, "judge": judge.weights}
+        rows = [_scores(run, name, weights, images, halves) for name, weights in classifiers.items()]
         if inception:
             found = _distances(inception_weights(), images, halves, str(run.client_context.device))
             rows.append({"classifier": "inception"} | found)
@@ -108,7 +108,7 @@ def _distances(features: Any, images: np.ndarray, halves: Sequence[np.ndarray], 
     return {"num_images": len(images), "fid": distance, "floor": floor, "ratio": distance / floor if floor else None}
 
 
-def _judge(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
+def _scores(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
     from ..distillation import image_quality as quality
     from ..federated.evaluation import accuracy
     from ..pipeline.evaluate import table_of

@@ -1,9 +1,9 @@
 """`mosaic experiment meta-training`: a meta model trained on prototypes, beside ones trained on synthetic images.
 
-The arms are ``meta.data``'s: prototypes; synthetic images labelled by the model of the client whose generator made
-them; and labelled by the experts' vote. Each arm has the same meta model, random start, number of updates and of
-training vectors, and returns its last state (``tune_spaces/meta_training`` has the reasons). The teachers' results on
-test images are compared seed by seed.
+The arms are ``meta.data``'s: prototypes; synthetic images labelled by the model of their generator's client; and
+synthetic images labelled by the experts' vote. Each arm has the same meta model, random start, number of updates and
+number of training vectors, and returns its last state (``tune_spaces/meta_training`` has the reasons). The teachers'
+results on test images are compared seed by seed.
 
 ``auc`` measures how well a linear classifier separates an arm's training vectors from the clients' prototypes. A
 prototype is a mean of images, so even features of real images differ from prototypes: ``real images`` is that floor.

@@ -16,7 +16,7 @@ from .state import SweepState, Trial
 class TrialQueue:
     """Hands out the unfinished trials of ``search`` and keeps the results of all finished ones.
 
-    ``swept``: names of the knobs that differ between points; ``setting``: those of them that choose data and
+    ``swept``: names of the knobs that differ between points; ``setting``: the ones that choose data and
     partition. With ``strict_health`` a finished trial with a health finding of severity error is run again.
     """
 

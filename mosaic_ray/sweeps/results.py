@@ -84,7 +84,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _row(result: TrialResult) -> Row:
-    """Return a trial's values by column, those of ``SCHEMA`` first; None for those absent from its summary."""
+    """Return a trial's values by column, ``SCHEMA``'s columns first; None where its summary has no value."""
     summary, row = result.summary, Row.fromkeys(SCHEMA.names)
     for name, value in (dict(result.knobs) | dotted(summary.get("config") or {})).items():
         if name in KNOBS:  # a summary of another version may name others

@@ -44,7 +44,7 @@ class SweepRequest:
 class Sweep:
     """A checked request with its search and its trials; ``plan_json`` is the content of plan.json.
 
-    ``swept``: names of the knobs that differ between points; ``setting``: those of them that choose data and partition.
+    ``swept``: names of the knobs that differ between points; ``setting``: the ones that choose data and partition.
     """
 
     request: SweepRequest

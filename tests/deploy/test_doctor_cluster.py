@@ -142,13 +142,13 @@ PROVOKED: list[tuple[str, Change, str]] = [
     ("ssh", lambda c: swap(c, "head_start_ray_commands", "RAY_AUTH_MODE=token ", ""),
      r"problem .*token: head: .*token mode"),
     ("kuberay", lambda c: spec(c).pop("authOptions"), r"problem .*token: the cluster asks nobody"),
-    # doors
+    # access
     ("aws", lambda c: swap(c, "head_start_ray_commands", "host=127.0.0.1", "host=0.0.0.0"),
      r"problem .*dashboard listens on 0\.0\.0\.0"),
     ("gcp", lambda c: swap(c, "head_start_ray_commands", "--host 127.0.0.1", "--bind_all"),
-     r"problem .*doors: TensorBoard"),
+     r"problem .*access: TensorBoard"),
     ("gcp", lambda c: swap(c, "head_start_ray_commands", "--host 127.0.0.1", "--host ::"),
-     r"problem .*doors: TensorBoard"),
+     r"problem .*access: TensorBoard"),
     ("aws", lambda c: c["provider"].update(security_group={"IpPermissions": [OPEN]}),
      r"problem .*opens ports 8265 to 8265"),
     ("kuberay", lambda c: spec(c)["headGroupSpec"].update(serviceType="LoadBalancer"), r"problem .*LoadBalancer"),
@@ -183,7 +183,7 @@ PROVOKED: list[tuple[str, Change, str]] = [
 def test_a_shipped_file_that_is_filled_in_is_fit(study_context, short):
     result = examined(short)
     assert findings(result) == []
-    assert {"schema:", "token:", "doors:", "secrets:", "storage:", "plan:"} <= {
+    assert {"schema:", "token:", "access:", "secrets:", "storage:", "plan:"} <= {
         line.split()[1] for line in result.stdout.splitlines()
     }
 
@@ -282,7 +282,7 @@ def test_the_plan_of_a_run_says_how_many_machines_are_asked_for(study_context):
     quarter = ("--set", "runtime.gpus_per_client=0.25")
     text = plan_lines(examined("aws", same, "--clients", "12", *quarter))
     assert "node head: 4 CPUs, 10.0 GiB: no client host fits" in text
-    assert "node gpu: 8 CPUs, 1 GPU, 20.0 GiB: room for 4 client hosts" in text
+    assert "node gpu: 8 CPUs, 1 GPU, 20.0 GiB: 4 client hosts fit" in text
     assert "client hosts: 12, up to 1 of the run's 12 clients" in text
     assert "asked for 3 of gpu (at most 4)" in text
     text = plan_lines(examined("aws", same, "--clients", "40", *quarter))

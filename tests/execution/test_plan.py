@@ -77,7 +77,7 @@ def test_the_plan_in_words():
         "trials at once: 2, each 1.0 GiB; limited by client hosts, which are busy already",
         "client hosts: 6, shared by all trials, each 1 CPU, 0.6 GiB; limited by CPUs",
         "clients per host: up to 2 of a trial's 10, in turn",
-        "kept free for Ray Train: room for 2 workers, 1 a trial, each 1 CPU",
+        "kept free for Ray Train: 2 workers, 1 a trial, each 1 CPU",
         "left over: 0 of 8 CPUs, 26.5 of 32.0 GiB",
     ]
     lines = plan(

@@ -221,7 +221,7 @@ ASKED = "def build(num_classes, channels, image_size, width):\n"
         (NET.replace("x = self.norm", "self.classes.in_features; x = self.norm"),
          "{file}, line 15: AttributeError: 'Identity' object has no attribute 'in_features'"),
         (sequential("nn.Conv2d(1, 4, 8)", "nn.Flatten()", "nn.Linear(4, 3)"),
-         "it has no batch norm, whose statistics the generators' inversion loss reads; give it one, or set gene"),
+         "it has no batch norm, and the generators' inversion loss reads its statistics; give it one, or set gene"),
     ],
 )  # fmt: skip
 def test_a_network_that_cannot_be_used_is_told_in_one_line(lab, source, says, capsys):

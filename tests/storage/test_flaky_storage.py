@@ -252,7 +252,7 @@ def test_storage_that_is_down_is_not_taken_for_damage(
     flaky.down = True
     works = (lambda: store.get(KEY), lambda: made.load("p"), lambda: store.discard(KEY), lambda: store.put(KEY, {}))
     for work in works:
-        with pytest.raises(RunError, match=f"storage {URI}: .* while .*{KEY}; mend it and give the same") as caught:
+        with pytest.raises(RunError, match=f"storage {URI}: .* while .*{KEY}; fix it and give the same") as caught:
             work()
         assert caught.value.stage == "warmup" and "\n" not in str(caught.value)
     flaky.down = False

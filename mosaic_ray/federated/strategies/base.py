@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Strategy:
-    """A federated strategy. Override what it does differently from federated averaging; keep no state in the object.
+    """A federated strategy. The methods here are federated averaging: override some, and keep no state in the object.
 
     State is arrays by name. The server's travels to every client of a round; a client's own travels to that client
     alone. Both are part of checkpoints, so a killed run resumes with the same numbers. Closing rounds begin without.
@@ -72,7 +72,7 @@ class Strategy:
         return RoundAggregator(start)
 
     def messages(self, network: Entries) -> tuple[Entries, Entries]:
-        """Return what a client is sent, and what it sends, beside the model in every round.
+        """Return the arrays that a client receives and sends in every round, beside the model.
 
         Args:
             network: names, shapes and types of the whole network's state dict.

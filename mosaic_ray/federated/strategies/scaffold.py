@@ -20,7 +20,7 @@ from .base import Strategy
 
 
 class ControlledObjective(Objective):
-    """Cross-entropy whose gradients are corrected by c - c_k, the server's and the client's control variates.
+    """Cross-entropy; its gradients are corrected by c - c_k, the server's and the client's control variates.
 
     Control variates have the names and shapes of the parameters; a client's first one is 0.
     """

@@ -27,7 +27,7 @@ from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
 from ...tracking.progress import StageProgress
 
-#: Clients whose generators are leased at once: each lease is an open file.
+#: Clients with generators leased at once: each lease is an open file.
 MAX_LEASES = 256
 
 

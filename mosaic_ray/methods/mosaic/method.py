@@ -29,8 +29,8 @@ class Mosaic(Method):
         for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
             if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name):
                 raise RequestError(
-                    f"model.classifier = {name}: it has no batch norm, whose statistics the generators' inversion loss "
-                    "reads; give it one, or set generator.lambda_i=0"
+                    f"model.classifier = {name}: it has no batch norm, and the generators' inversion loss reads its "
+                    "statistics; give it one, or set generator.lambda_i=0"
                 )
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:

@@ -47,7 +47,7 @@ def communication(run: RunReport) -> Drawing:
 
 @partial(ReportFigure, "baselines", "Communication beside other methods")
 def baselines(run: RunReport) -> Drawing:
-    """Draw all bytes of this run, measured and predicted, beside those of FedAvg and FedRolex in as many rounds."""
+    """Draw all bytes of this run, measured and predicted, and FedAvg's and FedRolex's bytes in as many rounds."""
     sent, record = traffic(run), run.summary.communication
     if record is None or record.baselines is None or not any(sent.values()):
         raise NotAvailable("the run keeps no comparison of its traffic; an older version made it")
