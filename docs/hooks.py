@@ -32,7 +32,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "pipeline.graph", "pipeline.context", "methods.base", "federated.strategies.base", "federated.client",
         "execution.backend", "config.plugins",
     ),
-    "Methods": ("methods.prototype_head", "methods.mosaic.*"),
+    "Methods": ("methods.prototype_head", "methods.statistics_heads", "methods.mosaic.*"),
     "Stages of every run": ("pipeline.stages", "pipeline.partition", "pipeline.rounds", "pipeline.evaluate"),
     "Distillation": ("distillation.*",),
     "Federated rounds": ("federated.*", "federated.strategies.*"),

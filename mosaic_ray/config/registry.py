@@ -92,5 +92,13 @@ METHODS: dict[str, Entry] = {
         "ablation: the head re-fitted on prototypes, no synthetic image",
         "mosaic_ray.methods.prototype_head:PROTOTYPE_HEAD",
     ),
+    "lda_head": Entry(
+        "ablation: the head of linear discriminant analysis, from sums that clients send",
+        "mosaic_ray.methods.statistics_heads:LDA_HEAD",
+    ),
+    "ccvr": Entry(
+        "ablation: the head trained on features drawn from one Gaussian a class (Luo et al. 2021)",
+        "mosaic_ray.methods.statistics_heads:CCVR",
+    ),
     "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }

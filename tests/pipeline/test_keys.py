@@ -131,7 +131,8 @@ def test_o15_the_inversion_term_is_in_the_keys_of_small_clients_alone():
 
 CASES = [
     {"method": "mosaic"}, {"method": "prototype_head"}, {"method": "fedavg"},
-    {"finetune.num_rounds": 0}, {"distill.workers": 1}, {"generator.stage": "before"},
+    {"method": "lda_head"}, {"method": "ccvr"}, {"finetune.num_rounds": 0}, {"distill.workers": 1},
+    {"generator.stage": "before"},
     {"generator.classifier_source": "fresh", "generator.classifier_epochs": 1}, {"prototypes.rounds": "all"},
     {"generator.lambda_i": 0.0}, {"meta.data": "synthetic"}, {"federation.cohort_size": 2},
 ]  # fmt: skip
@@ -220,12 +221,12 @@ def test_omegas_and_seeds_share_nothing():
 def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_closing():
     rows = work_of([override(TINY, {"method": method}) for method in METHODS])
     assert {stage: (row.asked, row.unique) for stage, row in rows.items()} == {
-        "partition": (3, 1), "warmup": (3, 1), "generators": (3, 3), "prototypes": (2, 1), "teacher": (1, 1),
-        "distill": (2, 2), "finetune": (3, 3), "control": (3, 0), "evaluate": (3, 3),
+        "partition": (5, 1), "warmup": (5, 1), "generators": (3, 3), "prototypes": (2, 1), "teacher": (1, 1),
+        "class_statistics": (2, 2), "distill": (4, 4), "finetune": (5, 5), "control": (5, 0), "evaluate": (5, 5),
     }  # fmt: skip
-    assert rows["distill"].work == {"steps": 10, "fits": 1}
+    assert rows["distill"].work == {"steps": 10, "fits": 3}
     assert rows["control"].work == {}
-    assert rows["evaluate"].work == {"models": 1 + 1 + 2 + 3}  # warm-up; teacher; students; closings, one the control's
+    assert rows["evaluate"].work == {"models": 1 + 1 + 4 + 5}  # warm-up; teacher; students; closings, one the control's
     assert set(work_of([override(TINY, {"method": "fedavg"})])) == {
         "partition", "warmup", "finetune", "control", "evaluate",
     }  # fmt: skip

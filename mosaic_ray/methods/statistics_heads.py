@@ -1,0 +1,175 @@
+"""The ablations ``lda_head`` and ``ccvr``: the student's head made from class statistics, without one synthetic image.
+
+Every client sends the means and the scatter of its classes in the features of the global model; the server adds them
+up. ``lda_head`` solves for the head of Gaussian classes with one covariance; ``ccvr`` (Luo et al., "No Fear of
+Heterogeneity", NeurIPS 2021) draws features from one Gaussian a class and goes on training the head on them. Both are
+floors that generators have to beat. docs/algorithm.md 3.11, 3.12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config.fields import knob
+from ..config.plugins import own_knobs, section_of
+from ..pipeline.graph import KeyInputs, Knobs, Stage
+from ..pipeline.stages import driver_knobs
+from .base import Distilled, Method
+
+if TYPE_CHECKING:
+    from ..core.types import Weights
+    from ..distillation.class_statistics import PooledStatistics
+    from ..federated.client_models import Federation
+    from ..federated.communication import Tally
+    from ..pipeline.context import Facts, RunContext
+    from ..pipeline.rounds import Warmup
+    from ..storage.store import StageWriter
+    from ..tracking.progress import StageProgress
+
+_HERE = "mosaic_ray.methods.statistics_heads"
+
+
+@dataclass(frozen=True)
+class LdaKnobs:
+    shrinkage: float = knob(
+        0.01, "share of the mean variance times the identity in the covariance", above=0.0, high=1.0
+    )
+
+
+@dataclass(frozen=True)
+class CcvrKnobs:
+    samples: int = knob(2000, "features drawn of each class", low=1, high=1_000_000)
+    epochs: int = knob(10, "passes over the features drawn", low=0)
+    batch_size: int = knob(64, "features per step", low=1)
+    lr: float = knob(1e-2, "SGD learning rate of the head", above=0.0)
+    momentum: float = knob(0.9, "SGD momentum", low=0.0, high=0.999)
+    clip: bool = knob(True, "set values drawn below zero to zero, as the ReLU before the head does")
+
+
+class StatisticsHead(Method):
+    """A head from class statistics. ``per_class``: clients send a scatter for each class, not one for all."""
+
+    def __init__(self, name: str, per_class: bool, knobs: type) -> None:
+        self.name, self.per_class, self.knobs = name, per_class, knobs
+        self.statistics = Stage(
+            "class_statistics", 1, lambda inputs: {"per_class": per_class},
+            f"{_HERE}:collect_statistics", upstream=("warmup",), unit="client",
+            total=lambda config: config.partition.num_clients,
+            work=lambda config: {"clients": config.partition.num_clients},
+            messages=f"{_HERE}:{name}_messages",
+        )  # fmt: skip
+        self.fit = Stage(
+            "distill", 1, self._fit_knobs, f"{_HERE}:fit", upstream=("warmup", "class_statistics"), kind=name,
+            role="distilled", unit="fit", work=lambda config: {"fits": 1},
+        )  # fmt: skip
+        self.stages = (self.statistics, self.fit)
+
+    def _fit_knobs(self, inputs: KeyInputs) -> Knobs:
+        return own_knobs(inputs.config, self.name) | {"seed": inputs.config.seed} | driver_knobs(inputs.config)
+
+    def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
+        pooled = ctx.run(self.statistics, warmup, self.per_class)
+        return Distilled(ctx.run(self.fit, warmup, pooled, self))
+
+    def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
+        """Return the new head, V [C, d] and b [C]."""
+        raise NotImplementedError
+
+
+class LdaHead(StatisticsHead):
+    """Linear discriminant analysis of all clients' features."""
+
+    def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
+        from ..distillation.class_statistics import lda_head
+
+        return lda_head(pooled, section_of(ctx.config, self.name, LdaKnobs).shrinkage)
+
+
+class Ccvr(StatisticsHead):
+    """Classifier calibration with virtual representations."""
+
+    def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
+        from ..distillation.class_statistics import calibrate_head, draw_features
+        from ..models.state_dict import head_of
+
+        own = section_of(ctx.config, self.name, CcvrKnobs)
+        features, labels = draw_features(pooled, own.samples, own.clip, ctx.config.seed)
+        return calibrate_head(
+            head_of(weights), features, labels, epochs=own.epochs, batch_size=own.batch_size, lr=own.lr,
+            momentum=own.momentum, seed=ctx.config.seed,
+        )  # fmt: skip
+
+
+LDA_HEAD = LdaHead("lda_head", False, LdaKnobs)
+CCVR = Ccvr("ccvr", True, CcvrKnobs)
+
+
+def collect_statistics(ctx: RunContext, stage: Stage, warmup: Warmup, per_class: bool) -> PooledStatistics:
+    """Return the class statistics of the clients whose network is the student's, pooled on the server."""
+    from ..distillation.class_statistics import ClassStatisticsTask, PooledStatistics, pool
+    from ..federated.communication import Tally, size_of
+    from ..pipeline.context import FailedClients
+
+    federation, everyone = ctx.client_context.federation, ctx.config.partition.num_clients
+    clients = list(federation.groups[federation.student])
+
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
+        traffic, failed, parts = Tally(1, everyone), FailedClients(stage.name), []
+        for client_id in clients:
+            traffic.add("downlink", "weights", client_id, size_of(warmup.weights))
+        task, size = ClassStatisticsTask(per_class), ctx.shards.sizes.__getitem__
+        for client_id, part in ctx.map(task, clients, warmup.models, lambda k: None, failed_clients=failed, cost=size):
+            parts.append(part)
+            traffic.add("uplink", "class_statistics", client_id, size_of(part.arrays()))
+            progress.advance()
+        pooled = pool(parts, ctx.dataset.facts.num_classes, per_class=per_class)
+        writer.add("pooled", vars(pooled))
+        writer.add("communication", traffic.arrays())
+        rows = [finding.to_json() for finding in failed.findings()]
+        return {"communication": traffic.totals(), "findings": rows}
+
+    return PooledStatistics(**ctx.find_or_compute(stage, compute).load("pooled"))
+
+
+def fit(ctx: RunContext, stage: Stage, warmup: Warmup, pooled: PooledStatistics, method: StatisticsHead) -> Weights:
+    """Return the student: the global model with the head of ``method``."""
+    from ..pipeline.evaluate import log_validation
+
+    def compute(writer: StageWriter, progress: StageProgress) -> Facts:
+        matrix, bias = method.head(ctx, warmup.weights, pooled)
+        writer.add("global", warmup.weights | {"head.weight": matrix, "head.bias": bias})
+        progress.advance()
+        return {}
+
+    result = ctx.find_or_compute(stage, compute)
+    student = result.load("global")
+    log_validation(ctx, stage.name, 1, result.key, student)
+    return student
+
+
+def _messages(federation: Federation, counts: np.ndarray, tally: Tally, per_class: bool) -> None:
+    from ..federated.communication import size_of_entries
+
+    entries = federation.entries(federation.student)
+    feature_dim = entries["head.weight"][0][1]
+    for k in federation.groups[federation.student]:
+        held = int((counts[k] > 0).sum())
+        message = {
+            "labels": ((held,), np.int64), "counts": ((held,), np.int64), "means": ((held, feature_dim), np.float32),
+            "scatter": ((held if per_class else 1, feature_dim * (feature_dim + 1) // 2), np.float32),
+        }  # fmt: skip
+        tally.add("downlink", "weights", k, size_of_entries(entries))
+        tally.add("uplink", "class_statistics", k, size_of_entries(message))
+
+
+def lda_head_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add the global model to every client, and its class statistics with one scatter back."""
+    _messages(federation, counts, tally, per_class=False)
+
+
+def ccvr_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add the global model to every client, and its class statistics with a scatter of every class back."""
+    _messages(federation, counts, tally, per_class=True)
