@@ -54,7 +54,7 @@ class FederationConfig:
     scaler: bool = knob(True, "narrow clients divide activations by their width while they train (HeteroFL)")
     masked: bool = knob(False, "a client's loss and head rows leave out classes that it does not hold (HeteroFL)")
     bn_passes: int = knob(
-        0, "passes that estimate batch-norm statistics where a client is narrow; 0: as many as make all exact", low=0
+        0, "passes that estimate exact batch-norm statistics; 0: as many as make all of them exact", low=0
     )
     cohort_size: int = knob(0, "clients asked per round; 0: all", low=0)
     drop_rate: float = knob(
@@ -76,6 +76,12 @@ class WarmupConfig:
     momentum: float = knob(0.0, "SGD momentum, fresh each round", low=0.0, high=0.999)
     shuffle: bool = knob(True, "draw batches at random; off: fixed order (D8)")
     checkpoint_rounds: int = knob(5, "rounds between checkpoints", low=1)
+    bn: str = knob(
+        "running",
+        "batch-norm statistics of the warmed-up model: the average of the clients' running ones, or exact ones of all "
+        "clients' images under its weights; exact always where a client is narrow",
+        choices=("running", "exact"),
+    )
 
 
 @dataclass(frozen=True)
@@ -186,8 +192,9 @@ class FinetuneConfig:
     freeze_head: bool = knob(False, "keep the student's head fixed meanwhile")
     bn: str = knob(
         "frozen",
-        "batch-norm statistics in the closing rounds: those that prototypes and head were made with, or running ones",
-        choices=("frozen", "running"),
+        "batch-norm statistics in the closing rounds: those that prototypes and head were made with, running ones, or "
+        "running ones and at the end exact ones of all clients' images",
+        choices=("frozen", "running", "exact"),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.client_layout import any_partial_width
 from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.seeding import numpy_stream
@@ -96,6 +97,7 @@ class RoundsConfig:
     keep_clients: bool = False
     prototype_rounds: int = 0
     send_counts: bool = False  # clients send their label counts once
+    exact_bn: bool = False  # at the end, batch-norm statistics of all clients' images
     validation: ImageSet | None = None  # evaluated after every round
     after_round: AfterRound | None = None  # the method's own work on the server
 
@@ -173,7 +175,7 @@ def federated_rounds(
         if rounds.after_round is not None:
             finished = FinishedRound(round_num, rounds.num_rounds, now.models, updates, now.method)
             now.models, now.method = rounds.after_round(ctx, finished)
-        if federation.partial_width and done == rounds.num_rounds:
+        if rounds.exact_bn and done == rounds.num_rounds:
             now.models = static_statistics(ctx, now.models, now.traffic, now.failed, round_num)
         _log_round(ctx, rounds, now, answers, len(asked), done, progress)
         if done % config.warmup.checkpoint_rounds == 0 and done < rounds.num_rounds:
@@ -284,7 +286,8 @@ def load_models(federation: Federation, result: StageResult) -> Models:
 def static_statistics(ctx: RunContext, models: Models, traffic: Tally, failed: FailedClients, round_num: int) -> Models:
     """Return ``models`` with batch-norm statistics of all clients' images under the full networks (static BN, 3.6).
 
-    Averages of partial-width clients' running statistics fit no network. Every pass makes one more layer exact.
+    Averages of partial-width clients' running statistics fit no network, and those of other clients were measured under
+    drifted weights and leave out how far the clients' means lie apart. Every pass makes one more layer exact.
     """
     federation = ctx.client_context.federation
     layers = {name: federation.statistics_passes(name) for name in models}
@@ -357,7 +360,7 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
     )
     rounds = RoundsConfig(
         stage.name, ADDRESS, section.num_rounds, plan, keep_clients=True, send_counts=True, after_round=after_round,
-        prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
+        exact_bn=_exact_bn(config, section.bn), prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
     )  # fmt: skip
     result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))
     federation = ctx.client_context.federation
@@ -376,8 +379,16 @@ def close(ctx: RunContext, stage: Stage, models: Models) -> StageResult:
         section.local_steps, warmup.batch_size, section.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
         section.freeze_head, frozen,
     )  # fmt: skip
-    rounds = RoundsConfig(stage.name, CLOSING, section.num_rounds, plan, validation=validation_images(ctx))
+    rounds = RoundsConfig(
+        stage.name, CLOSING, section.num_rounds, plan, validation=validation_images(ctx),
+        exact_bn=_exact_bn(ctx.config, section.bn),
+    )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
+
+
+def _exact_bn(config: ExperimentConfig, bn: str) -> bool:
+    """Return whether rounds with the knob ``bn`` end with exact statistics; no others fit partial widths."""
+    return bn == "exact" or any_partial_width(config)
 
 
 def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models: Models) -> StageResult:
@@ -398,17 +409,18 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
     config = federation.config
     for client_id in range(config.partition.num_clients):
         tally.add("uplink", "counts", client_id, size_of_entries({"counts": (counts.shape[1:], np.int64)}))
-    collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds)
+    collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds, config.warmup.bn)
     if config.prototypes.rounds == "all":
         add_prototypes(federation, counts, tally, collected)
 
 
 def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add what the closing rounds will send."""
-    _rounds_messages(federation, tally, CLOSING, federation.config.finetune.num_rounds)
+    section = federation.config.finetune
+    _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
 
 
-def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rounds: int) -> np.ndarray:
+def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rounds: int, bn: str) -> np.ndarray:
     """Add the messages of rounds; returns how often each client answered in the last rounds of P3, int64 [K]."""
     config, clients = federation.config, federation.config.partition.num_clients
     asked, answered, collected = np.zeros((3, clients), np.int64)
@@ -430,7 +442,7 @@ def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rou
             tally.add(direction, "weights", k, model, times=times)
             if extra.payload:
                 tally.add(direction, "strategy", k, extra, times=times)
-        if federation.partial_width and num_rounds:
+        if _exact_bn(config, bn) and num_rounds:
             whole = federation.entries(maker[0])
             for layers in federation.statistics_passes(maker[0]):
                 tally.add("downlink", "weights", k, size_of_entries(whole))

@@ -71,7 +71,8 @@ def test_communication_is_what_narrow_clients_send(tmp_path):
     assert sent["uplink"]["statistics"] > 0
 
 
-def test_static_statistics_are_those_of_all_clients_images(tmp_path, monkeypatch):
+@pytest.mark.parametrize("knobs", [NARROW, {"warmup.bn": "exact"}, {"finetune.bn": "exact"}])
+def test_static_statistics_are_those_of_all_clients_images(tmp_path, monkeypatch, knobs):
     seen = {}
     keep = rounds.static_statistics
 
@@ -80,13 +81,22 @@ def test_static_statistics_are_those_of_all_clients_images(tmp_path, monkeypatch
         return seen["models"]
 
     monkeypatch.setattr(rounds, "static_statistics", watched)
-    go(tmp_path, NARROW | {"method": "fedavg"})
+    go(tmp_path, knobs | {"method": "fedavg"})
     run, weights = seen["run"], seen["models"]["cnn"]
     context = ClientContext(run.config, run.dataset.facts, torch.device("cpu"))
     everything = shard_of(run.dataset.train)
     alone = pooled([moments(context.classifier(weights), everything, FACTS, "fp32")])
     for name, value in alone.items():
         np.testing.assert_allclose(weights[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_exact_statistics_change_nothing_else_and_are_counted(tmp_path):
+    exact, plain = (go(tmp_path, {"method": "fedavg", "warmup.bn": bn}) for bn in ("exact", "running"))
+    assert exact["communication"]["measured_over_predicted"] == 1
+    store = Store(str(tmp_path))
+    left, right = (store.get(s["stages"]["warmup"]["key"]).load("global") for s in (exact, plain))
+    differ = {name for name in left if not np.array_equal(left[name], right[name])}
+    assert differ == {name for name in left if "running_" in name}
 
 
 def test_clients_of_several_architectures_teach_one_student(tmp_path, undisturbed_tiny):
