@@ -360,7 +360,8 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
     )
     rounds = RoundsConfig(
         stage.name, ADDRESS, section.num_rounds, plan, keep_clients=True, send_counts=True, after_round=after_round,
-        exact_bn=_exact_bn(config, section.bn), prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
+        exact_bn=_exact_bn(config, section.bn),
+        prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
     )  # fmt: skip
     result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))
     federation = ctx.client_context.federation
