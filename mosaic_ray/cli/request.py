@@ -101,13 +101,20 @@ def _compared(word: str) -> dict[str, str]:
 def cluster_request(space: str | None, options: ConfigOptions) -> ClusterRequest:
     """Return the request to check against a cluster: a sweep of ``space``, or a run where that is None."""
     from ..deploy.capacity import ClusterRequest, fit_of_run, fit_of_sweep
+    from ..execution.devices import settle
     from ..sweeps.runner import prepare, resources_of
 
     if space is None:
         config = parse_config(**options)
-        return ClusterRequest([config], lambda nodes, _: fit_of_run(config, nodes))
-    sweep = prepare(sweep_request(space, options))
-    return ClusterRequest(sweep.configs, lambda nodes, storage: fit_of_sweep(resources_of(sweep, nodes, storage)))
+        return ClusterRequest(
+            lambda there: [settle(config, there)], lambda nodes, _, there: fit_of_run(settle(config, there), nodes)
+        )
+    request = sweep_request(space, options)
+    prepare(request)  # refuses it before the file is read
+    return ClusterRequest(
+        lambda there: prepare(request, there=there).configs,
+        lambda nodes, storage, there: fit_of_sweep(resources_of(prepare(request, there=there), nodes, storage)),
+    )
 
 
 #: Options that are another spelling of a knob.

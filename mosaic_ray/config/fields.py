@@ -17,10 +17,15 @@ from ..core.errors import RequestError
 #: Numbers, or the name of a rule that gives them.
 Widths = tuple[float, ...] | str
 
+#: A number, or ``auto``: the machine decides (``execution.devices.settle``).
+AutoInt, AutoFloat = int | str, float | str
+_NUMBER_OF = {AutoInt: int, AutoFloat: float}
+
 _WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text",
     tuple[str, ...]: 'a list of names such as ["cnn", "resnet18"]',
     Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
+    AutoInt: "auto, or a whole number", AutoFloat: "auto, or a number",
 }  # fmt: skip
 
 _BOUNDS = {"above": ("above", operator.gt), "low": ("at least", operator.ge), "high": ("at most", operator.le)}
@@ -52,6 +57,11 @@ class Knob:
     type: Any
     default: Any
     metadata: Mapping[str, Any]
+
+    @property
+    def kind(self) -> Any:
+        """Return the type of its settled values: that of the number where it may be ``auto``."""
+        return _NUMBER_OF.get(self.type, self.type)
 
 
 def knobs_of(cls: type, prefix: str = "") -> Iterator[Knob]:
@@ -86,6 +96,10 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
     """Convert ``value`` to the knob's type, or raise ``ValueError``. ``text``: it came from a command line."""
     if text and isinstance(value, str):
         value = _parsed(spec.type, value.strip())
+    if spec.kind != spec.type:
+        if value == "auto":
+            return value
+        spec = dataclasses.replace(spec, type=spec.kind)
     if spec.type is bool:
         if not isinstance(value, bool):
             raise ValueError
@@ -113,7 +127,7 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
 
 def _parsed(kind: Any, word: str) -> Any:
     """Parse a word of a command line: TOML, where quotes around names may be left out."""
-    if kind is str or (kind == Widths and word[:1].isalpha()):
+    if kind is str or (kind == Widths and word[:1].isalpha()) or (kind in _NUMBER_OF and word == "auto"):
         return word
     if kind == tuple[str, ...] and '"' not in word and "'" not in word:
         return [name.strip() for name in word.strip("[]").split(",") if name.strip()]

@@ -85,7 +85,6 @@ _PAPER_SCALE: dict[str, Any] = {
     "generator.ngf": 64,
     "generator.ndf": 64,
     "finetune.num_rounds": 39,
-    "runtime.gpus_per_client": 0.1,
 }
 
 SCALES: dict[str, Scale] = {

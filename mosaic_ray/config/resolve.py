@@ -47,6 +47,16 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
     return values | {knob.name: knob.default for knob in own} | dict(config.extra)
 
 
+def without_share(config: ExperimentConfig) -> ExperimentConfig:
+    """Return a settled ``config`` without its share of a GPU, which changes no number.
+
+    In files of earlier versions the share alone named the device.
+    """
+    knobs = config.runtime
+    device = ("cuda" if knobs.gpu_share else "cpu") if knobs.device == "auto" else knobs.device
+    return dataclasses.replace(config, runtime=dataclasses.replace(knobs, device=device, gpus_per_client="auto"))
+
+
 def as_dict(config: ExperimentConfig) -> dict[str, Any]:
     """Return nested plain values, fit for JSON and TOML."""
     nested: dict[str, Any] = {}

@@ -202,7 +202,12 @@ class FinetuneConfig:
 class RuntimeConfig:
     host: str = knob("ray", "where clients run", choices=("ray", "serial"))
     cpus_per_client: float = knob(1.0, "CPUs of a client actor; threads follow", above=0.0)
-    gpus_per_client: float = knob(0.0, "GPU share of a client actor", low=0.0)
+    device: str = knob(
+        "auto", "where clients train; auto: on GPUs where there are any, else on CPUs", choices=("auto", "cpu", "cuda")
+    )
+    gpus_per_client: float | str = knob(
+        "auto", "GPU share of a client actor; auto: as many clients a GPU as its memory holds; 0: CPUs", low=0.0
+    )
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
     driver_threads: int = knob(
         1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1
@@ -212,6 +217,11 @@ class RuntimeConfig:
     )
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)
+
+    @property
+    def gpu_share(self) -> float:
+        """Return ``gpus_per_client``; 0 while it is ``auto``."""
+        return 0.0 if isinstance(self.gpus_per_client, str) else self.gpus_per_client
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,15 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         cpus < 1 or float(cpus).is_integer(),
         f"runtime.cpus_per_client = {cpus:g}: Ray takes a fraction below 1 or a whole number",
     )
-    gpus = config.runtime.gpus_per_client
+    device, gpus = config.runtime.device, config.runtime.gpu_share
+    need(
+        not (device == "cpu" and gpus),
+        f"runtime.device = cpu: clients on CPUs take no GPU, but runtime.gpus_per_client = {gpus:g}; give one of them",
+    )
+    need(
+        device != "cuda" or config.runtime.gpus_per_client == "auto" or gpus,
+        "runtime.device = cuda: runtime.gpus_per_client = 0 keeps clients on CPUs; give one of them",
+    )
     need(
         gpus <= 1 or float(gpus).is_integer(),
         f"runtime.gpus_per_client = {gpus:g}: Ray takes a fraction up to 1 or a whole number",

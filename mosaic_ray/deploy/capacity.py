@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.units import size
-from ..execution.ray_session import Resources, num_hosts
+from ..execution.ray_session import Resources, in_all, num_hosts
 from ..execution.resource_plan import Node, ResourcePlan, plan
 from .cluster_spec import Cluster, NodeType, mapping
 from .doctor import Check
@@ -28,10 +28,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class ClusterRequest:
-    """A request: its configs, and a function that fits it to nodes (the first is the head) and a storage."""
+    """A request: its configs on a cluster's resources, and its fit to nodes (the head first), a storage, resources."""
 
-    configs: Sequence[ExperimentConfig]
-    fit_on: Callable[[Sequence[Node], str], Fit]
+    configs_on: Callable[[Resources], Sequence[ExperimentConfig]]
+    fit_on: Callable[[Sequence[Node], str, Resources], Fit]
 
 
 def fit_of_sweep(made: ResourcePlan) -> Fit:
@@ -49,7 +49,7 @@ def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
     if not any(capacity):
         plan(nodes, [config], num_trials=1)  # raises, with what would fit
     hosts = min(clients, config.runtime.max_hosts or clients, sum(capacity))
-    gpus = bool(config.runtime.gpus_per_client)
+    gpus = config.runtime.device == "cuda"
     places = [int(min(node.cpus, node.gpus) if gpus else node.cpus) for node in nodes]
     if workers > sum(places):
         kind = "GPUs" if gpus else "CPUs"
@@ -170,13 +170,22 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
         fix = "declare its resources, or ask on the head: mosaic sweep --dry-run --address auto"
         yield Check("plan", "warning" if cluster.document.kind != "local" else "ok", found, fix)
         return
+    largest = in_all(Resources(0, 0, 0), cluster.nodes(gpus=True))
+    try:
+        configs = asked.configs_on(largest)
+        gpus_used = any(config.runtime.device == "cuda" for config in configs)
+        nodes = cluster.nodes(gpus=gpus_used)
+        there = in_all(Resources(0, 0, 0), nodes)
+        configs = asked.configs_on(there)
+    except RequestError as error:
+        yield Check("plan", "problem", str(error), "change the request, or the file's machines")
+        return
     for kind in cluster.types:
         gpus = f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}, " if kind.gpus else ""
         has = f"{kind.cpus:g} CPUs, {gpus}{size(kind.memory, 'GiB')}"
-        yield Check(f"node {kind.name}", "ok", f"{has}: {_describe_capacity(kind, asked.configs)}")
-    nodes = cluster.nodes(gpus=any(config.runtime.gpus_per_client for config in asked.configs))
+        yield Check(f"node {kind.name}", "ok", f"{has}: {_describe_capacity(kind, configs)}")
     try:
-        fit = asked.fit_on(nodes, storage)
+        fit = asked.fit_on(nodes, storage, there)
     except RequestError as error:
         yield Check("plan", "problem", str(error), "change the request, or the file's machines")
         return

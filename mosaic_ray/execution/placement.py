@@ -37,7 +37,7 @@ class Placement:
             return SerialBackend(config, facts, shards)
         if self.pool:
             return RayBackend(config, facts, shards, lambda: ActorPool(self.pool, shared=True, say=say))
-        needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpus_per_client}
+        needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpu_share}
 
         def more(have: int) -> list[Any]:
             """Add actors for nodes that joined later; pending actors make the autoscaler start expected ones."""

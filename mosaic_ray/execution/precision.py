@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
-    """Return the device that ``config`` trains on: CUDA if clients have GPUs and torch can use one, else the CPU."""
+    """Return this process's device: CUDA if clients of ``config`` train there and torch finds it, else the CPU."""
     import torch
 
-    return torch.device("cuda" if config.runtime.gpus_per_client and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if config.runtime.device == "cuda" and torch.cuda.is_available() else "cpu")
 
 
 def has_native_bf16(cuda: bool) -> bool:

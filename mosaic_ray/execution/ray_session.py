@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,16 @@ MEMORY_A_CPU = 4 * 2**30
 
 @dataclass(frozen=True)
 class Resources:
-    """The CPUs, GPUs and bytes of memory of a cluster."""
+    """The CPUs, GPUs and bytes of memory of a cluster.
+
+    ``share``: of a GPU that one client's memory takes, ``bf16``: whether its GPUs compute in it; 0, None: not known.
+    """
 
     cpus: float
     gpus: float
     memory: float
+    share: float = 0.0
+    bf16: bool | None = None
 
 
 def local_resources() -> Resources:
@@ -62,7 +67,7 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
     knobs = config.runtime
     for knob, asks, has, hint in (
         ("cpus_per_client", knobs.cpus_per_client, resources.cpus, "CPUs, so no client fits"),
-        ("gpus_per_client", knobs.gpus_per_client, resources.gpus, "GPUs (0 runs clients on CPUs)"),
+        ("gpus_per_client", knobs.gpu_share, resources.gpus, "GPUs (0 runs clients on CPUs)"),
     ):
         if asks > has:
             raise RequestError(f"runtime.{knob} = {asks:g}: there are {has:g} {hint}")
@@ -71,21 +76,12 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
         int(resources.cpus / knobs.cpus_per_client + 1e-9),
         max(1, int(resources.memory * 0.7 / HOST_BYTES)),
     ]
-    if knobs.gpus_per_client:
-        per_gpu = int(1 / knobs.gpus_per_client + 1e-9) if knobs.gpus_per_client <= 1 else 0
-        bounds.append(per_gpu * int(resources.gpus) or int(resources.gpus // knobs.gpus_per_client))
+    if share := knobs.gpu_share:
+        per_gpu = int(1 / share + 1e-9) if share <= 1 else 0
+        bounds.append(per_gpu * int(resources.gpus) or int(resources.gpus // share))
     if knobs.max_hosts:
         bounds.append(knobs.max_hosts)
     return max(1, min(bounds))
-
-
-def check_room(config: ExperimentConfig, address: str) -> None:
-    """Raise ``RequestError`` if no client fits: for lack of a GPU on this machine, before Ray starts, or on the cluster
-    at ``address``, which is joined here, with the nodes that it may still start."""
-    if config.runtime.host == "ray" and address != "local":
-        num_hosts(config, in_all(connect(address), machines_to_come()))
-    elif config.runtime.gpus_per_client:
-        num_hosts(config, local_resources())
 
 
 def connect(address: str = "local") -> Resources:
@@ -125,7 +121,8 @@ def all_resources() -> Resources:
 def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
     """Return the sum of ``there`` and of the nodes ``to_come``."""
     every: list[Resources | Node] = [there, *to_come]
-    return Resources(sum(n.cpus for n in every), sum(n.gpus for n in every), sum(n.memory for n in every))
+    sums = {kind: sum(getattr(n, kind) for n in every) for kind in ("cpus", "gpus", "memory")}
+    return replace(there, **sums)
 
 
 def machines_to_come(bootstrap: str = BOOTSTRAP) -> list[Node]:

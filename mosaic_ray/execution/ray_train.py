@@ -164,7 +164,7 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, knobs = task.config.distill.workers, task.config.runtime
-    gpu = bool(knobs.gpus_per_client)
+    gpu = knobs.device == "cuda"
     settings: dict[str, Any] = {"threads": knobs.driver_threads, "checkpoint": workers > 0}
     if workers == 0:
         settings |= {"task": task, "report": report}

@@ -156,7 +156,7 @@ def _need(configs: Sequence[ExperimentConfig]) -> _Need:
         pool=bool(on_ray),
         host_cpus=max((c.runtime.cpus_per_client for c in on_ray), default=0.0),
         trial_cpus=max((max(1.0, c.runtime.cpus_per_client) for c in serial), default=0.0),
-        gpus=max(c.runtime.gpus_per_client for c in configs),
+        gpus=max(c.runtime.gpu_share for c in configs),
         workers=max((c.distill.workers for c in on_ray), default=0),  # serial distils in the trial's own process
         clients=max(c.partition.num_clients for c in configs),
         per_round=min(c.federation.cohort_size or c.partition.num_clients for c in configs),

@@ -40,7 +40,7 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
     """Return the runtime's knobs that can show in the last bit of a client's result."""
     from ..execution.backend import client_threads
 
-    device = "cuda" if config.runtime.gpus_per_client else "cpu"
+    device = config.runtime.device if config.runtime.device != "auto" else "cpu"
     return {"precision": config.runtime.precision, "threads": client_threads(config), "device": device}
 
 

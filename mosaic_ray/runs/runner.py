@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config.plugins import load
-from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml
+from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml, without_share
 from ..config.schema import DataConfig, ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.serialization import from_json
@@ -27,6 +27,7 @@ from .summary import StageRecord, Summary, build_summary, versions
 
 if TYPE_CHECKING:
     from ..execution.placement import Placement
+    from ..execution.ray_session import Resources
     from ..pipeline.context import RunContext
     from ..storage.store import Store
     from ..tracking.tracker import Tracker
@@ -42,7 +43,9 @@ MAX_REPAIRS = 5
 
 def default_name(config: ExperimentConfig) -> str:
     """Return the default name of a run; the same request gives the same name, so that the same command resumes."""
-    changed = {name: value for name, value in flatten(config).items() if value != KNOBS[name].default}
+    changed = {name: value for name, value in flatten(without_share(config)).items() if value != KNOBS[name].default}
+    if changed["runtime.device"] == "cpu":  # so that a knob's default is no part of the name
+        del changed["runtime.device"]
     words = plain(config.data.name), load("methods", config.method).name, config.algorithm, f"s{config.seed}"
     return request_name("run", 2, changed, *words)
 
@@ -63,26 +66,27 @@ def run(
     ``strict_health``: a finding of severity error ends the run right after its stage; it changes no number and no key.
     ``RequestError`` (before Ray starts) if the request is at fault, ``RunError`` for a failure while computing.
     """
+    from ..execution.devices import describe, settle
     from ..execution.placement import Placement
 
     check_name(name, "runs")
-    dataset, store = prepare(config, storage, address, fresh)
-    config = settle_precision(config)
+    dataset, store, there = prepare(config, storage, address, fresh)
+    config = settle(config, there)
     return execute(
         config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
-        strict_health=strict_health, progress=progress,
+        strict_health=strict_health, progress=progress, notes=[describe(config, there)],
     )  # fmt: skip
 
 
-def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store]:
-    """Load the data and open the storage; ``RequestError`` if machine, storage, data or networks do not fit."""
-    from ..execution.ray_session import check_room
+def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store, Resources]:
+    """Load the data, open the storage and look at the devices; ``RequestError`` if one of them does not fit."""
+    from ..execution.devices import resources_for
     from ..storage.store import Store
 
-    check_room(config, address)
+    there = resources_for(config, address)
     store = Store(storage, fresh=fresh)
     store.check_writable()
-    return load_data([config])[config.data], store
+    return load_data([config])[config.data], store, there
 
 
 def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
@@ -147,12 +151,14 @@ def execute(
     command: list[str] | None = None,
     strict_health: bool = False,
     log_file: bool = False,
+    notes: Sequence[str] = (),
     finish: Callable[[Path, dict[str, Any]], None] | None = None,
     **watch: Any,
 ) -> dict[str, Any]:
     """Run the experiment, write its files into the folder ``place`` of ``store``, and return summary.json's content.
 
     ``log_file``: messages go to log.txt instead of standard error. ``watch``: options of the ``Tracker``.
+    ``notes``: lines to say first.
     ``finish(folder, summary)`` may add files of its own. A failure ends in a ``RunError`` with its address, and in the
     folder.
     """
@@ -178,6 +184,8 @@ def execute(
             open_run(config, dataset, store, tracker, hosts, log=log, findings=findings, strict=strict_health) as ctx,
         ):
             store.log = tracker.warn
+            for line in filter(None, notes):
+                tracker.say(line)
             if command:
                 tracker.text("run/command", f"    {shlex.join(command)}")
             ctx.distil = lambda task, report: hosts.distil(task, report, store.where(f"{place}/train"))
@@ -246,22 +254,14 @@ def _failure(
     return failure
 
 
-def settle_precision(config: ExperimentConfig) -> ExperimentConfig:
-    """``auto`` becomes bf16 where the device that clients train on has it natively, else fp32; it is recorded."""
-    if config.runtime.precision != "auto":
-        return config
-    from ..execution.precision import has_native_bf16
-
-    native = has_native_bf16(cuda=bool(config.runtime.gpus_per_client))
-    return override(config, {"runtime.precision": "bf16" if native else "fp32"})
-
-
 def _keep_other(folder: Path, config: ExperimentConfig) -> None:
     """Make ``folder``; a run there with another configuration is moved aside, never overwritten."""
     old, same = folder / "config.toml", False
     try:
         with contextlib.suppress(RequestError):  # of a version with other knobs: a different run
-            same = not old.exists() or override(ExperimentConfig(), read_toml(old)) == config
+            same = not old.exists() or (
+                without_share(override(ExperimentConfig(), read_toml(old))) == without_share(config)
+            )
         if not same:
             asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
             folder.rename(next(aside for aside in asides if not aside.exists()))

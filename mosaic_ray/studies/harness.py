@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.resolve import as_dict, override, to_toml
+from ..config.resolve import as_dict, override, to_toml, without_share
 from ..config.schema import ExperimentConfig
 from ..core.seeding import stream
 from ..core.types import Dataset, Weights
@@ -143,18 +143,21 @@ def run_study(
 
     ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
     """
+    from ..execution.devices import describe, settle
     from ..execution.placement import Placement
-    from ..runs.runner import check_name, prepare, settle_precision, with_repairs
+    from ..runs.runner import check_name, prepare, with_repairs
     from ..tracking.tracker import Tracker
 
     check_name(name, "experiments")
-    dataset, store = prepare(config, storage, address, fresh)
+    dataset, store, there = prepare(config, storage, address, fresh)
     study.check(config, dataset, options)
-    config = settle_precision(config)
-    request = as_dict(override(config, {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
+    config = settle(config, there)
+    request = as_dict(override(without_share(config), {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
     place = f"experiments/{name or request_name('study', 1, request, study.name, plain(config.data.name))}"
     with Tracker(None, progress=progress) as tracker:
         store.log = tracker.warn
+        if line := describe(config, there):
+            tracker.say(line)
         context = StudyContext(dataset, store, tracker, Placement(address), options)
         configs = [override(config, {"seed": seed}) for seed in seeds]
         results = [with_repairs(store, partial(study.measure, context, config)) for config in configs]

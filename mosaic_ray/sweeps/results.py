@@ -50,7 +50,7 @@ class TrialResult:
 def _type(column: str) -> pa.DataType:
     """Return the type of a knob's column, or of a column of a stage; a list of numbers is stored as JSON text."""
     if column in KNOBS:
-        return {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}.get(KNOBS[column].type, pa.string())
+        return {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}.get(KNOBS[column].kind, pa.string())
     return pa.bool_() if column.startswith("cached_") else pa.float64()
 
 
@@ -88,7 +88,8 @@ def _row(result: TrialResult) -> Row:
     summary, row = result.summary, Row.fromkeys(SCHEMA.names)
     for name, value in (dict(result.knobs) | dotted(summary.get("config") or {})).items():
         if name in KNOBS:  # a summary of another version may name others
-            row[name] = json.dumps(list(value)) if isinstance(value, list | tuple) else value
+            unsettled = value == "auto" and KNOBS[name].kind in (int, float)
+            row[name] = None if unsettled else json.dumps(list(value)) if isinstance(value, list | tuple) else value
     for older, knob in ALIASES.items():
         row[older] = row[knob] = row[older] if row[knob] is None else row[knob]
     row |= {"trial": result.trial, "point": result.point, "seed": result.seed}
@@ -178,7 +179,7 @@ def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
     knobs = list(dict.fromkeys([*swept, "seed"]))
     experiment = api_pb2.Experiment(
         hparam_infos=[
-            api_pb2.HParamInfo(name=name, type=types.get(KNOBS[name].type, text), differs=True) for name in knobs
+            api_pb2.HParamInfo(name=name, type=types.get(KNOBS[name].kind, text), differs=True) for name in knobs
         ],
         metric_infos=[api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag)) for tag in HPARAM_METRICS],
     )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..config.resolve import as_dict, override
+from ..config.resolve import as_dict, flatten, override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from .search import FixedTrials, OptunaSearch, Search, searched_knobs, settings_of
 from .space import Choice, SweepPlan, check_space, describe, grid_points, random_points, setting_knobs
-from .state import PlanFile, SweepState, Trial, make_trials, plan_name
+from .state import REMEMBERED, PlanFile, SweepState, Trial, make_trials, plan_name
 
 if TYPE_CHECKING:
+    from ..execution.ray_session import Resources
     from ..execution.resource_plan import Node, ResourcePlan
     from ..runs.plan import StageWork
     from .queue import TrialQueue
@@ -54,6 +56,7 @@ class Sweep:
     plan_json: dict[str, Any]
     swept: tuple[str, ...]
     setting: tuple[str, ...]
+    there: Resources | None = None  # what devices were settled by
 
     @property
     def configs(self) -> list[ExperimentConfig]:
@@ -61,11 +64,14 @@ class Sweep:
         return [trial.config for trial in self.trials]
 
 
-def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sweep:
+def prepare(request: SweepRequest, config: ExperimentConfig | None = None, there: Resources | None = None) -> Sweep:
     """Check ``request`` as far as that needs neither data nor Ray, and make its trials; ``RequestError`` otherwise.
 
-    ``config`` replaces the base in the trials, with this machine's precision filled in; plan.json keeps the request's.
+    ``config`` replaces the base in the trials; plan.json keeps the request's. ``there``: what their devices are settled
+    by.
     """
+    from ..execution.devices import settle
+
     plan, base = request.plan, config or request.config
     check_space(request.space, plan)
     search = request.search or plan.search
@@ -82,7 +88,8 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
             raise RequestError(f"--search optuna: space {request.space} lists its points; it takes --search grid")
         points = _extremes(plan)
     swept = tuple(dict.fromkeys(name for point in points for name in point))
-    trials = make_trials(base, points, seeds)
+    decide = partial(settle, there=there) if there else (lambda config: config)
+    trials = make_trials(base, points, seeds, settle=decide)
     option = "--scheduler asha" if request.scheduler == "asha" else f"--search {search}"
     learns = option in ("--scheduler asha", "--search optuna")
     if learns and not all(trial.config.partition.validation_fraction for trial in trials):
@@ -99,8 +106,8 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None) -> Sw
         points=None if search == "optuna" else [dict(point) for point in points],
         base=as_dict(request.config),
     )
-    chosen: Search = OptunaSearch(plan, samples, seeds, base) if search == "optuna" else FixedTrials(trials)
-    return Sweep(request, base, chosen, tuple(trials), plan_file.to_json(), swept, setting_knobs(swept))
+    chosen: Search = OptunaSearch(plan, samples, seeds, base, decide) if search == "optuna" else FixedTrials(trials)
+    return Sweep(request, base, chosen, tuple(trials), plan_file.to_json(), swept, setting_knobs(swept), there)
 
 
 def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
@@ -164,12 +171,14 @@ class DryRun:
 
 def dry_run(request: SweepRequest, storage: str, name: str | None, address: str) -> DryRun:
     """Return what the sweep would run. Needs neither the data nor Ray."""
+    from ..execution.ray_session import Resources, in_all
     from ..runs.plan import stage_keys, unique_work
     from ..runs.runner import check_name
 
     check_name(name, "sweeps")
-    sweep = prepare(request)
-    resources = resources_of(sweep, available_nodes(address), storage)
+    nodes = available_nodes(address)
+    sweep = prepare(request, there=in_all(Resources(0, 0, 0), nodes))
+    resources = resources_of(sweep, nodes, storage)
     search, seeds, work = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None
     if search != "optuna":
         work = unique_work([stage_keys(config) for config in sweep.configs], sweep.configs)
@@ -222,29 +231,36 @@ def run(
     ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on. With ``strict_health``
     a finding of severity error is such a failure.
     """
-    from ..runs.runner import check_name, load_data, settle_precision
+    from ..execution.devices import describe, settle
+    from ..execution.ray_session import Resources, in_all
+    from ..runs.runner import check_name, load_data
     from ..storage.store import Store
     from .console import SweepView
     from .queue import TrialQueue
     from .results import read_results
 
     check_name(name, "sweeps")
-    sweep = prepare(request)
-    resources_of(sweep, available_nodes(address), storage)  # refuses a plan that cannot fit, before Ray starts
+    nodes = available_nodes(address)
+    there = in_all(Resources(0, 0, 0), nodes)
+    here = flatten(settle(request.config, there))
+    sweep = prepare(request, there=there)
+    resources_of(sweep, nodes, storage)  # refuses a plan that cannot fit, before Ray starts
     store = Store(storage)
     store.check_writable()
-    settled = settle_precision(request.config)
     state = SweepState(store, name or plan_name(sweep.plan_json))
     lease = store.try_lease(f"sweep-{state.name}")
     if lease is None:
         raise RequestError(f"--name {state.name}: that sweep is running already, from another process")
     with lease:
         datasets = load_data(sweep.configs)
-        state.begin(sweep.plan_json, fresh, settled.runtime.precision)
-        sweep = prepare(request, override(settled, {"runtime.precision": state.precision}))
+        state.begin(sweep.plan_json, fresh, {name: here[knob] for name, knob in REMEMBERED.items()})
+        base, there, notes = as_begun(request, state, there)
+        sweep = prepare(request, base, there)
         if store.local_root and (old := store.local_root / state.place / "results.parquet").exists():
             read_results(old)  # refuses a damaged file
         with SweepView(sweep.search.total, progress=progress) as view:
+            for line in filter(None, [*notes, describe(settle(base, there), there)]):
+                view.say(line)
             queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health)
             if queue.has_unfinished():
                 _run_trials(sweep, queue, datasets, storage, address)
@@ -253,19 +269,44 @@ def run(
     return Outcome(state.name, store.where(state.place), results, sweep.swept, sweep.setting)
 
 
+def as_begun(
+    request: SweepRequest, state: SweepState, there: Resources
+) -> tuple[ExperimentConfig, Resources, list[str]]:
+    """Return base and resources with which a resumed sweep goes on with the keys that it began with, and lines.
+
+    ``RequestError`` where it began on GPUs and ``there`` are none.
+    """
+    from ..execution.devices import settle
+
+    here, begun = settle(request.config, there).runtime, state.settled
+    notes = []
+    if begun["device"] != here.device:
+        if begun["device"] == "cuda":
+            raise RequestError(
+                f"--name {state.name}: that sweep began on GPUs, and there are none here; go on where there are some, "
+                "or take another --name, or --fresh"
+            )
+        notes.append("the sweep began on CPUs and goes on there; --fresh begins it anew on GPUs")
+        there = replace(there, gpus=0.0)
+        here = settle(request.config, there).runtime
+    if begun["precision"] != here.precision:
+        notes.append(f"the sweep began in {begun['precision']} and goes on in it; here {here.precision} is usual")
+    return override(request.config, {"runtime.precision": begun["precision"]}), there, notes
+
+
 def _run_trials(sweep: Sweep, queue: TrialQueue, datasets: dict[Any, Any], storage: str, address: str) -> None:
     from ..execution.ray_session import connect, nodes
     from .tune import HalvingBySetting, TrialContext, run_trials
 
     state, store = queue.state, queue.state.store
     connect(address)
-    there = nodes(expect=address != "local")
+    machines = nodes(expect=address != "local")
     context = TrialContext(
         sweep.base, str(store.local_root or store.uri), state.name, state.session, sweep.swept,
-        strict_health=queue.strict_health,
+        there=sweep.there, strict_health=queue.strict_health,
     )  # fmt: skip
     halving = None
     if sweep.request.scheduler == "asha":
         num_rounds = max(config.finetune.num_rounds for config in sweep.configs)
         halving = HalvingBySetting((*sweep.setting, "seed"), num_rounds)
-    run_trials(queue, context, datasets, resources_of(sweep, there, storage), there, halving)
+    run_trials(queue, context, datasets, resources_of(sweep, machines, storage), machines, halving)

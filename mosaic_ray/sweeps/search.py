@@ -7,7 +7,7 @@ function of the plan alone: neither the number of concurrent trials nor a kill a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
@@ -41,11 +41,15 @@ class FixedTrials:
 class OptunaSearch:
     """One TPE study per setting (per omega, for example): a study over all would only find the easiest setting."""
 
-    def __init__(self, plan: SweepPlan, samples: int, seeds: Sequence[int], base: ExperimentConfig) -> None:
+    def __init__(
+        self, plan: SweepPlan, samples: int, seeds: Sequence[int], base: ExperimentConfig,
+        settle: Callable[[ExperimentConfig], ExperimentConfig] = lambda config: config,
+    ) -> None:  # fmt: skip
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._base, self._seeds, self._samples, self._names = base, tuple(seeds), samples, tuple(plan.knobs)
+        self._settle = settle
         self.total = samples * len(self._seeds)
         self._settings, self._domains = settings_of(plan), searched_knobs(plan)
         self._space = {name: _distribution(name, domain) for name, domain in self._domains.items()}
@@ -76,7 +80,8 @@ class OptunaSearch:
             asked = self._studies[point % len(self._studies)].ask(self._space)
             self._asked.append(asked)
             found = setting | {name: self._value(name, value) for name, value in asked.params.items()}
-            self._ready = make_trials(self._base, [{name: found[name] for name in self._names}], self._seeds, point)
+            knobs = {name: found[name] for name in self._names}
+            self._ready = make_trials(self._base, [knobs], self._seeds, point, self._settle)
         return self._ready.pop(0)
 
     def finished(self, trial: Trial, selection: float | None) -> None:
@@ -139,6 +144,6 @@ def _distribution(name: str, domain: Choice | Range) -> Any:
 
     if isinstance(domain, Choice):
         return optuna.distributions.CategoricalDistribution(range(len(domain.values)))  # by index: values may be lists
-    if KNOBS[name].type is int:
+    if KNOBS[name].kind is int:
         return optuna.distributions.IntDistribution(int(domain.low), int(domain.high), log=domain.log)
     return optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)

@@ -150,7 +150,7 @@ def _check_domain(knob: str, domain: Any) -> None:
         return
     _need(isinstance(domain, Range), f"{knob} = {domain!r}: it takes a Choice or a Range")
     low, high = _values(knob, (domain.low, domain.high))
-    _need(KNOBS[knob].type in (int, float), f"{knob}: a Range is for numbers; it takes a Choice")
+    _need(KNOBS[knob].kind in (int, float), f"{knob}: a Range is for numbers; it takes a Choice")
     _need(low < high, f"{knob}: the Range {describe(domain)} needs low < high")
     _need(low > 0 or not domain.log, f"{knob}: the Range {describe(domain)} needs low > 0 for its logarithm")
     _need(isinstance(domain.grid, tuple | list), f"{knob}: the grid of a Range is a tuple of values")
@@ -207,7 +207,7 @@ def _draw(knob: str, domain: Choice | Range, seed: int, index: int) -> Any:
     draws = numpy_stream(seed, "space", knob, index)
     if isinstance(domain, Choice):
         return check_value(knob, domain.values[int(draws.integers(len(domain.values)))])
-    margin = 0.5 if KNOBS[knob].type is int else 0.0  # each whole number gets the values that round to it
+    margin = 0.5 if KNOBS[knob].kind is int else 0.0  # each whole number gets the values that round to it
     there, back = (math.log, math.exp) if domain.log else (float, float)
     return rounded(knob, domain, back(draws.uniform(there(domain.low - margin), there(domain.high + margin))))
 

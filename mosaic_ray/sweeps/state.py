@@ -10,12 +10,12 @@ import itertools
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..config.fields import short_names, shown
-from ..config.resolve import as_dict, dotted, override
+from ..config.resolve import as_dict, dotted, override, without_share
 from ..config.schema import ExperimentConfig
 from ..config.validate import check
 from ..core.errors import RequestError
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 #: The statuses of trials that are not run again. A failed one is run again by the same command.
 FINISHED = ("done", "stopped")
 
+#: Knobs that this machine may settle and that show in keys, by their names in plan.json.
+REMEMBERED = {"precision": "runtime.precision", "device": "runtime.device"}
+
 #: How many differences between two plans are named.
 MOST_DIFFERENCES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFile:
-    """The request in plan.json, to which ``SweepState`` adds the session and the precision.
+    """The request in plan.json, to which ``SweepState`` adds the session and what was settled.
 
     ``knobs`` are domains in words, ``points`` None where a search finds them.
     """
@@ -49,7 +52,7 @@ class PlanFile:
     base: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of plan.json, to which ``SweepState`` adds the session and the precision."""
+        """Return the content of plan.json, to which ``SweepState`` adds the session and what was settled."""
         return asdict(self)
 
     @staticmethod
@@ -77,14 +80,18 @@ class Trial:
 
 
 def make_trials(
-    config: ExperimentConfig, points: Iterable[Mapping[str, Any]], seeds: Sequence[int], first: int = 0
-) -> list[Trial]:
-    """Return a trial for every point and seed, in order; ``RequestError`` names a point that is not allowed."""
+    config: ExperimentConfig, points: Iterable[Mapping[str, Any]], seeds: Sequence[int], first: int = 0,
+    settle: Callable[[ExperimentConfig], ExperimentConfig] = lambda config: config,
+) -> list[Trial]:  # fmt: skip
+    """Return a trial for every point and seed, in order; ``RequestError`` names a point that is not allowed.
+
+    ``settle`` decides the devices of each.
+    """
     trials = []
     for point, knobs in enumerate(points, first):
         for seed in seeds:
             try:
-                made = check(override(config, {**knobs, "seed": seed}))
+                made = settle(check(override(config, {**knobs, "seed": seed})))
             except RequestError as error:
                 words = ", ".join(f"{name}={value}" for name, value in knobs.items())
                 raise RequestError(f"point {point} of the sweep ({words or 'the base'}): {error}") from None
@@ -104,13 +111,14 @@ class SweepState:
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name, self.place = store, name, f"sweeps/{name}"
         self.session: str | None = None
-        self.precision = ""
+        self.settled: dict[str, Any] = {}
 
-    def begin(self, plan_json: Mapping[str, Any], fresh: bool, precision: str) -> None:
+    def begin(self, plan_json: Mapping[str, Any], fresh: bool, settled: Mapping[str, Any]) -> None:
         """Write plan.json, or check that the one there is the same. ``fresh`` first moves the old files aside.
 
-        ``precision``: this machine's. A resumed sweep keeps the precision it began with, since another one would make
-        every trial run again. ``RequestError`` for another plan under this name, and for damaged files.
+        ``settled``: this machine's values of knobs that may be ``auto``, by the names of ``REMEMBERED``. A resumed
+        sweep keeps those that it began with (``self.settled``), since others would make every trial run again.
+        ``RequestError`` for another plan under this name, and for damaged files.
         """
         plan_json = json.loads(json.dumps(plan_json))
         if fresh:
@@ -124,10 +132,10 @@ class SweepState:
             if re.fullmatch(r"p\d+s\d+", trial):
                 self.summary(trial)  # refuses a damaged file now, not while trials run
         if old is None:
-            self.session, self.precision = uuid.uuid4().hex if fresh else None, precision
-            self._write("plan.json", {**plan_json, "session": self.session, "precision": precision})
+            self.session, self.settled = uuid.uuid4().hex if fresh else None, dict(settled)
+            self._write("plan.json", {**plan_json, "session": self.session, **settled})
             return
-        self.session, self.precision = old.pop("session", None), old.pop("precision", precision)
+        self.session, self.settled = old.pop("session", None), {n: old.pop(n, value) for n, value in settled.items()}
         left, right = _flat(old), _flat(plan_json)
         differs = [
             f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
@@ -147,7 +155,8 @@ class SweepState:
         if summary is None or summary.get("status") not in FINISHED:
             return None
         try:
-            return summary if override(ExperimentConfig(), summary["config"]) == trial.config else None
+            there = without_share(override(ExperimentConfig(), summary["config"]))
+            return summary if there == without_share(trial.config) else None
         except (RequestError, KeyError, TypeError, AttributeError):
             return None  # written by a version with other knobs
 

@@ -26,7 +26,8 @@ from ..config.schema import DataConfig, ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.types import Dataset
 from ..execution.backend import start_hosts, started
-from ..execution.ray_session import RAY_ENVIRONMENT, own_node
+from ..execution.devices import settle
+from ..execution.ray_session import RAY_ENVIRONMENT, Resources, own_node
 from ..execution.resource_plan import Node, ResourcePlan
 from ..runs.plan import graph_of
 from .queue import TrialQueue
@@ -51,6 +52,7 @@ class TrialContext:
     swept: tuple[str, ...]
     datasets: Mapping[DataConfig, Any] = field(default_factory=dict)
     pool: tuple[Any, ...] = ()
+    there: Resources | None = None  # what devices are decided by
     strict_health: bool = False
 
 
@@ -72,6 +74,7 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
 
     torch.set_num_threads(1)
     config = override(context.base, {k: v for k, v in knobs.items() if "." in k or k in KNOBS})
+    config = settle(config, context.there) if context.there else config
     swept = {name: knobs[name] for name in context.swept if name in knobs}
     trial = Trial(knobs["trial"], knobs["point"], config.seed, swept, config)
     store = Store(context.storage, fresh=context.session is not None, session=context.session)

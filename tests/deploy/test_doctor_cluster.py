@@ -288,8 +288,10 @@ def test_the_plan_of_a_run_says_how_many_machines_are_asked_for(study_context):
     text = plan_lines(examined("aws", same, "--clients", "40", *quarter))
     assert "client hosts: 16, up to 3 of the run's 40 clients" in text
     assert "asked for 4 of gpu (at most 4)" in text
-    assert "asked for 0 of gpu" in plan_lines(examined("aws", same, "--clients", "4"))  # the head's CPUs do
-    assert "asked for 1 of gpu" in plan_lines(examined("aws", same, "--clients", "5"))
+    on_cpus = ("--set", "runtime.device=cpu")
+    assert "asked for 0 of gpu" in plan_lines(examined("aws", same, "--clients", "4", *on_cpus))  # the head's CPUs do
+    assert "asked for 2 of gpu" in plan_lines(examined("aws", same, "--clients", "2"))  # by themselves
+    assert "asked for 1 of gpu" in plan_lines(examined("aws", same, "--clients", "5", *on_cpus))
 
 
 def test_train_workers_count_when_the_clients_have_gone(study_context):
@@ -333,7 +335,7 @@ def test_the_limit_of_all_workers_binds_and_gpus_come_first_where_they_are_asked
 
     text = plan_lines(examined("aws", two_kinds, "--clients", "99", "--set", "runtime.gpus_per_client=1"))
     assert "asked for 3 of gpu (at most 4), 0 of cpu (at most 9)" in text
-    text = plan_lines(examined("aws", two_kinds, "--clients", "99"))
+    text = plan_lines(examined("aws", two_kinds, "--clients", "99", "--set", "runtime.device=cpu"))
     assert "asked for 0 of gpu (at most 4), 3 of cpu (at most 9)" in text
 
 

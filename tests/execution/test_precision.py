@@ -14,8 +14,9 @@ import torch
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.deploy import doctor
+from mosaic_ray.execution.devices import settle
 from mosaic_ray.execution.precision import has_native_bf16
-from mosaic_ray.runs.runner import settle_precision
+from mosaic_ray.execution.ray_session import local_resources
 
 Pretend = Callable[..., None]
 
@@ -34,9 +35,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
     return processors
 
 
-def settled(gpus_per_client: float) -> str:
+def settled(gpus_per_client: float | str) -> str:
     config = override(ExperimentConfig(), {"runtime.gpus_per_client": gpus_per_client})
-    return settle_precision(config).runtime.precision
+    return settle(config, local_resources()).runtime.precision
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_a_cpu_declares_bf16(pretend, flags, native):
     pretend(*flags)
     assert has_native_bf16(cuda=False) is native
     assert has_native_bf16(cuda=True) is native  # without a usable GPU clients train on the CPU
-    assert settled(0.0) == settled(0.5) == ("bf16" if native else "fp32")
+    assert settled(0.0) == settled("auto") == ("bf16" if native else "fp32")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_a_cpu_declares_bf16(pretend, flags, native):
 )
 def test_gpus_need_compute_capability_8(pretend, gpus, native):
     pretend(gpus=gpus)
-    assert (settled(0.5), settled(0.0)) == ("bf16" if native else "fp32", "fp32")
+    assert (settled(0.5), settled("auto"), settled(0.0)) == (*["bf16" if native else "fp32"] * 2, "fp32")
     pretend("avx512_bf16", gpus=gpus)
     assert (settled(0.5), settled(0.0)) == ("bf16" if native else "fp32", "bf16")
 
@@ -68,7 +69,7 @@ def test_gpus_need_compute_capability_8(pretend, gpus, native):
 def test_a_precision_that_was_asked_for_stays(pretend, precision):
     pretend(*(["avx512_bf16"] if precision == "fp32" else []))
     asked = override(ExperimentConfig(), {"runtime.precision": precision})
-    assert settle_precision(asked) == asked
+    assert settle(asked, local_resources()).runtime.precision == precision
 
 
 def test_this_machine_gives_one_answer_and_the_doctor_the_same():
@@ -95,10 +96,11 @@ import json, sys, types
 torch = sys.modules["torch"] = types.ModuleType("torch")
 torch.cuda = types.SimpleNamespace(is_available=lambda: False)
 torch.cpu = types.SimpleNamespace(get_capabilities=lambda: {"avx512_bf16": True})
-from mosaic_ray.runs.runner import settle_precision
+from mosaic_ray.execution.devices import settle
+from mosaic_ray.execution.ray_session import local_resources
 from mosaic_ray.runs.plan import stage_keys
 from mosaic_ray.cli.request import parse_config
-config = settle_precision(parse_config(preset="demo"))
+config = settle(parse_config(preset="demo"), local_resources())
 print(json.dumps([config.runtime.precision, stage_keys(config)["warmup"]]))
 """
 

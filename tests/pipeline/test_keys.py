@@ -40,7 +40,7 @@ FOLLOWS = {
     "distill": AFTER_DISTILL,
     "finetune": {"finetune", "control", "evaluate"},
     "runtime": set(), "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
-    "runtime.cpus_per_client": AFTER_PARTITION, "runtime.gpus_per_client": AFTER_PARTITION,
+    "runtime.cpus_per_client": AFTER_PARTITION, "runtime.device": AFTER_PARTITION,
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def another(name: str) -> object:
     value, meta = flatten(TINY)[name], KNOBS[name].metadata
     special = {
         "method": "mosaic", "distill.workers": 2, "runtime.cpus_per_client": 2.0, "model.classifiers": ("mobilenet",),
-        "federation.strategy": "fedrolex",
+        "federation.strategy": "fedrolex", "runtime.device": "cuda", "runtime.gpus_per_client": 0.5,
     }  # fmt: skip
     if name in special:
         return special[name]

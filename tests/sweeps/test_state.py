@@ -48,7 +48,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 def begun(store: Store, *, fresh: bool = False, name: str = "n", **changed: object) -> SweepState:
     """Begin a sweep with the plan ``PLAN``, with some entries ``changed``."""
     state = SweepState(store, name)
-    state.begin(PLAN | changed, fresh, "fp32")
+    state.begin(PLAN | changed, fresh, {"precision": "fp32", "device": "cpu"})
     return state
 
 
@@ -145,7 +145,7 @@ def test_a_name_is_one_folder():
 def test_the_same_plan_is_found_again(store):
     begun(store)
     before = files(store)
-    assert json.loads(before[next(iter(before))]) == PLAN | {"session": None, "precision": "fp32"}
+    assert json.loads(before[next(iter(before))]) == PLAN | {"session": None, "precision": "fp32", "device": "cpu"}
     assert begun(store).session is None
     assert begun(store, points=tuple(PLAN["points"]), seeds=(0, 1)).session is None
     assert files(store) == before
@@ -280,11 +280,34 @@ def test_a_fresh_session_lasts_until_the_next_fresh_one(store):
     assert begun(store).session == second
 
 
-def test_a_resumed_sweep_keeps_its_precision(store):
-    for fresh, settled, counts in ((False, "bf16", "bf16"), (False, "fp32", "bf16"), (True, "fp32", "fp32")):
+def test_a_resumed_sweep_keeps_its_precision_and_its_device(store):
+    one, other = {"precision": "bf16", "device": "cpu"}, {"precision": "fp32", "device": "cuda"}
+    for fresh, settled, counts in ((False, one, one), (False, other, one), (True, other, other)):
         state = SweepState(store, "n")
         state.begin(PLAN, fresh, settled)
-        assert state.precision == counts
+        assert state.settled == counts
+
+
+def test_a_share_of_a_gpu_makes_no_finished_trial_run_again(store):
+    state, config = begun(store), override(BASE, {"runtime.device": "cuda", "runtime.gpus_per_client": 0.25})
+    state.record(replace(TRIAL, config=config), status="done")
+    assert state.finished(replace(TRIAL, config=override(config, {"runtime.gpus_per_client": 0.5})))
+    on_cpus = override(config, {"runtime.device": "cpu", "runtime.gpus_per_client": 0.0})
+    assert state.finished(replace(TRIAL, config=on_cpus)) is None
+
+
+def test_a_trial_of_a_version_without_devices_is_found_by_its_share(store):
+    state = begun(store)
+    for share, device in ((0.0, "cpu"), (0.1, "cuda")):
+        settled = override(BASE, {"runtime.device": device, "runtime.gpus_per_client": share})
+        written = as_dict(settled)
+        del written["runtime"]["device"]
+        content = json.dumps({"status": "done", "config": written}).encode()
+        store.write("sweeps/n/trials/p000s0/summary.json", content)
+        assert state.finished(replace(TRIAL, config=settled))
+        other = {"cpu": ("cuda", 0.1), "cuda": ("cpu", 0.0)}[device]
+        values = dict(zip(("runtime.device", "runtime.gpus_per_client"), other, strict=True))
+        assert state.finished(replace(TRIAL, config=override(settled, values))) is None
 
 
 @pytest.mark.parametrize("name", ["plan.json", "trials/p000s0/summary.json"])

@@ -30,7 +30,7 @@ MOST_VALUES, MOST_SERIES = 8, len(SERIES)
 
 def numeric(sweep: SweepReport) -> tuple[str, ...]:
     """Return the knobs that vary and are numbers."""
-    return tuple(name for name in sweep.varying if KNOBS[name].type in (int, float))
+    return tuple(name for name in sweep.varying if KNOBS[name].kind in (int, float))
 
 
 def _kinds(sweep: SweepReport) -> list[str]:
@@ -243,7 +243,7 @@ def parallel(sweep: SweepReport) -> Drawing:
 
 def _height(over: Axes, place: int, values: pd.Series) -> np.ndarray:
     """Label the axis at ``place``, and return where the lines cross it, in [0, 1]."""
-    if values.name in KNOBS and KNOBS[values.name].type not in (int, float):
+    if values.name in KNOBS and KNOBS[values.name].kind not in (int, float):
         names = sorted(set(values.map(shown)))
         at = {name: (number + 0.5) / len(names) for number, name in enumerate(names)}
         height = values.map(shown).map(at).to_numpy()
