@@ -63,6 +63,6 @@ wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.
 	cp constraints.txt cli.py dist/
 
 .PHONY: clean
-clean: ## remove what was made, results in mosaic_runs/ excepted
+clean: ## remove built files, but not results in mosaic_runs/
 	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,7 @@
 
 50,000 training and 10,000 test images of 3x32x32 in 100 classes, each class a pattern of its own in noise, are written
 in torchvision's layout (``cifar-100-python/{train,test,meta}``; torchvision itself would miss the true files' MD5).
-Clients, generators, experts and the size of a distillation batch are those of a full sweep: model and schedule are
+Clients, generators, experts and the size of a distillation batch are a full sweep's: model and schedule are
 small, so the time says little about one.
 """
 

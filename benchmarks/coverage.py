@@ -113,7 +113,7 @@ def client_images(data: ImageSet, num_classes: int, per_class: int, skew: float,
 def as_judged(
     generator: nn.Module, judge: nn.Module, num_classes: int, config: ExperimentConfig, facts: DataFacts
 ) -> dict[str, float]:
-    """Coverage and agreement in the eyes of ``judge``, on twenty images a class and 1,000 at least."""
+    """Return coverage and agreement by the second classifier, on twenty images a class and 1,000 at least."""
     count, asked, seen = max(1000, 20 * num_classes), [], []
     drawn = draw(generator, count, stream(config.seed, "coverage/judge"), CPU)
     for part in zip(*(tensor.split(500) for tensor in drawn), strict=True):

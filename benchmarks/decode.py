@@ -1,11 +1,11 @@
-"""What decoding a data set of JPEGs costs beside a bare Pillow pool, and how long its copy takes to open.
+"""Measure the time of decoding a data set of JPEGs, beside a plain Pillow pool, and of opening its copy.
 
     python benchmarks/decode.py --images 100000 --repeats 3
 
 Makes JPEGs of 64x64 in Tiny-ImageNet's layout (200 classes, about 2 kB each), then decodes them alternately with a
 pool of processes that does nothing but ``Image.open(path).convert("RGB")`` to an array, thrown away, and with
 ``load_dataset``, which lists the files, decodes, checks, writes and maps them. Both use all cores, and find the files
-in the page cache. CPU seconds are those of all processes; on a machine that others use they are the steadier measure.
+in the page cache. CPU seconds are of all processes; on a shared machine they vary less.
 The last line is an opening in a process that has just started, its imports not counted.
 """
 
@@ -69,12 +69,12 @@ def write(root: Path, images: int) -> None:
 
 
 def bare_decode(path: str) -> None:
-    """All that the pool does with an image."""
+    """Decode one image, as the pool does."""
     np.asarray(Image.open(path).convert("RGB"))
 
 
 def bare_pool(paths: list[str], cores: int) -> None:
-    """The denominator."""
+    """Return the seconds of the plain pool: the ratio's denominator."""
     with multiprocessing.get_context("fork").Pool(cores) as pool:
         for _ in pool.imap_unordered(bare_decode, paths, chunksize=256):
             pass
@@ -83,7 +83,7 @@ def bare_pool(paths: list[str], cores: int) -> None:
 
 
 def ours(root: Path) -> None:
-    """The numerator."""
+    """Return the seconds of ``load_dataset``: the ratio's numerator."""
     load_dataset(DataConfig(name="tiny_imagenet", root=str(root)))
 
 

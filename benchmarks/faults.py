@@ -6,7 +6,7 @@ Half of the kills meet `mosaic run`, half a sweep of two points and two omegas, 
 of the undisturbed run's time a drawn process gets SIGKILL: the driver, a client actor, a trial's process (sweeps), or
 the raylet, which is the whole node's end here. Where the command ends with a failure, the same command is given again,
 as a user would. Compared are every accuracy and the student's bytes. One line a kill, and a table at the end. A kill
-that finds the command ended already is told, and not counted.
+that comes after the command's end is printed, and not counted.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def victims(root: psutil.Process, title: str | None) -> list[psutil.Process]:
 
 
 def strike(running: subprocess.Popen[bytes], kind: str, moment: float, draws: random.Random) -> str:
-    """SIGKILL of a drawn process ``moment`` seconds after the start; what was killed, or that it came too late."""
+    """Send SIGKILL to a random process ``moment`` seconds after the start; return its kind, or "too late"."""
     began, root = time.monotonic(), psutil.Process(running.pid)
     names = [name for name in VICTIMS if kind == "sweep" or name != "trial"]
     name = draws.choice(names)
@@ -129,14 +129,14 @@ def main(kills: int, seed: int, first: int) -> None:
             command = words(kind, storage, space)
             running = begin(command)
             what = strike(running, kind, moment, draws)
-            said, again = running.communicate()[1].decode(), 0
+            output, again = running.communicate()[1].decode(), 0
             while running.returncode and again < MAX_AGAIN:
                 running, again = begin(command), again + 1
-                said = running.communicate()[1].decode()
+                output = running.communicate()[1].decode()
             equal = running.returncode == 0 and outcome(storage) == wanted[kind]
             verdict = "equal" if equal else "NOT EQUAL" if running.returncode == 0 else "FAILED"
             table[kind, what, verdict] += 1
-            last = "" if equal else f": {said.strip().splitlines()[-1:]}"
+            last = "" if equal else f": {output.strip().splitlines()[-1:]}"
             print(
                 f"{number + 1:3} {kind:5} {moment / spent[kind]:4.0%}  {what:24} again {again}  {verdict}{last}",
                 flush=True,

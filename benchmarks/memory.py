@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def session_pss(session: int) -> int:
-    """Bytes of proportional set size of all processes whose environment carries this measurement's mark."""
+    """Return the proportional set size, in bytes, of all processes with the session's mark in their environment."""
     mark, total = f"MEASURED_SESSION={session}".encode(), 0
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():

@@ -1,4 +1,4 @@
-"""How long each sampler takes to deal CIFAR-10-sized labels, and what it deals.
+"""Measure each sampler's time on CIFAR-10-sized labels, and the partition that it makes.
 
     python benchmarks/partition.py --repeats 3
 

@@ -1,4 +1,4 @@
-"""What a sweep saves: ratios of wall times measured in turn, and counts of what was computed.
+"""Measure the time that a sweep saves: ratios of wall times measured in turn, and counts of computed stages.
 
     python benchmarks/sweep.py shared --points 6        # the lambda grid against separate `mosaic run --fresh`
     python benchmarks/sweep.py concurrent --repeats 3   # two trials at once against the same two in turn

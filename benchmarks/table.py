@@ -2,7 +2,7 @@
 
     python benchmarks/table.py --preset fmnist_small --omegas 0.1,0.01 --seeds 0,1,2 --storage ./mosaic_runs
 
-Every cell is an ordinary ``mosaic run``, so what is in the storage already is not computed again. Accuracies are on
+Every cell is an ordinary ``mosaic run``, so stored results are not computed again. Accuracies are on
 test images, for reporting alone.
 """
 

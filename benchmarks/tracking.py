@@ -1,10 +1,10 @@
-"""What tracking costs: demo-like runs with TensorBoard, metrics and pictures against runs without, in turn.
+"""Measure the cost of tracking: demo-like runs with TensorBoard, metrics and pictures against runs without, in turn.
 
     python benchmarks/tracking.py --pairs 5             # whole runs, each a process of its own
     python benchmarks/tracking.py --pairs 5 --replayed  # one whole run, then cached ones: they write and draw the same
 
 Runs are on the serial host; pairs begin with one or the other by turns. CPU time is the process's own, all threads, so
-it can be told from others' work on the machine.
+other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def measured(order: str, knobs: tuple[str, ...]) -> list[dict[str, float]]:
 
 @click.command()
 @click.option("--pairs", default=5, show_default=True)
-@click.option("--set", "knobs", multiple=True, help="ROOM.KNOB=VALUE beside the demo's.")
-@click.option("--replayed", is_flag=True, help="Cached runs: what they cost more, as a share of one whole run.")
+@click.option("--set", "knobs", multiple=True, help="SECTION.KNOB=VALUE beside the demo's.")
+@click.option("--replayed", is_flag=True, help="Cached runs: their extra time, as a share of one whole run.")
 def main(pairs: int, knobs: tuple[str, ...], replayed: bool) -> None:
     """Tracking on against off, medians."""
     order = "".join(("+-", "-+")[number % 2] for number in range(pairs))

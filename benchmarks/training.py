@@ -1,4 +1,4 @@
-"""What three choices save of a CPU's time: the layout of convolutions, freed memory that is kept, sparing passes.
+"""Measure the CPU time that three choices save: the layout of convolutions, keeping freed memory, partial passes.
 
     python benchmarks/training.py
 
@@ -64,22 +64,22 @@ def steps(network: nn.Module, inputs: torch.Tensor, count: int = 5) -> Callable[
 
 def layouts(pairs: int) -> None:
     """Training steps with convolutions stored by pixel, over the same stored by row."""
-    room = GeneratorConfig(ngf=16, ndf=16)
+    config = GeneratorConfig(ngf=16, ndf=16)
     images = torch.randn(64, *SHAPE)
     makers: dict[str, tuple[nn.Module, torch.Tensor]] = {
         name: (build_classifier(ModelConfig(name), 10, 3, 32), images)
         for name in CLASSIFIERS
         if not name.startswith("resnet")  # their rows are kept (`channels_last` says why)
     }
-    makers["generator, ngf 16"] = build_generator(room, 3, 32), torch.randn(64, room.latent_dim)
-    makers["discriminator, ndf 16"] = build_discriminator(room, 3, 32), images
+    makers["generator, ngf 16"] = build_generator(config, 3, 32), torch.randn(64, config.latent_dim)
+    makers["discriminator, ndf 16"] = build_discriminator(config, 3, 32), images
     for name, (network, inputs) in makers.items():
         by_row = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
         report(f"by pixel / by row: {name}", (steps(network, inputs), steps(by_row, inputs)), pairs)
 
 
 def statistics_passes(pairs: int) -> None:
-    """Exact static batch norm, passes that read what they make exact, over passes that read every layer."""
+    """Exact static batch norm: passes over only the layers that they make exact, over passes that read every layer."""
     for name, count in (("cnn", 1000), ("resnet18", 300)):
         shard = Shard(torch.randint(0, 256, (count, *SHAPE), dtype=torch.uint8), torch.zeros(count, dtype=torch.long))
         model = build_classifier(ModelConfig(name), 10, 3, 32)
@@ -111,7 +111,7 @@ def freed(pairs: int) -> None:
 
 
 def one(way: str) -> None:
-    """CPU time of clients of four widths in turn, whose buffers differ in size as theirs do."""
+    """Return the CPU time of clients of four widths in turn; their buffers have different sizes."""
     if way == "kept":
         keep_freed()
     images = torch.randn(64, *SHAPE)

@@ -50,7 +50,7 @@ ABOUT = {
     "data": "Which images, in which size, and where they lie.",
     "partition": "How the images are dealt to the clients.",
     "model": "The network of clients and student.",
-    "federation": "Who takes part in a round, and how updates become a model.",
+    "federation": "The clients of a round, and the aggregation of their updates.",
     "warmup": "The federated rounds before anything else.",
     "generator": "The generator that each client trains beside its frozen classifier.",
     "prototypes": "The class centroids that each client sends.",

@@ -22,7 +22,7 @@ from mosaic_ray.runs import runner
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # heard as torch is imported: so ``helpers`` must not be imported above
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported: so ``helpers`` must not be imported above
 
 # An example's time says how busy the machine is.
 settings.register_profile("any machine", deadline=None)
@@ -33,12 +33,12 @@ _SHARED_RAY = contextlib.ExitStack()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs on Ray come first, the longest of all tests: what is left for the end is short, and is shared out."""
+    """Put whole runs on Ray first, since they take longest: then workers have short tests left at the end."""
     items.sort(key=lambda item: ("ray_up" not in _fixtures(item), item.get_closest_marker("ray") is None))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A test that does not ask for the shared Ray finds none."""
+    """Stop the shared Ray before a test that does not use it."""
     if "ray_up" not in _fixtures(item):
         _SHARED_RAY.close()
 
@@ -55,7 +55,7 @@ def _no_ray_left() -> Iterator[None]:
 
 @pytest.fixture
 def ray_up(_no_ray_left: None) -> Any:
-    """Ray with 4 CPUs to give away, shared by the tests that ask for it as long as they follow one another."""
+    """Ray with 4 CPUs; consecutive tests that use it share it."""
     import ray
     from helpers import small_ray
 
@@ -83,35 +83,35 @@ def undisturbed_tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
 
 @pytest.fixture
 def tiny_in_storage(undisturbed_tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """``undisturbed_tiny``, and its results in a store of one's own at ``tmp_path``."""
+    """``undisturbed_tiny``, and a copy of its store at ``tmp_path``."""
     shutil.copytree(Path(undisturbed_tiny["paths"]["run"]).parents[1], tmp_path, dirs_exist_ok=True)
     return undisturbed_tiny
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """What ``store`` and ``any_store`` say."""
+def logged() -> list[str]:
+    """The lines that ``store`` and ``any_store`` log."""
     return []
 
 
 @pytest.fixture
-def store(tmp_path: Path, said: list[str]) -> Store:
-    return Store(str(tmp_path / "s"), log=said.append)
+def store(tmp_path: Path, logged: list[str]) -> Store:
+    return Store(str(tmp_path / "s"), log=logged.append)
 
 
 @pytest.fixture(params=["local", "other"])
 def any_store(
-    request: pytest.FixtureRequest, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> Store:
-    """A local store, and one whose file system the store cannot know to be local."""
+    """A local store, and one with a file system that is not known to be local."""
     if request.param == "other":
         monkeypatch.setattr(store_module, "open_uri", lambda uri: bucket(str(tmp_path / "bucket")))
-    return Store(str(tmp_path / "s"), log=said.append)
+    return Store(str(tmp_path / "s"), log=logged.append)
 
 
 @pytest.fixture(params=["local", "other"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where stores lie: on a local disk, or where there are no locks (there no slow one is taken for dead)."""
+    """The place of stores: a local disk, or a file system without locks (there no slow owner counts as dead)."""
     if request.param == "other":
         monkeypatch.setattr(store_module, "open_uri", bucket)
     monkeypatch.setattr(leases_module, "HEARTBEAT_SECONDS", 0.02)
@@ -122,7 +122,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def bucket_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where stores lie: where there are no locks."""
+    """The place of stores: a file system without locks."""
     monkeypatch.setattr(store_module, "open_uri", bucket)
     monkeypatch.setattr(leases_module, "_CHECK_SECONDS", 0.01)
     return tmp_path / "other"
@@ -155,7 +155,7 @@ class Trials(list):
 
 @pytest.fixture
 def trials(monkeypatch) -> list[str]:
-    """Stands in for Ray: trials end as they are handed out, and their names are kept.
+    """Replace Ray: trials end when they are started, and their names are recorded.
 
     A trial named in ``failing`` fails; at one named in ``interrupts`` somebody presses Ctrl-C.
     """

@@ -23,7 +23,7 @@ class Flaky(fs.FileSystemHandler):
     ``goes_down(call, path)`` may begin.
 
     Like object storage it shows a file once its stream is closed without a failure, whole. Half of what fails has been
-    done all the same: only the answer is lost. Some errors have numbers, some are told as pyarrow tells S3's.
+    done all the same: only the answer is lost. Some errors have numbers, some have the text of pyarrow's S3 errors.
     """
 
     def __init__(self, folder: Path, share: float = 0.0, seed: int = 0) -> None:
@@ -36,7 +36,7 @@ class Flaky(fs.FileSystemHandler):
         self._behind = fs.SubTreeFileSystem(str(folder), fs.LocalFileSystem())
 
     def fix(self) -> None:
-        """From now on nothing fails."""
+        """Stop failing."""
         self.share, self.down = 0.0, False
         self.fails = self.goes_down = lambda call, path: False
 

@@ -54,7 +54,7 @@ TINY = override(
 
 
 def stripes(count: int, seed: int = 0) -> ImageSet:
-    """Images whose class is the place of a bright stripe, in noise."""
+    """Return noisy images with a bright stripe; its place is the class."""
     draws = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     images = draws.integers(0, 120, (count, 1, 8, 8)).astype(np.uint8)
@@ -70,7 +70,7 @@ def stripes_dataset() -> Dataset:
 
 @contextlib.contextmanager
 def small_ray(num_cpus: int) -> Iterator[Any]:
-    """A Ray of a test module's own, with so many CPUs to give away."""
+    """Start a Ray for one test module, with ``num_cpus`` CPUs."""
     import ray
 
     from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT
@@ -92,7 +92,7 @@ def shard_of(images: ImageSet) -> Shard:
 
 
 def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> None:
-    """Bit for bit."""
+    """Check that all arrays are equal bit for bit."""
     assert left.keys() == right.keys()
     for name in left:
         assert left[name].dtype == right[name].dtype, name
@@ -101,7 +101,7 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
 
 @contextlib.contextmanager
 def interrupted(in_round: int) -> Iterator[None]:
-    """What runs within ends as by Ctrl-C, at the first client's training in this round."""
+    """Interrupt the block as by Ctrl-C, at the first client's training in this round."""
     train = TrainTask.run
 
     def broken(task, *inputs):
@@ -114,7 +114,7 @@ def interrupted(in_round: int) -> Iterator[None]:
         yield
 
 
-#: Client tasks by what they do.
+#: Client tasks by name.
 TASKS = {"train": TrainTask, "generate": GeneratorTask, "prototypes": PrototypesTask}
 
 

@@ -1,9 +1,9 @@
 """Machines within this machine: Linux namespaces, joined by a bridge, with an sshd each.
 
-A machine has a network, processes, /tmp, /run, /dev/shm and a home of its own; the rest of the disk, and with it the
-Python environment, it shares. All of it hangs on the machine's first process, which ends when the pipe to it closes:
-whatever becomes of the tests, no process, namespace, link or mount stays behind. The bridge lies in the namespace of
-the first machine, so this machine's own network is never touched.
+A machine has its own network, processes, /tmp, /run, /dev/shm and home. It shares the rest of the disk, and so the
+Python environment. Its first process ends when the pipe to it closes, and all else ends with this process. So no
+process, namespace, link or mount stays behind, even if the tests are killed. The bridge lies in the namespace of the
+first machine, so this machine's own network is never touched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 
 REPO = Path(__file__).resolve().parents[1]
 
-#: What a machine has of its own.
+#: The namespaces of a machine.
 HOME = Path(pwd.getpwuid(0).pw_dir)
 PRIVATE = (Path("/tmp"), HOME)
 
@@ -55,7 +55,7 @@ SetEnv PYTHONPATH={repo}
 
 
 def missing() -> str:
-    """What is missing for machines, in words; empty where nothing is."""
+    """Return the reasons why machines cannot be made, as text; empty if they can."""
     if sys.platform != "linux" or os.geteuid():
         return "needs root on Linux"
     absent = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool, path=_PATH)})

@@ -1,4 +1,4 @@
-"""What the documentation shows: its pages, their code blocks, commands and links."""
+"""Read the documentation: its pages, their code blocks, commands and links."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ def headings(page: Path) -> set[str]:
 
 
 def make_targets(page: Path) -> list[str]:
-    """What ``make`` is asked for in shell blocks."""
+    """Return the targets of ``make`` in shell blocks."""
     return [shlex.split(line, comments=True)[1] for line in shell_lines(page) if re.match(r"make [a-z]", line)]

@@ -26,7 +26,7 @@ def cluster(*machines: tuple[float, float, float]) -> list[Node]:
 
 
 class Machine:
-    """One node as Ray keeps it: CPUs in ten-thousandths, each GPU by itself; a share goes on the fullest with room."""
+    """A node in Ray's units: CPUs in ten-thousandths, each GPU by itself; a share goes to the fullest fitting GPU."""
 
     def __init__(self, node: Node) -> None:
         self.cpus = round(node.cpus * 10_000)
@@ -34,7 +34,7 @@ class Machine:
         self.memory = int(node.memory * 0.7)
 
     def take(self, asks: Mapping[str, float]) -> tuple | None:
-        """What was taken, or None where ``asks`` does not fit."""
+        """Take the resources ``asks`` and return them; None if they do not fit."""
         cpus, share = round(asks.get("CPU", 0) * 10_000), round(asks.get("GPU", 0) * 10_000)
         memory = asks.get("memory", 0)
         if share >= 10_000:
@@ -68,7 +68,7 @@ class Machine:
 
 
 def wants(one: ExperimentConfig) -> tuple[dict, dict, dict, int]:
-    """What a host, a trial and a worker ask, and the workers of a trial; said anew, not read from the plan."""
+    """Return the resources of a host, a trial and a worker, and the workers of a trial; not read from the plan."""
     knobs, serial = one.runtime, one.runtime.host == "serial"
     gpus = knobs.gpus_per_client
     host = {"CPU": knobs.cpus_per_client, "GPU": gpus, "memory": HOST_BYTES}

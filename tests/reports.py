@@ -1,4 +1,4 @@
-"""Runs and sweeps on disk as a report finds them, made without training anything."""
+"""Write runs and sweeps to disk for reports, without training."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """What a page consists of: (tag, attributes) in order, text by tag, and that every tag is closed."""
+    """Read a page: (tag, attributes) in order, text by tag, and whether every tag is closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What tests of the store and of leases share: results, storage of two kinds, processes to contend with."""
+"""Helpers for tests of the store and of leases: results, storage of two kinds, competing processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def payload(store: Store, kind: str = "objects") -> Path:
 
 
 def bucket(folder: str) -> tuple[fs.FileSystem, str]:
-    """A file system that a store cannot know to be local, as s3:// and gs:// are."""
+    """A file system that is not known to be local, such as s3:// and gs://."""
     os.makedirs(folder, exist_ok=True)
     return fs.SubTreeFileSystem(folder, fs.LocalFileSystem()), "prefix"
 
@@ -53,7 +53,7 @@ def remains(store: Store) -> list[str]:
 
 
 def until(found: Callable[[], Any]) -> Any:
-    """What ``found`` answers once it answers."""
+    """Wait until ``found`` returns something, and return it."""
     end = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < end:
         if (answer := found()) is not None:
@@ -104,7 +104,7 @@ def children(code: str, *argvs: list[str]) -> Iterator[list[subprocess.Popen[str
 
 
 def start(*processes: subprocess.Popen[str]) -> None:
-    """Let them go once all are ready."""
+    """Start them when all are ready."""
     for process in processes:
         assert process.stdout and process.stdout.readline() == "ready\n"
     for process in processes:

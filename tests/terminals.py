@@ -1,4 +1,4 @@
-"""A terminal and a clock to look at what is shown on one."""
+"""A terminal and a clock for tests of live views."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 
 class Clock:
-    """Stands until somebody sets ``now`` (seconds)."""
+    """Stands still until a test sets ``now`` (seconds)."""
 
     def __init__(self) -> None:
         self.now = 100.0

@@ -1,4 +1,4 @@
-"""What users rely on stays: commands, knobs, names, refusals, files and their keys, columns and stage keys.
+"""The outside contract: commands, knobs, names, errors, files and their keys, columns and stage keys.
 
 ``python tests/test_contract.py --write`` writes the golden files anew, for a change of the contract that is meant.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import click
 import pyarrow.parquet as pq
 import pytest
-from door import ask
+from cli_runner import ask
 from helpers import FACTS
 
 from mosaic_ray.cli.commands import mosaic

@@ -1,4 +1,4 @@
-"""The documentation tells the truth: its commands, knobs, links and examples, and the site that is made of it."""
+"""The documentation is correct: its commands, knobs, links and examples, and the site that is built from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
-from door import ask
+from cli_runner import ask
 from pages import DOCS, PAGES, REPO, blocks, commands, headings, links, make_targets, parsed, titled
 
 from mosaic_ray.cli.commands import mosaic
@@ -40,7 +40,7 @@ OWN = {"my_leaves"}
 #: The sections of knobs: the package's, and its strategies' and methods' own.
 OWN_SECTIONS = [name for kind in ("methods", "strategies") for name in entries(kind) if load(kind, name).knobs]
 
-#: Commands that a page shows with their refusal: (page, command, what is said).
+#: Commands that a page shows with their error: (page, command, message).
 CONSOLE = [
     (page.stem, *part.split("\n", 1))
     for page in PAGES

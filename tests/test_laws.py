@@ -1,4 +1,4 @@
-"""The import rules: layers and circles (import-linter reads pyproject.toml), and what stays unloaded."""
+"""The import rules: layers and circles (import-linter reads pyproject.toml), and modules that stay unloaded."""
 
 from __future__ import annotations
 

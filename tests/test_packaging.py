@@ -1,4 +1,4 @@
-"""What is shipped: the wheel's and the sdist's contents, pinned versions, and the files that set a machine up."""
+"""Packaging: the wheel's and the sdist's contents, pinned versions, and the files that set a machine up."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PINNED = {
     for name, _, version in (line.partition("==") for line in (REPO / "constraints.txt").read_text().splitlines())
 }
 
-#: Modules whose distribution has another name.
+#: Modules of distributions with another name.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "pyyaml"}
 
 
@@ -55,7 +55,7 @@ def test_the_wheel_holds_two_packages_and_nothing_else(built):
     }  # fmt: skip
     shipped = {name for name in names if name.endswith(".py")}
     assert shipped == {
-        str(p.relative_to(REPO)) for room in ("mosaic_ray", "tune_spaces") for p in (REPO / room).rglob("*.py")
+        str(p.relative_to(REPO)) for folder in ("mosaic_ray", "tune_spaces") for p in (REPO / folder).rglob("*.py")
     }
 
 
@@ -106,7 +106,7 @@ def test_every_dependency_has_an_honest_bound_and_a_pin(need):
     assert need.specifier.contains(pin), f"{need} leaves out the pinned {pin}"
 
 
-def test_what_is_pinned_needs_nothing_unpinned():
+def test_pinned_packages_need_nothing_unpinned():
     seen, todo = set(), [*REQUIRED, *EXTRAS]
     while todo:
         need = todo.pop()
@@ -153,7 +153,7 @@ def test_ci_runs_the_tests_and_cannot_pass_without_them():
 
 
 def make(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """``make`` on this Makefile in an empty folder, with a Python whose pip only notes that it was called."""
+    """``make`` on this Makefile in an empty folder, with a Python that only records calls of pip."""
     fake = tmp_path / "python"
     if not fake.exists():
         fake.write_text(
@@ -176,7 +176,7 @@ def make(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def log_of(tmp_path: Path) -> list[str]:
-    """The words that were called since the last look."""
+    """Return the calls since the last look."""
     log = tmp_path / "log"
     lines = [re.search(r"venv|pip|pytest|mosaic run.*|$", line)[0] for line in log.read_text().splitlines()]
     log.unlink()

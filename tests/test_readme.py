@@ -31,7 +31,7 @@ def parse(words: list[str]) -> click.Context:
 
 
 def mosaic_words(line: str) -> list[str] | None:
-    """What follows ``mosaic``, ``python cli.py`` or ``python -m mosaic_ray`` in a line; None in other lines."""
+    """Return the words after ``mosaic``, ``python cli.py`` or ``python -m mosaic_ray``; None in other lines."""
     words = shlex.split(line, comments=True)
     for size, program in ((1, r"(\S*/)?mosaic"), (2, r"\S*python3? cli\.py"), (3, r"\S*python3? -m mosaic_ray")):
         if re.fullmatch(program, " ".join(words[:size])):

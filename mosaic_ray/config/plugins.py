@@ -23,7 +23,7 @@ T = TypeVar("T")
 #: Older names of knobs.
 ALIASES = {"federation.optimiser": "federation.strategy"}
 
-#: kind -> (the knob that names one, what this package ships, what one is called, its base class)
+#: kind -> (the knob that names one, the ones that ship, the word for one, its base class)
 _KINDS: dict[str, tuple[str, Mapping[str, Entry], str, str]] = {
     "methods": ("method", METHODS, "method", "mosaic_ray.methods.base.Method"),
     "strategies": ("federation.strategy", STRATEGIES, "strategy", "mosaic_ray.federated.strategies.base.Strategy"),
@@ -120,7 +120,7 @@ def own_knobs(config: ExperimentConfig, name: str) -> dict[str, Any]:
 
 
 def identity(kind: str, word: str, config: ExperimentConfig) -> dict[str, Any]:
-    """Return what a key holds of a plug-in: its version, its own knobs that differ from defaults, its source digest."""
+    """Return a plug-in's part of a key: its version, its own knobs that differ from defaults, its source digest."""
     found = load(kind, word)
     shipped = word in _KINDS[kind][1]
     source = "" if shipped else digest_of(word if ":" in word else entries(kind)[word].target)

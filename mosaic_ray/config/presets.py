@@ -1,7 +1,7 @@
 """Named starting points: scales (how much work) and algorithms (which switches), orthogonal to each other.
 
 The algorithm presets hold the switches of the authors' code (``reference``, its defects included), of the paper's
-text as far as it can be recovered (``paper``), and of what works (``fixed``).
+text as far as it can be recovered (``paper``), and the switches that work best (``fixed``).
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _blame(what: str, error: BaseException) -> NoReturn:
 
 
 def _is_machinery(file: str) -> bool:
-    """Whether ``file`` belongs to what calls the user's code: this package, Python's importer, torch's modules."""
+    """Whether ``file`` belongs to a caller of the user's code: this package, Python's importer, torch's modules."""
     package = os.path.dirname(os.path.dirname(__file__))
     torch = [os.path.dirname(sys.modules["torch"].__file__ or "")] if "torch" in sys.modules else []
     callers = [package, os.path.dirname(importlib.__file__), *torch]

@@ -42,7 +42,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
 _GREY = ("1", "L", "LA")
 
 #: ``{"files": [...]}``, or ``{"parquet": path, "group": row group, "column": name, "start": first row of it, "rows":
-#: how many, "row": the first one's number in the file}``; ``run`` adds what else ``work`` reads.
+#: how many, "row": the first one's number in the file}``; ``run`` adds further inputs of ``work``.
 Task = dict[str, Any]
 
 

@@ -202,10 +202,10 @@ def _quantity(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConf
 def _balanced(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:
     """Give clients equal sizes (to one sample); each draws its class shares from Dir(omega * 1_C).
 
-    Clients draw one after another, in random order: each remaining sample of class c has weight share c (ALGORITHM
-    §1.2; with equal class sizes nearly the scheme of Hsu et al. 2019, arXiv 1909.06335). When a class runs out, the
-    client draws from its other classes; if its shares of all remaining classes are 0, it draws new shares of them, so
-    that no client gets only what the others left (D5). ``max_tries`` and ``policy`` do not apply.
+    Clients draw one after another, in random order: each remaining sample of class c has weight share c
+    (docs/algorithm.md 1.2; with equal class sizes nearly the scheme of Hsu et al. 2019, arXiv 1909.06335). When a class
+    runs out, the client draws from its other classes; if its shares of all remaining classes are 0, it draws new shares
+    of them, so that no client gets only the rest (D5). ``max_tries`` and ``policy`` do not apply.
     """
     rng = numpy_stream(seed, "partition", "balanced")
     left = class_sizes.copy()

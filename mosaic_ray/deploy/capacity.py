@@ -20,7 +20,7 @@ from .doctor import Check
 
 @dataclass(frozen=True)
 class Fit:
-    """A request on a cluster's machines: lines about what runs at once, and the machines used of each type."""
+    """A request on a cluster's machines: lines about concurrent runs, and the machines used of each type."""
 
     lines: tuple[str, ...]
     used: Mapping[str, int]
@@ -47,7 +47,7 @@ def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
     clients, workers = config.partition.num_clients, config.distill.workers
     capacity = [_hosts_on(node, config) for node in nodes]
     if not any(capacity):
-        plan(nodes, [config], num_trials=1)  # raises, with what would fit
+        plan(nodes, [config], num_trials=1)  # raises, with advice
     hosts = min(clients, config.runtime.max_hosts or clients, sum(capacity))
     gpus = config.runtime.device == "cuda"
     places = [int(min(node.cpus, node.gpus) if gpus else node.cpus) for node in nodes]
@@ -163,10 +163,10 @@ def _shared_mounts(cluster: Cluster, text: str) -> list[str]:
 
 
 def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterator[Check]:
-    """Report what a machine of each type holds, what would run at once, and how many machines that needs."""
+    """Report each machine type's capacity, the runs that fit at once, and the number of machines for them."""
     unknown = sorted({kind.name for kind in cluster.types if kind.cpus is None})
     if unknown:
-        found = f"the file does not say what {', '.join(unknown)} has, so nothing is compared"
+        found = f"the file does not give the resources of {', '.join(unknown)}, so nothing is compared"
         fix = "declare its resources, or ask on the head: mosaic sweep --dry-run --address auto"
         yield Check("plan", "warning" if cluster.document.kind != "local" else "ok", found, fix)
         return

@@ -1,4 +1,4 @@
-"""Find what would not work on the cluster that a file describes, before anything is started or paid."""
+"""Find problems of a cluster file before anything is started or paid."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ LEAST_SHARED_MEMORY = GIB // 2  # containers give 64 MiB by default
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: ``severity`` is ok, warning or problem; ``fix`` says what to do, empty where nothing."""
+    """One line of the report: ``severity`` is ok, warning or problem; ``fix`` is advice, empty if none is needed."""
 
     what: str
     severity: str
@@ -99,7 +99,7 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Iterator[Check]:
-    """Check /dev/shm (Linux), which holds Ray's object store; what does not fit goes to the disk."""
+    """Check /dev/shm (Linux), which holds Ray's object store; objects that do not fit go to the disk."""
     shared = Path("/dev/shm")
     if sys.platform == "linux" and shared.is_dir():
         free = shutil.disk_usage(shared).free

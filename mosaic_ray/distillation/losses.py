@@ -119,8 +119,8 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 def bhattacharyya(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """-log sum_c sqrt(P_c Q_c) of each sample: [B] in [0, inf), symmetric.
 
-    It is what the authors' code computes under the name of Jensen-Shannon by averaging logits and reversing both KLs
-    (K1); near agreement both are KL / 4, far apart this one has no ceiling.
+    The authors' code computes this under the name of Jensen-Shannon, because it averages logits and reverses both KLs
+    (K1). Both divergences are about KL / 4 for similar distributions; for distant ones this one is unbounded.
     """
     return -((_log_softmax(p_logits) + _log_softmax(q_logits)) / 2).logsumexp(1)
 

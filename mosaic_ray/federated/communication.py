@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-#: Arrays by name as (shape, dtype): what a message holds, without its values.
+#: The arrays of a message by name as (shape, dtype), without values.
 Entries = Mapping[str, tuple[Sequence[int], Any]]
 
 #: The kind under which the frames of all messages count.

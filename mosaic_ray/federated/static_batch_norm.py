@@ -98,8 +98,8 @@ def moments(
 def pooled(parts: Iterable[Mapping[str, Moments]]) -> Weights:
     """Return the running statistics, float32, over all ``parts``, added in client order.
 
-    The variance is the population's, over n and not torch's n - 1: what batch norm normalises by while it trains on all
-    images at once, and what the inversion loss compares with.
+    The variance is the population's, over n and not torch's n - 1. Batch norm normalises by it when it trains on all
+    images at once, and the inversion loss compares with it.
     """
     summed: dict[str, Moments] = {}
     for part in parts:

@@ -1,1 +1,1 @@
-"""Methods, one file or folder each: what teaches the student after, or during, the federated rounds."""
+"""Methods, one file or folder each: they teach the student after, or during, the federated rounds."""

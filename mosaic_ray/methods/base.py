@@ -1,4 +1,4 @@
-"""The contract of a method: what teaches the student between the warm-up and the closing rounds, or in every round.
+"""The contract of a method, which teaches the student between the warm-up and the closing rounds, or in every round.
 
 A run is a federated strategy and a method. A method declares its stages as data, and runs them in one function that
 reads like the paper's algorithm. Keys, dry run, bytes, garbage collection and reports follow from the declaration.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a method hands on: the student, and its teacher where there is one.
+    """The result of a method: the student, and its teacher if there is one.
 
     ``held_out``: the student's accuracy on held-out prototypes, None without prototypes.
     """
@@ -49,7 +49,7 @@ class Method:
         """Raise ``RequestError`` where ``config`` asks for something that this method cannot do."""
 
     def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
-        """Raise ``RequestError`` where a network of ``config`` lacks what this method needs; images have ``facts``."""
+        """Raise ``RequestError`` if a network of ``config`` does not fit this method; images have ``facts``."""
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled | None:
         """Run the stages; return the student, or None where the warm-up's model stays as it is."""

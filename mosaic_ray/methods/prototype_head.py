@@ -1,6 +1,6 @@
 """The ablation ``prototype_head``: the student's head re-fitted on prototypes, without one synthetic image.
 
-It is the floor that distillation has to beat: Mosaic's generators add what Mosaic reaches above it.
+It is the baseline of distillation: the difference to Mosaic is the gain from generators.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ CCVR = Ccvr("ccvr", True, CcvrKnobs)
 
 
 def collect_statistics(ctx: RunContext, stage: Stage, warmup: Warmup, per_class: bool) -> PooledStatistics:
-    """Return the class statistics of the clients whose network is the student's, pooled on the server."""
+    """Return the class statistics of the clients with the student's network, pooled on the server."""
     from ..distillation.class_statistics import ClassStatisticsTask, PooledStatistics, pool
     from ..federated.communication import Tally, size_of
     from ..pipeline.context import FailedClients

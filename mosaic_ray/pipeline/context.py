@@ -60,7 +60,7 @@ class FailedClients:
 
     @staticmethod
     def of(stage: str, facts: Sequence[Sequence[Any]]) -> FailedClients:
-        """Restore what ``facts`` returned."""
+        """Restore an object from the values of ``facts``."""
         return FailedClients(stage, {k: count for k, count, _ in facts}, {k: reason for k, _, reason in facts})
 
     def findings(self) -> list[Finding]:
@@ -92,7 +92,7 @@ class Shards:
 
 @dataclass
 class RunContext:
-    """What every stage needs, and what the run has gathered so far; ``strict``: an error among findings ends it.
+    """Inputs of all stages, and the run's results so far; ``strict``: an error among findings ends the run.
 
     ``backend`` runs client tasks, ``distil`` hosts the distillation loop; the caller that makes the context sets both.
     """
@@ -126,7 +126,7 @@ class RunContext:
         return other
 
     def inputs(self) -> KeyInputs:
-        """Return what keys depend on beside upstream keys."""
+        """Return the inputs of keys, beside upstream keys."""
         sizes = [int(size) for size in self.shards.sizes] if hasattr(self, "shards") else None
         return KeyInputs(self.config, self.dataset.identity, self.dataset.facts, sizes)
 

@@ -44,15 +44,15 @@ class Stage:
     Args:
         name: unique within a graph; the stage's name in summary.json and in progress.
         version: raise it when the mathematics changes: older results are then computed again.
-        knobs: what the key depends on. Knobs at their default are left out (``config.fields.changed_knobs``).
+        knobs: the knobs that the key depends on; those at their default are left out (``fields.changed_knobs``).
         compute: ``module:function``, called as ``function(ctx, stage, *inputs)`` by ``RunContext.run``.
         upstream: names of the stages that it reads results of, or a function of the configuration that gives them.
         kind: the first part of the key; stages of one kind share results where all else is equal. Default: the name.
-        per_client: what client k's key depends on as well, where every client's result is stored on its own.
+        per_client: further inputs of client k's key, if every client's result is stored on its own.
         role: the entry of summary.json's ``accuracy`` that its model fills, where it makes one.
         total: how many units its progress counts.
         unit: the name of one of them.
-        work: what one result (of one client) takes, for the dry run.
+        work: the amount of work of one result (of one client), for the dry run.
         messages: ``module:function(federation, counts, tally)`` that adds the bytes that it will send.
     """
 

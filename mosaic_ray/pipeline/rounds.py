@@ -67,7 +67,7 @@ def answering(config: ExperimentConfig, phase: str, round_num: int, asked: list[
 class FinishedRound:
     """The input of a method's work after a round.
 
-    ``models``: the global models after the aggregation. ``updates``: what the clients returned, in client order.
+    ``models``: the global models after the aggregation. ``updates``: the clients' results, in client order.
     ``state``: the method's own arrays, as it returned them after the round before.
     """
 
@@ -406,7 +406,7 @@ def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models
 
 
 def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add what the warm-up will send: label counts, models, and prototypes where they come after every round."""
+    """Add the messages of the warm-up: label counts, models, and prototypes if they are sent after every round."""
     config = federation.config
     for client_id in range(config.partition.num_clients):
         tally.add("uplink", "counts", client_id, size_of_entries({"counts": (counts.shape[1:], np.int64)}))
@@ -416,7 +416,7 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
 
 
 def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add what the closing rounds will send."""
+    """Add the messages of the closing rounds."""
     section = federation.config.finetune
     _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
 

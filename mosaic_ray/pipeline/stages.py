@@ -45,13 +45,13 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
 
 
 def prototype_split(config: ExperimentConfig) -> Knobs:
-    """Return what divides prototypes into kept and held out, and weighs them."""
+    """Return the knobs that divide prototypes into kept and held out, and weigh them."""
     making = ("k", "model", "rounds", "samples", "augment", "cap")  # these show in the prototypes themselves
     return changed_knobs(config.prototypes, *making) | {"seed": config.seed} | driver_knobs(config)
 
 
 def prototype_knobs(config: ExperimentConfig) -> Knobs:
-    """Return what prototypes are made with."""
+    """Return the knobs that prototypes are made with."""
     return changed_knobs(config.prototypes, "held_out", "weighting")
 
 

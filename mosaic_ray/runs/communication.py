@@ -1,4 +1,4 @@
-"""The communication of a run: what its stages have measured, and what arithmetic on the configuration predicts.
+"""The communication of a run: bytes measured by its stages, and bytes predicted from the configuration.
 
 The control is a comparison that a deployment would not send, and is left out of both.
 """
@@ -38,7 +38,7 @@ def measured(ctx: RunContext) -> Tally:
 
 
 def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | None = None) -> Tally:
-    """Return what will be sent, by client, from the configuration alone: nothing is trained, no data are needed.
+    """Return the bytes that each client will send, from the configuration alone: nothing is trained or loaded.
 
     Cohorts and drop-outs are drawn as they will be; clients that fail are not foreseen. The number of prototypes
     depends on the label counts [K, C]: without ``counts`` every client counts as one that fills every class's k.

@@ -194,7 +194,7 @@ def plan(
     older_than: float,
     now: float,
 ) -> Plan:
-    """Decide what to delete; a pure function.
+    """Choose the results to delete; a pure function.
 
     ``leases``: lease files, and whether their holders live. ``named``: folder -> files that its manifest names.
     ``older_than``: age in seconds up to which results without an owner are kept. ``now``: seconds since 1970.
@@ -252,7 +252,7 @@ def _unnamed(entry: Entry, named: Container[str], before: float) -> list[str]:
 
 
 def collect_garbage(store: Store, trace: Trace, older_than: float, *, dry_run: bool) -> Plan:
-    """Delete what no run or trial needs and return it; with ``dry_run`` only return it."""
+    """Delete results that no run or trial needs, and return them; with ``dry_run`` only return them."""
     if dry_run:
         return _make_plan(store, trace, older_than)
     lease = store.try_lease(_GC)

@@ -170,7 +170,7 @@ class DryRun:
 
 
 def dry_run(request: SweepRequest, storage: str, name: str | None, address: str) -> DryRun:
-    """Return what the sweep would run. Needs neither the data nor Ray."""
+    """Return the trials and the work of a sweep. Needs neither the data nor Ray."""
     from ..execution.ray_session import Resources, in_all
     from ..runs.plan import stage_keys, unique_work
     from ..runs.runner import check_name
@@ -201,7 +201,7 @@ class Outcome:
         return [r for r in self.results if r.summary["status"] == "failed"]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what ``--json`` prints."""
+        """Return the output of ``--json``."""
         status, trials = "failed" if self.failed else "done", [vars(result) for result in self.results]
         return {"status": status, "name": self.name, "paths": {"sweep": self.place}, "trials": trials}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 
 from mosaic_ray import __version__
 from mosaic_ray.cli import commands, group

@@ -1,4 +1,4 @@
-"""`mosaic data list` and `import`, and --skip-bad, as a person meets them; fetching has a module of its own."""
+"""`mosaic data list` and `import`, and --skip-bad, through the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 from layouts import encoded, load, noise, refused, write_classes, write_folder, write_mnist, write_svhn, write_tiny
 
 from mosaic_ray.cli import request as words
@@ -23,7 +23,7 @@ def root(monkeypatch, tmp_path) -> Path:
 
 
 def listed(*options: str) -> dict[str, str]:
-    """What the list says of each data set."""
+    """Return the list's text by data set."""
     result = ask("data", "list", *options)
     assert result.exit_code == 0, result.stderr
     rows: dict[str, str] = {}
@@ -57,7 +57,7 @@ def test_the_list_says_what_is_there_how_large_and_whether_it_is_decoded(root):
 
 
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
-def test_what_is_imported_is_found_by_its_name_without_its_source(tmp_path, root, kind):
+def test_imported_data_are_found_by_name_without_their_source(tmp_path, root, kind):
     if kind == "folder":
         images = write_classes(tmp_path / "pictures")
     else:
@@ -89,7 +89,7 @@ def test_the_name_is_looked_for_below_the_root_that_is_asked_for(tmp_path, root)
     assert "nothing was" in refused(tmp_path / "none", "imported:mine")
 
 
-def test_images_of_several_sizes_are_imported_at_the_size_that_is_said(tmp_path, root):
+def test_images_of_several_sizes_are_imported_at_the_requested_size(tmp_path, root):
     write_classes(tmp_path / "f")
     (tmp_path / "f" / "train" / "ant" / "000.png").write_bytes(encoded(noise(20, 30, 3)))
     assert "data.image_size" in refusal(ask("data", "import", "--from", "f", "mine"))
@@ -97,7 +97,7 @@ def test_images_of_several_sizes_are_imported_at_the_size_that_is_said(tmp_path,
     assert load(root, "imported:mine").facts.image_size == 16
 
 
-def test_what_cannot_be_imported_is_refused_in_a_line(tmp_path, root):
+def test_data_that_cannot_be_imported_are_refused_in_a_line(tmp_path, root):
     write_classes(tmp_path / "f")
     for name in (*DATASETS, "a/b", "..", "", "parquet:x", "-x"):
         assert refusal(ask("data", "import", "--from", "f", "--", name))

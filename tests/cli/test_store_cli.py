@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_runner import ask, refusal
 from click.testing import Result
-from door import ask, refusal
 from helpers import FACTS, TINY, stripes_dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +36,7 @@ COUNTS = np.array([[3, 2, 0], [200, 0, 1], [4, 4, 4]], np.int64)
 
 @pytest.fixture
 def root(storage: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The storage's folder, as a local disk has it; owners of leases soon count as dead."""
+    """A storage folder on a local disk; owners of leases soon count as dead."""
     monkeypatch.setattr(leases_module, "TTL_SECONDS", 0.3)
     return storage if storage.name == "local" else storage / "prefix"
 
@@ -45,8 +45,8 @@ def store_keys(config: ExperimentConfig) -> dict[str, tuple[str, ...]]:
     return stage_keys(config, "stripes", FACTS, [int(size) for size in COUNTS.sum(1)])
 
 
-def make_run(store: Store, place: str, config: ExperimentConfig = TINY, **told: Any) -> set[str]:
-    """A finished run as far as a storage knows it; returns the keys behind it."""
+def make_run(store: Store, place: str, config: ExperimentConfig = TINY, **fields: Any) -> set[str]:
+    """Write a finished run's results and summary; return the keys behind it."""
     found = store_keys(config)
     stages = {name: {"key": keys[0]} for name, keys in found.items()}
     if "generators" in found:
@@ -57,13 +57,13 @@ def make_run(store: Store, place: str, config: ExperimentConfig = TINY, **told: 
     for key in made:
         counts = {"counts": COUNTS}
         store.put(key, {}, {"shards": counts} if key in found["partition"] else {"p": arrays()})
-    summary = {"status": "done", "stages": stages, "config": as_dict(config)} | told
+    summary = {"status": "done", "stages": stages, "config": as_dict(config)} | fields
     store.write(f"{place}/summary.json", json.dumps(summary).encode())
     return made
 
 
 def age(root: Path, seconds: float = 2 * DAY) -> None:
-    """Make everything that old."""
+    """Set the times of all files to that age."""
     for path in root.rglob("*"):
         os.utime(path, (time.time() - seconds,) * 2)
 
@@ -141,7 +141,7 @@ def test_every_key_of_a_run_is_traced_to_it(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def full(storage: Path, root: Path) -> set[str]:
-    """A storage two days old: a run's results, others' that nobody uses, checkpoints; returns what may go."""
+    """Make a storage two days old: a run's results, unused results and checkpoints; return what gc may remove."""
     store = Store(storage)
     make_run(store, "runs/one")
     store.put(KEY, {}, {"p": arrays()})

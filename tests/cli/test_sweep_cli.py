@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cli_runner import ask, refusal
 from click.testing import Result
-from door import ask, refusal
 
 from mosaic_ray.cli.request import parse_config
 from mosaic_ray.config.resolve import resolve
@@ -171,7 +171,7 @@ def test_a_wrong_space_is_refused_in_one_line(text, parts):
 
 
 def test_a_process_refuses_and_lists_without_ray():
-    """And the default sweep of another data set can be looked at without its files, in the same process."""
+    """The same process can also show the default sweep of a data set without its files."""
     asked = [
         ["spaces"],
         ["sweep", "--samples", "0"],
@@ -212,7 +212,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def table(text: str) -> dict[str, tuple[int, int]]:
-    """Stage to results asked for and computed, as a dry run prints them."""
+    """Map each stage to the results requested and computed, as a dry run prints them."""
     rows = re.findall(r"^(\w+) +([\d,]+) +([\d,]+) +\S", text, re.MULTILINE)
     return {stage: (int(asked.replace(",", "")), int(unique.replace(",", ""))) for stage, asked, unique in rows}
 
@@ -271,7 +271,7 @@ def test_max_concurrent_bounds_the_plan():
 
 @pytest.fixture
 def asked(monkeypatch) -> Callable[..., SweepRequest]:
-    """The request that words make."""
+    """Return the request that the command line makes."""
     requests: list[SweepRequest] = []
     nothing = sweep_runner.DryRun("n", "mine", "grid", points=1, seeds=1, resources=[], work=None)
     monkeypatch.setattr(sweep_runner, "dry_run", lambda request, *place: requests.append(request) or nothing)

@@ -1,4 +1,4 @@
-"""The door: layers, types, ranges, neighbours, and the round trip through TOML."""
+"""The configuration: layers, types, ranges, suggestions, and the round trip through TOML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_preset_resolves_and_survives_toml(scale, algorithm):
 
 
 def test_algorithms_and_scales_are_orthogonal():
-    """An algorithm never changes how much work the warm-up is, a scale never which defect is reproduced."""
+    """An algorithm never changes the work of the warm-up; a scale never changes which defects are reproduced."""
     work = ("warmup.num_rounds", "warmup.local_steps", "model.classifier", "partition.num_clients", "generator.ngf")
     for scale in SCALES:
         configs = [flatten(resolve(f"{scale}+{a}")) for a in ALGORITHMS]

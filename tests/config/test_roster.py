@@ -1,4 +1,4 @@
-"""Which client has which width and which architecture (O27)."""
+"""The clients' widths and architectures (O27)."""
 
 from __future__ import annotations
 

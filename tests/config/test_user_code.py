@@ -32,7 +32,7 @@ def double(x):
 
 @pytest.fixture(params=["file", "folder", "module"])
 def word(request, tmp_path, monkeypatch):
-    """Write SOURCE below a working directory that Python does not import from; return what comes before the colon."""
+    """Write SOURCE below a working directory that Python does not import from; return the source part of the name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
     stem = f"my_points_{abs(hash(tmp_path))}"  # Python remembers imports
@@ -92,7 +92,7 @@ def test_the_digest_follows_the_file_and_not_the_name(word):
     assert digest_of(f"{word}:double") != digest
 
 
-def test_what_fails_is_blamed_by_file_and_line(word):
+def test_errors_name_the_users_file_and_line(word):
     file = file_of(word) if word.endswith(".py") else file_of(word).absolute()
     file.write_text(SOURCE + "raise ValueError('two\\nlines')\n")
     for _ in range(2):  # nothing half-loaded stays behind
@@ -113,7 +113,7 @@ def test_a_malformed_word_is_refused(word):
     assert refused(word) == "the knob: it takes a name, module:name or FILE.py:name"
 
 
-def test_what_is_not_there_is_refused(tmp_path, monkeypatch):
+def test_a_missing_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused("no/such.py:x") == "the knob: no/such.py: No such file or directory"
     assert refused("no_such_lab.x:y") == (

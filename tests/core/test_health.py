@@ -178,12 +178,12 @@ def test_a_class_without_owner_and_one_without_prototype():
     assert (few.code, few.value) == ("prototypes.too_few", 1) and "class 1" in few.message
 
 
-def test_a_finding_says_itself_in_one_line_and_in_json():
-    finding = Finding("a.b", "error", "teacher", "it broke", 2, None, 4.6, "mend it")
-    assert format_finding(finding) == "a.b: it broke (value not finite, threshold 4.6); mend it"
+def test_a_finding_in_one_line_and_in_json():
+    finding = Finding("a.b", "error", "teacher", "it broke", 2, None, 4.6, "repair it")
+    assert format_finding(finding) == "a.b: it broke (value not finite, threshold 4.6); repair it"
     assert finding.to_json() == {
         "code": "a.b", "severity": "error", "stage": "teacher", "client": 2, "value": None, "threshold": 4.6,
-        "message": "it broke", "advice": "mend it",
+        "message": "it broke", "advice": "repair it",
     }  # fmt: skip
     assert Finding("a", "info", "s", "m").to_json()["threshold"] is None
 

@@ -1,4 +1,4 @@
-"""Values read from JSON as dataclasses: what fits, and the place of what does not."""
+"""Values read from JSON as dataclasses: accepted values, and the place of a value that does not fit."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def test_where_nothing_can_be_kept_the_images_are_decoded_each_time(tmp_path, de
     assert not [*(tmp_path / "shared").iterdir()]
 
 
-def test_a_disk_that_is_full_is_said_and_nothing_is_left(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_nothing_is_left(tmp_path, monkeypatch):
     write_classes(tmp_path / "f")
 
     def full(tasks):

@@ -18,8 +18,8 @@ from mosaic_ray.data.progress import bar
 
 
 @pytest.fixture
-def crew(monkeypatch) -> list[subprocess.Popen]:
-    """Two decoding processes however little there is to do, three images a task; those that were started."""
+def workers(monkeypatch) -> list[subprocess.Popen]:
+    """Use two decoding processes for any number of images, three images a task; return the started ones."""
     started = []
     genuine = image_decode._process
     monkeypatch.setattr("mosaic_ray.data.image_sources._TASK", 3)
@@ -33,40 +33,40 @@ def ended(processes: list[subprocess.Popen]) -> bool:
     return bool(processes) and all(process.poll() is not None for process in processes)
 
 
-def test_several_processes_make_what_one_makes(tmp_path, crew):
+def test_several_processes_make_what_one_makes(tmp_path, workers):
     images = write_classes(tmp_path / "f", train=20)
     data = load(tmp_path / "here", f"folder:{tmp_path}/f")
-    assert len(crew) == 2 and ended(crew)
+    assert len(workers) == 2 and ended(workers)
     assert np.array_equal(data.train.images, images)
     assert data.train.labels.tolist() == [row // 20 for row in range(40)]
     assert data.facts.mean == pytest.approx(images.mean(axis=(0, 2, 3)) / 255, abs=5.1e-5)
 
 
-def test_row_groups_of_any_size_are_read_in_order(tmp_path, crew):
+def test_row_groups_of_any_size_are_read_in_order(tmp_path, workers):
     images = noise(22, 8, 8, 3)
     for split in ("train", "test"):
         path = tmp_path / "p" / f"{split}.parquet"
         write_parquet(path, [encoded(image) for image in images], [row % 3 for row in range(22)])
         pq.write_table(pq.read_table(path), path, row_group_size=8)
     data = load(tmp_path, "parquet:p")
-    assert len(crew) == 2
+    assert len(workers) == 2
     assert np.array_equal(data.train.images, images.transpose(0, 3, 1, 2))
     assert np.array_equal(data.test.images, data.train.images)
 
 
-def test_bad_images_are_named_in_the_order_of_the_files(tmp_path, crew):
+def test_bad_images_are_named_in_the_order_of_the_files(tmp_path, workers):
     write_classes(tmp_path / "f", train=20)
     for number in (17, 5, 11):
         (tmp_path / "f" / "train" / "bee" / f"{number:03}.png").write_text("")
     message = refused(tmp_path, "folder:f")
     assert "bee/005.png does not decode" in message and "and 2 others" in message
-    assert ended(crew)
+    assert ended(workers)
     (tmp_path / "f" / "train" / "ant" / "007.png").write_bytes(encoded(noise(9, 8, 3)))
     assert "ant/007.png is 9x8" in refused(tmp_path, "folder:f")
-    assert ended(crew)
+    assert ended(workers)
 
 
-def test_damage_inside_a_parquet_file_is_told_by_the_process_that_meets_it(tmp_path, crew):
+def test_damage_inside_a_parquet_file_is_reported_by_the_process_that_finds_it(tmp_path, workers):
     images = [encoded(image) for image in noise(30, 16, 16, 3)]
     for split in ("train", "test"):
         write_parquet(tmp_path / "p" / f"{split}.parquet", images, [row % 2 for row in range(30)])
@@ -79,10 +79,10 @@ def test_damage_inside_a_parquet_file_is_told_by_the_process_that_meets_it(tmp_p
     file.write_bytes(content)
     for knobs in ({}, {"image_size": 16, "channels": 3}):  # by this process, which looks at the first image, or others
         assert f"{file} cannot be read as parquet" in refused(tmp_path, "parquet:p", **knobs)
-    assert ended(crew)
+    assert ended(workers)
 
 
-def test_a_process_that_dies_is_told_with_the_images_it_had(tmp_path, crew, monkeypatch):
+def test_a_process_that_dies_is_reported_with_its_images(tmp_path, workers, monkeypatch):
     write_classes(tmp_path / "f", train=20)
     genuine = image_decode._process
 
@@ -94,11 +94,11 @@ def test_a_process_that_dies_is_told_with_the_images_it_had(tmp_path, crew, monk
     monkeypatch.setattr(image_decode, "_process", one_that_dies)
     message = refused(tmp_path, "folder:f")
     assert "ant/000.png to " in message and "-9" in message
-    assert ended(crew)
+    assert ended(workers)
     assert not [*(tmp_path / "decoded").iterdir()]
 
 
-def test_a_disk_that_refuses_is_told_apart_from_images_that_do_not_decode(tmp_path, crew):
+def test_disk_errors_are_not_reported_as_images_that_do_not_decode(tmp_path, workers):
     write_classes(tmp_path / "f")
     tasks = [
         {
@@ -114,7 +114,7 @@ def test_a_disk_that_refuses_is_told_apart_from_images_that_do_not_decode(tmp_pa
     ]
     with pytest.raises(IsADirectoryError):
         list(image_decode.run(tasks))
-    assert ended(crew)
+    assert ended(workers)
 
 
 def test_a_decoding_process_ends_with_its_input_and_not_with_an_interrupt_of_the_terminal(tmp_path):

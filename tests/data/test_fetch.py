@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 from layouts import load, refused, write_cifar10, write_food, write_mnist, write_svhn, write_tiny
 
 from mosaic_ray.config.registry import DATASETS
@@ -109,7 +109,7 @@ def replace_resources(monkeypatch, name: str, *resources: Resource) -> None:
 
 @pytest.fixture
 def offered(server, tmp_path, monkeypatch) -> Server:
-    """Every data set's files, small, at the places where its own server has them."""
+    """Small files of every data set, at the paths of its own server."""
     made = tmp_path / "made"
     write_mnist(made)
     write_mnist(made, "FashionMNIST")
@@ -139,7 +139,7 @@ def left_in(root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["mnist", "fmnist", "svhn", "cifar10", "tiny_imagenet", "food101"])
-def test_what_is_fetched_is_what_the_loader_reads(tmp_path, offered, name):
+def test_the_loader_reads_the_fetched_files(tmp_path, offered, name):
     came = download(name, tmp_path / "new")
     data, made = load(tmp_path / "new", name), load(tmp_path / "made", name)
     assert data.identity == made.identity
@@ -289,12 +289,12 @@ def test_two_processes_at_once_fetch_once(tmp_path, offered):
     assert len(came) == 2 and len(offered.asked) == 2, "two files, each asked for by one of them"
 
 
-def test_where_nothing_can_be_written_it_is_said(tmp_path, offered):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path, offered):
     (tmp_path / "file").write_text("not a folder")
     assert str(tmp_path / "file") in failure(tmp_path / "file" / "below", "svhn")
 
 
-def test_unknown_and_bundled_data_sets_are_told(tmp_path):
+def test_unknown_and_bundled_data_sets_are_refused(tmp_path):
     assert 'did you mean "cifar10"' in refusal(ask("data", "fetch", "cifar-10"))
     assert "bundled" in ask("data", "fetch", "digits").stdout
 

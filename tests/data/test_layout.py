@@ -32,9 +32,9 @@ def networks() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     torch.manual_seed(0)
     images = torch.randn(4, 3, 32, 32)
     made = {name: (build_classifier(ModelConfig(), 10, 3, 32, name), images) for name in CLASSIFIERS}
-    room = GeneratorConfig(ngf=8, ndf=8)
-    made["generator"] = build_generator(room, 3, 32), torch.randn(4, room.latent_dim)
-    made["discriminator"] = build_discriminator(room, 3, 32), images
+    config = GeneratorConfig(ngf=8, ndf=8)
+    made["generator"] = build_generator(config, 3, 32), torch.randn(4, config.latent_dim)
+    made["discriminator"] = build_discriminator(config, 3, 32), images
     return made
 
 
@@ -68,9 +68,9 @@ for size in (16, 32, 64):
         for name in ("cnn", "mobilenet", "resnet18", "resnet50"):
             build_classifier(ModelConfig(name, width=width), 10, 1, size, name)(images).square().sum().backward()
     for ngf in (2, 4, 8):
-        room = GeneratorConfig(ngf=ngf, ndf=ngf)
-        build_generator(room, 1, size)(torch.randn(3, room.latent_dim)).square().sum().backward()
-        build_discriminator(room, 1, size)(images).square().sum().backward()
+        config = GeneratorConfig(ngf=ngf, ndf=ngf)
+        build_generator(config, 1, size)(torch.randn(3, config.latent_dim)).square().sum().backward()
+        build_discriminator(config, 1, size)(images).square().sum().backward()
 """
 
 
@@ -100,9 +100,9 @@ def test_weights_leave_and_enter_in_rows():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_narrow_network_is_laid_out_as_the_whole_one_was(device):
-    room = ModelConfig(width=16)
+    config = ModelConfig(width=16)
     with torch.device(device):
-        whole = build_classifier(room, 10, 3, 32, "cnn")
+        whole = build_classifier(config, 10, 3, 32, "cnn")
     partial_width = fit(whole, to_weights(build_classifier(override(TINY, {"model.width": 8}).model, 10, 3, 32, "cnn")))
     assert by_pixel(partial_width) and all(by_pixel(partial_width))
 

@@ -1,4 +1,4 @@
-"""The page on one's own data, followed to the letter."""
+"""docs/howto/own-data.md, followed to the letter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from door import ask
+from cli_runner import ask
 from layouts import noise
 from pages import DOCS, REPO, blocks, titled
 

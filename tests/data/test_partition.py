@@ -17,7 +17,7 @@ from mosaic_ray.data.partition import SAMPLERS, label_counts, partition, skew, s
 
 
 def textbook(labels: np.ndarray, num_clients: int, omega: float, seed: int, num_classes: int, min_size: int):
-    """ALGORITHM §1.2 written out with lists, as the authors do; (lists, draws taken)."""
+    """docs/algorithm.md 1.2 written out with lists, as in the authors' code; returns (lists, draws taken)."""
     rng, smallest, draws = np.random.RandomState(seed + 5363), 0, 0
     while smallest < min_size:
         draws += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 from layouts import load, refused, write_idx, write_mnist
 
 from mosaic_ray.config.schema import DataConfig

@@ -1,4 +1,4 @@
-"""The properties of each sampler; test_partition has those of all."""
+"""The properties of each sampler; properties of all samplers are in test_partition."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_pathological_repair_keeps_to_the_classes_held():
     assert all("holds 22 samples" in line for line in refused), "of classes 0 and 1, which nobody else has"
 
 
-def test_pathological_refuses_what_no_repair_can_mend():
+def test_pathological_refuses_counts_that_no_repair_can_fix():
     knobs = {"sampler": "pathological", "num_clients": 3, "classes_per_client": 1, "max_tries": 2}
     with pytest.raises(RequestError, match=r"partition\.classes_per_client = 1: .* 5 samples.*min_size = 10"):
         counts_of([5, 500, 500], **knobs)
@@ -208,7 +208,7 @@ def test_pathological_refuses_what_no_repair_can_mend():
 
 
 @pytest.mark.parametrize("num_clients, most, least", [(4, 2, "at least 3, or 5 clients"), (1, 9, "at least 10")])
-def test_pathological_needs_room_for_every_class(num_clients, most, least):
+def test_pathological_needs_a_place_for_every_class(num_clients, most, least):
     with pytest.raises(RequestError, match=rf"classes_per_client = {most}: .*num_clients = {num_clients} .*{least}"):
         counts_of(CIFAR10, sampler="pathological", num_clients=num_clients, classes_per_client=most)
 

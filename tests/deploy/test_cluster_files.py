@@ -1,4 +1,4 @@
-"""The cluster files that ship: Ray takes them, AWS (pretended) would start what they say, and they say it once."""
+"""The cluster files that ship: Ray accepts them, simulated AWS starts their machines, and no version is given twice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_it_is_understood_without_a_fault(name):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_ray_and_python_are_those_of_the_project_and_said_once(name):
+def test_ray_and_python_have_the_projects_versions_and_are_given_once(name):
     text = re.sub(r"#.*", "", (REPO / name).read_text())
     versions = re.findall(r"\d+\.\d+\.\d+(?=-py|\")", text)
     shown = re.findall(r"\d+\.\d+\.\d+(?=-py)", (REPO / "docs" / "CLUSTER.md").read_text())
@@ -98,7 +98,7 @@ def test_tensorboard_and_the_dashboard_listen_on_loopback(name):
 
 @pytest.fixture(scope="module")
 def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """cluster.yaml as Ray's bootstrap leaves it, on an AWS that moto plays; HOME is an empty folder."""
+    """cluster.yaml after Ray's bootstrap, on AWS simulated by moto; HOME is an empty folder."""
     moto = pytest.importorskip("moto")
     boto3 = pytest.importorskip("boto3")
     from ray.autoscaler._private.aws import utils
@@ -150,7 +150,7 @@ def test_aws_keeps_the_roles_that_the_file_names_and_makes_none_of_its_own(aws):
 
 
 def test_aws_takes_the_roles_that_the_page_makes(aws):
-    """The policies of docs/CLUSTER.md, as IAM reads them; the head may pass the very role that its workers get."""
+    """IAM accepts the policies of docs/CLUSTER.md; the head may pass the role that its workers get."""
     import boto3
 
     iam, text = boto3.client("iam"), (REPO / "docs" / "CLUSTER.md").read_text()
@@ -169,7 +169,7 @@ def test_aws_takes_the_roles_that_the_page_makes(aws):
 
 
 def test_aws_starts_such_machines(aws):
-    """The parameters are those of EC2's RunInstances: botocore refuses a misspelt one before it sends anything."""
+    """The parameters are EC2's RunInstances parameters: botocore refuses a misspelt one before it sends anything."""
     import boto3
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 
@@ -210,7 +210,7 @@ def test_the_kuberay_entrypoint_is_a_command_of_ours():
     assert parse(mosaic_words(entrypoint)).info_name == "sweep"
 
 
-# --- what is written about them --------------------------------------------------------------------------------------
+# --- the pages about them --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["docs/CLUSTER.md", *SHIPPED])

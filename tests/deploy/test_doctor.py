@@ -1,4 +1,4 @@
-"""`mosaic doctor`: what it finds on this machine, and what it calls a problem."""
+"""`mosaic doctor` on this machine: its checks, and which findings are problems."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from door import ask
+from cli_runner import ask
 
 from mosaic_ray.config.registry import DATASETS
 from mosaic_ray.config.schema import DataConfig

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from cli_runner import ask, refusal
 from click.testing import Result
-from door import ask, refusal
 
 from mosaic_ray import __version__
 
@@ -30,7 +30,7 @@ CONTENT = {
 
 @pytest.fixture
 def study_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder from which `ray up` would work: dist/ with a wheel, a token in HOME."""
+    """A folder that `ray up` works from: dist/ with a wheel, a token in HOME."""
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     (home / ".ray" / "auth_token").write_text("0" * 64)
@@ -51,7 +51,7 @@ def same(content: dict[str, Any]) -> None:
 
 
 def examined(short: str, change: Change = same, *words: str) -> Result:
-    """The doctor on a changed copy of a shipped file, filled in."""
+    """Run the doctor on a filled-in and changed copy of a shipped file."""
     content = copy.deepcopy(CONTENT[short])
     change(content)
     Path("changed.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -96,9 +96,9 @@ def swap(content: dict[str, Any], key: str, old: str, new: str) -> None:
 
 OPEN = {"FromPort": 8265, "ToPort": 8265, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
 
-#: What is changed in which file, and the line that must say so.
+#: The file, the change in it, and the line that must report it.
 PROVOKED: list[tuple[str, Change, str]] = [
-    # what Ray or KubeRay would not take
+    # errors that Ray or KubeRay would report
     ("aws", lambda c: c.update(idle_timeout_minute=3),
      r"problem .*idle_timeout_minute: .*no such key.*\"idle_timeout_minutes\""),
     ("aws", lambda c: c["docker"].update(imag="x"), r"problem .*docker\.imag: .*\"image\""),
@@ -175,7 +175,7 @@ PROVOKED: list[tuple[str, Change, str]] = [
     ("gcp", lambda c: node(c)["node_config"].pop("serviceAccounts"), r"problem .*storage: gpu: no serviceAccounts"),
     ("kuberay", lambda c: pod(c).pop("serviceAccountName"), r"warning .*storage: gpu: no serviceAccountName"),
     # the plan
-    ("aws", lambda c: node(c).update(resources={}), r"warning .*plan: the file does not say what gpu has"),
+    ("aws", lambda c: node(c).update(resources={}), r"warning .*plan: the file does not give the resources of gpu"),
 ]  # fmt: skip
 
 
@@ -189,14 +189,14 @@ def test_a_shipped_file_that_is_filled_in_is_fit(study_context, short):
 
 
 @pytest.mark.parametrize("short", SHIPPED)
-def test_what_is_left_to_fill_in_is_said(study_context, short):
+def test_places_to_fill_in_are_reported(study_context, short):
     lines = findings(ask("doctor", "--cluster", str(REPO / SHIPPED[short])))
     assert lines
     assert all(re.match(r"problem +fill in: \S+ has \S*FILL_IN\S*; put your own", line) for line in lines)
 
 
 @pytest.mark.parametrize("short, change, line", PROVOKED, ids=[f"{s}-{line[-30:]}" for s, _, line in PROVOKED])
-def test_what_would_not_work_is_said(study_context, short, change, line):
+def test_problems_are_reported(study_context, short, change, line):
     lines = findings(examined(short, change))
     assert [text for text in lines if re.match(line, text)], lines
 
@@ -212,7 +212,7 @@ def test_a_secret_is_never_printed(study_context):
     assert "hunter2" not in result.stdout
 
 
-def test_a_token_that_others_may_read_is_said(study_context):
+def test_a_token_that_others_may_read_is_reported(study_context):
     (study_context / "home" / ".ray" / "auth_token").chmod(0o644)
     [line] = findings(examined("aws"))
     assert re.match(r"warning +token: .*may be read by others.*; chmod 600", line)
@@ -223,10 +223,10 @@ def test_a_token_that_others_may_read_is_said(study_context):
     (lambda dist: next(dist.glob("*.whl")).unlink(), "there are 0 such files"),
     (lambda dist: next(dist.glob("*.whl")).rename(dist / "mosaic_ray-0.0.1-py3-none-any.whl"), "another version"),
 ])  # fmt: skip
-def test_a_wheel_that_is_not_this_project_is_said(study_context, change, line):
+def test_a_wheel_that_is_not_this_project_is_reported(study_context, change, line):
     change(study_context / "dist")
-    [said] = findings(examined("aws"))
-    assert re.match(rf"problem +project: .*{line}.*make wheel", said)
+    [finding] = findings(examined("aws"))
+    assert re.match(rf"problem +project: .*{line}.*make wheel", finding)
 
 
 def test_pins_that_come_along_are_compared(study_context):
@@ -264,7 +264,7 @@ def test_a_claim_that_all_pods_mount_is(study_context):
     assert "is a folder of one machine" in line
 
 
-def test_a_storage_that_tensorboard_does_not_watch_is_said(study_context):
+def test_a_storage_that_tensorboard_does_not_watch_is_reported(study_context):
     [line] = findings(examined("aws", same, "--storage", "s3://other/mosaic"))
     assert re.match(
         r"warning +storage: results go to s3://other/mosaic, while the file names s3://10\.0\.0\.1/mosaic", line
@@ -355,9 +355,9 @@ def test_the_limit_of_all_workers_binds_and_gpus_come_first_where_they_are_asked
 def test_a_file_that_is_none_is_refused_in_one_line(study_context, text, line):
     if text is not None:
         (study_context / "file.yaml").write_text(text)
-    said = refusal(ask("doctor", "--cluster", "file.yaml"))
-    assert said.startswith("mosaic: error: --cluster file.yaml: ")
-    assert line in said
+    message = refusal(ask("doctor", "--cluster", "file.yaml"))
+    assert message.startswith("mosaic: error: --cluster file.yaml: ")
+    assert line in message
     assert not (study_context / "ran").exists()
 
 

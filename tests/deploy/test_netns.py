@@ -1,4 +1,4 @@
-"""The machines that a real `ray up` is tried on: what they share, what not, and that nothing of them stays behind."""
+"""The machines for tests of a real `ray up`: they share the right things, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_they_reach_one_another_by_ssh_and_outlast_a_power_cut(tmp_path):
         one, two = made.machines
         ssh = ["ssh", "-i", str(HOME / ".ssh/id_ed25519"), "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes"]
         for _ in range(2):
-            said = one.run(*ssh, two.address, "hostname; touch /tmp/here ~/here")
-            assert said.stdout.strip() == "two", said.stderr
+            answer = one.run(*ssh, two.address, "hostname; touch /tmp/here ~/here")
+            assert answer.stdout.strip() == "two", answer.stderr
             assert one.run("test", "-e", "/tmp/here").returncode == 1, "they share /tmp"
             assert one.run("test", "-e", str(HOME / "here")).returncode == 1, "they share a home"
             assert two.run("test", "-e", str(HOME / "here")).returncode == 0
@@ -45,7 +45,7 @@ def test_they_reach_one_another_by_ssh_and_outlast_a_power_cut(tmp_path):
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_they_end_with_who_started_them(tmp_path):
+def test_they_end_with_the_process_that_started_them(tmp_path):
     code = (
         "import sys; from pathlib import Path; from netns import lan\n"
         "with lan(Path(sys.argv[1]), 'one', 'two') as made:\n"

@@ -13,7 +13,7 @@ from subprocess import CompletedProcess
 
 import psutil
 import pytest
-from door import REPO, refusal
+from cli_runner import REPO, refusal
 from netns import HOME, Lan, Machine, lan, missing
 
 from mosaic_ray.sweeps.results import NOT_REPRODUCIBLE, read_results
@@ -35,7 +35,7 @@ def plan():
 """
 
 #: The machines' ~/mosaic-env. Their Python is the one that runs the tests, on the disk that they share; their pip only
-#: writes down what it is asked for.
+#: records its arguments.
 PROGRAMS = {
     "pip": 'echo "$@" > ~/pip-was-asked',
     "ray": f'exec "{sys.prefix}/bin/ray" "$@"',
@@ -45,7 +45,7 @@ PROGRAMS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Who asks (``laptop``, at ``place``, where clusters/ssh.yaml lies) and who answers."""
+    """The laptop, with clusters/ssh.yaml in ``place``, the head and the workers."""
 
     place: Path
     net: Lan
@@ -54,18 +54,18 @@ class Cluster:
     workers: tuple[Machine, ...]
 
     def ray(self, command: str, *words: str) -> str:
-        """`ray COMMAND clusters/ssh.yaml WORDS` on the laptop; its output."""
+        """Run `ray COMMAND clusters/ssh.yaml WORDS` on the laptop; return its output."""
         done = self.laptop.run("ray", command, FILE, *words, cwd=self.place, env={"RAY_USAGE_STATS_ENABLED": "0"})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def here(self, *words: str, **options: object) -> CompletedProcess[str]:
-        """`mosaic WORDS` on the laptop."""
+        """Run `mosaic WORDS` on the laptop."""
         return self.laptop.run(sys.executable, "-m", "mosaic_ray", *words, **options)
 
     @property
     def sweep(self) -> tuple[str, ...]:
-        """One and the same sweep; where, is left open."""
+        """The sweep's command, without the address."""
         return "sweep", "--space", f"{self.place}/tiny.py", "--name", "tiny", "--max-concurrent", "1", "--address"
 
     @property
@@ -73,7 +73,7 @@ class Cluster:
         return (self.head, *self.workers)
 
     def await_nodes(self) -> None:
-        """Until the autoscaler counts every machine, and on each a raylet runs."""
+        """Wait until the autoscaler counts every machine, and a raylet runs on each."""
 
         def all_there() -> bool:
             status = self.head.run("ray", "status", env={"RAY_AUTH_MODE": "token"}).stdout
@@ -95,7 +95,7 @@ def until(holds: Callable[[], object], seconds: float, otherwise: str) -> None:
 
 
 def filled_in(text: str, head: Machine, workers: tuple[Machine, ...]) -> str:
-    """The shipped file as a user of these machines has it; three small machines share one machine's memory."""
+    """The shipped file, filled in for these machines; three small machines share one machine's memory."""
     for old, new, times in (
         ("head_ip: FILL_IN", f"head_ip: {head.address}", 1),
         ("worker_ips: [FILL_IN]", f"worker_ips: [{', '.join(worker.address for worker in workers)}]", 1),
@@ -109,7 +109,7 @@ def filled_in(text: str, head: Machine, workers: tuple[Machine, ...]) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """`ray up`, done."""
+    """A cluster after `ray up`."""
     if reason := missing():
         pytest.skip(reason)
     place = tmp_path_factory.mktemp("up") / "checkout"
@@ -175,8 +175,8 @@ def test_a_sweep_that_loses_a_machine_ends_as_on_one_machine(cluster):
         lost[0].cut()
         assert len(list(trials.glob("*/summary.json"))) == 1, "the sweep was not in the middle"
         cluster.net.connect(lost[0])
-        said = sweep.result()
-    assert "Ray is up: 3 client hosts" in said
+        output = sweep.result()
+    assert "Ray is up: 3 client hosts" in output
     alone = cluster.here(*cluster.sweep, "local")
     assert alone.returncode == 0, alone.stderr
     cluster.ray("rsync-down", "~/mosaic_runs/sweeps/", f"{cluster.place}/fetched/")
@@ -188,12 +188,12 @@ def test_a_sweep_that_loses_a_machine_ends_as_on_one_machine(cluster):
 
 
 def client_work(machine: Machine) -> list[psutil.Process]:
-    """Client actors that are at work now: Ray puts the call into the process's title."""
+    """Return the client actors that are at work now: Ray puts the call into the process's title."""
     return [process for process in machine.processes() if process.cmdline()[:1] == ["ray::ClientActor.work"]]
 
 
 def comparable(sweeps: Path) -> list[dict]:
-    """All that a sweep's results say, but for times and who computed what."""
+    """Return a sweep's results without times and without the trials that computed each stage."""
     return read_results(sweeps / "tiny/results.parquet").drop_columns(NOT_REPRODUCIBLE).to_pylist()
 
 

@@ -54,7 +54,7 @@ def classifier_of(shard: Shard, steps: int = 0) -> nn.Module:
 
 
 def trained(knobs: dict, shard: Shard | None = None, classifier: nn.Module | None = None):
-    """(weights, samples, figures, curve) of a tiny client's generator."""
+    """Return (weights, samples, figures, curve) of a tiny client's generator."""
     config = override(TINY, {"generator.conditional": True} | knobs).generator
     shard = shard or shard_of(stripes(60))
     classifier = classifier or classifier_of(shard)
@@ -68,7 +68,7 @@ def owning(*labels: int) -> Shard:
 
 # --- the plain path --------------------------------------------------------------------------------------------------
 
-#: Mean absolute values of what the code before this generator came made of `TINY` on 60 images of stripes.
+#: Mean absolute values of weights that the code before conditional generators gave for `TINY` on 60 images.
 BEFORE = {
     "layers.0.weight": 0.015856161754651765,
     "layers.1.weight": 1.0073906108736992,
@@ -86,7 +86,7 @@ BEFORE = {
 }
 
 
-def test_a_plain_generator_is_what_it_was():
+def test_a_plain_generator_has_not_changed():
     weights, _, figures, curve = trained({"generator.conditional": False, "generator.steps": 12})
     found = {name: float(np.abs(value.astype(np.float64)).mean()) for name, value in weights.items()}
     # processors differ in the order of a sum; another draw is far outside this
@@ -200,7 +200,7 @@ def test_the_label_term_stands_for_entropy_and_diversity():
 
 
 def _players(monkeypatch, lambda_e: float) -> tuple[Weights, Weights, nn.Module]:
-    """Generator and discriminator after one step each, and the classifier."""
+    """Return generator and discriminator after one step each, and the classifier."""
     made: list[nn.Module] = []
 
     def build(*words):
@@ -215,8 +215,9 @@ def _players(monkeypatch, lambda_e: float) -> tuple[Weights, Weights, nn.Module]
 
 def test_the_label_term_teaches_the_generator_alone(monkeypatch):
     before = to_weights(classifier_of(owning(0, 2)))
-    (without, judge, _), (steered, same_judge, classifier) = (_players(monkeypatch, e) for e in (0.0, 5.0))
-    assert_same(judge, same_judge)
+    without, discriminator, _ = _players(monkeypatch, 0.0)
+    steered, same, classifier = _players(monkeypatch, 5.0)
+    assert_same(discriminator, same)
     assert_same(before, to_weights(classifier))
     assert all(p.grad is None for p in classifier.parameters())
     changed = {n for n in without if not np.array_equal(without[n], steered[n])}
@@ -226,18 +227,18 @@ def test_the_label_term_teaches_the_generator_alone(monkeypatch):
     assert moved.tolist() == [True, False, True], "the class that is not owned is never asked for"
 
 
-def test_the_discriminator_is_told_the_labels_of_real_and_fake(monkeypatch):
-    told = []
+def test_the_discriminator_gets_the_labels_of_real_and_fake(monkeypatch):
+    labels_seen = []
 
     class Witness(discriminators.Discriminator):
         def forward(self, x, labels=None):
-            told.append(labels)
+            labels_seen.append(labels)
             return super().forward(x, labels)
 
     monkeypatch.setattr(discriminators, "Discriminator", Witness)
     shard = owning(1)
     trained({"generator.steps": 2}, shard)
-    assert len(told) == 6 and all(labels.tolist() == [1] * len(labels) for labels in told)
+    assert len(labels_seen) == 6 and all(labels.tolist() == [1] * len(labels) for labels in labels_seen)
 
 
 def test_images_show_the_class_asked_for():
@@ -293,7 +294,7 @@ def evaluated(painter: Painter, num_classes: int, owned: list[int]) -> dict[str,
 
 
 def test_figures_of_a_conditional_generator_by_hand():
-    """Asked for classes 0, 1, 3 as 2 : 1 : 1, it shows 1 in the place of 0 and 2, not owned, in the place of 3."""
+    """Labels 0, 1, 3 are drawn as 2 : 1 : 1; it shows class 1 for label 0, and class 2, not owned, for label 3."""
     figures = evaluated(Painter([1, 1, 2, 2], [256, 128, 0, 128]), 4, [0, 1, 3])
     assert figures["label_agreement"] == pytest.approx(0.25)
     assert figures["owned_mass"] == pytest.approx(0.75)

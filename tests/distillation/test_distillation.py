@@ -81,7 +81,7 @@ def test_o31_the_same_task_gives_the_same_student(task):
 
 
 def test_the_guard_never_hands_back_a_worse_student(task):
-    """A learning rate that wrecks the head: unguarded the student ends worse, guarded it is the best that was met."""
+    """A learning rate destroys the head: unguarded the student ends worse, guarded it is the best state reached."""
     wild = with_knobs(task, {"distill.lr": 50.0, "distill.anchor_weight": 0.0, "distill.guard": False})
     _, wrecked = distil(wild, CPU, DistContext(), _quiet)
     _, guarded = distil(with_knobs(wild, {"distill.guard": True}), CPU, DistContext(), _quiet)
@@ -125,7 +125,7 @@ def test_images_that_the_teacher_is_unsure_of_are_left_out():
     assert sample_weights(logits, 0.9, False, DistContext()).tolist() == [1, 0]
 
 
-class _Room:
+class _Group:
     """Workers as threads of this process that add up their tensors at a barrier."""
 
     def __init__(self, size: int) -> None:
@@ -146,10 +146,10 @@ class _Room:
 def test_two_workers_end_where_one_ends(task, backbone_lr):
     task = with_knobs(task, {"distill.guard": False, "distill.backbone_lr": backbone_lr})
     alone, _ = distil(task, CPU, DistContext(), _quiet)
-    room, ends = _Room(2), [None, None]
+    group, ends = _Group(2), [None, None]
 
     def work(rank: int) -> None:
-        ends[rank] = distil(task, CPU, room.peer(rank), _quiet)[0]
+        ends[rank] = distil(task, CPU, group.peer(rank), _quiet)[0]
 
     threads = [threading.Thread(target=work, args=(r,)) for r in range(2)]
     for thread in threads:

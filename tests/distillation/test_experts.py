@@ -21,7 +21,7 @@ from mosaic_ray.federated.aggregation import RunningAverage
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.models.state_dict import head_of, to_weights
 
-BENCH = ClientContext(TINY, FACTS, torch.device("cpu"))
+CONTEXT = ClientContext(TINY, FACTS, torch.device("cpu"))
 
 
 def clients(count: int, seed: int = 0) -> list[tuple[int, dict[str, np.ndarray]]]:
@@ -115,7 +115,7 @@ def test_token_size_is_bounded_and_the_authors_up_to_ten_classes():
 
 
 def test_the_meta_model_in_parts_is_the_meta_model(monkeypatch):
-    """However few rows it may hold at once, it learns and answers the same, to rounding."""
+    """With any number of rows at once, training and logits are equal up to rounding."""
     knobs = {"meta.token_dim": 30, "meta.batch_size": 128, "meta.dropout": 0.0, "meta.updates": 30}
     config = override(TINY, knobs | {"meta.select": False})
     whole = make(config)[1].meta
@@ -145,7 +145,7 @@ def test_o11_bias_correction_removes_the_start_from_the_ema():
 
 
 def make(config, seed: int = 0):
-    context = ClientContext(config, FACTS, BENCH.device)
+    context = ClientContext(config, FACTS, CONTEXT.device)
     weights = initial_weights(context)
     shards = [shard_of(stripes(30, k)) for k in range(3)]
     counts = np.stack([np.bincount(s.labels, minlength=3) for s in shards])
@@ -186,7 +186,7 @@ def test_m6_the_head_path_sees_on_images_what_it_was_trained_on():
     net = build_teacher(TINY, FACTS, state)
     images = normalise(shard_of(stripes(9)).images, FACTS.mean, FACTS.std)
     with torch.no_grad():
-        features = BENCH.classifier(weights).eval().features(images)
+        features = CONTEXT.classifier(weights).eval().features(images)
         expected = net.meta(head_logits(state.experts, state.index)(features), features)
         torch.testing.assert_close(net(images), expected)
         torch.testing.assert_close(net(images, features), expected)
@@ -211,7 +211,7 @@ def test_m6_the_full_path_reads_whole_experts():
     images = normalise(shard_of(stripes(5)).images, FACTS.mean, FACTS.std)
     with torch.no_grad():
         rows = torch.stack(
-            [ClientContext(config, FACTS, BENCH.device).classifier(e).eval()(images) for e in state.experts], 1
+            [ClientContext(config, FACTS, CONTEXT.device).classifier(e).eval()(images) for e in state.experts], 1
         )
         torch.testing.assert_close(net(images), net.meta(rows[:, torch.tensor(state.index)]))
 

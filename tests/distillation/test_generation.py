@@ -26,13 +26,13 @@ from mosaic_ray.distillation.generator_training import (
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.models.state_dict import to_weights
 
-BENCH = ClientContext(TINY, FACTS, torch.device("cpu"))
-START = initial_weights(BENCH)
+CONTEXT = ClientContext(TINY, FACTS, torch.device("cpu"))
+START = initial_weights(CONTEXT)
 
 
 def make(knobs: dict, data=None, client_id: int = 1):
     config = override(TINY, knobs)
-    context = ClientContext(config, FACTS, BENCH.device)
+    context = ClientContext(config, FACTS, CONTEXT.device)
     return generate(context, shard_of(data or stripes(60)), client_id, START, START)
 
 
@@ -74,7 +74,7 @@ def test_every_variant_trains_and_leaves_finite_weights(discriminator, gan_range
 def test_g6_the_classifier_is_left_as_it_was_in_eval_and_polluted_in_train():
     for mode, same in (("eval", True), ("train", False)):
         config = override(TINY, {"generator.classifier_mode": mode, "generator.tau": 0}).generator
-        model = BENCH.classifier(START)
+        model = CONTEXT.classifier(START)
         train_generator(model, START, shard_of(stripes(60)), config, FACTS, (0, 0), "fp32")
         after = to_weights(model)
         assert all(np.array_equal(after[n], START[n]) for n in START) is same
@@ -136,7 +136,7 @@ def test_k4_shares_of_each_rule():
     np.testing.assert_allclose(sampling_shares("quality", sizes, figures), [10 / 15, 5 / 15])
 
 
-def test_collapse_and_low_coverage_are_said_and_a_sound_generator_is_not():
+def test_collapse_and_low_coverage_are_reported_and_a_sound_generator_is_not():
     sound = {"owned_classes": 4.0, "marginal_entropy": 0.9, "coverage": 1.0}
     assert generator_findings(0, sound) == []
     assert generator_findings(3, sound | {"marginal_entropy": 0.1})[0].code == "generator.mode_collapse"

@@ -1,4 +1,4 @@
-"""Properties of the losses (O12 to O19, but O15, a property of training)."""
+"""Properties of the losses (O12 to O19; O15 is a property of training and is tested there)."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def small_net() -> nn.Module:
 
 
 def match_running_statistics(net: nn.Module, x: Tensor) -> None:
-    """Set each batch norm's running statistics to those of its input on ``x``, first layer first."""
+    """Set each batch norm's running statistics to its input's statistics on ``x``, first layer first."""
 
     def write(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         channels_first = inputs[0].transpose(0, 1).flatten(1)

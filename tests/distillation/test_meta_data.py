@@ -29,21 +29,21 @@ from mosaic_ray.storage.store import Store, stage_key
 
 CPU = torch.device("cpu")
 ARMS = ("prototypes", "synthetic", "synthetic_vote")
-BENCH = ClientContext(TINY, FACTS, CPU)
+CONTEXT = ClientContext(TINY, FACTS, CPU)
 
 
 def _global() -> Weights:
     """A trained backbone under a head as it was drawn, so that a re-fitted head has something to gain."""
-    model = BENCH.classifier(initial_weights(BENCH))
+    model = CONTEXT.classifier(initial_weights(CONTEXT))
     train_locally(model, shard_of(stripes(120)), LocalTrainingConfig(30, 32, 0.05), FACTS, (0, "test", 0, 0), "fp32")
-    return to_weights(model) | dict(zip(("head.weight", "head.bias"), head_of(initial_weights(BENCH)), strict=True))
+    return to_weights(model) | dict(zip(("head.weight", "head.bias"), head_of(initial_weights(CONTEXT)), strict=True))
 
 
 GLOBAL = _global()
 
 
 def _client(k: int) -> tuple[int, Weights, Weights]:
-    """A client's number, a model and an untrained generator of its own, both wide enough for all classes to be met."""
+    """Return a client's number, its model and its untrained generator, both wide enough to give all classes."""
     draws = np.random.default_rng(k)
     own = {
         name: value + np.float32(1.5 if "head" in name else 0.1) * draws.normal(size=value.shape).astype(np.float32)
@@ -59,7 +59,7 @@ def _client(k: int) -> tuple[int, Weights, Weights]:
 SOURCES = [_client(k) for k in range(3)]
 SHARDS = [shard_of(stripes(size, k)) for k, size in enumerate((30, 24, 45))]
 COUNTS = np.array([[28, 1, 1], [2, 1, 21], [0, 44, 1]])  # as if the shards were skewed: three distinct experts
-FOUND = Prototypes.concatenate([prototypes(BENCH, s, k, GLOBAL) for k, s in enumerate(SHARDS)])
+FOUND = Prototypes.concatenate([prototypes(CONTEXT, s, k, GLOBAL) for k, s in enumerate(SHARDS)])
 KEPT, HELD_OUT = split_held_out(FOUND, TINY.prototypes.held_out, TINY.seed)
 
 
@@ -73,7 +73,7 @@ def teach(data: str, knobs: dict | None = None, found: Prototypes = FOUND):
 
 
 def synthetic(data: str, sources=SOURCES, knobs: dict | None = None, **options) -> Prototypes:
-    context = replace(BENCH, config=override(TINY, {"meta.data": data} | (knobs or {})))
+    context = replace(CONTEXT, config=override(TINY, {"meta.data": data} | (knobs or {})))
     experts, index = form_experts([(k, own) for k, own, _ in SOURCES], COUNTS, None)
     ensemble = expert_mean_logits(context, tuple(experts), index)
     return synthetic_prototypes(context, GLOBAL, sources, ensemble, KEPT, **options)
@@ -107,7 +107,7 @@ def test_a_synthetic_set_is_drawn_at_addresses():
 def test_features_are_of_the_model_that_makes_the_prototypes(model):
     made = synthetic("synthetic", knobs={"prototypes.model": model})
     for k, own, _ in SOURCES:
-        reader = BENCH.classifier(own if model == "client" else GLOBAL).eval()
+        reader = CONTEXT.classifier(own if model == "client" else GLOBAL).eval()
         with torch.no_grad():
             expected = reader.features(images_of(k)).numpy()
         np.testing.assert_allclose(made.vectors[made.clients == k], expected, atol=1e-5)
@@ -117,20 +117,19 @@ def test_synthetic_labels_are_the_clients_own():
     made = synthetic("synthetic")
     for k, own, _ in SOURCES:
         with torch.no_grad():
-            assert (
-                made.labels[made.clients == k].tolist() == BENCH.classifier(own).eval()(images_of(k)).argmax(1).tolist()
-            )
+            labels = CONTEXT.classifier(own).eval()(images_of(k)).argmax(1)
+            assert made.labels[made.clients == k].tolist() == labels.tolist()
 
 
 @pytest.mark.parametrize("path", ["head", "full"])
 def test_the_experts_vote_is_the_mean_of_the_class_experts_logits(path):
-    context = replace(BENCH, config=override(TINY, {"meta.input": path, "meta.init": "random"}))
+    context = replace(CONTEXT, config=override(TINY, {"meta.input": path, "meta.init": "random"}))
     counts = np.array([[28, 1, 28], [2, 1, 2], [0, 44, 0]])  # classes 0 and 2 share an expert, which counts twice
     experts, index = form_experts([(k, own) for k, own, _ in SOURCES], counts, None)
     assert len(experts) == 2
     images, features = images_of(1), torch.tensor(KEPT.vectors[: len(images_of(1))])
     with torch.no_grad():
-        networks = [BENCH.classifier(experts[e]).eval() for e in index]
+        networks = [CONTEXT.classifier(experts[e]).eval() for e in index]
         rows = [network.head(features) if path == "head" else network(images) for network in networks]
         torch.testing.assert_close(expert_mean_logits(context, tuple(experts), index)(images, features), sum(rows) / 3)
 
@@ -139,7 +138,7 @@ def test_synthetic_vote_labels_by_the_vote():
     def vote(images, features):
         return images.flatten(1)[:, :3] + features[:, :3]
 
-    context = replace(BENCH, config=override(TINY, {"meta.data": "synthetic_vote"}))
+    context = replace(CONTEXT, config=override(TINY, {"meta.data": "synthetic_vote"}))
     made = synthetic_prototypes(context, GLOBAL, SOURCES, vote, KEPT)
     for k in range(3):
         mine = made.clients == k
@@ -151,7 +150,7 @@ def test_synthetic_vote_labels_by_the_vote():
 @pytest.mark.parametrize("init", ["prototype_head", "random"])
 @pytest.mark.parametrize("data", ARMS)
 def test_no_kept_prototype_leaks_into_a_teacher_trained_on_synthetic_images(data, init):
-    """Other vectors for all prototypes that are not held out: the synthetic arms end with the same bits."""
+    """If all prototypes that are not held out change, the synthetic arms end with the same bits."""
     mine = {row.tobytes() for row in KEPT.vectors}
     spoilt = np.array([row.tobytes() in mine for row in FOUND.vectors])
     other = replace(FOUND, vectors=np.where(spoilt[:, None], 2 * FOUND.vectors[::-1] + 1, FOUND.vectors))
@@ -166,7 +165,7 @@ def test_no_kept_prototype_leaks_into_a_teacher_trained_on_synthetic_images(data
         assert figures | {"domain_auc": 0} == figures_again | {"domain_auc": 0}
 
 
-def test_arms_share_judge_number_and_start_of_training():
+def test_arms_share_evaluation_number_and_start_of_training():
     arms = {data: teach(data)[1] for data in ARMS}
     for name in ("student_held_out_accuracy", "num_experts", "num_prototypes", "num_held_out"):
         assert len({figures[name] for figures in arms.values()}) == 1, name

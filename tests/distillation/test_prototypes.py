@@ -23,7 +23,7 @@ from mosaic_ray.distillation.prototypes import (
 )
 from mosaic_ray.federated.client import ClientContext, initial_weights
 
-BENCH = ClientContext(TINY, FACTS, torch.device("cpu"))
+CONTEXT = ClientContext(TINY, FACTS, torch.device("cpu"))
 
 
 def cloud(per_class: int = 12, dim: int = 5, classes: int = 3, seed: int = 0) -> Prototypes:
@@ -52,7 +52,7 @@ def test_o28_identical_features_give_equal_centres():
 
 
 def test_o28_head_on_features_is_the_full_forward():
-    model, shard = BENCH.classifier(initial_weights(BENCH)).eval(), shard_of(stripes(30))
+    model, shard = CONTEXT.classifier(initial_weights(CONTEXT)).eval(), shard_of(stripes(30))
     features = torch.tensor(extract_features(model, shard, FACTS, "fp32", chunk=7))
     with torch.no_grad():
         full = model(normalise(shard.images, FACTS.mean, FACTS.std))
@@ -62,7 +62,7 @@ def test_o28_head_on_features_is_the_full_forward():
 def test_a_class_with_fewer_samples_than_k_sends_its_mean():
     data = stripes(30)
     rows = np.concatenate([np.flatnonzero(data.labels == 0)[:2], np.flatnonzero(data.labels == 1)])
-    model = BENCH.classifier(initial_weights(BENCH))
+    model = CONTEXT.classifier(initial_weights(CONTEXT))
     found = client_prototypes(model, shard_of(data.take(rows)), TINY.prototypes, FACTS, (0, 0, 7), "fp32")
     assert found.labels.tolist() == [0, 1, 1, 1, 1]
     assert found.sizes.sum() == len(rows)
@@ -70,7 +70,7 @@ def test_a_class_with_fewer_samples_than_k_sends_its_mean():
 
 
 def test_p2_the_authors_cap_sends_the_first_centres_alone():
-    model, knobs = BENCH.classifier(initial_weights(BENCH)), TINY.prototypes
+    model, knobs = CONTEXT.classifier(initial_weights(CONTEXT)), TINY.prototypes
     shard = shard_of(stripes(60))
     every = client_prototypes(model, shard, knobs, FACTS, (0, 0, 0), "fp32")
     capped = client_prototypes(model, shard, dataclasses.replace(knobs, cap=2), FACTS, (0, 0, 0), "fp32")

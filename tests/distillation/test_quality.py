@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from door import refused_by
+from cli_runner import refused_by
 from helpers import FACTS, TINY, stripes
 from hypothesis import given
 from hypothesis import strategies as st
@@ -90,7 +90,7 @@ def test_read_only_images_will_do():
     assert frechet_distance(Network(tiny_classifier(), FACTS), images, images) < 1e-6
 
 
-def test_the_network_is_the_classifier_as_it_judges_test_images():
+def test_the_network_scores_test_images_as_the_classifier_does():
     classifier, images = tiny_classifier().train(), torch.tensor(stripes(20).images)
     features, logits = Network(classifier, FACTS), Network(classifier, FACTS, logits=True)
     seen = normalise(images, FACTS.mean, FACTS.std)

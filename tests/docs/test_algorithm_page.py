@@ -37,12 +37,12 @@ def cited_letters(text: str) -> set[str]:
 
 
 def cited_sections(text: str) -> set[str]:
-    """Sections such as 3.6 that ``text`` names right after ALGORITHM or algorithm.md, all of "3.5 to 3.7"."""
+    """Sections such as 3.6 that ``text`` names right after algorithm.md, all of "3.5 to 3.7"."""
     text = re.sub(r"\n *#:? ", "\n", text)  # comments of several lines
     number = r"\d(?:\.\d{1,2})?"
     numbers = rf"{number}(?:(?:,| and| to) {number})*"
     found = set()
-    for run in re.findall(rf"(?:ALGORITHM|algorithm\.md)[,\s]+(?:§|section )?({numbers})", text):
+    for run in re.findall(rf"algorithm\.md[,\s]+(?:section )?({numbers})", text):
         found |= set(re.findall(number, run))
         for whole, first, last in re.findall(r"(\d)\.(\d+) to \1\.(\d+)", run):
             found |= {f"{whole}.{part}" for part in range(int(first), int(last) + 1)}
@@ -67,7 +67,7 @@ CITATIONS = {
 
 
 def undefined(cited: Callable[[str], set[str]], defined: list[str], texts: dict[str, str]) -> dict[str, list[str]]:
-    """What ``texts`` cite and the page does not define -> where."""
+    """Map each citation in ``texts`` that the page does not define to its files."""
     places = defaultdict(list)
     for path, text in texts.items():
         for citation in cited(text) - set(defined):
@@ -85,7 +85,7 @@ def test_every_citation_is_defined_once(kind):
 def test_citations_are_found_in_the_forms_that_code_uses():
     text = '''
     """Laws (O12 to O14 but O13), G9: see docs/algorithm.md, K1; not S3, F32, 2.1A, v1.2, #F4, P100 or a-M5."""
-    # Stages A, M and KD (ALGORITHM 3.5 to 3.7, O24), ALGORITHM §1.2, docs/algorithm.md 4.1, ALGORITHM
+    # Stages A, M and KD (docs/algorithm.md 3.5 to 3.7, O24), algorithm.md 1.2 and 4.1, docs/algorithm.md
     # section 8 and docs/algorithm.md section 0; ALGORITHMS = 9; the stage KD
     def test_o15_k4_shares(): ...
     '''
@@ -95,7 +95,7 @@ def test_citations_are_found_in_the_forms_that_code_uses():
 
 
 def test_a_citation_without_definition_is_found():
-    texts = {"a.py": "(G9) and (G99)", "b.py": "def test_o98_x(): ...  # ALGORITHM 9.7, stage ZZ"}
+    texts = {"a.py": "(G9) and (G99)", "b.py": "def test_o98_x(): ...  # algorithm.md 9.7, stage ZZ"}
     found = {kind: undefined(cited, defined, texts) for kind, (cited, defined) in CITATIONS.items()}
     assert found == {
         "letters": {"G99": ["a.py"], "O98": ["b.py"]}, "sections": {"9.7": ["b.py"]}, "stages": {"ZZ": ["b.py"]},

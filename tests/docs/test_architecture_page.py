@@ -14,7 +14,7 @@ PAGE = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def paths(text: str) -> set[str]:
-    """What ``text`` quotes that has a slash and no brackets, or ends in .py: a file or a package of the repository."""
+    """Return the quoted paths in ``text``: they have a slash and no brackets, or end in .py."""
     quoted = re.findall(r"`([\w./-]+)`", text)
     return {word for word in quoted if "/" in word or re.fullmatch(r"\w+\.py", word)}
 

@@ -1,4 +1,4 @@
-"""License, citation, continuous integration and hooks: they parse, and name what the project has."""
+"""License, citation, continuous integration and hooks: they parse, and name existing files and commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def read(place: str) -> str:
 
 
 def steps_of(workflow: dict) -> list[str]:
-    """What the jobs of ``workflow`` run, in order."""
+    """Return the commands that the jobs of ``workflow`` run, in order."""
     return [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
 
 

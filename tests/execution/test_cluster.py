@@ -1,4 +1,4 @@
-"""The plan of client hosts: a pure function of what there is and what is asked."""
+"""The plan of client hosts: a pure function of the machines and the request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_as_many_hosts_as_cpus_gpus_memory_and_clients_allow(expected, request_)
 
 @settings(max_examples=100)
 @given(st.integers(1, 200), st.integers(1, 64), st.floats(0.05, 1.0), st.integers(0, 8), st.floats(0.05, 1.0))
-def test_what_is_planned_always_fits(clients, cpus, share, gpus, gpu_share):
+def test_a_plan_always_fits(clients, cpus, share, gpus, gpu_share):
     gpu_share = gpu_share if gpus else 0.0
     count = hosts(clients, cpus, gpus, cpus_per_client=share, gpus_per_client=gpu_share)
     assert 1 <= count <= clients
@@ -58,7 +58,7 @@ def test_what_is_planned_always_fits(clients, cpus, share, gpus, gpu_share):
         ({"cpus": 2, "gpus": 1, "gpus_per_client": 2.0}, r"there are 1 GPUs"),
     ],
 )
-def test_what_can_never_fit_is_refused(knobs, says):
+def test_requests_that_can_never_fit_are_refused(knobs, says):
     with pytest.raises(RequestError, match=says):
         hosts(3, **knobs)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from door import ask, refusal
+from cli_runner import ask, refusal
 from pretended import config
 
 from mosaic_ray.config.resolve import override

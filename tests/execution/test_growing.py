@@ -1,4 +1,4 @@
-"""Machines that a cluster may still start, and crews that grow with it."""
+"""Machines that a cluster may still start, and actor pools that grow with it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ HEAD, GPU, CPU = (4.0, 0.0), (8.0, 1.0), (16.0, 0.0)
         ([HEAD, GPU, GPU, GPU, CPU, CPU, CPU], []),  # more than may be: none is missing
     ],
 )
-def test_what_may_come_is_what_the_file_allows_less_what_is_up(come, up, expected):
+def test_machines_to_come_are_the_files_less_the_running_ones(come, up, expected):
     found = come(CLUSTER, *up)
     assert kinds(found) == expected
     assert all(node.to_come for node in found) and len({node.name for node in found}) == len(found)
@@ -83,41 +83,41 @@ class Actor:
     """Stands for an actor's handle."""
 
 
-def test_a_crew_looks_for_more_and_takes_them_in(monkeypatch):
+def test_a_pool_looks_for_more_actors_and_adds_them(monkeypatch):
     monkeypatch.setattr(actor_pool, "LOOK_SECONDS", 0.0)
-    asked, new, said = [], [Actor(), Actor()], []
+    asked, new, logged = [], [Actor(), Actor()], []
 
     def more(have: int) -> list[Actor]:
         asked.append(have)
         return new if have == 1 else []
 
     first = Actor()
-    crew = ActorPool([first], more=more, say=said.append)
-    assert crew.poll_scale_up() == new and crew.actors == [first, *new]
-    assert crew.poll_scale_up() == [] and asked == [1, 3]
-    assert said == ["the cluster has grown: 2 more client actors"]
-    assert not crew.any_up
+    pool = ActorPool([first], more=more, say=logged.append)
+    assert pool.poll_scale_up() == new and pool.actors == [first, *new]
+    assert pool.poll_scale_up() == [] and asked == [1, 3]
+    assert logged == ["the cluster has grown: 2 more client actors"]
+    assert not pool.any_up
 
 
-def test_a_crew_does_not_look_all_the_time():
-    crew = ActorPool([Actor()], more=lambda have: [Actor()])
-    assert crew.poll_scale_up() == []
+def test_a_pool_does_not_look_all_the_time():
+    pool = ActorPool([Actor()], more=lambda have: [Actor()])
+    assert pool.poll_scale_up() == []
 
 
-def test_where_memory_ran_out_a_crew_grows_no_more(monkeypatch):
+def test_a_pool_that_ran_out_of_memory_does_not_grow(monkeypatch):
     monkeypatch.setattr(actor_pool, "LOOK_SECONDS", 0.0)
-    crew = ActorPool([Actor(), Actor()], shared=True, more=lambda have: [Actor()])
-    assert crew.remove(crew.actors[0]) and crew.poll_scale_up() == []
+    pool = ActorPool([Actor(), Actor()], shared=True, more=lambda have: [Actor()])
+    assert pool.remove(pool.actors[0]) and pool.poll_scale_up() == []
 
 
-def test_who_is_up_is_known_by_its_answers():
+def test_actors_are_up_after_they_answer():
     first, second = Actor(), Actor()
-    crew = ActorPool([first, second])
-    assert not crew.is_up(first) and not crew.any_up
-    crew.mark_up(first, "c0ffee")
-    assert crew.is_up(first) and not crew.is_up(second) and crew.any_up
-    assert crew.mark_down(first) == "c0ffee" and not crew.any_up
-    assert crew.mark_down(first) == ""
+    pool = ActorPool([first, second])
+    assert not pool.is_up(first) and not pool.any_up
+    pool.mark_up(first, "c0ffee")
+    assert pool.is_up(first) and not pool.is_up(second) and pool.any_up
+    assert pool.mark_down(first) == "c0ffee" and not pool.any_up
+    assert pool.mark_down(first) == ""
 
 
 def test_the_bootstrap_file_is_where_ray_up_leaves_it():

@@ -1,4 +1,4 @@
-"""Joining a cluster: whatever is wrong with the address, the token or the versions is said in one line, and soon."""
+"""Joining a cluster: a wrong address, token or version is reported in one line, and soon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VERSIONS = {"ray_version": ray.__version__, "python_version": platform.python_ve
 
 
 def answer(*nodes: str, **other: str) -> str:
-    """Code that prints what a head says of a cluster of this version, with this machine as a node."""
+    """Return code that prints a head's answer for a cluster of this version, with this machine as a node."""
     return f"print({json.dumps({'versions': VERSIONS | other, 'nodes': nodes or ['127.0.0.1']})!r})"
 
 
@@ -38,14 +38,14 @@ def home(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """Something listens there."""
+    """An address with a listening socket."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture
 def head(monkeypatch):
-    """``head(code)``: the head answers what ``code`` prints."""
+    """``head(code)``: the head answers with the output of ``code``."""
     return lambda code: monkeypatch.setattr(ray_internals, "HEAD_PROBE", code)
 
 
@@ -59,9 +59,9 @@ def keep_token(home: Path) -> Path:
 def refused(address: str) -> str:
     with pytest.raises(RequestError) as caught:
         check_cluster(address)
-    said = str(caught.value)
-    assert said.startswith(f"--address {address}: ") and "\n" not in said and "secret" not in said
-    return said
+    message = str(caught.value)
+    assert message.startswith(f"--address {address}: ") and "\n" not in message and "secret" not in message
+    return message
 
 
 def test_a_cluster_of_this_version_is_joined(home, address, head):
@@ -79,8 +79,8 @@ def test_a_cluster_that_this_machine_is_no_node_of(home, address, head):
 @pytest.mark.parametrize("name, other", [("ray_version", "2.1.0"), ("python_version", "3.9.1")])
 def test_another_version_is_named_beside_this_one(home, address, head, name, other):
     head(answer(**{name: other}))
-    said = refused(address)
-    assert other in said and ray.__version__ in said and platform.python_version() in said
+    message = refused(address)
+    assert other in message and ray.__version__ in message and platform.python_version() in message
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "127.0.0.1:http", "ray://127.0.0.1:1"])
@@ -163,7 +163,7 @@ def test_token_mode_without_a_token_is_refused_before_ray_aborts_the_process(hom
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """Ray's sockets lie in it, whose paths may not be long."""
+    """A folder with a short path: Ray's sockets are in it, and paths of sockets are limited."""
     with tempfile.TemporaryDirectory(prefix="mj", dir="/tmp", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -171,7 +171,7 @@ def short_folder() -> Iterator[Path]:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_real_head_in_token_mode(home, monkeypatch, short_folder):
-    """Without, with the wrong and with the right token; ``ray start`` as cluster.yaml has it."""
+    """Without, with the wrong and with the right token; the head starts with cluster.yaml's ``ray start`` command."""
     token, ray_command = "0123456789abcdef" * 3, str(Path(sys.executable).parent / "ray")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -197,7 +197,7 @@ def test_a_real_head_in_token_mode(home, monkeypatch, short_folder):
 
 
 def _of_session(folder: Path) -> list:
-    """The processes whose command line names ``folder``."""
+    """Return the processes with ``folder`` in their command line."""
     import psutil
 
     return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]

@@ -1,4 +1,4 @@
-"""Freed memory stays where it is used again at once, and goes back to the machine when a process rests."""
+"""Freed memory is kept if it is used again soon, and returned to the machine when a process is idle."""
 
 from __future__ import annotations
 

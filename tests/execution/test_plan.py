@@ -116,7 +116,7 @@ def test_the_plan_in_words():
         (LAPTOP, {}, {"max_concurrent": 0}, r"^--max-concurrent 0: "),
     ],
 )  # fmt: skip
-def test_what_can_never_fit_is_refused_in_one_line_that_says_what_would(nodes, knobs, ask, says):
+def test_requests_that_can_never_fit_are_refused_in_one_line_with_advice(nodes, knobs, ask, says):
     with pytest.raises(RequestError, match=says) as caught:
         plan(nodes, [config(**knobs)], num_trials=27, **ask)
     assert "\n" not in str(caught.value)

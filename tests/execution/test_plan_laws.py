@@ -84,10 +84,10 @@ def test_the_plan_is_the_best_that_trying_everything_finds_and_only_what_cannot_
     limit = one.runtime.max_hosts or math.inf
     concurrent = hosts = 0
     for count in range(1, min(ask["num_trials"], ask["max_concurrent"] or 3) + 1):
-        room = min(most_hosts(nodes, one, count, ask["trials_on"]), limit)
-        busy = ask["max_concurrent"] or not pool or count <= math.ceil(room / per_round) + 1
-        if room >= pool and busy:
-            concurrent, hosts = count, min(room, count * one.partition.num_clients)
+        capacity = min(most_hosts(nodes, one, count, ask["trials_on"]), limit)
+        busy = ask["max_concurrent"] or not pool or count <= math.ceil(capacity / per_round) + 1
+        if capacity >= pool and busy:
+            concurrent, hosts = count, min(capacity, count * one.partition.num_clients)
     made = planned(nodes, one, ask)
     assert (made.concurrent, sum(made.hosts)) == (concurrent, hosts) if made else not concurrent
 
@@ -111,9 +111,9 @@ def test_a_larger_cluster_never_runs_fewer_trials_nor_as_many_on_fewer_hosts(nod
 
 
 def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: bool, seed: int) -> bool:
-    """A sweep as Ray would run it, whatever happens next drawn at random; False where nothing can happen any more.
+    """Simulate a sweep on Ray with events in random order; return False at a deadlock.
 
-    Trials start where there is room, do client work on the pool (first come, first served) and distil in groups of
+    Trials start where they fit, do client work on the pool (first come, first served) and distil in groups of
     workers that start together or not at all, anywhere.
     """
     draw = random.Random(seed)

@@ -1,4 +1,4 @@
-"""``runtime.precision=auto``: one answer for a machine, whatever else it is doing."""
+"""``runtime.precision=auto``: one answer for a machine, under any load."""
 
 from __future__ import annotations
 
@@ -75,22 +75,22 @@ def test_a_precision_that_was_asked_for_stays(pretend, precision):
 def test_this_machine_gives_one_answer_and_the_doctor_the_same():
     native = has_native_bf16(cuda=False)
     assert settled(0.0) == ("bf16" if native else "fp32")
-    said = [check.found for check in doctor._torch() if check.what == "bf16"]
-    assert said[-1] == ("native on the CPU" if native else "not native on the CPU; fp32 is used")
+    found = [check.found for check in doctor._torch() if check.what == "bf16"]
+    assert found[-1] == ("native on the CPU" if native else "not native on the CPU; fp32 is used")
 
 
-def test_the_doctor_judges_each_device_as_a_run_does(pretend, monkeypatch):
+def test_the_doctor_checks_each_device_as_a_run_does(pretend, monkeypatch):
     pretend("avx512_bf16", gpus=((7, 5),))
     card = types.SimpleNamespace(name="a card", total_memory=2**34)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: card)
-    said = [check.found for check in doctor._torch() if check.what == "bf16"]
-    assert said == ["not native on the GPU; fp32 is used", "native on the CPU"]
+    found = [check.found for check in doctor._torch() if check.what == "bf16"]
+    assert found == ["not native on the GPU; fp32 is used", "native on the CPU"]
 
 
 # --- under load ------------------------------------------------------------------------------------------------------
 
-#: A start of the command as far as its first key. The CPU has bf16, whatever machine this is: only there could a
-#: measurement decide. Torch itself would take most of the time, so a stand-in declares that CPU.
+#: Start the command and print its first key. Importing torch would take most of the time, so a stand-in of torch
+#: declares a CPU with bf16 on any machine: a measurement could decide only there.
 START = """
 import json, sys, types
 torch = sys.modules["torch"] = types.ModuleType("torch")

@@ -1,4 +1,4 @@
-"""Clients that do not answer: drop-out, partial participation, and clients whose work fails for good."""
+"""Clients that do not answer: drop-out, partial participation, and clients with work that fails for good."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def failing(monkeypatch) -> Callable[..., list[int]]:
 
 @settings(max_examples=50)
 @given(st.integers(1, 30), st.floats(0.0, 0.99), st.integers(0, 30), st.integers(0, 50), st.data())
-def test_who_drops_out_is_drawn_among_those_asked_and_never_too_many(clients, rate, least, round_num, data):
+def test_dropped_clients_are_drawn_from_the_cohort_and_never_too_many(clients, rate, least, round_num, data):
     asked = sorted(data.draw(st.sets(st.integers(0, clients - 1), min_size=1)))
     least = min(least, len(asked))
     knobs = {"partition.num_clients": clients, "federation.drop_rate": rate, "federation.min_cohort": least}
@@ -169,7 +169,7 @@ def test_a_client_without_prototypes_is_left_out(tmp_path, failing):
     failing("prototypes", 0)
     summary = go(tmp_path, federation__min_cohort=2)
     assert failed(summary) == [("prototypes", 0, 1.0)]
-    assert go(tmp_path, federation__min_cohort=2)["health"] == summary["health"]  # found again, told again
+    assert go(tmp_path, federation__min_cohort=2)["health"] == summary["health"]  # found and reported again
 
 
 def test_when_too_few_are_left_the_first_without_leave_is_named(tmp_path, monkeypatch):
@@ -181,14 +181,14 @@ def test_when_too_few_are_left_the_first_without_leave_is_named(tmp_path, monkey
         go(tmp_path, federation__min_cohort=1, federation__max_client_failures=1)
 
 
-def test_who_was_left_out_outlives_a_checkpoint():
+def test_clients_left_out_are_part_of_a_checkpoint():
     failed_clients = FailedClients("warmup")
     for client_id in (4, 2, 4):
         failed_clients.note(client_id, ClientFailure(RunError("gone", client=client_id), 3))
     again = FailedClients.of("warmup", failed_clients.facts())
     assert again.findings() == failed_clients.findings()
-    told = [(f.client, f.value, f.message) for f in again.findings()]
-    assert told == [
+    found = [(f.client, f.value, f.message) for f in again.findings()]
+    assert found == [
         (2, 1.0, "left out once, the last time for gone"),
         (4, 2.0, "left out 2 times, the last time for gone"),
     ]
@@ -221,7 +221,7 @@ on_ray = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Futur
 
 
 def deadly() -> type:
-    """A host that dies of SIGKILL whenever it is to train client 1; made here, so that it travels by value."""
+    """Return a host that dies of SIGKILL when it trains client 1; a local class is pickled by value."""
 
     class Deadly(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
@@ -248,7 +248,7 @@ def test_a_client_that_kills_its_host_is_left_out_on_ray_as_a_failing_one_is_her
 
 
 def hungry(folder: Path) -> type:
-    """Hosts of which the first two that train a generator are killed, together; what for, Ray tells beside it."""
+    """Return hosts that kill themselves: the first two that train a generator die together. Ray reports the cause."""
 
     class Hungry(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
@@ -273,17 +273,17 @@ def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monk
     asked: list[str] = []
     remove = ActorPool.remove
 
-    def note(crew: ActorPool, actor: Any) -> bool:
-        retired.append(remove(crew, actor))
+    def note(pool: ActorPool, actor: Any) -> bool:
+        retired.append(remove(pool, actor))
         return retired[-1]
 
-    def told(worker_id: str) -> bool:
+    def lacked_memory(worker_id: str) -> bool:
         asked.append(worker_id)
         assert not real(worker_id), "it was no lack of memory"
         return memory
 
     real = actor_pool.killed_for_memory
-    monkeypatch.setattr(actor_pool, "killed_for_memory", told)
+    monkeypatch.setattr(actor_pool, "killed_for_memory", lacked_memory)
     monkeypatch.setattr(ActorPool, "remove", note)
     (tmp_path / "killed").mkdir()
     monkeypatch.setattr("mosaic_ray.execution.backend.ClientActor", hungry(tmp_path / "killed"))
@@ -295,7 +295,7 @@ def test_where_memory_runs_out_fewer_clients_work_at_once(tmp_path, ray_up, monk
 
 @on_ray
 @pytest.mark.ray
-def test_actors_that_find_no_room_are_not_waited_for_for_ever(ray_up):
+def test_waiting_for_actors_that_do_not_fit_ends(ray_up):
     shards = {k: stripes_dataset().train for k in range(3)}
     nobody = ActorPool(start_hosts({"CPU": 8.0}, {"": 1}), patience_seconds=0.5)
     cohort = RayBackend(TINY, FACTS, shards.__getitem__, lambda: nobody)
@@ -311,14 +311,14 @@ def test_the_last_actor_is_never_retired():
         pass
 
     first, second = Actor(), Actor()
-    crew = ActorPool([first, second], shared=True)
-    crew.mark_up(second, "c0ffee")
-    assert crew.remove(first) and crew.actors == [second]
-    assert not crew.remove(second) and crew.actors == [second] and crew.is_up(second)
+    pool = ActorPool([first, second], shared=True)
+    pool.mark_up(second, "c0ffee")
+    assert pool.remove(first) and pool.actors == [second]
+    assert not pool.remove(second) and pool.actors == [second] and pool.is_up(second)
 
 
 def test_storage_of_left_out_clients_stays_readable(tmp_path, failing):
-    """The last round's own models: a client that was left out speaks with the global one."""
+    """Stored models are of the last round; a client that was left out has the global model."""
     failing("train", 1)
     summary = go(tmp_path, federation__min_cohort=2, federation__max_client_failures=1)
     warmup = Store(str(tmp_path)).get(summary["stages"]["warmup"]["key"])

@@ -149,7 +149,7 @@ def test_impossible_weights_are_refused(bad):
 
 
 @pytest.mark.parametrize("w", [0, 1])
-def test_different_names_or_shapes_are_refused_whatever_their_weight(w):
+def test_different_names_or_shapes_are_refused_at_any_weight(w):
     running = RunningAverage()
     running.add(client(0), 1)
     fewer = {n: a for n, a in client(1).items() if n != "conv"}

@@ -42,7 +42,7 @@ def a_pass(model: nn.Module, weights: Weights) -> Weights:
 
 
 def in_one_batch(model: nn.Module) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], torch.Tensor]:
-    """By layer, mean and population variance as train mode has them with all images in one batch; and the logits."""
+    """Return each layer's mean and population variance in train mode with all images in one batch; and the logits."""
     seen = {}
 
     def read(layer: nn.Module, inputs: tuple) -> None:
@@ -167,7 +167,7 @@ def test_the_network_behind_the_last_layer_is_spared():
             layer.register_forward_hook(lambda layer, *_: convolutions.append(layer))
     second = list(batch_norms(model))[1]
     moments(model, shard_of(stripes(30)), FACTS, "fp32", [second], chunk=10)
-    assert len(convolutions) == 6 + 2 + 2  # the first chunk shows where it lies
+    assert len(convolutions) == 6 + 2 + 2  # the first chunk shows which layer it is
 
 
 def test_the_variance_is_the_population_s_where_torch_has_n_less_one():

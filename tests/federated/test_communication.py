@@ -1,4 +1,4 @@
-"""The communication ledger: the measure, the arithmetic, and that a run sends what arithmetic says."""
+"""The communication ledger: measured bytes, predicted bytes, and their equality in a run."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_as_many_prototypes_are_foreseen_as_k_means_makes(held, k, cap):
 
 
 def paper(**knobs):
-    rooms = {"prototypes__k": 10, "warmup__num_rounds": 300, "finetune__num_rounds": 0} | knobs
-    return override(resolve("cifar10+paper"), {name.replace("__", "."): value for name, value in rooms.items()})
+    values = {"prototypes__k": 10, "warmup__num_rounds": 300, "finetune__num_rounds": 0} | knobs
+    return override(resolve("cifar10+paper"), {name.replace("__", "."): value for name, value in values.items()})
 
 
 def test_the_papers_models_generators_and_prototypes_have_the_sizes_of_the_specification():
@@ -119,7 +119,7 @@ def test_cifar100_at_1000_rounds_moves_837_gib():
     assert (sent["uplink"]["weights"] + sent["downlink"]["weights"]) / 2**30 == pytest.approx(837, abs=1)
 
 
-# --- a run sends what was predicted ----------------------------------------------------------------------------------
+# --- measured bytes of a run equal predicted ones -------------------------------------------------------------------
 
 QUICK = {"generator.steps": 2, "meta.updates": 3, "distill.steps": 2, "runtime.eval_rounds": 0}
 RUNS = {
@@ -160,7 +160,7 @@ def test_a_run_sends_what_arithmetic_says_of_every_kind_and_client(tmp_path, kno
     assert json.loads(json.dumps(found)) == found
 
 
-def test_wider_clients_send_more_and_widths_are_told_apart(tmp_path):
+def test_wider_clients_send_more_and_widths_are_counted_separately(tmp_path):
     found = go(tmp_path, RUNS["narrow"])["communication"]
     whole, half, quarter = found["widths"]
     assert [row["width"] for row in found["widths"]] == [1.0, 0.5, 0.25]

@@ -1,4 +1,4 @@
-"""What is reported: confusion, calibration by law and by brute force, and validation accuracy along a run."""
+"""Reported figures: confusion, calibration by law and by brute force, and validation accuracy along a run."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_closing_phase_that_was_killed_resumes_with_its_validation_curve(go, m
     assert resumed == undisturbed
 
 
-def test_without_validation_images_there_is_no_such_curve_and_models_are_judged_once(go, tmp_path, monkeypatch):
+def test_without_validation_images_there_is_no_such_curve_and_models_are_scored_once(go, tmp_path, monkeypatch):
     seen = []
 
     def counted(*arguments, **options):

@@ -1,4 +1,4 @@
-"""Who trains what: shares of global models, and rounds that average them (docs/algorithm.md 3.5 to 3.7, O24, O25)."""
+"""Clients train parts of global models, and rounds average them (docs/algorithm.md 3.5 to 3.7, O24, O25)."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_masked_loss_by_hand():
     assert net.head.bias[2] == bias[2] and net.head.bias[0] != bias[0]
 
 
-def test_what_cannot_be_cut_is_refused_in_one_line():
+def test_networks_that_cannot_be_cut_are_refused_in_one_line():
     made = federation("fedrolex", federation__widths=(1.0, 0.05))
     with pytest.raises(RequestError, match=r"^federation\.widths = 0\.05[^\n]*$"):
         made.check()
@@ -134,7 +134,7 @@ def test_shares_of_architectures_by_hand():
 
 
 class Fixed(nn.Module):
-    """Says the same logits of every image, or its features where they are handed in."""
+    """Return the same logits for every image, or the given features."""
 
     def __init__(self, logits: list[float]) -> None:
         super().__init__()
@@ -163,8 +163,8 @@ def test_a_mixed_teacher_is_the_weighted_sum_of_log_probabilities():
         {n: v + 1 for n, v in states[0].backbone.items()}
     )
     net.groups[0], net.groups[1] = Fixed([0.0, 0.0, 0.0]), Fixed([1.0, 2.0, 3.0])
-    told = torch.tensor([[5.0, 0.0, 0.0]])
-    got = net(images[:1], told)
+    logits = torch.tensor([[5.0, 0.0, 0.0]])
+    got = net(images[:1], logits)
     other = torch.tensor([1.0, 2.0, 3.0]).log_softmax(0)
     left, right = (torch.tensor(row).float() for row in shares)
-    torch.testing.assert_close(got[0], left * told[0].log_softmax(0) + right * other)
+    torch.testing.assert_close(got[0], left * logits[0].log_softmax(0) + right * other)

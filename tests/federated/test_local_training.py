@@ -17,7 +17,7 @@ from mosaic_ray.federated.client import ClientContext, ClientRound, Round, Train
 from mosaic_ray.federated.local_training import LocalTrainingConfig, batches, train_locally
 from mosaic_ray.models.state_dict import to_weights
 
-BENCH = ClientContext(TINY, FACTS, torch.device("cpu"))
+CONTEXT = ClientContext(TINY, FACTS, torch.device("cpu"))
 
 
 class Linear(nn.Module):
@@ -51,18 +51,18 @@ def test_a_batch_is_no_larger_than_the_shard():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_o31_the_same_address_gives_the_same_weights_and_another_seed_does_not(shuffle):
     plan = LocalTrainingConfig(3, 16, 0.05, 1e-4, 0.9, shuffle)
-    task, start = TrainTask("local", 1, plan), Round({"cnn": initial_weights(BENCH)})
+    task, start = TrainTask("local", 1, plan), Round({"cnn": initial_weights(CONTEXT)})
     shard = shard_of(stripes(40))
-    first, again = (task.run(BENCH, shard, 2, start, ClientRound()) for _ in range(2))
+    first, again = (task.run(CONTEXT, shard, 2, start, ClientRound()) for _ in range(2))
     assert_same(first.weights, again.weights)
-    other = ClientContext(dataclasses.replace(TINY, seed=1), FACTS, BENCH.device)
+    other = ClientContext(dataclasses.replace(TINY, seed=1), FACTS, CONTEXT.device)
     differs = task.run(other, shard, 2, start, ClientRound())
     assert shuffle is not np.array_equal(first.weights["head.weight"], differs.weights["head.weight"])
 
 
 def test_o20_one_client_of_fedavg_is_local_sgd():
     plan = LocalTrainingConfig(4, 16, 0.05)
-    model = BENCH.classifier(initial_weights(BENCH))
+    model = CONTEXT.classifier(initial_weights(CONTEXT))
     train_locally(model, shard_of(stripes(48)), plan, FACTS, (0, "local", 0, 0), "fp32")
     average = RunningAverage()
     average.add(to_weights(model), 48)
@@ -89,8 +89,8 @@ def test_o20_one_step_each_is_one_step_on_the_mean_of_the_clients_gradients():
 
 
 def test_a_frozen_head_stays_and_the_rest_moves():
-    start = initial_weights(BENCH)
-    model = BENCH.classifier(start)
+    start = initial_weights(CONTEXT)
+    model = CONTEXT.classifier(start)
     train_locally(
         model, shard_of(stripes(48)), LocalTrainingConfig(3, 16, 0.05, freeze_head=True), FACTS, (0, "a", 0, 0), "fp32"
     )
@@ -101,8 +101,8 @@ def test_a_frozen_head_stays_and_the_rest_moves():
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale():
-    start = initial_weights(BENCH)
-    model = BENCH.classifier(start)
+    start = initial_weights(CONTEXT)
+    model = CONTEXT.classifier(start)
     plan = LocalTrainingConfig(3, 16, 0.05, freeze_bn=True)
     train_locally(model, shard_of(stripes(48)), plan, FACTS, (0, "a", 0, 0), "fp32")
     after = to_weights(model)
@@ -112,7 +112,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_scale():
 
 
 def test_training_learns_the_stripes():
-    model = BENCH.classifier(initial_weights(BENCH))
+    model = CONTEXT.classifier(initial_weights(CONTEXT))
     plan = LocalTrainingConfig(60, 32, 0.1, 0.0, 0.9)
     train_locally(model, shard_of(stripes(120)), plan, FACTS, (0, "local", 0, 0), "fp32")
     test = shard_of(stripes(60, 9))
@@ -122,7 +122,7 @@ def test_training_learns_the_stripes():
 
 
 def test_the_global_stream_is_left_as_it_was():
-    model, shard = BENCH.classifier(initial_weights(BENCH)), shard_of(stripes(20))
+    model, shard = CONTEXT.classifier(initial_weights(CONTEXT)), shard_of(stripes(20))
     before = torch.random.get_rng_state()
     train_locally(model, shard, LocalTrainingConfig(2, 8, 0.1), FACTS, (0, "local", 0, 0), "fp32")
     assert torch.equal(before, torch.random.get_rng_state())

@@ -131,7 +131,7 @@ def test_whole_clients_average_as_ever_bit_for_bit(parts, spelled_out):
     assert not any(isinstance(held, np.ndarray) for held in partial._held.values()), "counts by coordinate, for nothing"
 
 
-def test_what_nobody_holds_keeps_its_bits():
+def test_coordinates_that_no_client_holds_keep_their_bits():
     previous = whole(99)
     previous["first.weight"][:] = np.array([np.nan, -0.0, 1e-42], np.float32)
     sets = (np.array([1]), np.array([0, 2]))

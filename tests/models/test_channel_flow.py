@@ -16,7 +16,7 @@ from mosaic_ray.models.submodel import channel_layout, extract, fit
 
 
 class Stem(nn.Module):
-    """A convolution to 8 channels, then what a subclass does with them."""
+    """A convolution to 8 channels, then a subclass's layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Tied(Stem):
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_followed_is_refused_in_one_line(case):
+def test_networks_that_cannot_be_traced_are_refused_in_one_line(case):
     kind, word = REFUSED[case]
     with pytest.raises(RequestError, match=rf"^federation\.widths: [^\n]*{word}[^\n]*; take width 1\.0$"):
         channel_layout(kind() if case == "pair" else Classifier(kind(), nn.Linear(8, 5)))

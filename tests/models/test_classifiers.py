@@ -149,7 +149,7 @@ def test_mobilenet_is_light(width, size):
     "name, sums", [("cnn", 0), ("resnet18", 8), ("resnet34", 16), ("resnet50", 16), ("mobilenet", 4)]
 )
 def test_networks_show_their_graph(name, sums):
-    """What widths are derived from: plain modules, sums written as such, nothing that depends on the images."""
+    """Widths are derived from plain modules and written sums; nothing depends on the images."""
     net = build_classifier(ModelConfig(name, width=2), 3, 1, 8).eval()
     traced = torch.fx.symbolic_trace(net)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from door import ask, refusal
+from cli_runner import ask, refusal
 from helpers import FACTS, TINY, assert_same, small_ray, stripes_dataset
 from torch import nn
 
@@ -224,7 +224,7 @@ ASKED = "def build(num_classes, channels, image_size, width):\n"
          "it has no batch norm, and the generators' inversion loss reads its statistics; give it one, or set gene"),
     ],
 )  # fmt: skip
-def test_a_network_that_cannot_be_used_is_told_in_one_line(lab, source, says, capsys):
+def test_a_network_that_cannot_be_used_is_refused_in_one_line(lab, source, says, capsys):
     word = lab(source)
     file = Path.cwd() / f"{word.partition(':')[0]}.py"
     state = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Stage keys: what each depends on, the chain of a run, and the work of many runs counted in distinct results."""
+"""Stage keys: the knobs behind each, the chain of a run, and the work of many runs counted in distinct results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AFTER_PARTITION = ALL - {"partition"}
 AFTER_DISTILL = {"distill", "finetune", "evaluate"}
 AFTER_TEACHER = {"teacher"} | AFTER_DISTILL
 
-#: Knob or room -> the stages of Mosaic whose keys follow it; the longest name counts.
+#: Knob or section -> the stages of Mosaic with keys that depend on it; the longest name counts.
 FOLLOWS = {
     "method": set(), "algorithm": set(), "seed": ALL,
     "data": ALL, "data.root": set(), "data.download": set(),
@@ -73,8 +73,8 @@ def changed(before: dict, after: dict) -> set[str]:
 
 @pytest.mark.parametrize("name", KNOBS)
 def test_a_stages_key_changes_with_what_it_depends_on_and_nothing_else(name):
-    rooms = [named for named in FOLLOWS if name == named or name.startswith(f"{named}.")]
-    assert changed(stage_keys(TINY), stage_keys(override(TINY, {name: another(name)}))) == FOLLOWS[max(rooms, key=len)]
+    names = [named for named in FOLLOWS if name == named or name.startswith(f"{named}.")]
+    assert changed(stage_keys(TINY), stage_keys(override(TINY, {name: another(name)}))) == FOLLOWS[max(names, key=len)]
 
 
 def test_failures_of_clients_matter_only_where_some_may_be_left_out():

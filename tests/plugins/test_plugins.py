@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from door import ask
+from cli_runner import ask
 from helpers import FACTS, TINY, assert_same, interrupted, small_ray, stripes_dataset
 from safetensors.numpy import load_file
 
@@ -175,7 +175,7 @@ def test_a_broken_plug_in_is_one_line(place, source, message):
     assert not Path("mosaic_runs").exists()
 
 
-def test_what_is_no_plug_in_is_refused():
+def test_objects_that_are_no_plug_in_are_refused():
     for knob, word in (("method", "lab.nearest_mean:MEANS"), ("federation.strategy", "lab.median:Median")):
         with pytest.raises(RequestError, match="not an instance of mosaic_ray"):
             override(TINY, {knob: word})

@@ -15,7 +15,7 @@ from mosaic_ray.config.resolve import resolve
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.report.figures.heatmap import MOST_ROWS, default_name, heading, partition_heatmap, save_png
 
-#: The colours of a class that is all that its client holds, and of one that it has none of.
+#: The colours of a client's only class, and of a class that it lacks.
 WHOLE, NONE = (11, 44, 102), (254, 254, 254)
 #: The first colour, where cells are too many to be drawn one by one.
 WHOLE_OF_MANY = (64, 128, 208)

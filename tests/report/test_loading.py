@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from door import refused_by
+from cli_runner import refused_by
 from reports import ACCURACY, COUNTS, make_run, make_sweep, write_run
 from trials import LAMBDA_E, OMEGA, failed, trial
 
@@ -153,7 +153,7 @@ def test_a_damaged_line_of_metrics_is_refused(tmp_path):
 # --- what the store lacks --------------------------------------------------------------------------------------------
 
 
-def test_what_was_freed_or_damaged_is_absent_and_stays_as_it_is(tmp_path):
+def test_freed_or_damaged_results_are_absent_and_not_changed(tmp_path):
     folder = make_run(tmp_path)
     stages = json.loads((folder / "summary.json").read_text())["stages"]
     Store(tmp_path).discard(stages["evaluate"]["key"])

@@ -1,4 +1,4 @@
-"""A run that really ran: the example reads it, and its page has every figure."""
+"""The example reads a real run, and the run's page has every figure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from door import REPO
+from cli_runner import REPO
 from helpers import TINY, stripes_dataset
 from reports import Reader
 

@@ -1,4 +1,4 @@
-"""A run's page: one file that loads nothing, with readable colours and true sentences."""
+"""A run's page: one file that loads nothing, with readable colours and correct sentences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 from reports import ACCURACY, FINDING, Reader, make_run, write_run
 
 from mosaic_ray.core.errors import RequestError
@@ -256,7 +256,7 @@ def test_an_unfinished_run_and_an_empty_one_render(tmp_path):
     assert not Reader(render(tmp_path / "two")).all("figure")
 
 
-def test_a_run_whose_store_is_gone_says_what_is_missing_and_why(tmp_path):
+def test_a_run_without_its_store_names_missing_results_and_the_reason(tmp_path):
     folder = make_run(tmp_path / "a").rename(tmp_path / "one")
     read = Reader(render(folder))
     for title in (
@@ -292,7 +292,7 @@ def test_the_command_writes_the_page_and_says_where(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["page.html"]
 
 
-def test_what_cannot_be_is_refused_in_one_line(tmp_path):
+def test_wrong_requests_are_refused_in_one_line(tmp_path):
     folder = write_run(tmp_path / "one", None)
     (tmp_path / "file").write_text("")
     assert "nowhere" in refusal(ask("report", str(tmp_path / "nowhere")))

@@ -73,7 +73,7 @@ def test_what_is_chosen_is_chosen_by_selection_and_shown_beside_the_test(tmp_pat
     assert "lambda_e = 2 was chosen, with 80.0 % on test images" in page.verdict
 
 
-def test_failures_are_told_with_where_and_why(read):
+def test_failures_are_listed_with_place_and_reason(read):
     assert "1 trial failed" in read.text("header") and "p024s0" in read.text("header")
     assert "stage warmup, client 3 no memory" in read.text("table")
 
@@ -98,10 +98,10 @@ def test_methods_compare_within_each_omega(tmp_path):
     assert means["mean"].round(6).tolist() == [0.71, 0.81, 0.71, 0.66] and (means["trials"] == 2).all()
     assert means["sd"].round(6).tolist() == [0.014142] * 4
     by_name = {figure.name: figure for section in sweep_figures.figures_of(sweep).values() for figure in section}
-    said = by_name["methods"](sweep).words
+    words = by_name["methods"](sweep).words
     assert (
-        "at omega=0.1 mosaic is ahead with 81.0 ± 1.4 %" in said
-        and "at omega=1 fedavg is ahead with 71.0 ± 1.4 %" in said
+        "at omega=0.1 mosaic is ahead with 81.0 ± 1.4 %" in words
+        and "at omega=1 fedavg is ahead with 71.0 ± 1.4 %" in words
     )
     assert "mosaic from 81.0 % to 66.0 %" in by_name["ladder"](sweep).words
     labels = [text.get_text() for text in sweep.plot("methods").axes[0].get_yticklabels()]
@@ -141,7 +141,7 @@ def test_without_methods_the_ladder_compares_the_roles(tmp_path):
     assert means[means["series"] == "control"]["mean"].tolist() == [0.05, 0.25, 0.45]
 
 
-def test_what_trials_shared_is_counted(tmp_path):
+def test_stages_that_trials_shared_are_counted(tmp_path):
     results = [trial(0, 0), trial(0, 1, cached=("warmup", "teacher")), trial(1, 0, cached=("warmup",)), STOPPED]
     frame = sweep_figures.sharing(load_sweep(make_sweep(tmp_path / "s", results))).table
     assert frame.loc["warmup"].tolist() == [1, 2, 2.0, 128.0] and frame.loc["teacher"].tolist() == [2, 1, 4.0, 64.0]
@@ -155,7 +155,7 @@ def test_a_sweep_under_way_says_how_many_trials_are_planned(tmp_path):
     assert (page.cards[0].label, page.cards[0].value) == ("trials", "1 of 6")
 
 
-def test_nothing_chosen_and_nothing_ended_are_said(tmp_path):
+def test_nothing_chosen_and_nothing_ended_are_reported(tmp_path):
     blind = load_sweep(make_sweep(tmp_path / "a", [trial(0, 0, {LAMBDA_E: 1.0}, selection=None)]))
     assert "1 finished trial reach" in sweep_page.verdict(blind, blind.best())
     empty = Reader(render(make_sweep(tmp_path / "b", [])))

@@ -104,7 +104,7 @@ def test_failed_and_stopped_trials_have_rows_too() -> None:
     assert rows[2][LAMBDA_E] == 2.0, "a trial without a configuration still has its swept knobs"
 
 
-def test_what_is_not_finite_is_null() -> None:
+def test_values_that_are_not_finite_are_null() -> None:
     (row,) = results_table([trial(0, final=float("nan"), selection=float("inf"))]).to_pylist()
     assert row["accuracy_final"] is row["gain"] is row["selection"] is None
 

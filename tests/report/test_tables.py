@@ -22,7 +22,7 @@ SUMMARY = {
 
 
 def lines_of(renderable: object) -> list[str]:
-    """What a pipe gets: 80 columns, no terminal."""
+    """Return the output for a pipe: 80 columns, no terminal."""
     out = io.StringIO()
     Console(file=out, width=80, markup=False, emoji=False, highlight=False).print(renderable, crop=False)
     assert "\x1b" not in out.getvalue()

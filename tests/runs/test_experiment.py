@@ -1,4 +1,4 @@
-"""Whole runs: equal numbers from every host, caching, repair, and what each switch may touch."""
+"""Whole runs: equal numbers from every host, caching, repair, and the stages that each switch changes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_fresh_computes_everything_again_and_ends_the_same(tmp_path, tiny_in_sto
 
 @pytest.mark.parametrize("stage", ["warmup", "teacher", "distill", "evaluate"])
 @pytest.mark.parametrize("harm", ["truncate", "flip"])
-def test_a_damaged_result_is_said_and_computed_again(tmp_path, tiny_in_storage, capsys, stage, harm):
+def test_a_damaged_result_is_logged_and_computed_again(tmp_path, tiny_in_storage, capsys, stage, harm):
     folder = tmp_path / "objects" / tiny_in_storage["stages"][stage]["key"]
     path = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     data = bytearray(path.read_bytes())
@@ -298,10 +298,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.mark.ray
 @pytest.mark.parametrize("hosts", [pytest.param(1, marks=pytest.mark.slow), 3])
-def test_serial_and_ray_end_with_the_same_bits_whatever_the_number_of_actors(
+def test_serial_and_ray_end_with_the_same_bits_for_any_number_of_actors(
     tmp_path, ray_up, monkeypatch, undisturbed_tiny, hosts
 ):
-    """On the way: clients, who need no images decoded, never spend their memory on torchvision."""
+    """Clients do not import torchvision either: they decode no images."""
     monkeypatch.setattr("mosaic_ray.execution.backend.ClientActor", _watched())
     on_ray = go(tmp_path, {"runtime.host": "ray", "runtime.max_hosts": hosts})
     assert computed(on_ray) == set(on_ray["stages"])
@@ -310,7 +310,7 @@ def test_serial_and_ray_end_with_the_same_bits_whatever_the_number_of_actors(
 
 
 def _watched() -> type:
-    """ClientActor, but its work fails where torchvision was imported."""
+    """Return a ClientActor that fails if torchvision is imported."""
     from mosaic_ray.execution.backend import ClientActor
 
     class Watched(ClientActor):
@@ -338,7 +338,7 @@ def test_an_actor_killed_in_mid_work_costs_that_work_alone(tmp_path, ray_up, wor
 
 
 def _dying(work: str, marker: Path) -> type:
-    """ClientActor, but the first host asked for ``work`` of client 1 dies of SIGKILL."""
+    """Return a ClientActor; the first one that gets ``work`` of client 1 dies of SIGKILL."""
     from mosaic_ray.execution.backend import ClientActor
 
     class Dying(ClientActor):

@@ -76,7 +76,7 @@ def student(summary: Summary) -> dict[str, np.ndarray]:
 
 
 def beside(fault: Callable[[], None], run: Callable[[], Summary]) -> Summary:
-    """What ``run`` returns in a thread while ``fault`` goes on here; both must end."""
+    """Return the result of ``run`` in a thread while ``fault`` runs here; both must end."""
     ended: list[Summary | BaseException] = []
 
     def experiment() -> None:
@@ -104,7 +104,7 @@ def until(holds: Callable[[], Any], what: str) -> Any:
 
 
 def stuck_on(node_id: str, work: str, marker: Path) -> type:
-    """A host that, on the node ``node_id``, takes up ``work`` and never ends it."""
+    """Return a host that never ends ``work`` on the node ``node_id``."""
 
     class Stuck(ClientActor):
         def work(self, config, facts, asked, client_id, *rest):
@@ -240,9 +240,9 @@ def test_a_kill_by_the_memory_monitor_leaves_fewer_at_work_and_the_same_numbers(
 
     remove = ActorPool.remove
 
-    def note(crew: ActorPool, actor: Any) -> bool:
-        seen.append(len(crew.actors))
-        return remove(crew, actor)
+    def note(pool: ActorPool, actor: Any) -> bool:
+        seen.append(len(pool.actors))
+        return remove(pool, actor)
 
     monkeypatch.setattr(ActorPool, "remove", note)
     monkeypatch.setattr("mosaic_ray.execution.backend.ClientActor", Greedy)

@@ -1,4 +1,4 @@
-"""Health in whole runs: what is stored and said, and what --strict-health stops."""
+"""Health in whole runs: stored and printed findings, and runs that --strict-health stops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOUND = QUICK | {
     "partition.omega": 3.0, "warmup.num_rounds": 4, "warmup.local_steps": 10, "warmup.momentum": 0.9,
     "generator.steps": 80, "generator.lr": 2e-3, "generator.ngf": 8,
 }  # fmt: skip
-#: The meta model that is handed on is not finite.
+#: The returned meta model is not finite.
 BROKEN = QUICK | {"meta.lr": 1e30, "meta.select": False, "meta.init": "random"}
 ERROR = Finding("meta.diverged", "error", "teacher", "it broke", 3, 9.0, 4.6, "lower meta.lr")
 
@@ -87,8 +87,8 @@ def test_figures_that_are_not_finite_are_stored_as_unknown():
     assert known({"a": float("nan"), "b": np.float64(1)}) == {"a": None, "b": 1.0}
 
 
-class Told:
-    """A tracker that remembers."""
+class FakeTracker:
+    """A tracker that keeps warnings and texts."""
 
     def __init__(self):
         self.warnings, self.texts = [], {}
@@ -101,14 +101,14 @@ class Told:
 
 
 def noted(strict: bool = False) -> RunContext:
-    return RunContext(TINY, stripes_dataset(), None, None, Told(), strict=strict)
+    return RunContext(TINY, stripes_dataset(), None, None, FakeTracker(), strict=strict)
 
 
 def facts_of(*findings: Finding) -> dict:
     return {"findings": [vars(finding) for finding in findings]}
 
 
-def test_what_was_said_when_it_happened_is_not_said_again():
+def test_a_finding_is_printed_once():
     run, other = noted(), Finding("generator.low_coverage", "warning", "generators", "few", 1, 0.3, 0.5, "more steps")
     run.warn_of([other])
     run.note("generators", "k", False, 1.0, facts_of(other, Finding("a.b", "info", "generators", "m")))
@@ -116,7 +116,7 @@ def test_what_was_said_when_it_happened_is_not_said_again():
     assert set(run.tracker.texts) == {"health/generator.low_coverage", "health/a.b"}
     assert "client 1: few. *more steps*" in run.tracker.texts["health/generator.low_coverage"]
     run.note("generators", "k", True, 0.0, facts_of(ERROR))
-    assert len(run.tracker.warnings) == 1 and run.alarmed, "a cached stage is told of in the closing table"
+    assert len(run.tracker.warnings) == 1 and run.alarmed, "findings of a cached stage are in the closing table alone"
 
 
 @pytest.mark.parametrize("cached", [True, False])

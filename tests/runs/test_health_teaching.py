@@ -1,4 +1,4 @@
-"""Health of experts, meta model and student: rules provoked by what causes them, and silent where all is well."""
+"""Health of experts, meta model and student: every rule fires for its cause and is silent otherwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mosaic_ray.models.generator import build_generator
 from mosaic_ray.models.state_dict import load_weights, to_weights
 
 CPU = torch.device("cpu")
-BENCH = ClientContext(TINY, FACTS, CPU)
+CONTEXT = ClientContext(TINY, FACTS, CPU)
 COUNTS = np.array([[30, 20, 0], [10, 0, 20], [0, 10, 20]])
 
 
@@ -45,14 +45,14 @@ class Federation:
 @pytest.fixture(scope="module")
 def federation() -> Federation:
     def went_on(start: Weights, client: int, steps: int, momentum: float = 0.0) -> Weights:
-        model = BENCH.classifier(start)
+        model = CONTEXT.classifier(start)
         plan, data = LocalTrainingConfig(steps, 16, 0.05, momentum=momentum), stripes(90, client)
         own = data.take(np.flatnonzero(COUNTS[client, data.labels] > 0)) if client < len(COUNTS) else data
         train_locally(model, shard_of(own), plan, FACTS, (0, "test", 0, client), "fp32")
         return to_weights(model)
 
-    whole = went_on(initial_weights(BENCH), 9, 30, 0.9)
-    found = [prototypes(BENCH, shard_of(stripes(60, k)), k, whole) for k in range(3)]
+    whole = went_on(initial_weights(CONTEXT), 9, 30, 0.9)
+    found = [prototypes(CONTEXT, shard_of(stripes(60, k)), k, whole) for k in range(3)]
     return Federation(whole, [went_on(whole, k, 6) for k in range(3)], Prototypes.concatenate(found))
 
 
@@ -67,7 +67,7 @@ def taught(federation: Federation, knobs: dict, counts: np.ndarray = COUNTS, fou
     return config, state, teacher_findings(figures | looked, 3, alone), arrays
 
 
-def told(findings: list[Finding]) -> list[str]:
+def codes(findings: list[Finding]) -> list[str]:
     return [f"{finding.code} {finding.severity}" for finding in findings]
 
 
@@ -82,8 +82,8 @@ def told(findings: list[Finding]) -> list[str]:
         ({"meta.lr": 1e30, "meta.select": False, "meta.init": "random"}, ["meta.diverged error"]),
     ],
 )  # fmt: skip
-def test_a_meta_model_that_diverges_is_told_of_and_nothing_else_with_it(federation, knobs, found):
-    assert told(taught(federation, knobs)[2]) == found
+def test_a_diverging_meta_model_is_the_only_finding(federation, knobs, found):
+    assert codes(taught(federation, knobs)[2]) == found
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_a_meta_model_that_diverges_is_told_of_and_nothing_else_with_it(federati
 )
 def test_a_training_that_diverges_is_a_warning_where_the_state_before_is_handed_on(loss, found):
     figures = {"meta_held_out_accuracy": 0.9, "meta_held_out_loss": 0.1, "student_held_out_accuracy": 0.8}
-    assert told(teacher_findings(figures | {"meta_train_loss": loss}, 3, [])) == found
+    assert codes(teacher_findings(figures | {"meta_train_loss": loss}, 3, [])) == found
 
 
 @pytest.mark.parametrize("evaluated, found", [(3.0, ["meta.diverged error"]), (1.0, [])])
 def test_a_teacher_that_names_one_class_is_an_error_where_there_are_several(evaluated, found):
     figures = {"meta_held_out_accuracy": 0.5, "meta_held_out_loss": 1.0, "student_held_out_accuracy": 0.5}
     looked = {"meta_classes_named": 1.0, "classes_judged": evaluated}
-    assert told(teacher_findings(figures | looked, 3, [])) == found
+    assert codes(teacher_findings(figures | looked, 3, [])) == found
 
 
 def test_a_teacher_that_learnt_from_wrong_labels_is_below_its_student(federation):
@@ -117,13 +117,13 @@ def test_a_teacher_that_learnt_from_wrong_labels_is_below_its_student(federation
 
 def test_identical_clients_make_redundant_experts_and_different_ones_do_not(federation):
     same = dataclasses.replace(federation, clients=[federation.clients[0]] * 3)
-    assert told(taught(same, {})[2]) == ["experts.redundant warning"]
+    assert codes(taught(same, {})[2]) == ["experts.redundant warning"]
     alike = np.full((3, 3), 20)  # different models, each class held alike by all
-    assert told(taught(federation, {}, alike)[2]) == ["experts.redundant warning"]
-    assert told(taught(federation, {})[2]) == []
+    assert codes(taught(federation, {}, alike)[2]) == ["experts.redundant warning"]
+    assert codes(taught(federation, {})[2]) == []
 
 
-def test_what_one_client_owns_alone_is_a_fact_and_no_redundancy(federation):
+def test_a_single_owner_is_a_fact_and_no_redundancy(federation):
     counts = np.array([[30, 20, 0], [0, 0, 20], [0, 0, 0]])
     _, _, (finding,), arrays = taught(federation, {}, counts)
     assert (finding.code, finding.severity, finding.value) == ("experts.single_owner", "info", 3)
@@ -142,9 +142,9 @@ def test_effective_owners_and_redundancy_by_hand():
     assert redundancy(experts[1:2], np.zeros(5, np.int64), np.eye(1, 5, dtype=np.int64)) == 0
 
 
-def test_no_prototype_to_hold_out_is_told_where_some_are_asked_for(federation):
+def test_no_prototype_to_hold_out_is_reported_where_some_are_requested(federation):
     _, _, found, _ = taught(federation, {"prototypes.held_out": 0.0})
-    assert told(found) == ["prototypes.too_few warning"]
+    assert codes(found) == ["prototypes.too_few warning"]
     figures = {
         "num_held_out": 0.0,
         "meta_held_out_accuracy": 1,
@@ -154,8 +154,8 @@ def test_no_prototype_to_hold_out_is_told_where_some_are_asked_for(federation):
     assert teacher_findings(figures, 3, [], holds_out=False) == []
 
 
-def test_gates_say_whom_the_meta_model_listens_to():
-    """A meta model that hands expert 1's logit of the class on, doubled, has the gate of expert 1 alone."""
+def test_gates_name_the_experts_that_the_meta_model_uses():
+    """If a meta model returns twice expert 1's logit of the class, only expert 1 has a gate."""
 
     class Listener(torch.nn.Module):
         def __init__(self):
@@ -177,7 +177,7 @@ def test_gates_say_whom_the_meta_model_listens_to():
 
 @pytest.fixture(scope="module")
 def task(federation) -> DistillTask:
-    """Distillation from untrained generators of many latents, whose images are as good as noise."""
+    """Distillation from untrained generators of many latents: their images are nearly noise."""
     config, state, _, _ = taught(federation, {"distill.steps": 24, "distill.guard": False, "generator.lr": 1e-3})
     with seeded(0, "test", "generator"):
         made = tuple(to_weights(build_generator(config.generator, 1, 8, 3)) for _ in range(3))
@@ -190,7 +190,7 @@ def with_knobs(task: DistillTask, knobs: dict) -> DistillTask:
 
 
 def contrary(task: DistillTask) -> DistillTask:
-    """The teacher says the contrary of its student, in the student's own words."""
+    """The teacher's logits are the student's, negated."""
     head = {f"skip.{name}": -task.student[f"head.{name}"] for name in ("weight", "bias")}
     meta = task.teacher.meta | head | {"gain": np.zeros((), np.float32)}
     return dataclasses.replace(task, teacher=dataclasses.replace(task.teacher, meta=meta))
@@ -201,12 +201,12 @@ def test_a_learning_rate_of_nothing_is_a_plateau(task):
     _, figures = distil(still, CPU, DistContext(), _quiet)
     assert figures["late_agreement"] < 0.9
     sound = {"class_coverage": 1.0, "num_classes": 3.0}
-    assert told(distill_findings(figures | sound, 1.0)) == ["distill.plateau warning"]
+    assert codes(distill_findings(figures | sound, 1.0)) == ["distill.plateau warning"]
     _, moved = distil(
         with_knobs(contrary(task), {"distill.lr": 0.05, "distill.guard": True}), CPU, DistContext(), _quiet
     )
     assert moved["improvement"] > 0.01
-    assert "distill.plateau warning" not in told(distill_findings(moved | sound, 1.0))
+    assert "distill.plateau warning" not in codes(distill_findings(moved | sound, 1.0))
 
 
 def test_a_contrary_teacher_makes_an_unguarded_student_forget(task):
@@ -221,7 +221,7 @@ def test_a_contrary_teacher_makes_an_unguarded_student_forget(task):
     assert not [f for f in distill_findings(guarded, 1.0) if f.code == "distill.forgetting"]
 
 
-def test_workers_tell_the_same_of_the_end_as_one_process(task):
+def test_workers_report_the_same_end_as_one_process(task):
     """The windows are sums over workers, as the loss is."""
     _, figures = distil(task, CPU, DistContext(), _quiet)
     doubled = DistContext(0, 1, lambda tensor: tensor.mul_(2) if tensor.shape == (4,) else None)
@@ -246,12 +246,12 @@ def test_a_teacher_that_names_one_class_for_all_images_is_an_error(task):
     looked, counts = inspect_student(one, weights, CPU)
     assert counts.tolist() == [0, counts.sum(), 0]
     found = [f for f in distill_findings(figures | looked, 1.0) if f.severity != "info"]
-    assert told(found)[0] == "generator.low_coverage error"
+    assert codes(found)[0] == "generator.low_coverage error"
     assert {f.code for f in found} == {"generator.low_coverage"}
 
 
-def test_what_a_teacher_says_on_whole_experts_is_held_against_what_it_learnt_from(federation):
-    """Experts whose trunks read every image as nothing, while their heads stay: the two paths part."""
+def test_a_teachers_two_paths_are_compared(federation):
+    """The experts' trunks give zero features while their heads stay, so the two paths differ."""
     config: ExperimentConfig = override(
         TINY, {"meta.input": "full", "meta.init": "random", "meta.select": True, "meta.updates": 60, "meta.lr": 1e-2}
     )
@@ -267,7 +267,7 @@ def test_what_a_teacher_says_on_whole_experts_is_held_against_what_it_learnt_fro
     same = [federation.whole | {n: e[n] for n in ("head.weight", "head.bias")} for e in state.experts]
     assert shift(build_teacher(config, FACTS, dataclasses.replace(state, experts=tuple(same))), images) == 0
     figures = {"class_coverage": 1.0, "held_out_before": 0.5, "held_out_after": 0.6, "step": 5.0, "shift": parted}
-    assert told(distill_findings(figures, 1.0)) == ["meta.shift warning"]
+    assert codes(distill_findings(figures, 1.0)) == ["meta.shift warning"]
 
 
 @pytest.mark.parametrize(
@@ -289,4 +289,4 @@ def test_what_a_teacher_says_on_whole_experts_is_held_against_what_it_learnt_fro
 )  # fmt: skip
 def test_rules_for_distillation(figures, held, found):
     sound = {"class_coverage": 0.9, "num_classes": 10.0, "held_out_before": 0.9, "held_out_after": 0.95, "step": 20.0}
-    assert told(distill_findings(sound | figures, held)) == found
+    assert codes(distill_findings(sound | figures, held)) == found

@@ -30,7 +30,7 @@ def finish(storage: Path, host: str) -> tuple[dict, str]:
 
 
 def kill_when(storage: Path, host: str, sign: str) -> str:
-    """Start, wait for a line that begins with ``sign``, and send SIGKILL; what was told until then."""
+    """Start, wait for a line that begins with ``sign``, and send SIGKILL; return the output until then."""
     with subprocess.Popen(
         command(storage, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -58,20 +58,20 @@ def test_killed_in_every_stage_and_resumed(tmp_path, host):
     undisturbed, _ = finish(tmp_path / "a", host)
     for sign in ("warmup: round 3", "generators: client 1", "teacher: begins", "distill: begins", "finetune: round 1"):
         kill_when(tmp_path / "b", host, sign)
-    resumed, told = finish(tmp_path / "b", host)
+    resumed, output = finish(tmp_path / "b", host)
     assert outcome(resumed) == outcome(undisturbed)
     before = ("partition", "warmup", "generators", "prototypes", "teacher", "distill")
     assert all(resumed["stages"][name]["cached"] for name in before)
-    assert "warmup: cached\n" in told and "warmup: begins" not in told
+    assert "warmup: cached\n" in output and "warmup: begins" not in output
 
 
 def test_killed_it_goes_on_at_the_warmups_checkpoint_and_with_the_missing_generators_alone(tmp_path):
     kill_when(tmp_path, "serial", "warmup: round 5")
-    told = kill_when(tmp_path, "serial", "generators: client 1")
-    assert "warmup: resumed at round 4/6" in told
-    assert "warmup: round 1/" not in told
-    summary, told = finish(tmp_path, "serial")
-    assert "warmup: cached\n" in told
+    output = kill_when(tmp_path, "serial", "generators: client 1")
+    assert "warmup: resumed at round 4/6" in output
+    assert "warmup: round 1/" not in output
+    summary, output = finish(tmp_path, "serial")
+    assert "warmup: cached\n" in output
     assert 1 <= summary["stages"]["generators"]["cached_clients"] < 3
 
 
@@ -87,14 +87,14 @@ def test_killed_it_goes_on_at_the_warmups_checkpoint_and_with_the_missing_genera
 def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(tmp_path, host, how):
     with subprocess.Popen(
         command(tmp_path, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # a shell's background jobs ignore interrupts, and what they start inherits that
+        # a shell's background jobs ignore interrupts, and their children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:  # fmt: skip
-        told = []
+        output = []
         for line in process.stderr:
-            told.append(line)
+            output.append(line)
             if line.startswith("warmup: round 1"):
                 process.send_signal(how)
-    assert process.returncode == 130, told
-    assert "to resume:" in told[-1] and "warmup.num_rounds=6" in told[-1]
-    assert not [line for line in told if "SIGTERM" in line or "Traceback" in line]
+    assert process.returncode == 130, output
+    assert "to resume:" in output[-1] and "warmup.num_rounds=6" in output[-1]
+    assert not [line for line in output if "SIGTERM" in line or "Traceback" in line]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from door import ask
+from cli_runner import ask
 from flaky import Flaky
 from helpers import TINY, assert_same, stripes_dataset
 from pyarrow import fs
@@ -91,11 +91,11 @@ def flaky(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Flaky:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_may_pass_is_told_by_number_or_by_text(error: OSError, passes: bool) -> None:
+def test_transient_errors_are_known_by_number_or_by_text(error: OSError, passes: bool) -> None:
     assert is_transient(error) is passes
 
 
-def test_a_clouds_error_is_told_without_its_ballast() -> None:
+def test_a_clouds_error_is_shortened() -> None:
     text = "When reading information for key 'x' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation"
     assert reason(OSError(f"{text}: No response body.\nmore")) == "AWS Error ACCESS_DENIED during HeadObject operation"
     assert reason(OSError("")) == "OSError"
@@ -128,7 +128,7 @@ def test_pauses_double_and_jitter_up_to_a_bound(tmp_path: Path, clock: Clock) ->
     assert len({round(slept / min(first * 2**n, longest), 6) for n, slept in enumerate(clock.slept)}) == 10
 
 
-def test_what_does_not_pass_is_raised_at_once(tmp_path: Path, clock: Clock) -> None:
+def test_lasting_errors_are_raised_at_once(tmp_path: Path, clock: Clock) -> None:
     work, calls = failing(OSError(errno.ENOSPC, "x"), 1)
     with pytest.raises(OSError, match="x"):
         local(tmp_path).retry(work)
@@ -137,17 +137,17 @@ def test_what_does_not_pass_is_raised_at_once(tmp_path: Path, clock: Clock) -> N
 
 def test_retries_end_and_storage_that_is_down_is_tried_once(tmp_path: Path, clock: Clock) -> None:
     files, error = local(tmp_path), TimeoutError(errno.ETIMEDOUT, "x")
-    said: list[str] = []
-    files.log = said.append
+    logged: list[str] = []
+    files.log = logged.append
     begun = clock.now
     with pytest.raises(TimeoutError):
         files.retry(failing(error, float("inf"))[0])
     assert files_module.PATIENCE_SECONDS / 2 < clock.now - begun <= files_module.PATIENCE_SECONDS
-    assert said == ["storage fails (Connection timed out); trying again for up to 120 s"]
+    assert logged == ["storage fails (Connection timed out); trying again for up to 120 s"]
     clock.slept.clear()
     with pytest.raises(TimeoutError):
         files.retry(failing(error, float("inf"))[0])
-    assert clock.slept == [] and len(said) == 1, "it is known to be down"
+    assert clock.slept == [] and len(logged) == 1, "it is known to be down"
     with pytest.raises(FileNotFoundError):
         files.read("absent")
     assert files.retry(failing(error, 3)[0]) == "done", "an answer, if only that there is no such file: up again"
@@ -215,10 +215,10 @@ def test_a_put_that_fails_for_good_shows_nothing_and_spares_what_was_there(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_stores_contract_where_a_fifth_of_all_calls_fails(flaky: Flaky, seed: int, said: list[str]) -> None:
+def test_the_stores_contract_where_a_fifth_of_all_calls_fails(flaky: Flaky, seed: int, logged: list[str]) -> None:
     flaky.share = 0.2
     flaky._draws.seed(seed)
-    one, two = Store(URI, log=said.append), Store(URI)
+    one, two = Store(URI, log=logged.append), Store(URI)
     one.check_writable()
     for number in range(8):
         key = f"warmup-{number:020d}"
@@ -238,16 +238,16 @@ def test_the_stores_contract_where_a_fifth_of_all_calls_fails(flaky: Flaky, seed
     assert two.files.read("sweeps/n/plan.json") == b"{}" and two.files.names("sweeps") == ["n"]
     one.files.move("sweeps/n", "sweeps/n.1")
     two.discard(KEY)
-    assert one.get(KEY) is None and remains(one) == [] and not said
+    assert one.get(KEY) is None and remains(one) == [] and not logged
     assert two.files.names("sweeps") == ["n.1"] and len(one.files.names("objects")) == 8 and not verify(one).damaged
     assert flaky.failures > 0.1 * flaky.calls > 50
 
 
 def test_storage_that_is_down_is_not_taken_for_damage(
-    flaky: Flaky, monkeypatch: pytest.MonkeyPatch, said: list[str]
+    flaky: Flaky, monkeypatch: pytest.MonkeyPatch, logged: list[str]
 ) -> None:
     monkeypatch.setattr(files_module, "PATIENCE_SECONDS", 0.02)
-    store = Store(URI, log=said.append)
+    store = Store(URI, log=logged.append)
     made = store.put(KEY, FACTS, {"p": arrays()})
     flaky.down = True
     works = (lambda: store.get(KEY), lambda: made.load("p"), lambda: store.discard(KEY), lambda: store.put(KEY, {}))
@@ -257,7 +257,7 @@ def test_storage_that_is_down_is_not_taken_for_damage(
         assert caught.value.stage == "warmup" and "\n" not in str(caught.value)
     flaky.down = False
     got = store.get(KEY)
-    assert got is not None and same(got.load("p"), arrays()) and not said
+    assert got is not None and same(got.load("p"), arrays()) and not logged
 
 
 # ---------------------------------------------------------------- leases

@@ -68,12 +68,12 @@ def test_of_four_processes_that_miss_a_result_one_computes_it(storage: Path, tmp
     """The one goes on only when the other three have been refused."""
     with children(CONTENDER, *[[str(storage)]] * 4) as contenders:
         start(*contenders)
-        said = []
+        outputs = []
         for process in contenders:
-            said.append(process.communicate(timeout=PATIENCE_SECONDS)[0])
+            outputs.append(process.communicate(timeout=PATIENCE_SECONDS)[0])
             assert process.returncode == 0
     assert len((tmp_path / "computed").read_text().splitlines()) == 1
-    assert len(set(said)) == 1 and len(said[0]) == 65
+    assert len(set(outputs)) == 1 and len(outputs[0]) == 65
     assert remains(Store(storage)) == []
 
 
@@ -144,12 +144,12 @@ def test_a_result_finished_between_the_look_and_the_lease_is_found(
 
 
 @pytest.mark.parametrize("bad", ["", "../up", "a/b", ".hidden"])
-def test_what_is_no_key_cannot_be_leased(storage: Path, bad: str) -> None:
+def test_invalid_keys_cannot_be_leased(storage: Path, bad: str) -> None:
     with pytest.raises(ValueError, match="cannot name"):
         Store(storage).try_lease(bad)
 
 
-def test_storage_that_cannot_be_locked_is_said_with_its_stage(tmp_path: Path) -> None:
+def test_storage_that_cannot_be_locked_is_reported_with_its_stage(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (tmp_path / "leases").write_text("")
     with pytest.raises(RunError, match=f"storage {tmp_path}: .* while leasing {KEY}") as caught:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 from helpers import TINY, assert_same, stripes_dataset
 from pyarrow import fs
 from safetensors.numpy import load, load_file
@@ -110,8 +110,8 @@ def is_part(request: Request) -> bool:
 # ---------------------------------------------------------------- the store's contract
 
 
-def test_the_stores_contract_on_s3(s3: S3, said: list[str], tmp_path: Path) -> None:
-    one, two = Store(s3.uri("bucket/some/prefix"), log=said.append), Store(s3.uri("bucket/some/prefix"))
+def test_the_stores_contract_on_s3(s3: S3, logged: list[str], tmp_path: Path) -> None:
+    one, two = Store(s3.uri("bucket/some/prefix"), log=logged.append), Store(s3.uri("bucket/some/prefix"))
     one.check_writable()
     assert one.local_root is None and one.get(KEY) is None and one.files.names("objects") == []
     big = {"w": np.random.default_rng(0).normal(size=(13 << 20) // 8)}  # more than one part of an upload
@@ -134,7 +134,7 @@ def test_the_stores_contract_on_s3(s3: S3, said: list[str], tmp_path: Path) -> N
         two.files.read("runs/other/summary.json")
     one.discard(KEY)
     one.discard(KEY)
-    assert two.get(KEY) is None and not said
+    assert two.get(KEY) is None and not logged
 
 
 WRITER = """
@@ -152,33 +152,33 @@ for turn in range(15):
 """
 
 
-def test_two_processes_that_write_one_key_never_spoil_it(s3: S3, said: list[str]) -> None:
+def test_two_processes_that_write_one_key_never_spoil_it(s3: S3, logged: list[str]) -> None:
     uri = s3.uri("bucket/p")
     with children(WRITER, [uri, "1"], [uri, "2"]) as writers:
         start(*writers)
         for process in writers:
             process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 0
-    store = Store(uri, log=said.append)
+    store = Store(uri, log=logged.append)
     found = store.get(KEY)
-    assert found is not None and (found.load("p")["w"] == found.facts["n"]).all() and not said
+    assert found is not None and (found.load("p")["w"] == found.facts["n"]).all() and not logged
     assert not verify(store).damaged
 
 
-def test_a_third_of_all_requests_refused_as_by_a_busy_s3_changes_nothing(s3: S3, said: list[str]) -> None:
+def test_a_third_of_all_requests_refused_as_by_a_busy_s3_changes_nothing(s3: S3, logged: list[str]) -> None:
     draws = random.Random(0)
     s3.fails = lambda request: draws.random() < 0.3
-    store = Store(s3.uri("bucket/p"), log=said.append)
+    store = Store(s3.uri("bucket/p"), log=logged.append)
     for number in range(6):
         key = f"warmup-{number:020d}"
         with held(store.try_lease(key)):
             store.put(key, FACTS, {"global": arrays(number)})
         got = store.get(key)
         assert got is not None and same(got.load("global"), arrays(number))
-    assert s3.failures > 20 and not said and remains(store) == []
+    assert s3.failures > 20 and not logged and remains(store) == []
 
 
-def test_an_upload_whose_parts_fail_shows_nothing(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_with_failing_parts_shows_nothing(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files_module, "PATIENCE_SECONDS", 0.2)
     files = Files(*open_uri(s3.uri("bucket/p")))
     files.put("old", b"old")
@@ -265,9 +265,9 @@ class TestRefused:
     def line(self, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], str]:
         def asked(uri: str) -> str:
             words = ["run"] if request.param == "run" else ["store", "ls"]
-            said = refusal(ask(*words, "--storage", uri))
-            assert f"--storage {uri.replace('key:secret@', '...@')}: " in said and list(tmp_path.iterdir()) == []
-            return said
+            message = refusal(ask(*words, "--storage", uri))
+            assert f"--storage {uri.replace('key:secret@', '...@')}: " in message and list(tmp_path.iterdir()) == []
+            return message
 
         return asked
 
@@ -282,8 +282,8 @@ class TestRefused:
         assert "AWS_ACCESS_KEY_ID" in line(s3.uri("bucket/p")) and s3.failures <= 3, "not tried again"
 
     def test_a_missing_bucket(self, s3: S3, line: Callable[[str], str]) -> None:
-        said = line(s3.uri("nowhere/p"))
-        assert "make the bucket first" in said or "nothing is stored there" in said
+        message = line(s3.uri("nowhere/p"))
+        assert "make the bucket first" in message or "nothing is stored there" in message
 
     def test_an_endpoint_where_nobody_answers(
         self, s3: S3, line: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
@@ -292,20 +292,20 @@ class TestRefused:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        said = line(f"s3://bucket/p?endpoint_override=127.0.0.1:{port}&scheme=http")
-        assert "Could not connect" in said and "endpoint_override=HOST:PORT" in said
+        message = line(f"s3://bucket/p?endpoint_override=127.0.0.1:{port}&scheme=http")
+        assert "Could not connect" in message and "endpoint_override=HOST:PORT" in message
 
     @pytest.mark.slow
     def test_an_endpoint_that_never_answers(self, s3: S3, line: Callable[[str], str]) -> None:
         with socket.create_server(("127.0.0.1", 0), backlog=20) as silent:
             silent.settimeout(0.1)
-            said = line(f"s3://bucket/p?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http")
+            message = line(f"s3://bucket/p?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http")
             asked = 0
             with contextlib.suppress(TimeoutError):
                 while True:
                     silent.accept()[0].close()
                     asked += 1
-        assert "imeout" in said and 1 <= asked <= 2, "each waits for 3 seconds"
+        assert "imeout" in message and 1 <= asked <= 2, "each waits for 3 seconds"
 
     @pytest.mark.parametrize(
         "uri, why",
@@ -318,7 +318,7 @@ class TestRefused:
             ("s3://key:secret@bucket/p", "no secrets"),
         ],
     )
-    def test_a_uri_that_says_nothing(self, s3: S3, line: Callable[[str], str], uri: str, why: str) -> None:
+    def test_an_empty_uri(self, s3: S3, line: Callable[[str], str], uri: str, why: str) -> None:
         assert why in line(uri)
 
     @pytest.mark.parametrize("word", ["absent", "a/file"])

@@ -73,7 +73,7 @@ class Neighbour(threading.Thread):
             self.error = error
 
     def halt(self) -> None:
-        """Called in the thread: until somebody waits for it; then go on, or fail."""
+        """Block the thread until another run waits for it; then continue, or fail."""
         self.halted.set()
         assert self.go_on.wait(PATIENCE_SECONDS)
         if self.fails:

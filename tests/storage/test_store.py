@@ -75,11 +75,11 @@ def test_a_key_is_a_plain_name(store: Store, bad: str) -> None:
 # ---------------------------------------------------------------- round trips
 
 
-def test_put_then_get(any_store: Store, said: list[str]) -> None:
+def test_put_then_get(any_store: Store, logged: list[str]) -> None:
     assert any_store.get(KEY) is None
     made = any_store.put(KEY, FACTS, {"global": arrays(), "client 1": arrays(2.0)})
     got = any_store.get(KEY)
-    assert got is not None and not said
+    assert got is not None and not logged
     for result in (made, got):
         assert result.key == KEY and result.facts == FACTS and result.parts == ("global", "client 1")
         assert same(result.load("global"), arrays()) and same(result.load("client 1"), arrays(2.0))
@@ -185,7 +185,7 @@ def test_stores_of_one_session_share_what_they_wrote_and_no_other_session_does(t
     assert len({plain.session, Store(tmp_path).session, Store(tmp_path).session}) == 3
 
 
-def test_a_result_from_before_sessions_can_be_read(store: Store, said: list[str]) -> None:
+def test_a_result_from_before_sessions_can_be_read(store: Store, logged: list[str]) -> None:
     store.put(KEY, FACTS, {"p": arrays()})
     path = Path(store.local_root or "") / "objects" / KEY / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -194,7 +194,7 @@ def test_a_result_from_before_sessions_can_be_read(store: Store, said: list[str]
     path.write_text(json.dumps(manifest | {"sha256": seal}))
     got = store.get(KEY)
     assert got is not None and got.facts == FACTS and same(got.load("p"), arrays())
-    assert Store(store.uri, fresh=True).get(KEY) is None and not said
+    assert Store(store.uri, fresh=True).get(KEY) is None and not logged
 
 
 def test_relative_paths_and_file_uris_mean_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,12 +207,12 @@ def test_relative_paths_and_file_uris_mean_the_same_folder(tmp_path: Path, monke
     assert here.local_root == tmp_path / "a b"
 
 
-def test_a_discarded_result_is_absent_and_its_neighbours_stay(any_store: Store, said: list[str]) -> None:
+def test_a_discarded_result_is_absent_and_its_neighbours_stay(any_store: Store, logged: list[str]) -> None:
     held = any_store.put(KEY, FACTS, {"p": arrays()})
     any_store.put("other-1", FACTS)
     any_store.discard(KEY)
     any_store.discard(KEY)
-    assert any_store.get(KEY) is None and any_store.get("other-1") is not None and not said
+    assert any_store.get(KEY) is None and any_store.get("other-1") is not None and not logged
     assert same(held.load("p"), arrays()), "a concurrent reader is not affected"
 
 
@@ -229,7 +229,7 @@ def test_an_uploaded_folder_keeps_its_files_and_their_places(any_store: Store, t
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_checkpoints_replace_each_other_and_tidy_up(any_store: Store, said: list[str]) -> None:
+def test_checkpoints_replace_each_other_and_tidy_up(any_store: Store, logged: list[str]) -> None:
     assert any_store.load_checkpoint(KEY) is None
     for number in range(3):
         any_store.save_checkpoint(KEY, {"round": number}, {"w": arrays(number), "kept": arrays(-1.0)})
@@ -239,4 +239,4 @@ def test_checkpoints_replace_each_other_and_tidy_up(any_store: Store, said: list
     assert any_store.get(KEY) is None
     any_store.drop_checkpoint(KEY)
     any_store.drop_checkpoint(KEY)
-    assert any_store.load_checkpoint(KEY) is None and not any_store.files.names(f"checkpoints/{KEY}") and not said
+    assert any_store.load_checkpoint(KEY) is None and not any_store.files.names(f"checkpoints/{KEY}") and not logged

@@ -38,7 +38,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("kind", ["objects", "checkpoints"])
-def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], damage: str, kind: str) -> None:
+def test_a_damaged_payload_is_logged_and_is_absent(store: Store, logged: list[str], damage: str, kind: str) -> None:
     put: Any = {"objects": store.put, "checkpoints": store.save_checkpoint}[kind]
     get = {"objects": store.get, "checkpoints": store.load_checkpoint}[kind]
     put(KEY, FACTS, {"p": arrays()})
@@ -46,14 +46,14 @@ def test_a_damaged_payload_is_said_and_is_absent(store: Store, said: list[str], 
     path = payload(store, kind)
     do(path)
     assert get(KEY) is None
-    (line,) = said
+    (line,) = logged
     assert KEY in line and "damaged" in line and path.name in line and why in line and "\n" not in line
-    assert get(KEY) is None and len(said) == 1, "it is removed, so it is logged once"
+    assert get(KEY) is None and len(logged) == 1, "it is removed, so it is logged once"
     if path.is_dir():
         path.rmdir()
     put(KEY, FACTS, {"p": arrays()})
     again = get(KEY)
-    assert again is not None and same(again.load("p"), arrays()) and len(said) == 1
+    assert again is not None and same(again.load("p"), arrays()) and len(logged) == 1
 
 
 def reseal(path: Path, **changes: object) -> None:
@@ -77,21 +77,21 @@ def reseal(path: Path, **changes: object) -> None:
         lambda p: reseal(p, facts={"a": float("nan")}),
     ],
 )
-def test_a_damaged_manifest_is_said_and_is_absent(
-    store: Store, said: list[str], spoil: Callable[[Path], object]
+def test_a_damaged_manifest_is_logged_and_is_absent(
+    store: Store, logged: list[str], spoil: Callable[[Path], object]
 ) -> None:
     store.put(KEY, FACTS, {"p": arrays()})
     spoil(Path(store.local_root or "") / "objects" / KEY / "manifest.json")
     assert store.get(KEY) is None
-    assert len(said) == 1 and f"stage result {KEY} is damaged (manifest.json: " in said[0]
+    assert len(logged) == 1 and f"stage result {KEY} is damaged (manifest.json: " in logged[0]
     store.put(KEY, FACTS, {"p": arrays()})
     assert store.get(KEY) is not None
 
 
-def test_a_result_moved_to_another_key_is_not_taken_for_it(store: Store, said: list[str]) -> None:
+def test_a_result_moved_to_another_key_is_not_taken_for_it(store: Store, logged: list[str]) -> None:
     store.put(KEY, FACTS)
     shutil.copytree(Path(store.local_root or "") / "objects" / KEY, Path(store.local_root or "") / "objects" / "b-1")
-    assert store.get("b-1") is None and "it is for" in said[0]
+    assert store.get("b-1") is None and "it is for" in logged[0]
 
 
 def test_a_payload_lost_after_get_is_a_corrupt_result(store: Store) -> None:

@@ -78,7 +78,7 @@ def killed_at_every_step(
 
 
 def test_O12_a_kill_at_any_step_leaves_all_or_nothing(
-    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+    store: Store, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = {"a": arrays(1.0), "b": arrays(2.0)}
 
@@ -95,11 +95,11 @@ def test_O12_a_kill_at_any_step_leaves_all_or_nothing(
                 path.unlink()
 
     steps = killed_at_every_step(store, monkeypatch, lambda: store.put(KEY, FACTS, parts), check)
-    assert steps >= 3 * len(("open", "write", "fsync", "close", "replace")) and not said
+    assert steps >= 3 * len(("open", "write", "fsync", "close", "replace")) and not logged
 
 
 def test_O12_a_kill_at_any_step_leaves_the_old_checkpoint_or_the_new(
-    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch
+    store: Store, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = arrays(1.0), arrays(2.0)
     store.save_checkpoint(KEY, {"round": 1}, {"w": old})
@@ -115,7 +115,7 @@ def test_O12_a_kill_at_any_step_leaves_the_old_checkpoint_or_the_new(
         store.save_checkpoint(KEY, {"round": 2}, {"w": new})
 
     killed_at_every_step(store, monkeypatch, work, check)
-    assert not said
+    assert not logged
 
 
 CHILD = """
@@ -140,7 +140,7 @@ print("done")
 
 
 @pytest.mark.parametrize("at", [3, 7, 14])
-def test_O12_a_really_killed_process_leaves_something_whole(tmp_path: Path, said: list[str], at: int) -> None:
+def test_O12_a_really_killed_process_leaves_something_whole(tmp_path: Path, logged: list[str], at: int) -> None:
     """fsync 1-4 are the first checkpoint (payload, folder, manifest, folder), 5-8 the second, 13-16 the result."""
 
     def child(kill_at: int) -> int:
@@ -149,12 +149,12 @@ def test_O12_a_really_killed_process_leaves_something_whole(tmp_path: Path, said
         return subprocess.run(argv, env=os.environ | {"PYTHONPATH": path}, capture_output=True).returncode
 
     assert child(at) == -signal.SIGKILL
-    store = Store(str(tmp_path), log=said.append)
+    store = Store(str(tmp_path), log=logged.append)
     checkpoint = store.load_checkpoint("k-1")
     assert (None if checkpoint is None else checkpoint.facts["n"]) == {3: None, 7: 0, 14: 2}[at]
     if checkpoint is not None:
         assert (checkpoint.load("w")["w"] == checkpoint.facts["n"]).all()
-    assert store.get("k-1") is None and child(0) == 0 and not said
+    assert store.get("k-1") is None and child(0) == 0 and not logged
     done = store.get("k-1")
     assert done is not None and (done.load("w")["w"] == 3).all() and store.load_checkpoint("k-1") is None
 
@@ -162,7 +162,7 @@ def test_O12_a_really_killed_process_leaves_something_whole(tmp_path: Path, said
 # ---------------------------------------------------------------- neighbours
 
 
-def test_two_threads_committing_one_key_never_show_a_mixture(store: Store, said: list[str]) -> None:
+def test_two_threads_committing_one_key_never_show_a_mixture(store: Store, logged: list[str]) -> None:
     """Two writers disagree on purpose; every reader sees one's whole result or the other's."""
     start, wrong, done = threading.Barrier(3), [], threading.Event()
 
@@ -188,10 +188,10 @@ def test_two_threads_committing_one_key_never_show_a_mixture(store: Store, said:
         thread.join()
     done.set()
     reader.join()
-    assert not wrong and not said and store.get(KEY) is not None
+    assert not wrong and not logged and store.get(KEY) is not None
 
 
-def test_two_processes_committing_one_key_both_succeed(tmp_path: Path, said: list[str]) -> None:
+def test_two_processes_committing_one_key_both_succeed(tmp_path: Path, logged: list[str]) -> None:
     code = (
         "import sys, numpy as np; from mosaic_ray.storage.store import Store\n"
         "s = Store(sys.argv[1])\nsys.stdin.read(1)\n"
@@ -207,8 +207,8 @@ def test_two_processes_committing_one_key_both_succeed(tmp_path: Path, said: lis
     for child in children:
         child.communicate(b"g")
     assert [child.returncode for child in children] == [0, 0]
-    got = Store(str(tmp_path), log=said.append).get("k-1")
-    assert got is not None and not said and (got.load("p")["w"] == int(got.facts["n"])).all()
+    got = Store(str(tmp_path), log=logged.append).get("k-1")
+    assert got is not None and not logged and (got.load("p")["w"] == int(got.facts["n"])).all()
 
 
 def test_a_folder_dropped_by_a_neighbour_is_made_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

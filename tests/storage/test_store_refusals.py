@@ -63,7 +63,7 @@ def test_a_nearly_full_disk_is_refused_before_the_run(store: Store, monkeypatch:
     "code, word", [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EIO, "")]
 )
 def test_a_disk_that_fills_up_is_a_run_error_and_shows_nothing(
-    store: Store, said: list[str], monkeypatch: pytest.MonkeyPatch, code: int, word: str
+    store: Store, logged: list[str], monkeypatch: pytest.MonkeyPatch, code: int, word: str
 ) -> None:
     def write(descriptor: int, data: bytes) -> int:
         raise OSError(code, os.strerror(code))
@@ -76,21 +76,21 @@ def test_a_disk_that_fills_up_is_a_run_error_and_shows_nothing(
             store.put(KEY, {"n": 2}, {"p": arrays(2.0)})
     assert caught.value.stage == "warmup" and "\n" not in str(caught.value)
     got = store.get(KEY)
-    assert got is not None and got.facts == {"n": 1} and not said
+    assert got is not None and got.facts == {"n": 1} and not logged
     assert not list(Path(store.local_root or "").rglob("*.tmp")), "a full disk is not filled with remains"
 
 
-def test_a_really_full_disk(tmp_path: Path, said: list[str]) -> None:
+def test_a_really_full_disk(tmp_path: Path, logged: list[str]) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         assert "full" in refused(str(disk))
-        store = Store(str(disk), log=said.append)
+        store = Store(str(disk), log=logged.append)
         store.put("small-1", {"n": 1}, {"p": arrays()})
         with pytest.raises(RunError, match="no space left"):
             store.put(KEY, {}, {"p": {"w": np.zeros(2 << 20, np.uint8)}})
         got = store.get("small-1")
-        assert store.get(KEY) is None and got is not None and same(got.load("p"), arrays()) and not said
+        assert store.get(KEY) is None and got is not None and same(got.load("p"), arrays()) and not logged
         store.put(KEY, {}, {"p": {"w": np.zeros(1 << 19, np.uint8)}})
-        assert store.get(KEY) is not None, "the failed attempt gave its room back"
+        assert store.get(KEY) is not None, "the failed attempt freed its space"
 
 
 @contextlib.contextmanager

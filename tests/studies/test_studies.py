@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 from helpers import TASKS, TINY, stripes, stripes_dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,7 +124,7 @@ def test_generator_quality_writes_its_files_and_is_cached(data, tmp_path, monkey
         assert 1 <= row["inception_score"] <= 3
         assert sum(row["class_share"]) == pytest.approx(1)
     own, judge = found["rows"][:2]
-    assert own["fid"] != judge["fid"], "the judge took part"
+    assert own["fid"] != judge["fid"], "both classifiers are the same"
     assert set(found["keys"]) == {path.name for path in (tmp_path / "objects").iterdir()}
     forbid(monkeypatch, "train", "generate")
     assert run(generator_quality.STUDY, config, tmp_path, (0, 1)) == found

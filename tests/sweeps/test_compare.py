@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from door import ask, refusal
+from cli_runner import ask, refusal
 
 from mosaic_ray.cli.request import compare_plan, sweep_request
 from mosaic_ray.core.errors import RequestError
@@ -34,7 +34,7 @@ LAB = Path(__file__).parents[1] / "plugins/lab"
 
 
 def test_compare_takes_plugins(tmp_path, monkeypatch):
-    """A method and a strategy are told apart by what the object is."""
+    """The object's class decides whether it is a method or a strategy."""
     monkeypatch.chdir(tmp_path)
     for name in ("nearest_mean", "median"):
         shutil.copy(LAB / f"{name}.py", tmp_path)

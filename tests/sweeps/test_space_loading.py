@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from door import refused_by
+from cli_runner import refused_by
 
 from mosaic_ray.sweeps.space import Choice, load_space
 

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runner import ask, refusal
 from click.testing import Result
-from door import ask, refusal
 
 from mosaic_ray.cli.request import parse_config
 from mosaic_ray.config.resolve import flatten

@@ -35,7 +35,7 @@ GIB = 2**30
 #: (CPUs, bytes) of the pretended nodes, the driver's first: enough for three trials at once, or six client hosts.
 NODES = ((2, 5 * GIB), (1, 2 * GIB))
 
-#: A plan takes half a minute, or with Ray Train a few of them; what takes this long hangs.
+#: A plan takes half a minute, or with Ray Train a few of them; a plan that takes this long hangs.
 PATIENCE_SECONDS = 420.0
 
 KNOBS = {

@@ -42,7 +42,7 @@ class Strategy:
         """Raise ``RequestError`` where ``config`` asks for something that this strategy cannot do."""
 
     def joined(self, others: Sequence[Strategy]) -> Strategy:
-        """Return one strategy that does what this one and ``others`` do; ``RequestError`` where two conflict."""
+        """Return one strategy that combines this one and ``others``; ``RequestError`` if two conflict."""
         return Combined([self, *others])
 
     def channel_indices(
@@ -56,7 +56,7 @@ class Strategy:
         return {}
 
     def receive(self, weights: Weights, state: Weights) -> Weights:
-        """Return the weights that a client begins with: those that it was sent, changed by its own ``state``."""
+        """Return the weights that a client begins with: the received ``weights``, changed by its own ``state``."""
         return weights
 
     def objective(self, start: LocalStart) -> Objective:
@@ -66,7 +66,7 @@ class Strategy:
         return Objective()
 
     def aggregator(self, start: RoundStart) -> RoundAggregator:
-        """Return what turns the updates of one round, added in client order, into new models."""
+        """Return the object that adds the updates of one round, in client order, and makes new models of them."""
         from ..client_models import RoundAggregator
 
         return RoundAggregator(start)

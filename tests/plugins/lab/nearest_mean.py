@@ -19,7 +19,7 @@ class NearestMeanKnobs:
 MEANS = Stage(
     "class_means",
     version=1,
-    knobs=lambda inputs: own_knobs(inputs.config, "nearest_mean"),  # what the result depends on
+    knobs=lambda inputs: own_knobs(inputs.config, "nearest_mean"),  # the result depends on these
     compute=f"{__name__}:fit_means",
     upstream=("warmup", "prototypes"),
     role="distilled",  # its model is the student: accuracy.distilled
