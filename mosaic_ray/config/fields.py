@@ -60,7 +60,7 @@ class Knob:
 
     @property
     def kind(self) -> Any:
-        """Return the type of its settled values: that of the number where it may be ``auto``."""
+        """Return the type of its settled values: the type of the number if the knob may be ``auto``."""
         return _NUMBER_OF.get(self.type, self.type)
 
 

@@ -13,7 +13,7 @@ from .ray_session import Resources, connect, in_all, local_resources, machines_t
 #: The most clients that share a GPU: more of them only wait for one another.
 MOST_ON_A_GPU = 16
 
-#: The share of a client whose memory is unknown.
+#: The share of a client if its memory is unknown.
 USUAL_SHARE = 0.25
 
 

@@ -37,7 +37,7 @@ MOST_DIFFERENCES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFile:
-    """The request in plan.json, to which ``SweepState`` adds the session and what was settled.
+    """The request in plan.json, to which ``SweepState`` adds the session and the settled knobs.
 
     ``knobs`` are domains in words, ``points`` None where a search finds them.
     """
@@ -52,7 +52,7 @@ class PlanFile:
     base: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of plan.json, to which ``SweepState`` adds the session and what was settled."""
+        """Return the content of plan.json, to which ``SweepState`` adds the session and the settled knobs."""
         return asdict(self)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which devices a run uses: what ``auto`` becomes, what is refused, and what a share of a GPU may not change."""
+"""The devices of a run: the settled value of ``auto``, refusals, and equal numbers for any share of a GPU."""
 
 from __future__ import annotations
 
