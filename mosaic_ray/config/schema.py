@@ -86,6 +86,11 @@ class WarmupConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
+    family: str = knob(
+        "dcgan",
+        "what a client trains: a GAN, a GAN whose players get labels, or a variational autoencoder that gets labels",
+        choices=("dcgan", "cgan", "cvae"),
+    )
     stage: str = knob(
         "after_warmup",
         "which weights the generators are trained beside (G9): the converged or the initial ones",
@@ -100,24 +105,34 @@ class GeneratorConfig:
     gan_range: str = knob(
         "pm1_then_renorm", "range of the real images in the game (D11)", choices=("model_norm", "pm1_then_renorm")
     )
-    lambda_e: float = knob(1.0, "weight of the entropy loss; of the label's cross-entropy where conditional", low=0.0)
-    lambda_d: float = knob(5.0, "weight of the diversity loss; none where conditional", low=0.0)
+    lambda_e: float = knob(1.0, "weight of the entropy loss; of the label's cross-entropy with cgan", low=0.0)
+    lambda_d: float = knob(5.0, "weight of the diversity loss; none with cgan", low=0.0)
     lambda_i: float = knob(10.0, "weight of the inversion loss", low=0.0)
     inversion_scale: float = knob(1e-3, "scale of the inversion sum before lambda_i", low=0.0)
     tau: int = knob(300, "clients with fewer samples than this use the inversion loss", low=0)
     div_support: str = knob("owned", "classes that diversity spreads over (G8)", choices=("all", "owned"))
     drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
     gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
-    conditional: bool = knob(False, "class-conditional: draw labels that the client owns, as input of both players")
+    conditional: bool = knob(False, "another way to ask for generator.family = cgan")
     latent_dim: int = knob(100, "size of z", low=1)
     ngf: int = knob(64, "generator channels", low=1)
     ndf: int = knob(64, "discriminator channels", low=1)
     steps: int = knob(800, "steps per client; unused when epochs > 0", low=1)
     epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
     batch_size: int = knob(64, "images per step", low=1)
-    lr: float = knob(2e-4, "Adam learning rate of both players", above=0.0)
+    lr: float = knob(0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae", low=0.0)
     beta1: float = knob(0.5, "Adam beta1", low=0.0, high=0.9999)
     beta2: float = knob(0.999, "Adam beta2", low=0.0, high=0.99999)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the generator takes the label of the image to draw."""
+        return self.conditional or self.family != "dcgan"
+
+    @property
+    def learning_rate(self) -> float:
+        """``lr``, or the family's own where that is 0."""
+        return self.lr or (2e-3 if self.family == "cvae" else 2e-4)
 
 
 @dataclass(frozen=True)

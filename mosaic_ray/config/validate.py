@@ -5,8 +5,14 @@ from __future__ import annotations
 import re
 
 from ..core.errors import RequestError, neighbours
-from .fields import shown
+from .fields import changed_knobs, shown
 from .schema import ExperimentConfig
+
+#: Knobs of generators that only a GAN's training reads.
+GAN_ONLY = {
+    "classifier_source", "classifier_mode", "classifier_epochs", "discriminator", "gan_range", "lambda_e", "lambda_d",
+    "lambda_i", "inversion_scale", "tau", "div_support", "beta1", "beta2",
+}  # fmt: skip
 
 
 def check(config: ExperimentConfig) -> ExperimentConfig:
@@ -70,9 +76,16 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"meta.data = {config.meta.data}: with clients of several widths or networks it takes prototypes",
     )
     need(
-        not config.generator.conditional or not config.generator.drop_class0_bug,
-        "generator.conditional = true: the class that generator.drop_class0_bug leaves out could not be drawn",
+        not config.generator.labelled or not config.generator.drop_class0_bug,
+        f"generator.{'conditional = true' if config.generator.conditional else f'family = {config.generator.family}'}: "
+        "the class that generator.drop_class0_bug leaves out could not be drawn",
     )
+    if config.generator.family == "cvae":
+        without = changed_knobs(config.generator).keys() & GAN_ONLY
+        need(
+            not without,
+            f"generator.{min(without, default='')}: only a GAN has it, and generator.family = cvae",
+        )
     need(cohort <= clients, f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)")
     least, asked = config.federation.min_cohort, cohort or clients
     need(

@@ -13,6 +13,7 @@ from ..federated.client_models import Models
 from ..federated.local_training import LocalTrainingConfig, Shard, train_locally
 from ..models.state_dict import to_weights
 from ..models.submodel import ChannelIndices
+from .cvae_training import train_cvae
 from .generator_training import TrainedGenerator, train_generator
 from .prototypes import client_prototypes
 
@@ -50,9 +51,13 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
             fresh_address = (config.seed, "generator/fresh", 0, client_id)
             train_locally(classifier, shard, plan, context.facts, fresh_address, config.runtime.precision)
         targets, address = federation.submodel(client_id, broadcast, own.indices), (config.seed, client_id)
-        made = train_generator(classifier, targets, shard, knobs, context.facts, address, config.runtime.precision)
+        facts, precision = context.facts, config.runtime.precision
+        if knobs.family == "cvae":
+            made = train_cvae(classifier, shard, knobs, facts, address, precision)
+        else:
+            made = train_generator(classifier, targets, shard, knobs, facts, address, precision)
         if not all(map(math.isfinite, made.figures.values())):
-            raise RunError(f"its generator diverged (generator.lr {knobs.lr:g})", client=client_id)
+            raise RunError(f"its generator diverged (generator.lr {knobs.learning_rate:g})", client=client_id)
         return made
 
 

@@ -1,6 +1,6 @@
 """Train a client's generator: a small GAN on local data, steered by the local classifier (docs/algorithm.md stage G).
 
-With ``generator.conditional`` generator and discriminator also get labels y, drawn with the client's label frequencies
+With ``generator.family = cgan`` both players also get labels y, drawn with the client's label frequencies
 q_c = n_{k,c} / n_k. L_ent + L_div is minus the mutual information of an image and its predicted class. The mutual
 information of an image and its label is at least H(q) - L_y, with L_y the classifier's cross-entropy on y (Barber &
 Agakov 2003). So L_y with weight lambda_e replaces both terms; lambda_d and div_support are not used. For a batch with
@@ -117,7 +117,7 @@ def real_batches(
 
 
 class TrainedGenerator(NamedTuple):
-    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, rows [step, loss_g, loss_d, entropy, diversity].
+    """Weights, ``NUM_SAMPLES`` uint8 images, health figures, and a curve of rows [step, *losses named in ``losses``].
 
     ``progress``: ``images`` uint8 [T, n, channels, H, W] of the same latents after ``steps`` int64 [T].
     """
@@ -127,6 +127,7 @@ class TrainedGenerator(NamedTuple):
     figures: dict[str, float]
     curve: list[list[float]]
     progress: Weights
+    losses: tuple[str, ...] = ("loss", "discriminator_loss", "entropy", "diversity")
 
 
 def train_generator(
@@ -154,16 +155,16 @@ def train_generator(
             discriminator: nn.Module = build_discriminator(config, *shape).to(device)
         else:
             discriminator = SharedTrunkDiscriminator(classifier, generator.num_classes).to(device)
-    if config.conditional:
+    if config.labelled:
         generator.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
     freeze(classifier)
     classifier.train(config.classifier_mode == "train")
     counts = torch.bincount(shard.labels, minlength=facts.num_classes)
     support = counts > 0 if config.div_support == "owned" else None
     inverts = len(shard) < config.tau and config.lambda_i > 0
-    betas = (config.beta1, config.beta2)
-    adam_g = torch.optim.Adam(generator.parameters(), lr=config.lr, betas=betas)
-    adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=config.lr, betas=betas)
+    lr, betas = config.learning_rate, (config.beta1, config.beta2)
+    adam_g = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
+    adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
     steps, curve, discriminator_hits = num_steps(config, len(shard)), [], []
     snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)

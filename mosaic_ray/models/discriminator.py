@@ -82,7 +82,7 @@ def class_embedding(num_classes: int, dim: int) -> nn.Embedding:
 def build_discriminator(config: GeneratorConfig, channels: int, image_size: int, num_classes: int = 0) -> Discriminator:
     """Build a fresh DCGAN discriminator: 2,759,424 parameters at 32x32x3 with ndf 64, and 512 C more if conditional."""
     check_image_size(image_size)
-    conditioned = num_classes if config.conditional else 0
+    conditioned = num_classes if config.labelled else 0
     return channels_last(Discriminator(config.ndf, channels, *STAGES[image_size], conditioned))
 
 

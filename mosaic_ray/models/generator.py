@@ -54,10 +54,10 @@ def build_generator(config: GeneratorConfig, channels: int, image_size: int, num
     """Build a fresh generator: 3,573,824 parameters (3.57 M in the paper) at 32x32x3 with 100 latents and ngf 64.
 
     With m_i ngf channels in stage i that is ngf (16 (latent_dim m_1 + ngf sum m_i m_{i+1}) + 2 sum m_i + channels
-    m_last); ``num_classes`` C adds latent_dim C where ``config.conditional``, 20,000 for 200 classes.
+    m_last); ``num_classes`` C adds latent_dim C where ``config.labelled``, 20,000 for 200 classes.
     """
     check_image_size(image_size)
-    conditioned = num_classes if config.conditional else 0
+    conditioned = num_classes if config.labelled else 0
     return channels_last(Generator(config.latent_dim, config.ngf, channels, STAGES[image_size], conditioned))
 
 

@@ -31,6 +31,9 @@ from ...tracking.progress import StageProgress
 MAX_LEASES = 256
 
 
+#: The curve of generators that were stored without the names of their losses.
+GAN_LOSSES = ("loss", "discriminator_loss", "entropy", "diversity")
+
 #: Prototypes by the architecture of the clients that made them: each has a feature space of its own.
 PrototypesOf = dict[str, Prototypes]
 
@@ -120,7 +123,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generator
         for name, value in result.facts["figures"].items():
             ctx.tracker.scalar(stage.name, f"generator/{name}", client_id, value)
         for row in result.facts["curve"]:
-            for name, value in zip(("loss", "discriminator_loss", "entropy", "diversity"), row[1:], strict=True):
+            for name, value in zip(result.facts.get("losses", GAN_LOSSES), row[1:], strict=True):
                 ctx.tracker.scalar(stage.name, f"generator_{client_id:03d}/{name}", int(row[0]), value)
     return Generators(key, clients, results)
 
@@ -199,7 +202,7 @@ def _computed(
     )  # fmt: skip
     for client_id, made in arrivals:
         facts = {
-            "figures": made.figures, "curve": made.curve,
+            "figures": made.figures, "curve": made.curve, "losses": list(made.losses),
             "findings": [f.to_json() for f in generator_findings(client_id, made.figures)],
             "communication": asdict(size_of(made.weights)),
         }  # fmt: skip

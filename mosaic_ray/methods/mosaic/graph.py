@@ -32,11 +32,13 @@ def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
     """A client with n_k >= tau never meets the inversion term: its key leaves the term out (O15)."""
     section = inputs.config.generator
     small = inputs.sizes is None or inputs.sizes[client_id] < section.tau
-    inverts = small and section.lambda_i * section.inversion_scale != 0
-    without = () if inverts else ("tau", "lambda_i", "inversion_scale")
-    if section.conditional:  # the label takes the place of diversity
+    inverts = section.family != "cvae" and small and section.lambda_i * section.inversion_scale != 0
+    without = ("family", "conditional", *(() if inverts else ("tau", "lambda_i", "inversion_scale")))
+    if section.labelled:  # the label takes the place of diversity
         without = (*without, "lambda_d", "div_support")
-    return {"client": client_id, "inverts": inverts, "generator": changed_knobs(section, *without)}
+    family = {"conditional": True} if section.labelled else {}
+    family |= {"family": section.family} if section.family == "cvae" else {}
+    return {"client": client_id, "inverts": inverts, "generator": changed_knobs(section, *without) | family}
 
 
 def _generator_work(config: ExperimentConfig) -> Work:

@@ -24,7 +24,7 @@ class Mosaic(Method):
     def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
         from ...models.classifiers import norm_depths
 
-        if not (config.generator.lambda_i > 0 and config.generator.tau > 0):
+        if config.generator.family == "cvae" or not (config.generator.lambda_i > 0 and config.generator.tau > 0):
             return
         for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
             if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name):
