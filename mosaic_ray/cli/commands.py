@@ -15,7 +15,7 @@ from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from .data import data
 from .group import CommandGroup, resume_command
-from .options import RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
+from .options import GRID, RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
 from .request import cluster_request, parse_address, parse_config
 from .store import store
 from .study import experiment
@@ -136,19 +136,21 @@ def report(path: str, out: str | None) -> None:
 @click.option("--address", metavar="auto|local|HOST:PORT", help="The Ray cluster for --ray.")
 @click.option("--cluster", metavar="FILE.yaml", help="Check instead whether the request works on this file's cluster.")
 @click.option("--space", metavar="NAME|module:function|FILE.py", help="With --cluster: the request is a sweep.")
+@GRID
 @click.pass_context
 def doctor(
     ctx: click.Context, storage: str | None, try_ray: bool, address: str | None, cluster: str | None, space: str | None,
-    **typed: Any,
+    grid: tuple[str, ...], **typed: Any,
 ) -> None:  # fmt: skip
     """Check this machine (or a cluster's file) and say how to fix each problem. Exits with 1 if there is one."""
     if cluster is not None:
         from ..deploy.cluster_lint import examine_cluster
 
-        findings = examine_cluster(cluster, cluster_request(space, typed), storage)
+        findings = examine_cluster(cluster, cluster_request(space, grid, typed), storage)
     else:
-        if space is not None:
-            raise RequestError(f"--space {space}: it goes with --cluster FILE.yaml")
+        if space is not None or grid:
+            option = f"--grid {grid[0]}" if space is None else f"--space {space}"
+            raise RequestError(f"{option}: it goes with --cluster FILE.yaml")
         config, address = parse_config(**typed), parse_address(address)
         from ..deploy.doctor import examine
 

@@ -35,6 +35,10 @@ REQUEST: dict[str, Callable[..., Any]] = {
     "config": click.option("--config", metavar="FILE.toml", help="Knobs from a file."),
 }
 
+GRID = click.option(
+    "--grid", multiple=True, metavar="KNOB=A,B,...", help="Try these values of a knob instead of a space; repeatable."
+)
+
 #: The options in ``RunOptions``.
 _RUN: dict[str, Callable[..., Any]] = {
     "storage": click.option(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import plugins
 from ..config.registry import DATASETS
-from ..config.resolve import check_value, read_toml, resolve
+from ..config.resolve import KNOBS, check_value, read_toml, resolve
 from ..config.schema import DataConfig, ExperimentConfig
 from ..config.user_code import load_object
 from ..core.errors import RequestError, neighbours
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 ConfigOptions = Mapping[str, Any]
 
 
+#: One value of ``--grid``: commas inside brackets and quotes do not end it.
+_GRID_VALUE = re.compile(r"""(?:\[[^][]*\]|"[^"]*"|'[^']*'|[^,])+""")
+
+
 def sweep_request(
-    space: str,
+    space: str | None,
     options: ConfigOptions,
     *,
+    grid: Sequence[str] = (),
     search: str | None = None,
     samples: str | None = None,
     seeds: str | None = None,
@@ -36,7 +41,8 @@ def sweep_request(
 ) -> SweepRequest:
     """Return the sweep that a command line asks for; all values are as typed.
 
-    ``space``: name, module:function or file of the plan; where ``plan`` is given, its name.
+    ``space``: name, module:function or file of the plan; where ``plan`` is given, its name. ``grid``: the knobs and
+    values to try in place of a space.
     """
     from ..sweeps.runner import SCHEDULERS, SWEEP_BASE, SweepRequest
     from ..sweeps.space import SEARCHES, check_space, load_space
@@ -44,18 +50,28 @@ def sweep_request(
     for option, word, known in (("search", search, SEARCHES), ("scheduler", scheduler, SCHEDULERS)):
         if word is not None and word not in known:
             raise RequestError(f"--{option} {word}: it takes {', '.join(known)}")
-    named, plan = (space, plan) if plan else load_space(space)
+    if space and grid:
+        raise RequestError(f"--grid {grid[0]}: --space {space} lists what to try as well; give one of them")
+    named = space or "--grid"
+    if plan is None and space:
+        named, plan = load_space(space)
     sets = (item.partition("=") for item in options.get("sets", ()))
     knobs = {KNOB_OF_OPTION[name]: word for name, word in _typed_knobs(options).items()}
     file = read_toml(options["config"]) if options.get("config") else {}
     plugins.load_named(file | {key.strip(): value.strip() for key, _, value in sets} | knobs)
+    plan = plan or grid_plan(grid)
     check_space(named, plan)
     swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
+    swept = {plugins.ALIASES.get(knob, knob) for knob in swept}
     typed = {_spelled(name, word): KNOB_OF_OPTION[name] for name, word in _typed_knobs(options).items()}
     typed |= {f"--set {item}": item.partition("=")[0].strip() for item in options.get("sets", ())}
     for option, knob in typed.items():
-        if knob in swept:
-            raise RequestError(f"{option}: space {named} tries values of {knob} itself")
+        if plugins.ALIASES.get(knob, knob) in swept:
+            source = named if grid else f"space {named}"
+            instead = f"give your values of it as --grid {knob}=A,B,... in place of --space, or another --space"
+            if grid or named == "compare":
+                instead = "give one of them" if grid else "--methods names what to compare"
+            raise RequestError(f"{option}: {source} tries values of {knob} itself; {instead}")
     preset = {"preset": plan.preset} if plan.preset else {}
     config = parse_config(base=SWEEP_BASE | preset | dict(plan.base), **options)
     return SweepRequest(
@@ -63,6 +79,36 @@ def sweep_request(
         seeds=parse_seeds(seeds, config.seed if "seed" in typed.values() else None), scheduler=scheduler,
         max_concurrent=parse_count("max-concurrent", max_concurrent),
     )  # fmt: skip
+
+
+def grid_plan(words: Sequence[str]) -> SweepPlan:
+    """Return the plan of all combinations of the values in ``words``, each of the form KNOB=A,B,...
+
+    Values are read as ``--set`` reads them; a list stands in brackets, text with commas in quotes.
+    """
+    from ..sweeps.space import Choice, SweepPlan, check_space
+
+    texts: dict[str, list[str]] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        knob, values = plugins.ALIASES.get(name.strip(), name.strip()), _GRID_VALUE.findall(text)
+        if not (knob and text.strip() and ",".join(values) == text):
+            raise RequestError(f"--grid {word}: it takes KNOB=A,B,..., such as partition.omega=0.01,0.1,1")
+        if knob in texts:
+            raise RequestError(f"--grid {word}: another --grid has values of {knob}; give them all in one")
+        texts[knob] = [value.strip() for value in values]
+        for value in texts[knob]:
+            plugins.load_named({knob: value})
+    knobs: dict[str, Any] = {}
+    for word, (knob, values) in zip(words, texts.items(), strict=True):
+        try:
+            if knob in KNOBS and KNOBS[knob].type is str:
+                values = [re.sub(r"""^(["'])(.*)\1$""", r"\2", value) for value in values]
+            knobs[knob] = Choice(tuple(check_value(knob, value, text=True) for value in values))
+        except RequestError as error:
+            raise RequestError(f"--grid {word}: {error}") from None
+        check_space(f"--grid {word}", SweepPlan(summary="a grid", knobs={knob: knobs[knob]}))
+    return SweepPlan(summary=f"a grid over {', '.join(knobs)}", knobs=knobs)
 
 
 def compare_plan(methods: str) -> SweepPlan:
@@ -98,18 +144,18 @@ def _compared(word: str) -> dict[str, str]:
     return {"method": method, "federation.strategy": strategy}
 
 
-def cluster_request(space: str | None, options: ConfigOptions) -> ClusterRequest:
-    """Return the request to check against a cluster: a sweep of ``space``, or a run where that is None."""
+def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptions) -> ClusterRequest:
+    """Return the request to check against a cluster: a sweep of ``space`` or ``grid``, or a run without both."""
     from ..deploy.capacity import ClusterRequest, fit_of_run, fit_of_sweep
     from ..execution.devices import settle
     from ..sweeps.runner import prepare, resources_of
 
-    if space is None:
+    if space is None and not grid:
         config = parse_config(**options)
         return ClusterRequest(
             lambda there: [settle(config, there)], lambda nodes, _, there: fit_of_run(settle(config, there), nodes)
         )
-    request = sweep_request(space, options)
+    request = sweep_request(space, options, grid=grid)
     prepare(request)  # refuses it before the file is read
     return ClusterRequest(
         lambda there: prepare(request, there=there).configs,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..core.errors import RequestError
-from .options import RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
+from .options import GRID, RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
 from .request import compare_plan, sweep_request
 
 if TYPE_CHECKING:
@@ -25,20 +26,25 @@ _AT_ONCE = click.option("--max-concurrent", metavar="N", help="The most trials a
     "--space", default="lambdas_omega", show_default=True, metavar="NAME|module:function|FILE.py",
     help="The space to search; see `mosaic spaces`.",
 )  # fmt: skip
+@GRID
 @click.option("--search", metavar="grid|random|optuna", help="How points are chosen; the space has a default.")
 @click.option("--samples", metavar="N", help="Points of a random or optuna search.")
 @click.option("--seeds", metavar="S,S,...", help=_SEEDS.format("point"))
 @click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak ones early.")
 @_AT_ONCE
 @run_options("strict_health", "dry_run")
+@click.pass_context
 def sweep(
-    space: str, search: str | None, samples: str | None, seeds: str | None, scheduler: str, max_concurrent: str | None,
-    place: RunOptions, **typed: Any,
+    ctx: click.Context, space: str | None, grid: tuple[str, ...], search: str | None, samples: str | None,
+    seeds: str | None, scheduler: str, max_concurrent: str | None, place: RunOptions, **typed: Any,
 ) -> None:  # fmt: skip
     """Run many experiments that share their common stages; the same command again resumes them."""
+    if grid and ctx.get_parameter_source("space") is ParameterSource.DEFAULT:
+        space = None
     request = sweep_request(
-        space, typed, search=search, samples=samples, seeds=seeds, scheduler=scheduler, max_concurrent=max_concurrent
-    )
+        space, typed, grid=grid, search=search, samples=samples, seeds=seeds, scheduler=scheduler,
+        max_concurrent=max_concurrent,
+    )  # fmt: skip
     _run(request, place)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ ABANDONED_SECONDS = 3600.0
 PATIENCE_SECONDS = 120.0
 #: The same while storage is opened, when an error is more often a wrong request.
 OPENING_SECONDS = 4.0
+#: Seconds after which storage that is opened counts as silent. Clouds' clients have longer timeouts of their own.
+ANSWER_SECONDS = 30.0
 #: Seconds of retries after which the user gets a message.
 TROUBLE_SECONDS = 5.0
 _PAUSES = (0.1, 5.0)  # seconds: first and longest pause
@@ -187,6 +190,30 @@ class Files:
             except FileNotFoundError:  # a concurrent writer added or removed a folder
                 continue
         return []
+
+
+def answer_of(work: Callable[[], T]) -> T:
+    """Return the result of ``work``; ``OSError`` where it has none after ``ANSWER_SECONDS``. It then works on in vain.
+
+    A thread does the work, since nothing can interrupt the client of a cloud.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def try_it() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise OSError(f"no answer within {ANSWER_SECONDS:g} s")
+    return results[0]
 
 
 def write_whole(target: str | Path, data: bytes) -> None:

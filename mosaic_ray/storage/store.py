@@ -31,7 +31,7 @@ import safetensors.numpy
 
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
-from .filesystem import OPENING_SECONDS, Files
+from .filesystem import OPENING_SECONDS, Files, answer_of
 from .hashing import canonical_json, to_json_value
 from .hashing import stage_key as stage_key  # part of this module's interface
 from .locks import Lease, Leases
@@ -169,9 +169,9 @@ class Store:
         self.log = log or (lambda text: None)
         self.used: set[str] = set()  #: keys of results that this store found or wrote
         try:
-            self.files = Files(*open_uri(self.uri))  #: by names relative to the storage
+            self.files = Files(*answer_of(lambda: open_uri(self.uri)))  #: by names relative to the storage
             self.files.log = lambda text: self.log(f"{self.uri}: {text}")
-            if not create and not self._impatient_files().exists():
+            if not create and not answer_of(self._impatient_files().exists):
                 raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
             if self.files.local:
                 os.makedirs(self.files.root, exist_ok=True)
@@ -192,14 +192,18 @@ class Store:
         """Raise ``RequestError`` unless a 1 MiB file can be written and a local disk has ``MIN_FREE_BYTES`` free."""
         files = self._impatient_files()
         probe = f"{OBJECTS}/.probe-{uuid.uuid4().hex}"
+
+        def write_probe() -> None:
+            files.put(probe, bytes(1 << 20))
+            files.delete(probe)
+
         try:
             if self.files.local and (free := shutil.disk_usage(self.files.root).free) < MIN_FREE_BYTES:
                 raise RequestError(
                     f"--storage {self.uri}: the disk is full ({free >> 20} MiB free, "
                     f"{MIN_FREE_BYTES >> 20} MiB needed); free some space or name another folder"
                 )
-            files.put(probe, bytes(1 << 20))
-            files.delete(probe)
+            answer_of(write_probe)
         except OSError as error:
             raise self._request_error(error) from None
 

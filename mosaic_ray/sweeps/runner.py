@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +48,7 @@ class Sweep:
     """A checked request with its search and its trials; ``plan_json`` is the content of plan.json.
 
     ``swept``: names of the knobs that differ between points; ``setting``: the ones that choose data and partition.
+    ``note``: a line for the user, empty where there is nothing to say.
     """
 
     request: SweepRequest
@@ -57,6 +59,7 @@ class Sweep:
     swept: tuple[str, ...]
     setting: tuple[str, ...]
     there: Resources | None = None  # what devices were settled by
+    note: str = ""
 
     @property
     def configs(self) -> list[ExperimentConfig]:
@@ -74,7 +77,7 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None, there
 
     plan, base = request.plan, config or request.config
     check_space(request.space, plan)
-    search = request.search or plan.search
+    search, note, optuna = request.search or plan.search, "", None
     seeds = request.seeds or plan.seeds or (base.seed,)
     samples = request.samples or plan.samples
     if search == "grid":
@@ -83,10 +86,13 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None, there
         points = grid_points(plan)
     elif search == "random":
         points = random_points(plan, samples, base.seed)
+        if len(points) < samples:
+            note = f"--samples {samples}: the space has only {len(points)} points, and each is tried once"
     else:
         if plan.points:
             raise RequestError(f"--search optuna: space {request.space} lists its points; it takes --search grid")
-        points = _extremes(plan)
+        points, optuna = _extremes(plan), importlib.metadata.version("optuna")
+        note = f"points are chosen by the TPE of optuna {optuna}"
     swept = tuple(dict.fromkeys(name for point in points for name in point))
     decide = partial(settle, there=there) if there else (lambda config: config)
     trials = make_trials(base, points, seeds, settle=decide)
@@ -105,9 +111,11 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None, there
         knobs={name: describe(domain) for name, domain in plan.knobs.items()},
         points=None if search == "optuna" else [dict(point) for point in points],
         base=as_dict(request.config),
+        optuna=optuna,
     )
     chosen: Search = OptunaSearch(plan, samples, seeds, base, decide) if search == "optuna" else FixedTrials(trials)
-    return Sweep(request, base, chosen, tuple(trials), plan_file.to_json(), swept, setting_knobs(swept), there)
+    setting = setting_knobs(swept)
+    return Sweep(request, base, chosen, tuple(trials), plan_file.to_json(), swept, setting, there, note)
 
 
 def _extremes(plan: SweepPlan) -> list[dict[str, Any]]:
@@ -183,7 +191,8 @@ def dry_run(request: SweepRequest, storage: str, name: str | None, address: str)
     if search != "optuna":
         work = unique_work([stage_keys(config) for config in sweep.configs], sweep.configs)
     name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
-    return DryRun(name, request.space, search, points, seeds, resources.lines(), work)
+    notes = [sweep.note] if sweep.note else []
+    return DryRun(name, request.space, search, points, seeds, [*notes, *resources.lines()], work)
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ def run(
         if store.local_root and (old := store.local_root / state.place / "results.parquet").exists():
             read_results(old)  # refuses a damaged file
         with SweepView(sweep.search.total, progress=progress) as view:
-            for line in filter(None, [*notes, describe(settle(base, there), there)]):
+            for line in filter(None, [*notes, describe(settle(base, there), there), sweep.note]):
                 view.say(line)
             queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health)
             if queue.has_unfinished():

@@ -9,6 +9,7 @@ import importlib
 import itertools
 import math
 import pkgutil
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +93,15 @@ def _shipped() -> list[str]:
 
 
 def check_space(name: str, plan: SweepPlan) -> None:
-    """``RequestError`` where a plan has an unknown knob or an invalid value, or contradicts itself."""
+    """``RequestError`` where a plan has an unknown knob or an invalid value, or contradicts itself.
+
+    ``name``: a space's, or an option as it was typed.
+    """
     try:
         _check(plan)
     except RequestError as error:
-        raise RequestError(f"--space {name}: {error}") from None
+        what = name if name.startswith("--") else f"--space {name}"
+        raise RequestError(f"{what}: {error}") from None
 
 
 def _need(holds: Any, message: str) -> None:
@@ -194,11 +199,24 @@ def grid_points(plan: SweepPlan) -> list[dict[str, Any]]:
 def random_points(plan: SweepPlan, samples: int, seed: int) -> list[dict[str, Any]]:
     """Draw ``samples`` points; point i's value of a knob comes from the stream (seed, "space", knob, i).
 
-    A larger sweep therefore begins with the points of a smaller one, and another knob changes no value of the rest.
+    A larger sweep therefore begins with the points of a smaller one. Where every knob has a list of values, a point
+    that was drawn before is left out, and ``num_points`` bounds the number of points.
     """
     if plan.points:
         raise RequestError("--search random: the space lists its points; take --search grid")
-    return [{knob: _draw(knob, domain, seed, i) for knob, domain in plan.knobs.items()} for i in range(samples)]
+    most, found = num_points(plan), dict[Any, dict[str, Any]]()
+    for i in itertools.count():
+        if len(found) >= min(samples, most):
+            return list(found.values())
+        point = {knob: _draw(knob, domain, seed, i) for knob, domain in plan.knobs.items()}
+        found.setdefault(i if most == math.inf else tuple(point.values()), point)
+    raise AssertionError("unreachable")
+
+
+def num_points(plan: SweepPlan) -> float:
+    """Return the number of combinations of the knobs; infinity where one is a ``Range``."""
+    sizes = (len(domain.values) if isinstance(domain, Choice) else math.inf for domain in plan.knobs.values())
+    return math.prod(sizes)
 
 
 def _draw(knob: str, domain: Choice | Range, seed: int, index: int) -> Any:
@@ -234,7 +252,9 @@ def describe(domain: Choice | Range) -> str:
 
 
 def _word(value: Any) -> str:
-    """Return a value in the syntax of ``--set``."""
+    """Return a value in the syntax of ``--set``; text that ``--grid`` would split stands in quotes."""
+    if isinstance(value, str) and (not value or value != value.strip() or re.search("[],\"'[]", value)):
+        return f"'{value}'" if '"' in value else f'"{value}"'
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):

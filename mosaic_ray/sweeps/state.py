@@ -39,7 +39,7 @@ MOST_DIFFERENCES = 4
 class PlanFile:
     """The request in plan.json, to which ``SweepState`` adds the session and the settled knobs.
 
-    ``knobs`` are domains in words, ``points`` None where a search finds them.
+    ``knobs`` are domains in words, ``points`` None where a search finds them, ``optuna`` the version that does.
     """
 
     space: str
@@ -50,10 +50,12 @@ class PlanFile:
     knobs: dict[str, Any]
     points: list[dict[str, Any]] | None = None
     base: dict[str, Any] | None = None
+    optuna: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of plan.json, to which ``SweepState`` adds the session and the settled knobs."""
-        return asdict(self)
+        content = asdict(self)
+        return content if self.optuna else {name: value for name, value in content.items() if name != "optuna"}
 
     @staticmethod
     def from_json(value: Any) -> PlanFile:
@@ -100,8 +102,12 @@ def make_trials(
 
 
 def plan_name(plan_json: Mapping[str, Any]) -> str:
-    """Return the default name of a sweep. The same request gives the same name, so that the same command resumes."""
-    space, data = plan_json["space"].removesuffix(".py"), plan_json["base"]["data"]["name"]
+    """Return the default name of a sweep. The same request gives the same name, so that the same command resumes.
+
+    It does not depend on optuna's version: with another one ``SweepState.begin`` refuses to resume.
+    """
+    plan_json = {name: value for name, value in plan_json.items() if name != "optuna"}
+    space, data = plan_json["space"].lstrip("-").removesuffix(".py"), plan_json["base"]["data"]["name"]
     return request_name("sweep", 1, plan_json, plain(space), plain(data))
 
 
@@ -136,7 +142,7 @@ class SweepState:
             self._write("plan.json", {**plan_json, "session": self.session, **settled})
             return
         self.session, self.settled = old.pop("session", None), {n: old.pop(n, value) for n, value in settled.items()}
-        left, right = _flat(old), _flat(plan_json)
+        left, right = _flat({"optuna": plan_json.get("optuna")} | old), _flat(plan_json)  # an older plan names none
         differs = [
             f"{name} {_brief(left.get(name))} there, {_brief(right.get(name))} here"
             for name in dict.fromkeys([*right, *left])

@@ -69,7 +69,8 @@ class StageProgress:
         """Continue from a checkpoint: write its scalars again and count ``done`` units as finished."""
         self.recorded += self._tracker.replay_scalars(self.name, recorded)
         self.done = self.resumed_at = done
-        self._tracker.display.resume(self)
+        if done:
+            self._tracker.display.resume(self)
 
     @property
     def seconds(self) -> float:

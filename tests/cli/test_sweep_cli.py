@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 from cli_runner import ask, refusal
 from click.testing import Result
@@ -19,6 +20,7 @@ from mosaic_ray.config.resolve import resolve
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps.runner import SweepRequest, prepare
 from mosaic_ray.sweeps.space import list_spaces
+from mosaic_ray.sweeps.state import plan_name
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -86,6 +88,29 @@ WRONG = [
     ("--set runtime.cpus_per_client=64", ["runtime.cpus_per_client = 64", "at most"]),
     ("--set distill.workers=2", ["distill.workers = 2", "at most 1"]),
     ("--search optuna --set distill.workers=2", ["distill.workers = 2", "at most 1"]),
+    ("--space smoke --omega 2", ["--grid partition.omega=A,B,... in place of --space", "another --space"]),
+    ("--omega 2", ["--omega 2:", "lambdas_omega", "--grid partition.omega="]),
+    ("--grid partition.omega=1 --space smoke", ["--grid partition.omega=1:", "--space smoke", "one of them"]),
+    ("--space lambdas_omega --grid warmup.lr=1", ["--space lambdas_omega", "one of them"]),
+    ("--grid partition.omega=1,2 --omega 3", ["--omega 3:", "--grid", "partition.omega", "one of them"]),
+    ("--grid federation.strategy=fedavg --set federation.optimiser=fedrolex", ["--set federation.optimiser", "--grid"]),
+    ("--grid partition.omga=1", ["--grid partition.omga=1:", '"partition.omega"']),
+    ("--grid partition.omega=0.1,-1", ["--grid partition.omega=0.1,-1:", "above 0"]),
+    ("--grid warmup.num_rounds=1,2.5", ["--grid warmup.num_rounds=1,2.5:", "whole number"]),
+    ("--grid partition.omega=1,1.0", ["--grid partition.omega=1,1.0:", "1 is there twice"]),
+    ("--grid meta.pool=sum --grid meta.pool=mean", ["--grid meta.pool=mean:", "all in one"]),
+    ("--grid federation.strategy=fedavg --grid federation.optimiser=fedrolex", ["federation.optimiser=", "all in one"]),
+    ("--grid partition.omega=", ["--grid partition.omega=:", "KNOB=A,B,..."]),
+    ("--grid partition.omega", ["--grid partition.omega:", "KNOB=A,B,..."]),
+    ("--grid partition.omega=1,,2", ["--grid partition.omega=1,,2:", "KNOB=A,B,..."]),
+    ("--grid partition.omega=1,", ["--grid partition.omega=1,:", "KNOB=A,B,..."]),
+    ("--grid =1", ["--grid =1:", "KNOB=A,B,..."]),
+    ("--grid ''", ["--grid :", "KNOB=A,B,..."]),
+    ("--grid federation.widths=[1.0,0.5", ["--grid federation.widths=[1.0,0.5:", "a list of numbers"]),
+    ("--grid seed=0,1", ["--grid seed=0,1:", "--seeds"]),
+    ("--grid algorithm=paper,fixed", ["--grid algorithm=paper,fixed:", "--algorithm"]),
+    ("--grid federation.cohort_size=5,15", ["point 1", "federation.cohort_size = 15", "5 clients"]),
+    ("--grid meta.pool=sum,mean --samples 2", ["--samples 2:", "--search random"]),
     ("--set runtime.gpus_per_client=0.5", ["runtime.gpus_per_client = 0.5", "0 runs clients on CPUs"]),
 ]  # fmt: skip
 
@@ -261,6 +286,21 @@ def test_a_dry_run_of_optuna_has_no_work_table():
     assert table(result.stdout) == {}
 
 
+def test_a_dry_run_names_optunas_version():
+    said = sweep("--dry-run", "--grid", "meta.pool=mean,sum", "--search", "optuna", "--samples", "3").stdout
+    assert f"by the TPE of optuna {optuna.__version__}\n" in said
+
+
+def test_a_dry_run_of_a_grid():
+    words = ("--dry-run", "--grid", "partition.omega=0.1,1", "--grid", "distill.temperature=1,2,3")
+    result = sweep(*words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "sweep grid-digits-" in result.stdout and "space --grid, grid search, 6 trials (6 points" in result.stdout
+    assert table(result.stdout)["warmup"] == (6, 2) and table(result.stdout)["distill"] == (6, 6)
+    drawn = sweep(*words, "--search", "random", "--samples", "20").stdout
+    assert "6 trials" in drawn and "--samples 20: the space has only 6 points" in drawn
+
+
 def test_max_concurrent_bounds_the_plan():
     assert "trials at once: 1" in sweep("--dry-run", "--max-concurrent", "1").stdout
     assert "limited by --max-concurrent" in sweep("--dry-run", "--max-concurrent", "1").stdout
@@ -333,6 +373,32 @@ def test_a_typed_seed_replaces_the_seeds_of_the_space(asked, words, seeds):
     sweep = prepare(asked("--space", "mine.py", *shlex.split(words)))
     assert [trial.seed for trial in sweep.trials] == [*seeds, *seeds]
     assert sweep.plan_json["seeds"] == list(seeds)
+
+
+def test_a_grid_is_the_product_of_its_knobs(asked):
+    words = ["federation.widths=[1.0,0.5], [1.0],rho:3", 'data.root="a, b",it\'s', "data.skip_bad=true,false"]
+    grid = [w for word in words for w in ("--grid", word)]
+    request = asked("--preset", "fmnist_small", *grid, "--set", "warmup.lr=1")
+    assert (request.space, request.config.data.name, request.config.warmup.lr) == ("--grid", "fmnist", 1.0)
+    values = [domain.values for domain in request.plan.knobs.values()]
+    assert values == [((1.0, 0.5), (1.0,), "rho:3"), ("a, b", "it's"), (True, False)]
+    assert list(request.plan.knobs) == ["federation.widths", "data.root", "data.skip_bad"]
+
+
+def test_a_grid_has_a_plug_in_and_its_knob(asked, tmp_path):
+    lab = (REPO / "tests/plugins/lab/median.py").read_text()
+    (tmp_path / "mine.py").write_text(lab.replace('"median"', '"mine"'))
+    named = f"federation.strategy={tmp_path}/mine.py:MEDIAN"
+    plan = prepare(asked("--grid", "mine.step=.5,1", "--grid", named)).plan_json
+    assert [point["mine.step"] for point in plan["points"]] == [0.5, 1.0]
+
+
+def test_the_same_grid_resumes_and_another_does_not(asked):
+    def named(*words: str) -> str:
+        return plan_name(prepare(asked(*words)).plan_json)
+
+    name = named("--grid", "meta.pool=mean,sum")
+    assert named("--grid", " meta.pool = mean, sum") == name != named("--grid", "meta.pool=sum")
 
 
 def test_options_reach_the_request(asked):

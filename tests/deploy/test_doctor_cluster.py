@@ -308,6 +308,8 @@ def test_the_plan_of_a_sweep_is_the_sweeps_own(study_context):
     text = plan_lines(examined("aws", same, *half))
     assert re.search(r"trials at once: \d, each 0\.5 GPU", text)
     assert re.search(r"asked for [1-4] of gpu", text)
+    grid = plan_lines(examined("aws", same, "--grid", "meta.pool=sum,mean", *half[2:]))
+    assert re.search(r"trials at once: \d, each 0\.5 GPU", grid)
     lines = findings(examined("aws", same, *half, "--storage", "./here"))
     assert [line for line in lines if re.match(r"problem +plan: .*0 on head, where trials run", line)]
 
@@ -363,6 +365,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(study_context, text, line):
 
 def test_words_that_belong_elsewhere_are_refused(study_context):
     assert "--cluster" in refusal(ask("doctor", "--space", "smoke"))
+    assert "--grid meta.pool=sum: it goes with --cluster" in refusal(ask("doctor", "--grid", "meta.pool=sum"))
     assert "runtime.gpus_per_client" in refusal(
         ask("doctor", "--cluster", "x.yaml", "--set", "runtime.gpus_per_client=-1")
     )

@@ -179,6 +179,23 @@ def test_a_comparison_says_so_and_how_to_do_it_again(tmp_path):
     assert prepare(sweep_request("compare", again, plan=compare_plan(command[3]), seeds="0,1")).plan_json == facts
 
 
+def test_the_command_of_a_grid_names_its_values(tmp_path):
+    given = ("federation.widths=[1.0,0.5],rho:3", "partition.omega=0.1,1", 'data.root="a, b",c')
+    sets = {"seed": None, "sets": ("federation.strategy=fedrolex",)}
+    facts = prepare(sweep_request(None, sets, grid=given, search="optuna", samples="4")).plan_json
+    page = sweep_page.sweep_page(load_sweep(make_sweep(tmp_path / "s", [], **facts)), tmp_path)
+    assert f"optuna search by optuna {facts['optuna']} over" in page.about
+    [section] = [section for section in page.sections if section.title == "Reproduce"]
+    texts = {text.title: text.body for text in section.texts}
+    base = tmp_path / "base.toml"
+    base.write_text(next(body for title, body in texts.items() if "base.toml" in title))
+    command = shlex.split(texts["Command"])
+    words = [word.removeprefix("--grid=") for word in command if word.startswith("--grid=")]
+    again = {"seed": None, "sets": (), "config": str(base)}
+    assert prepare(sweep_request(None, again, grid=words, search="optuna", samples="4", seeds="0")).plan_json == facts
+    assert command[:2] == ["mosaic", "sweep"] and "--space" not in command and "--space takes" not in section.lead
+
+
 @pytest.mark.parametrize("space, options", [("smoke", {}), ("lambdas_omega", {"samples": "3", "seeds": "0,1"})])
 def test_the_command_asks_for_the_same_trials(tmp_path, space, options):
     words = dict.fromkeys(["search", "samples", "seeds", "max_concurrent"]) | {"scheduler": "fifo"} | options

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -337,6 +338,22 @@ class TestRefused:
         monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
         monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
         assert "GOOGLE_APPLICATION_CREDENTIALS" in line("gs://bucket/p")
+
+
+@pytest.mark.parametrize("words", [["run"], ["store", "ls"], ["doctor"]])
+def test_google_that_never_answers_is_given_up(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Google's client itself waits for two minutes."""
+    monkeypatch.setattr(files_module, "ANSWER_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0), backlog=20) as silent:
+        uri = f"gs://anonymous@bucket/p?endpoint_override=127.0.0.1:{silent.getsockname()[1]}&scheme=http"
+        asked = ask(*words, "--storage", uri)
+        silent.settimeout(5)
+        silent.accept()[0].close()  # it was asked
+    said = f"{uri}: no answer within 0.5 s; check the network and the URI"
+    if words == ["doctor"]:
+        assert asked.exit_code == 1 and re.search(f"^problem +storage: {re.escape(said)}", asked.stdout, re.MULTILINE)
+    else:
+        assert f"--storage {said}" in refusal(asked)
 
 
 def test_google_uris_are_understood() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,6 +118,18 @@ def in_turn() -> list[Trial]:
 @given(order=st.randoms(use_true_random=False), slots=st.integers(1, 30), found=st.integers(0, 24))
 def test_points_depend_on_neither_order_nor_concurrency(in_turn, order, slots, found):
     assert played(optuna(seeds=(3, 1)), concave, order=order, slots=slots, found=found) == in_turn
+
+
+def test_no_argument_of_the_sampler_that_decides_draws_is_left_to_its_default(monkeypatch):
+    import optuna as package
+
+    given_words: list[set[str]] = []
+    real = package.samplers.TPESampler
+    monkeypatch.setattr(package.samplers, "TPESampler", lambda **words: given_words.append(set(words)) or real(**words))
+    optuna(ONE_SETTING)
+    deprecated = {"consider_prior", "prior_weight", "consider_magic_clip", "consider_endpoints", "gamma", "weights"}
+    left = set(inspect.signature(real.__init__).parameters) - given_words[0] - deprecated
+    assert left == {"self", "warn_independent_sampling"}
 
 
 def test_the_same_plan_gives_the_same_points(in_turn):

@@ -199,9 +199,24 @@ def test_the_order_of_knobs_moves_no_draw_and_neither_does_one_more(order, seed)
     }  # fmt: skip
     whole = random_points(plan_of(knobs=domains), 8, seed)
     assert random_points(plan_of(knobs={k: domains[k] for k in order}), 8, seed) == whole
-    for knob in order:
+    for knob in ("generator.lambda_e", "generator.steps"):
         alone = random_points(plan_of(knobs={knob: domains[knob]}), 8, seed)
         assert alone == [{knob: point[knob]} for point in whole]
+
+
+@given(AXES, st.integers(0, 99), st.integers(1, 30))
+def test_lists_of_values_are_drawn_without_repetition(axes, seed, samples):
+    plan = plan_of(knobs={knob: Choice(tuple(values)) for knob, values in axes.items()})
+    every = grid_points(plan)
+    found = random_points(plan, samples, seed)
+    assert len(found) == min(samples, len(every)) and all(point in every for point in found)
+    assert all(point not in found[:i] for i, point in enumerate(found))
+    assert found == random_points(plan, len(every), seed)[:samples], "a larger sweep begins with a smaller one"
+
+
+def test_another_seed_draws_other_points():
+    plan = plan_of(knobs={"warmup.num_rounds": Choice(tuple(range(1, 101)))})
+    assert random_points(plan, 8, 0) != random_points(plan, 8, 1)
 
 
 def test_a_draw_has_an_address():
@@ -349,6 +364,7 @@ def test_setting_knobs():
         (Choice(("mean", "sum")), "mean, sum"),
         (Choice((True, False)), "true, false"),
         (Choice(([1.0, 0.5], (1.0,))), "[1, 0.5], [1]"),
+        (Choice(("a,b", "c", " d", 'a"b', "")), """"a,b", c, " d", 'a"b', \"\""""),
     ],
 )
 def test_a_domain_in_words(domain, says):

@@ -182,6 +182,16 @@ def test_another_plan_is_refused_and_says_what_differs(store, changed, part):
     assert files(store) == before
 
 
+def test_another_optuna_is_another_plan_under_the_same_name(store):
+    search = {"search": "optuna", "points": None}
+    assert plan_name(PLAN | search | {"optuna": "5.0.0"}) == plan_name(PLAN | search)
+    begun(store, **search)  # by a version that did not write it
+    begun(store, **search, optuna="5.0.0")
+    begun(store, name="m", **search, optuna="5.0.0")
+    begun(store, name="m", **search, optuna="5.0.0")
+    assert "(optuna 5.0.0 there, 5.1.0 here)" in refusal(begun, store, name="m", **search, optuna="5.1.0")
+
+
 def test_only_the_first_differences_are_named(store):
     begun(store)
     points = [{"generator.lambda_d": float(value)} for value in range(30)]

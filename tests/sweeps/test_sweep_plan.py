@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
+import optuna
 import pytest
 
 from mosaic_ray.config.resolve import as_dict, override
@@ -45,6 +46,18 @@ def test_prepare_fills_in_plan_json():
     assert sweep.search.total == len(sweep.trials) == len(sweep.configs) == 8
     assert [sweep.search.next() for _ in range(8)] == list(sweep.trials)
     assert json.loads(json.dumps(sweep.plan_json)) == sweep.plan_json
+
+
+def test_a_plan_names_the_optuna_that_searches():
+    assert prepare(request(GRID, search="optuna")).plan_json["optuna"] == optuna.__version__
+    assert "optuna" not in prepare(request(GRID, search="random")).plan_json
+
+
+def test_more_samples_than_points_are_all_points():
+    lists = replace(GRID, knobs={"partition.omega": Choice((0.1, 1)), "meta.pool": Choice(("mean", "sum"))})
+    sweep = prepare(request(lists, search="random", samples=9))
+    assert sweep.search.total == 4 and "--samples 9: the space has only 4 points" in sweep.note
+    assert not prepare(request(lists, search="random", samples=4)).note
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,13 @@ def test_the_pace_after_a_resume_counts_only_what_was_done_since(clock: Clock) -
         assert lines(stream)[1:] == ["warmup: resumed at round 8/10", "warmup: round 9/10, 3 s/round, 0:03 left"]
 
 
+def test_a_stage_that_found_nothing_is_not_resumed(clock: Clock) -> None:
+    stream = Terminal(tty=False)
+    with Tracker(None, stream=stream) as tracker, tracker.stage("generators", 5, "client") as stage:
+        stage.resume([], 0)
+        assert lines(stream) == ["generators: begins, client 0/5"]
+
+
 def test_a_failing_stage_has_stopped_and_a_cached_one_is_cached(clock: Clock) -> None:
     stream = Terminal(tty=False)
 

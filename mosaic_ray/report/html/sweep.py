@@ -43,7 +43,8 @@ def _about(sweep: SweepReport) -> str:
     plan, data = sweep.plan, (sweep.plan.base or {}).get("data")
     name = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
     seeds = plan.seeds or []
-    what = f"space {plan.space}{name}, {plan.search or 'no'} search over {listed(sweep.swept) or 'nothing'}"
+    search = f"{plan.search or 'no'} search{f' by optuna {plan.optuna}' if plan.optuna else ''}"
+    what = f"space {plan.space}{name}, {search} over {listed(sweep.swept) or 'nothing'}"
     return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.scheduler or 'fifo'}"
 
 
@@ -186,6 +187,8 @@ def _reproduce(sweep: SweepReport) -> Section:
     plan = sweep.plan
     methods = _compared(plan)
     what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan.space]
+    if plan.space == "--grid":
+        what = ["sweep", *(f"--grid={name}={values}" for name, values in plan.knobs.items())]
     words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]
     for option in () if methods else ("search", "samples", "scheduler"):
         if (value := getattr(plan, option)) is not None:
@@ -199,6 +202,6 @@ def _reproduce(sweep: SweepReport) -> Section:
     if plan.base is not None:
         texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan.base), folded=True))
     lead = "With what all trials share saved as base.toml, this asks for the same trials."
-    if not methods and plan.space not in list_spaces():
+    if not methods and plan.space not in [*list_spaces(), "--grid"]:
         lead += " The space does not ship with the package: --space takes its path, or module:function."
     return Section("Reproduce", lead, texts=texts)
