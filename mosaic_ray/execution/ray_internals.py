@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..core.errors import RequestError
@@ -59,16 +61,36 @@ def find_head() -> str | None:
         return None
 
 
-def probe_head(head: str, timeout: float) -> Mapping[str, Any]:
+@contextlib.contextmanager
+def auth_mode(mode: str | None) -> Iterator[None]:
+    """Let ``ray.init`` inside the block work in this RAY_AUTH_MODE, ``token`` or ``disabled``; None changes nothing."""
+    if mode is None:
+        yield
+        return
+    before = os.environ.get("RAY_AUTH_MODE")
+    os.environ["RAY_AUTH_MODE"] = mode
+    _private("ray._raylet:Config.initialize")("")  # Ray has read the variable already
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_AUTH_MODE"]
+        else:
+            os.environ["RAY_AUTH_MODE"] = before
+
+
+def probe_head(head: str, timeout: float, mode: str) -> Mapping[str, Any]:
     """Return the ``versions`` and the ``nodes`` (addresses of those alive) of the cluster at ``head``, HOST:PORT.
 
+    ``mode``: the RAY_AUTH_MODE to ask in; ``token`` sends this user's token, ``disabled`` none.
     ``TimeoutError`` after ``timeout`` seconds without an answer; ``ConnectionError`` with the whole error output where
     the head refuses.
     """
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", HEAD_PROBE, head], capture_output=True, text=True, timeout=timeout
-        )
+            [sys.executable, "-c", HEAD_PROBE, head], capture_output=True, text=True, timeout=timeout,
+            env=os.environ | {"RAY_AUTH_MODE": mode},
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"no answer from {head}") from None
     if answer.returncode:

@@ -10,7 +10,9 @@ import importlib.metadata
 import os
 import platform
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import RequestError
 from . import ray_internals
@@ -21,8 +23,12 @@ CONNECT_SECONDS, PATIENCE_SECONDS = 3.0, 7.0
 TOKEN_PLACES = "~/.ray/auth_token or RAY_AUTH_TOKEN"
 
 
-def check_cluster(address: str) -> None:
-    """Raise a one-line ``RequestError`` unless the cluster at ``address`` (``auto``, ``HOST:PORT``) can be joined."""
+def check_cluster(address: str) -> str | None:
+    """Raise a one-line ``RequestError`` unless the cluster at ``address`` (``auto``, ``HOST:PORT``) can be joined.
+
+    Returns the RAY_AUTH_MODE to join in; None where Ray's own rules hold. Without that variable the cluster decides: a
+    token is sent where the cluster wants one. Ray's own default depends on its release and on whether there is a token.
+    """
     import psutil
 
     head = ray_internals.find_head() if address == "auto" else address
@@ -34,32 +40,25 @@ def check_cluster(address: str) -> None:
     except (OSError, ValueError) as error:
         raise RequestError(f"--address {address}: no Ray cluster answers there ({error})") from None
     if "://" in head:
-        return  # the server of Ray's client protocol does the checks below
-    token_mode = os.environ.get("RAY_AUTH_MODE") == "token"
-    token = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else ""  # the variable or the file that holds it
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    if not token and path.is_file():
-        token = str(path)
-    if token_mode and not token:  # Ray would abort the process
+        return None  # the server of Ray's client protocol does the checks below
+    asked, token = os.environ.get("RAY_AUTH_MODE", "").lower(), find_token()
+    if asked == "token" and not token:  # Ray would abort the process
         raise RequestError(
             f"--address {address}: RAY_AUTH_MODE=token, but there is no token; put the cluster's into {TOKEN_PLACES}"
         )
-    try:
-        found = ray_internals.probe_head(head, PATIENCE_SECONDS)
-    except TimeoutError:
-        raise RequestError(f"--address {address}: something listens there, but no Ray head answers") from None
-    except ConnectionError as error:
-        if any(word in str(error) for word in ("InvalidAuthToken", "AuthenticationError")):
-            advice = "the cluster wants a token; set RAY_AUTH_MODE=token"
-            if token_mode:
-                advice = f"the cluster does not take the token in {token}; put the cluster's own there"
-            elif token:
-                advice += f" (there is one in {token})"
-            else:
-                advice += f", and put its token into {TOKEN_PLACES}"
-            raise RequestError(f"--address {address}: {advice}") from None
-        last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
-        raise RequestError(f"--address {address}: no Ray cluster answers there ({last.strip()})") from None
+    mode = asked or "disabled"
+    found = _ask(address, head, mode)
+    if found is None and not asked and token:
+        mode = "token"
+        found = _ask(address, head, mode)
+    if found is None:
+        advice = f"the cluster wants a token; put it into {TOKEN_PLACES}"
+        if mode == "token":
+            advice = f"the cluster does not take the token in {token}; put the cluster's own there"
+        elif asked:
+            advice = f"the cluster wants a token, and RAY_AUTH_MODE={asked} sends none; unset it"
+            advice += f" (there is a token in {token})" if token else f", and put the token into {TOKEN_PLACES}"
+        raise RequestError(f"--address {address}: {advice}")
     if not ray_internals.same_versions(found["versions"]):
         raise RequestError(
             f"--address {address}: the cluster runs Ray {found['versions']['ray_version']} on Python "
@@ -72,3 +71,28 @@ def check_cluster(address: str) -> None:
             f"--address {address}: this machine is no node of that cluster; give the command on one (`ray exec`, `ray "
             "job submit`), or let this one join it by `ray start --address`"
         )
+    return mode
+
+
+def find_token() -> str:
+    """Return the variable or the file that holds this user's token, as Ray looks for it; empty where there is none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return "RAY_AUTH_TOKEN"
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return str(path) if path.read_text().strip() else ""
+    except (OSError, ValueError):
+        return ""
+
+
+def _ask(address: str, head: str, mode: str) -> Mapping[str, Any] | None:
+    """Return the head's answer to a client in this RAY_AUTH_MODE; None where it wants a token, or another one."""
+    try:
+        return ray_internals.probe_head(head, PATIENCE_SECONDS, mode)
+    except TimeoutError:
+        raise RequestError(f"--address {address}: something listens there, but no Ray head answers") from None
+    except ConnectionError as error:
+        if any(word in str(error) for word in ("InvalidAuthToken", "AuthenticationError")):
+            return None
+        last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
+        raise RequestError(f"--address {address}: no Ray cluster answers there ({last.strip()})") from None

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
-from .ray_preflight import check_cluster
+from .ray_internals import auth_mode
+from .ray_preflight import TOKEN_PLACES, check_cluster
 from .resource_plan import HOST_BYTES, Node
 
 #: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
@@ -95,16 +96,23 @@ def connect(address: str = "local") -> Resources:
 
     if not ray.is_initialized():
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        mode = None
         if address == "local":
             options |= {"num_cpus": int(local_resources().cpus), "include_dashboard": False}
         else:
-            check_cluster(address)
+            mode = check_cluster(address)
         on_term = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(address=address, **options)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            with auth_mode(mode):
+                ray.init(address=address, **options)
+        except Exception as error:  # Ray raises plain ones too
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RequestError(f"--address {address}: no Ray cluster answers there ({reason})") from None
+            what = f"no Ray cluster answers there ({reason})"
+            if address == "local":
+                what = f"Ray does not start here ({reason})"
+                if "token" in reason.lower() or isinstance(error, OSError):  # it makes one for each user
+                    what += f"; it needs a token in {TOKEN_PLACES}, or RAY_AUTH_MODE=disabled"
+            raise RequestError(f"--address {address}: {what}") from None
         with contextlib.suppress(ValueError, TypeError):  # not the main thread; a handler that is not Python's
             signal.signal(signal.SIGTERM, on_term)  # Ray's own prints a stack and aborts
     return all_resources()

@@ -59,9 +59,14 @@ class OptunaSearch:
                 direction="maximize",
                 # every argument that decides draws and is not deprecated: defaults change with optuna's versions
                 sampler=optuna.samplers.TPESampler(
-                    seed=derive(base.seed, "optuna", number) % 2**32, n_startup_trials=max(2, min(10, per_study // 3)),
-                    n_ei_candidates=24, multivariate=True, group=False, constant_liar=True, constraints_func=None,
-                ),  # fmt: skip
+                    seed=derive(base.seed, "optuna", number) % 2**32,
+                    n_startup_trials=max(2, min(10, per_study // 3)),
+                    n_ei_candidates=24,
+                    multivariate=True,
+                    group=False,
+                    constant_liar=True,
+                    constraints_func=None,
+                ),
             )
             for number in range(count)
         ]

@@ -147,11 +147,12 @@ def test_every_machine_gets_the_wheel_the_token_and_the_setting(cluster):
 @pytest.mark.parametrize(
     "has, says",
     [
-        ({}, "set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE=disabled sends none"),
+        ({"HOME": "/tmp"}, "the cluster wants a token"),
         ({"RAY_AUTH_MODE": "token", "HOME": "/tmp"}, "there is no token"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "does not take the token in RAY_AUTH_TOKEN"),
     ],
-    ids=["none", "mode alone", "another"],
+    ids=["not sent", "none", "mode alone", "another"],
 )
 def test_without_its_token_a_client_is_refused(cluster, has, says):
     address = f"{cluster.head.address}:6379"

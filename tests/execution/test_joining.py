@@ -18,6 +18,7 @@ import ray
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.execution import ray_internals, ray_preflight
 from mosaic_ray.execution.ray_preflight import check_cluster
+from mosaic_ray.execution.ray_session import connect
 
 VERSIONS = {"ray_version": ray.__version__, "python_version": platform.python_version()}
 
@@ -111,6 +112,7 @@ def test_a_probe_that_fails_gives_its_last_line(home, address, head):
 
 
 def test_a_ray_without_its_private_modules_is_named(home, address, head, monkeypatch):
+    monkeypatch.setattr(ray_preflight, "PATIENCE_SECONDS", 60)  # a busy machine imports Ray slowly
     head("from ray._raylet import NoSuchClient")
     with pytest.raises(RequestError, match=r"^Ray \S+: ImportError: .*NoSuchClient.*read from Ray 2\.60"):
         check_cluster(address)
@@ -130,26 +132,80 @@ def test_patience_is_ten_seconds_at_most():
 DENIED = "raise SystemExit('RPC error: InvalidAuthToken: ...')"
 
 
+
+#: A head that takes nothing but a token, and the right one.
+GUARDED = f"""
+import os
+if os.environ["RAY_AUTH_MODE"] != "token" or os.environ.get("RAY_AUTH_TOKEN", "right") != "right":
+    {DENIED}
+{answer()}
+"""
+
+
 def test_a_token_is_wanted_and_there_is_none(home, address, head):
     head(DENIED)
-    assert refused(address).endswith(
-        "the cluster wants a token; set RAY_AUTH_MODE=token, and put its token into ~/.ray/auth_token or RAY_AUTH_TOKEN"
-    )
+    assert refused(address).endswith(": the cluster wants a token; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN")
+    keep_token(home).write_text("\n")  # which is none to Ray either
+    assert "the cluster wants a token; put it into" in refused(address)
 
 
-def test_a_token_is_wanted_and_lies_there_unused(home, address, head):
+def test_a_token_that_lies_there_is_sent_where_one_is_wanted(home, address, head):
+    keep_token(home)
+    head(GUARDED)
+    assert check_cluster(address) == "token"
+
+
+def test_a_token_that_lies_there_is_not_sent_where_none_is_wanted(home, address, head):
+    keep_token(home)
+    head(f"import os; assert os.environ['RAY_AUTH_MODE'] == 'disabled'; {answer()}")
+    assert check_cluster(address) == "disabled"
+
+
+def test_a_user_who_disables_tokens_sends_none(home, address, head, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    head(GUARDED)
+    advice = "the cluster wants a token, and RAY_AUTH_MODE=disabled sends none; unset it"
+    assert refused(address).endswith(f"{advice}, and put the token into ~/.ray/auth_token or RAY_AUTH_TOKEN")
     path = keep_token(home)
-    head(DENIED)
-    assert refused(address).endswith(f"the cluster wants a token; set RAY_AUTH_MODE=token (there is one in {path})")
+    assert refused(address).endswith(f"{advice} (there is a token in {path})")
 
 
-def test_the_wrong_token(home, address, head, monkeypatch):
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+@pytest.mark.parametrize("mode", [None, "token"])
+def test_the_wrong_token(home, address, head, monkeypatch, mode):
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    head(DENIED)
+    head(GUARDED)
     assert refused(address).endswith(
         "the cluster does not take the token in RAY_AUTH_TOKEN; put the cluster's own there"
     )
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    assert check_cluster(address) == "token"
+
+
+@pytest.mark.parametrize("before", [None, "token"])
+def test_rays_mode_holds_inside_the_block(home, monkeypatch, before):
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+
+    if before:
+        monkeypatch.setenv("RAY_AUTH_MODE", before)
+    for mode in ("token", "disabled"):
+        with ray_internals.auth_mode(mode):
+            assert get_authentication_mode() == getattr(AuthenticationMode, mode.upper())
+            assert os.environ["RAY_AUTH_MODE"] == mode
+        assert os.environ.get("RAY_AUTH_MODE") == before
+
+
+def test_a_local_ray_that_cannot_keep_its_token_says_what_to_do(home, monkeypatch):
+    """In this process: Ray makes the token before it starts any other."""
+    (home / ".ray").touch()
+    monkeypatch.setattr(ray, "init", lambda **options: ray._private.authentication.authentication_token_setup
+                        .generate_and_save_token())  # fmt: skip
+    with pytest.raises(RequestError) as caught:
+        connect("local")
+    said = str(caught.value)
+    assert said.startswith("--address local: Ray does not start here (") and str(home / ".ray") in said
+    assert said.endswith("it needs a token in ~/.ray/auth_token or RAY_AUTH_TOKEN, or RAY_AUTH_MODE=disabled")
 
 
 def test_token_mode_without_a_token_is_refused_before_ray_aborts_the_process(home, address, head, monkeypatch):
@@ -185,12 +241,13 @@ def test_a_real_head_in_token_mode(home, monkeypatch, short_folder):
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
     try:
-        assert "set RAY_AUTH_MODE=token" in refused(address)
-        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        assert "the cluster wants a token; put it into" in refused(address)
         monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 48)
         assert "does not take the token in RAY_AUTH_TOKEN" in refused(address)
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-        check_cluster(address)
+        assert check_cluster(address) == "token"
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        assert check_cluster(address) == "token"
     finally:
         for process in _of_session(short_folder):
             process.kill()
