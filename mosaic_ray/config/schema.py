@@ -211,6 +211,23 @@ class FinetuneConfig:
         "running ones and at the end exact ones of all clients' images",
         choices=("frozen", "running", "exact"),
     )
+    head: str = knob(
+        "keep",
+        "the student's head after the closing rounds: as trained, or made anew from statistics of the new features",
+        choices=("keep", "lda_head", "ccvr"),
+    )
+
+
+@dataclass(frozen=True)
+class RehearsalConfig:
+    weight: float = knob(
+        0.0, "weight of the loss on synthetic images in the student's closing rounds; 0: no rehearsal", low=0.0
+    )
+    ratio: float = knob(1.0, "synthetic images for each real one", above=0.0, high=16.0)
+    classes: str = knob(
+        "lacking", "classes drawn: those of which a client holds less than a tenth of an equal share, or all",
+        choices=("lacking", "all"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -254,6 +271,7 @@ class ExperimentConfig:
     meta: MetaConfig = field(default_factory=MetaConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     #: Methods' and strategies' own knobs that differ from their defaults, as sorted (dotted name, value).
     extra: tuple[tuple[str, Any], ...] = ()

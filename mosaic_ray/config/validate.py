@@ -80,6 +80,16 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"generator.{'conditional = true' if config.generator.conditional else f'family = {config.generator.family}'}: "
         "the class that generator.drop_class0_bug leaves out could not be drawn",
     )
+    if config.rehearsal.weight:
+        makes = [stage.name for stage in load("methods", config.method).stages]
+        need(
+            "generators" in makes and config.generator.labelled,
+            f"rehearsal.weight = {config.rehearsal.weight:g}: it needs generators that take labels; "
+            + (
+                f"set generator.family=cvae or cgan, not {config.generator.family}" if "generators" in makes
+                else f"method {config.method} trains no generators"
+            ),
+        )  # fmt: skip
     if config.generator.family == "cvae":
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(

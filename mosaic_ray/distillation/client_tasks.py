@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from ..core.errors import RunError
 from ..core.seeding import seeded
 from ..core.types import Prototypes, Weights
-from ..federated.client import ClientContext, Task
+from ..federated.client import ClientContext, Round, Task, TrainTask
 from ..federated.client_models import Models
-from ..federated.local_training import LocalTrainingConfig, Shard, train_locally
+from ..federated.local_training import LocalTrainingConfig, Rehearsed, Shard, train_locally
 from ..models.state_dict import to_weights
 from ..models.submodel import ChannelIndices
 from .cvae_training import train_cvae
 from .generator_training import TrainedGenerator, train_generator
 from .prototypes import client_prototypes
+from .rehearsal import rehearsal_images
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
         if not all(map(math.isfinite, made.figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.learning_rate:g})", client=client_id)
         return made
+
+
+@dataclass(frozen=True)
+class RehearsalTask(TrainTask):
+    """Local training on the client's own images and on synthetic ones; ``Round.extra`` is a ``SharedGenerators``."""
+
+    def rehearsed(self, context: ClientContext, shard: Shard, client_id: int, broadcast: Round) -> Rehearsed | None:
+        section = context.config.rehearsal
+        per_step = max(1, round(section.ratio * min(self.plan.batch_size, len(shard))))
+        own = torch.bincount(shard.labels, minlength=context.facts.num_classes).cpu().numpy()
+        drawn = rehearsal_images(
+            context.config, context.facts, broadcast.extra, own, (self.phase, self.round_num, client_id),
+            per_step * self.plan.steps, context.device,
+        )  # fmt: skip
+        return None if drawn is None else Rehearsed(drawn, per_step, section.weight)
 
 
 @dataclass(frozen=True)

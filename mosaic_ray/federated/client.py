@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import load_weights, to_weights
 from ..models.submodel import ChannelIndices, fit, scale_activations
 from .client_models import Federation, Models
-from .local_training import LocalStart, LocalTrainingConfig, Shard, train_locally
+from .local_training import LocalStart, LocalTrainingConfig, Rehearsed, Shard, train_locally
 from .static_batch_norm import Moments, moments
 
 B = TypeVar("B")
@@ -88,6 +88,8 @@ class Round:
 
     models: Models
     server: Weights = field(default_factory=dict)
+    #: What a method's own kind of ``TrainTask`` reads.
+    extra: Any = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class TrainTask(Task[Round, ClientRound, Update]):
     round_num: int
     plan: LocalTrainingConfig
 
+    def rehearsed(self, context: ClientContext, shard: Shard, client_id: int, broadcast: Round) -> Rehearsed | None:
+        """Return synthetic images to train on beside the client's own: none here."""
+        return None
+
     def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: Round, own: ClientRound) -> Update:
         config, federation = context.config, context.federation
         strategy = strategy_named(config.federation.strategy)
@@ -122,6 +128,7 @@ class TrainTask(Task[Round, ClientRound, Update]):
             metrics = train_locally(
                 model, shard, self.plan, context.facts, (config.seed, self.phase, self.round_num, client_id),
                 config.runtime.precision, masked=config.federation.masked, objective=objective,
+                rehearsed=self.rehearsed(context, shard, client_id, broadcast),
             )  # fmt: skip
         if not math.isfinite(metrics["loss"]):
             what = f"training diverged (lr {self.plan.lr:g} gives a loss of {metrics['loss']})"

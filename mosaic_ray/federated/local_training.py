@@ -60,6 +60,15 @@ class LocalStart:
     state: Weights
 
 
+@dataclass(frozen=True)
+class Rehearsed:
+    """Synthetic images beside a client's own: ``per_step`` of them a step, their mean loss counting ``weight``."""
+
+    shard: Shard
+    per_step: int
+    weight: float
+
+
 class Objective:
     """The local objective of one client in one round: cross-entropy. Strategies override its methods."""
 
@@ -103,10 +112,13 @@ def train_locally(
     *,
     masked: bool = False,
     objective: Objective | None = None,
+    rehearsed: Rehearsed | None = None,
 ) -> dict[str, float]:
     """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client).
 
     Returns the mean loss and accuracy over the images seen, and the number of steps taken.
+
+    ``rehearsed``: synthetic images, which share each forward pass with the real ones and count in no figure.
 
     ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
 
@@ -133,6 +145,10 @@ def train_locally(
     devices = [device] if device.type == "cuda" else []
     total_loss, total_right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     steps = 0
+    turns = None
+    if rehearsed is not None:
+        mixed = stream(seed, phase + "/rehearsal", round_num, client_id)
+        turns = batches(len(rehearsed.shard), rehearsed.per_step, plan.steps, generator=mixed)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, phase + "/dropout", round_num, client_id))
         for rows in batches(len(shard), plan.batch_size, plan.steps, offset=round_num * plan.steps, generator=order):
@@ -141,11 +157,20 @@ def train_locally(
             rows = rows.to(device)
             labels = shard.labels[rows]
             images = normalise(augment(shard.images[rows], facts.augmentations, draws), facts.mean, facts.std)
+            if turns is not None and rehearsed is not None:
+                others = next(turns).to(device)
+                drawn = augment(rehearsed.shard.images[others], facts.augmentations, draws)
+                images = torch.cat([images, normalise(drawn, facts.mean, facts.std)])
             with use_precision(precision, device):
-                logits = model(images)
+                outputs = model(images)
+            logits = outputs[: len(rows)]
             if missing is not None:
                 logits = logits.masked_fill(missing, 0.0)
             loss = objective.loss(model, logits.float(), labels)
+            if rehearsed is not None:
+                synthetic = outputs[len(rows) :].float()
+                extra = nn.functional.cross_entropy(synthetic, rehearsed.shard.labels[others])
+                loss = loss + rehearsed.weight * extra
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             objective.correct_gradients(model)

@@ -14,6 +14,7 @@ from ..pipeline.graph import Graph
 if TYPE_CHECKING:
     from ..config.schema import ExperimentConfig
     from ..core.types import DataFacts, Weights
+    from ..distillation.rehearsal import SharedGenerators
     from ..pipeline.context import RunContext
     from ..pipeline.evaluate import Model
     from ..pipeline.rounds import AfterRound, Warmup
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
 class Distilled:
     """The result of a method: the student, and its teacher if there is one.
 
-    ``held_out``: the student's accuracy on held-out prototypes, None without prototypes.
+    ``held_out``: the student's accuracy on held-out prototypes, None without prototypes. ``shared``: generators with
+    which clients rehearse in the closing rounds (``rehearsal.weight``), where the method has any.
     """
 
     student: Weights
     held_out: float | None = None
     teacher: Model | None = None
+    shared: SharedGenerators | None = None
 
 
 class Method:

@@ -20,9 +20,10 @@ from ..pipeline.stages import driver_knobs
 from .base import Distilled, Method
 
 if TYPE_CHECKING:
+    from ..config.schema import ExperimentConfig
     from ..core.types import Weights
     from ..distillation.class_statistics import PooledStatistics
-    from ..federated.client_models import Federation
+    from ..federated.client_models import Federation, Models
     from ..federated.communication import Tally
     from ..pipeline.context import Facts, RunContext
     from ..pipeline.rounds import Warmup
@@ -50,20 +51,26 @@ class CcvrKnobs:
 
 
 class StatisticsHead(Method):
-    """A head from class statistics. ``per_class``: clients send a scatter for each class, not one for all."""
+    """A head from class statistics. ``per_class``: clients send a scatter for each class, not one for all.
 
-    def __init__(self, name: str, per_class: bool, knobs: type) -> None:
+    ``after``: the stage whose model gets the head: the warm-up, or the closing rounds (``finetune.head``).
+    """
+
+    def __init__(self, name: str, per_class: bool, knobs: type, after: str = "warmup") -> None:
         self.name, self.per_class, self.knobs = name, per_class, knobs
+        names, role = (("class_statistics", "distill"), "distilled")
+        if after == "finetune":
+            names, role = ("closing_statistics", "closing_head"), "final"
         self.statistics = Stage(
-            "class_statistics", 1, lambda inputs: {"per_class": per_class},
-            f"{_HERE}:collect_statistics", upstream=("warmup",), unit="client",
+            names[0], 1, lambda inputs: {"per_class": per_class},
+            f"{_HERE}:collect_statistics", upstream=(after,), kind="class_statistics", unit="client",
             total=lambda config: config.partition.num_clients,
             work=lambda config: {"clients": config.partition.num_clients},
             messages=f"{_HERE}:{name}_messages",
         )  # fmt: skip
         self.fit = Stage(
-            "distill", 1, self._fit_knobs, f"{_HERE}:fit", upstream=("warmup", "class_statistics"), kind=name,
-            role="distilled", unit="fit", work=lambda config: {"fits": 1},
+            names[1], 1, self._fit_knobs, f"{_HERE}:fit", upstream=(after, names[0]), kind=name, role=role,
+            unit="fit", work=lambda config: {"fits": 1},
         )  # fmt: skip
         self.stages = (self.statistics, self.fit)
 
@@ -71,8 +78,13 @@ class StatisticsHead(Method):
         return own_knobs(inputs.config, self.name) | {"seed": inputs.config.seed} | driver_knobs(inputs.config)
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
-        pooled = ctx.run(self.statistics, warmup, self.per_class)
-        return Distilled(ctx.run(self.fit, warmup, pooled, self))
+        return Distilled(self.renew(ctx, warmup.models))
+
+    def renew(self, ctx: RunContext, models: Models) -> Weights:
+        """Return the student of the global ``models`` with the new head."""
+        pooled = ctx.run(self.statistics, models, self.per_class)
+        student: Weights = ctx.run(self.fit, models[ctx.client_context.federation.student], pooled, self)
+        return student
 
     def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
         """Return the new head, V [C, d] and b [C]."""
@@ -106,8 +118,18 @@ class Ccvr(StatisticsHead):
 LDA_HEAD = LdaHead("lda_head", False, LdaKnobs)
 CCVR = Ccvr("ccvr", True, CcvrKnobs)
 
+#: What makes a head after the closing rounds, by ``finetune.head``.
+CLOSING_HEADS = {
+    "lda_head": LdaHead("lda_head", False, LdaKnobs, "finetune"), "ccvr": Ccvr("ccvr", True, CcvrKnobs, "finetune"),
+}  # fmt: skip
 
-def collect_statistics(ctx: RunContext, stage: Stage, warmup: Warmup, per_class: bool) -> PooledStatistics:
+
+def closing_head(config: ExperimentConfig) -> StatisticsHead | None:
+    """Return what makes the student's head anew after the closing rounds, if anything does."""
+    return CLOSING_HEADS.get(config.finetune.head)
+
+
+def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class: bool) -> PooledStatistics:
     """Return the class statistics of the clients with the student's network, pooled on the server."""
     from ..distillation.class_statistics import ClassStatisticsTask, PooledStatistics, pool
     from ..federated.communication import Tally, size_of
@@ -119,9 +141,9 @@ def collect_statistics(ctx: RunContext, stage: Stage, warmup: Warmup, per_class:
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         traffic, failed, parts = Tally(1, everyone), FailedClients(stage.name), []
         for client_id in clients:
-            traffic.add("downlink", "weights", client_id, size_of(warmup.weights))
+            traffic.add("downlink", "weights", client_id, size_of(models[federation.student]))
         task, size = ClassStatisticsTask(per_class), ctx.shards.sizes.__getitem__
-        for client_id, part in ctx.map(task, clients, warmup.models, lambda k: None, failed_clients=failed, cost=size):
+        for client_id, part in ctx.map(task, clients, models, lambda k: None, failed_clients=failed, cost=size):
             parts.append(part)
             traffic.add("uplink", "class_statistics", client_id, size_of(part.arrays()))
             progress.advance()
@@ -134,13 +156,13 @@ def collect_statistics(ctx: RunContext, stage: Stage, warmup: Warmup, per_class:
     return PooledStatistics(**ctx.find_or_compute(stage, compute).load("pooled"))
 
 
-def fit(ctx: RunContext, stage: Stage, warmup: Warmup, pooled: PooledStatistics, method: StatisticsHead) -> Weights:
-    """Return the student: the global model with the head of ``method``."""
+def fit(ctx: RunContext, stage: Stage, weights: Weights, pooled: PooledStatistics, method: StatisticsHead) -> Weights:
+    """Return the global model ``weights`` with the head of ``method``."""
     from ..pipeline.evaluate import log_validation
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
-        matrix, bias = method.head(ctx, warmup.weights, pooled)
-        writer.add("global", warmup.weights | {"head.weight": matrix, "head.bias": bias})
+        matrix, bias = method.head(ctx, weights, pooled)
+        writer.add("global", weights | {"head.weight": matrix, "head.bias": bias})
         progress.advance()
         return {}
 

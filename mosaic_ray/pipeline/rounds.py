@@ -13,7 +13,8 @@ from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.seeding import numpy_stream
 from ..core.types import ImageSet, Prototypes, Update, Weights
-from ..distillation.client_tasks import PrototypesTask
+from ..distillation.client_tasks import PrototypesTask, RehearsalTask
+from ..distillation.rehearsal import SharedGenerators, generator_size
 from ..federated.client import ClientRound, Round, StatisticsTask, TrainTask, initial_models
 from ..federated.client_models import Federation, Models, RoundStart
 from ..federated.communication import (
@@ -100,6 +101,7 @@ class RoundsConfig:
     exact_bn: bool = False  # at the end, batch-norm statistics of all clients' images
     validation: ImageSet | None = None  # evaluated after every round
     after_round: AfterRound | None = None  # the method's own work on the server
+    shared: SharedGenerators | None = None  # generators for rehearsal
 
 
 @dataclass
@@ -165,6 +167,11 @@ def federated_rounds(
     elif rounds.send_counts:
         for client_id, counts in enumerate(ctx.shards.counts):
             now.traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
+    if rounds.shared is not None and checkpoint is None:
+        for client_id in range(config.partition.num_clients):
+            for owner, weights in zip(rounds.shared.clients, rounds.shared.weights, strict=True):
+                if owner != client_id:
+                    now.traffic.add("downlink", "generators", client_id, size_of(weights))
     for round_num in range(now.begun, rounds.num_rounds):
         asked = cohort_of(config, rounds.address, round_num)
         answered = answering(config, rounds.address, round_num, asked)
@@ -214,8 +221,9 @@ def _one_round(
         traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
         if now.server:
             traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
-    task = TrainTask(rounds.address, round_num, rounds.plan)
-    start_models = Round(now.models, now.server)
+    kind = TrainTask if rounds.shared is None else RehearsalTask
+    task = kind(rounds.address, round_num, rounds.plan)
+    start_models = Round(now.models, now.server, rounds.shared)
     for client_id, update in ctx.map(task, answered, start_models, own.__getitem__, failed_clients=now.failed):
         aggregator.add(update)
         losses.append(update.metrics["loss"])
@@ -371,8 +379,11 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
     return found
 
 
-def close(ctx: RunContext, stage: Stage, models: Models) -> StageResult:
-    """Run the closing rounds (stage FT) from ``models``, the result of the stage that ``stage`` reads."""
+def close(ctx: RunContext, stage: Stage, models: Models, shared: SharedGenerators | None = None) -> StageResult:
+    """Run the closing rounds (stage FT) from ``models``, the result of the stage that ``stage`` reads.
+
+    ``shared``: the generators that clients rehearse with.
+    """
     section, warmup = ctx.config.finetune, ctx.config.warmup
     # statistics of full networks fit no partial-width one
     frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width
@@ -382,7 +393,7 @@ def close(ctx: RunContext, stage: Stage, models: Models) -> StageResult:
     )  # fmt: skip
     rounds = RoundsConfig(
         stage.name, CLOSING, section.num_rounds, plan, validation=validation_images(ctx),
-        exact_bn=_exact_bn(ctx.config, section.bn),
+        exact_bn=_exact_bn(ctx.config, section.bn), shared=shared,
     )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
 
@@ -417,8 +428,12 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
 
 def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the messages of the closing rounds."""
-    section = federation.config.finetune
+    section, clients = federation.config.finetune, len(federation.classifiers)
     _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
+    if federation.config.rehearsal.weight:
+        size = generator_size(federation.config, federation.facts)
+        for k in range(clients):
+            tally.add("downlink", "generators", k, size, times=clients - 1)
 
 
 def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rounds: int, bn: str) -> np.ndarray:

@@ -115,17 +115,31 @@ CONTROL_WARMUP = _warmup("control_warmup")
 
 def _closing_knobs(inputs: KeyInputs) -> Knobs:
     config = inputs.config
-    warmup = changed_knobs(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr")
-    return _common(config) | {"finetune": changed_knobs(config.finetune), "warmup": warmup}
+    warmup = changed_knobs(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr", "bn")
+    return _common(config) | {"finetune": changed_knobs(config.finetune, "head"), "warmup": warmup}
+
+
+def _rehearsing_knobs(inputs: KeyInputs) -> Knobs:
+    if not inputs.config.rehearsal.weight:
+        return _closing_knobs(inputs)
+    return _closing_knobs(inputs) | {"rehearsal": changed_knobs(inputs.config.rehearsal)}
 
 
 def closing(name: str, role: str, start: str) -> Stage:
-    """Return the closing rounds that begin at the model of the stage ``start``; equal starts share one result."""
+    """Return the closing rounds that begin at the model of the stage ``start``; equal starts share one result.
+
+    In the student's (``finetune``) clients may rehearse on generators' images; the control's have none.
+    """
+    own = name == "finetune"
+
+    def upstream(config: ExperimentConfig) -> tuple[str, ...]:
+        return ("partition", start, *(("generators",) if own and config.rehearsal.weight else ()))
+
     return Stage(
-        name, 3, _closing_knobs, upstream=("partition", start), kind="rounds", role=role,
+        name, 3, _rehearsing_knobs if own else _closing_knobs, upstream=upstream, kind="rounds", role=role,
         total=lambda config: config.finetune.num_rounds,
         work=lambda config: _rounds_work(config, config.finetune.num_rounds, config.finetune.local_steps),
-        messages="mosaic_ray.pipeline.rounds:closing_messages" if role == "final" else "",
+        messages="mosaic_ray.pipeline.rounds:closing_messages" if own else "",
     )  # fmt: skip
 
 
@@ -148,13 +162,14 @@ def models_of(graph: Graph, keys: Mapping[str, str]) -> dict[str, str]:
     return {stage.role: keys[stage.name] for stage in graph if stage.role and stage.name in keys}
 
 
-def whole_graph(own: Graph, distils_in_rounds: bool = False) -> Graph:
+def whole_graph(own: Graph, distils_in_rounds: bool = False, head: Graph = ()) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's, of which the last makes the student.
 
+    ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
     """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
     student = own[-1].name if own else "warmup"
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
-    graph = (*first, *own, closing("finetune", "final", student), control)
+    graph = (*first, *own, closing("finetune", "" if head else "final", student), *head, control)
     return (*graph, _evaluate(graph))

@@ -7,10 +7,11 @@ from typing import Any
 from ..config.plugins import load
 from ..core.types import ROLES
 from ..methods.base import Method
+from ..methods.statistics_heads import closing_head
 from ..pipeline.context import RunContext
 from ..pipeline.evaluate import Model, evaluate
 from ..pipeline.partition import deal
-from ..pipeline.rounds import close, warm_up
+from ..pipeline.rounds import close, load_models, warm_up
 from ..pipeline.stages import models_of
 from .plan import graph_of
 
@@ -32,7 +33,10 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     student = distilled.student if distilled else warmup.weights
 
     # FT. closing federated rounds on real data; the control's are the same rounds without the method
-    final = close(ctx, stages["finetune"], warmup.with_student(student)).load("global")
+    shared = distilled.shared if distilled else None
+    closed = close(ctx, stages["finetune"], warmup.with_student(student), shared)
+    head = closing_head(ctx.config)
+    final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")
     control = close(ctx, stages["control"], plain.models).load("global")
 
     # the accuracy of each of them on test images

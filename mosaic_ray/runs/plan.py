@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..config.plugins import load
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
+from ..methods.statistics_heads import closing_head
 from ..pipeline.graph import Graph, KeyInputs, graph_keys
 from ..pipeline.stages import evaluated_key, models_of, whole_graph
 
@@ -19,7 +20,8 @@ Chain = Mapping[str, Sequence[str]]
 def graph_of(config: ExperimentConfig) -> Graph:
     """Return the stages of a run of ``config``, in order."""
     method = load("methods", config.method)
-    return whole_graph(method.stages, method.after_round is not None)
+    head = closing_head(config)
+    return whole_graph(method.stages, method.after_round is not None, head.stages if head else ())
 
 
 def stage_keys(

@@ -8,18 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 
-from ...config.schema import ExperimentConfig
 from ...core.errors import RunError
 from ...core.health import generator_findings, prototype_findings
-from ...core.types import DataFacts, Finding, Prototypes, Weights
+from ...core.types import Finding, Prototypes, Weights
 from ...distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
 from ...distillation.generator_training import num_steps
+from ...distillation.rehearsal import SharedGenerators, generator_size
 from ...federated.client import initial_models
 from ...federated.client_models import Federation
-from ...federated.communication import Size, Tally, entries_of, size_of, size_of_entries
-from ...models.generator import build_generator
+from ...federated.communication import Size, Tally, size_of, size_of_entries
 from ...pipeline.context import POLL_SECONDS, Facts, FailedClients, RunContext
 from ...pipeline.graph import Stage
 from ...pipeline.rounds import Warmup, add_prototypes
@@ -90,6 +88,10 @@ class Generators:
 
     def weights(self) -> tuple[Weights, ...]:
         return tuple(r.load("generator") for r in self.results)
+
+    def shared(self, counts: np.ndarray) -> SharedGenerators:
+        """Return what clients rehearse with; ``counts`` int64 [K, C] are all clients' label counts."""
+        return SharedGenerators(self.weights(), tuple(self.clients), counts[self.clients])
 
 
 def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generators:
@@ -208,13 +210,6 @@ def _computed(
         }  # fmt: skip
         parts = {"generator": made.weights, "samples": {"images": made.samples}, "progress": made.progress}
         yield client_id, ctx.store.put(keys[client_id], facts, parts)
-
-
-def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:
-    """Return the bytes of one client's generator."""
-    with torch.device("meta"):
-        made = build_generator(config.generator, facts.channels, facts.image_size, facts.num_classes)
-    return size_of_entries(entries_of(made.state_dict()))
 
 
 def generator_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:

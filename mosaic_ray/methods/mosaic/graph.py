@@ -36,7 +36,7 @@ def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
     without = ("family", "conditional", *(() if inverts else ("tau", "lambda_i", "inversion_scale")))
     if section.labelled:  # the label takes the place of diversity
         without = (*without, "lambda_d", "div_support")
-    family = {"conditional": True} if section.labelled else {}
+    family: Knobs = {"conditional": True} if section.labelled else {}
     family |= {"family": section.family} if section.family == "cvae" else {}
     return {"client": client_id, "inverts": inverts, "generator": changed_knobs(section, *without) | family}
 

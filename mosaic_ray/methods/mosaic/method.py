@@ -42,7 +42,8 @@ class Mosaic(Method):
         teacher = ctx.run(TEACHER, warmup, prototypes, generators)
         # KD. the student learns from the teacher on the generators' images
         student, held_out = ctx.run(DISTILL, warmup, prototypes, teacher, generators)
-        return Distilled(student, held_out, teacher)
+        shared = generators.shared(ctx.shards.counts) if ctx.config.rehearsal.weight else None
+        return Distilled(student, held_out, teacher, shared)
 
 
 MOSAIC = Mosaic()
