@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from mosaic_ray.config.schema import DataConfig
+from mosaic_ray.core.machine import num_cpus
 from mosaic_ray.data.load import load_dataset
 
 CLASSES = 200
@@ -105,7 +106,7 @@ def opening(root: Path) -> float:
 @click.option("--place", help="Folder for the images; temporary by default.")
 def main(images: int, repeats: int, place: str | None) -> None:
     """Print each pair, and the ratio of the medians."""
-    cores = len(os.sched_getaffinity(0))
+    cores = num_cpus()
     with tempfile.TemporaryDirectory(dir=place) as folder:
         root = Path(folder)
         write(root, images)

@@ -1,4 +1,4 @@
-"""Machines within this machine: Linux namespaces, joined by a bridge, with an sshd each.
+"""Machines within this machine: Linux namespaces, joined by a bridge, with an sshd each where it is wanted.
 
 A machine has its own network, processes, /tmp, /run, /dev/shm and home. It shares the rest of the disk, and so the
 Python environment. Its first process ends when the pipe to it closes, and all else ends with this process. So no
@@ -40,6 +40,9 @@ TOOLS = {
     "bash": "bash",
 }
 
+#: Of these, what machines without an sshd can do without.
+SSH = ("openssh-client", "openssh-server", "rsync")
+
 _PATH = f"{sys.prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NAMESPACES = ("--mount", "--net", "--pid", "--uts", "--ipc")
 
@@ -54,11 +57,12 @@ SetEnv PYTHONPATH={repo}
 """
 
 
-def missing() -> str:
-    """Return the reasons why machines cannot be made, as text; empty if they can."""
+def missing(ssh: bool = True) -> str:
+    """Return the reasons why machines (``ssh``: with an sshd) cannot be made, as text; empty if they can."""
     if sys.platform != "linux" or os.geteuid():
         return "needs root on Linux"
     absent = sorted({package for tool, package in TOOLS.items() if not shutil.which(tool, path=_PATH)})
+    absent = absent if ssh else [package for package in absent if package not in SSH]
     if absent:
         return f"not installed: {', '.join(absent)}"
     probe = ["unshare", *_NAMESPACES, "--fork", "ip", "link", "add", "lan", "type", "bridge"]
@@ -73,6 +77,7 @@ class Machine:
     name: str
     number: int
     folder: Path
+    ssh: bool = True
     _init: subprocess.Popen[str] | None = field(default=None, repr=False)
 
     @property
@@ -129,14 +134,15 @@ class Machine:
                     inner.mkdir(parents=True, exist_ok=True)
                     lines.append(shlex.join(["mount", "--bind", str(path), str(inner)]))
             lines.append(shlex.join(["mount", "--rbind", str(own), str(place)]))
+        config = shlex.quote(str(self.folder / "sshd_config"))
+        sshd = f"mkdir /run/sshd && {shutil.which('sshd', path=_PATH)} -f {config}"
         lines += [
             "mount -t tmpfs -o mode=755 tmpfs /run",
-            "mkdir /run/sshd",
             "mount -t tmpfs -o size=1g,mode=1777 tmpfs /dev/shm",
             "ip link set lo up",
             "echo up",
             "read -r _",  # the network is there
-            f"{shutil.which('sshd', path=_PATH)} -f {shlex.quote(str(self.folder / 'sshd_config'))}",
+            *([sshd] if self.ssh else []),
             "echo up",
             "read -r _",  # until the pipe closes
         ]
@@ -203,20 +209,24 @@ class Lan:
 
 
 @contextlib.contextmanager
-def lan(folder: Path, *names: str) -> Iterator[Lan]:
-    """Machines called ``names``, on; each may log in to each as root, with ~/.ssh/id_ed25519. All see ``folder``."""
+def lan(folder: Path, *names: str, ssh: bool = True) -> Iterator[Lan]:
+    """Machines called ``names``, on. All see ``folder``.
+
+    ``ssh``: each may log in to each as root, with ~/.ssh/id_ed25519.
+    """
     keys = folder / "keys"
     keys.mkdir(mode=0o700, parents=True)
-    for name in ("host", "user"):
+    for name in ("host", "user") if ssh else ():
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
-    made = Lan(tuple(Machine(name, i + 1, folder / name) for i, name in enumerate(names)))
+    made = Lan(tuple(Machine(name, i + 1, folder / name, ssh) for i, name in enumerate(names)))
     try:
         for machine in made.machines:
-            ssh = machine.home / ".ssh"
-            ssh.mkdir(parents=True, mode=0o700)
-            shutil.copy(keys / "user", ssh / "id_ed25519")
-            shutil.copy(keys / "user.pub", ssh / "authorized_keys")
-            (machine.folder / "sshd_config").write_text(_SSHD.format(address=machine.address, keys=keys, repo=REPO))
+            home = machine.home / ".ssh"
+            home.mkdir(parents=True, mode=0o700)
+            if ssh:
+                shutil.copy(keys / "user", home / "id_ed25519")
+                shutil.copy(keys / "user.pub", home / "authorized_keys")
+                (machine.folder / "sshd_config").write_text(_SSHD.format(address=machine.address, keys=keys, repo=REPO))
             made.connect(machine)
         yield made
     finally:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.machine import num_cpus
 from ..core.types import DataFacts, Dataset, ImageSet
 from .formats import brief
 from .progress import warn
@@ -107,7 +108,7 @@ def _mapped(folder: Path, name: str, part: dict[str, Any]) -> np.ndarray:
         count, checksum = part["blocks"][number]
         return zlib.crc32(array[ends[number] - count : ends[number]].data) == checksum
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_cpus()) as pool:
         if not all(pool.map(sound, checked)):
             raise Damaged(f"{path} is damaged (a checksum differs)")
     return array

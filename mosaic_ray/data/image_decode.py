@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.errors import RequestError
+from ..core.machine import num_cpus
 from .formats import brief
 from .image_ops import tally
 
@@ -159,7 +160,7 @@ def work(task: Task) -> dict[str, Any]:
 def run(tasks: list[Task]) -> Generator[dict[str, Any], None, None]:
     """Yield ``work`` of each task in order, over all cores if there are enough images."""
     total = sum(map(count, tasks))
-    workers = min(_cores(), len(tasks))
+    workers = min(num_cpus(), len(tasks))
     if total < _FEW or workers < 2:
         yield from map(work, tasks)
         return
@@ -227,7 +228,3 @@ def serve() -> None:
             answer = {"error": [error.errno, error.strerror, error.filename]}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
+from ..core.machine import memory, num_cpus
 from ..core.units import GIB, size
 from ..data.specs import folders
 from ..execution.precision import has_native_bf16
@@ -81,7 +82,7 @@ def _packages() -> Iterator[Check]:
 
 
 def _cpu() -> Check:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cpus()
     return Check("cpu", "ok", f"{cores} cores" if cores > 1 else "1 core")
 
 
@@ -90,12 +91,10 @@ def _check_amount(what: str, found: str, amount: float, least: float, fix: str) 
 
 
 def _memory() -> Check:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    found = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
+    have = memory()
+    found = f"{have.available / GIB:.1f} of {have.total / GIB:.1f} GiB available"
     fix = "close something, or keep to --host serial and the demo preset"
-    return _check_amount("memory", found, memory.available, LEAST_MEMORY, fix)
+    return _check_amount("memory", found, have.available, LEAST_MEMORY, fix)
 
 
 def _shared_memory() -> Iterator[Check]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..core.errors import RequestError
+from ..core.machine import Memory
 
 #: The Ray release that this file was written for.
 RAY_READ = "2.60"
@@ -48,6 +49,17 @@ def _private(path: str) -> Any:
         return functools.reduce(getattr, names.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise _missing(f"{module} has no {names} ({error})") from None
+
+
+def memory_shares(memory: Memory) -> tuple[int, ...]:
+    """Return the bytes for tasks and for the object store under a limit that Ray does not read; empty without one.
+
+    Ray reads the machine's memory and the limit at the top of ``/sys/fs/cgroup`` (``core/machine.py`` reads more).
+    """
+    if memory.total >= _private("ray._common.utils:get_system_memory")():
+        return ()
+    store: int = _private("ray._private.utils:resolve_object_store_memory")(memory.available)
+    return memory.available - store, store
 
 
 def find_head() -> str | None:

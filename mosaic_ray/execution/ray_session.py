@@ -13,7 +13,8 @@ from typing import Any
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
-from .ray_internals import auth_mode
+from ..core.machine import memory, num_cpus
+from .ray_internals import auth_mode, memory_shares
 from .ray_preflight import TOKEN_PLACES, check_cluster
 from .resource_plan import HOST_BYTES, Node
 
@@ -52,12 +53,16 @@ class Resources:
 
 def local_resources() -> Resources:
     """Return this machine's CPUs, GPUs and available memory, without Ray."""
-    import psutil
     import torch
 
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return Resources(cpus, gpus, psutil.virtual_memory().available)
+    return Resources(num_cpus(), gpus, memory().available)
+
+
+def ray_start_options() -> list[str]:
+    """Return the options by which ``ray start`` keeps to this machine's limits, as far as Ray does not read them."""
+    options = zip(("--memory", "--object-store-memory"), memory_shares(memory()), strict=False)
+    return [f"--num-cpus={num_cpus()}", *(f"{name}={share}" for name, share in options)]
 
 
 def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
@@ -98,7 +103,8 @@ def connect(address: str = "local") -> Resources:
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         mode = None
         if address == "local":
-            options |= {"num_cpus": int(local_resources().cpus), "include_dashboard": False}
+            options |= {"num_cpus": num_cpus(), "include_dashboard": False}
+            options |= zip(("_memory", "object_store_memory"), memory_shares(memory()), strict=False)
         else:
             mode = check_cluster(address)
         on_term = signal.getsignal(signal.SIGTERM)

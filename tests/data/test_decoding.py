@@ -24,7 +24,7 @@ def workers(monkeypatch) -> list[subprocess.Popen]:
     genuine = image_decode._process
     monkeypatch.setattr("mosaic_ray.data.image_sources._TASK", 3)
     monkeypatch.setattr(image_decode, "_FEW", 0)
-    monkeypatch.setattr(image_decode, "_cores", lambda: 2)
+    monkeypatch.setattr(image_decode, "num_cpus", lambda: 2)
     monkeypatch.setattr(image_decode, "_process", lambda: started.append(genuine()) or started[-1])
     return started
 
@@ -132,7 +132,7 @@ def test_a_program_without_a_main_guard_can_decode(tmp_path):
         "from mosaic_ray.data import image_decode\n"
         "from mosaic_ray.data.load import load_dataset\n"
         "from mosaic_ray.config.schema import DataConfig\n"
-        "image_decode._cores = lambda: 2\n"
+        "image_decode.num_cpus = lambda: 2\n"
         f"print(load_dataset(DataConfig(name='folder:f', root={str(tmp_path)!r})).train.images.shape)\n"
     )
     result = subprocess.run([sys.executable, program], capture_output=True, text=True)
