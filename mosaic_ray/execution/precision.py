@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.schema import ExperimentConfig
 
 if TYPE_CHECKING:
     import torch
+
+
+#: Where Linux lists the CPU's features.
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
@@ -27,5 +32,13 @@ def has_native_bf16(cuda: bool) -> bool:
 
     if cuda and torch.cuda.is_available():
         return all(torch.cuda.get_device_capability(gpu) >= (8, 0) for gpu in range(torch.cuda.device_count()))
-    flags = torch.cpu.get_capabilities()
-    return any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+    return not _cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _cpu_flags() -> set[str]:
+    """Return the names of the CPU's features; before torch 2.11 only on Linux, which has the same names."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, has in torch.cpu.get_capabilities().items() if has}
+    return set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()

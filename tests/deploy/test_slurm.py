@@ -84,9 +84,12 @@ def test_a_sweep_runs_on_all_nodes_of_an_allocation(tmp_path, count):
             assert done.returncode == 0, done.stdout + done.stderr
             for other in waiting:
                 assert other.result().returncode == 0, other.result().stdout + other.result().stderr
+                assert "On worker node" in other.result().stdout
         for node in made.machines:
             assert node.run("ls", "/tmp/mosaic-7").returncode != 0, "files of Ray stay behind"
             assert not [process for process in node.processes() if "raylet" in process.name()]
-    print(done.stdout)
+    # as it stops, Ray shows the options of its processes
+    shares = re.search(r",CPU,2,memory,(\d+),object_store_memory,(\d+)", done.stdout)
+    assert sum(map(int, shares.groups())) == 5 * 2**30
     table = read_results(shared / "mosaic_runs" / "sweeps" / "tiny" / "results.parquet")
     assert table.column("status").to_pylist() == ["done", "done"]

@@ -14,6 +14,7 @@ import torch
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.deploy import doctor
+from mosaic_ray.execution import precision
 from mosaic_ray.execution.devices import settle
 from mosaic_ray.execution.precision import has_native_bf16
 from mosaic_ray.execution.ray_session import local_resources
@@ -27,7 +28,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Pretend:
 
     def processors(*flags: str, gpus: tuple[tuple[int, int], ...] = ()) -> None:
         known = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, "cpu_name": "a CPU"}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known | dict.fromkeys(flags, True))
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known | dict.fromkeys(flags, True), raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=0: gpus[gpu])
@@ -40,18 +41,31 @@ def settled(gpus_per_client: float | str) -> str:
     return settle(config, local_resources()).runtime.precision
 
 
-@pytest.mark.parametrize(
+declared = pytest.mark.parametrize(
     "flags, native",
     [
         ((), False), (("avx512_f", "avx512_vnni"), False), (("amx_tile", "amx_int8"), False), (("neon",), False),
         (("avx512_bf16",), True), (("amx_bf16",), True), (("neon", "bf16"), True),
     ],
 )  # fmt: skip
+
+
+@declared
 def test_a_cpu_declares_bf16(pretend, flags, native):
     pretend(*flags)
     assert has_native_bf16(cuda=False) is native
     assert has_native_bf16(cuda=True) is native  # without a usable GPU clients train on the CPU
     assert settled(0.0) == settled("auto") == ("bf16" if native else "fp32")
+
+
+@declared
+def test_before_torch_2_11_linux_lists_what_a_cpu_declares(pretend, monkeypatch, tmp_path, flags, native):
+    pretend()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
+    assert not has_native_bf16(cuda=False)  # no Linux
+    (tmp_path / "cpuinfo").write_text(f"model name\t: a CPU\nflags\t\t: fpu avx2 {' '.join(flags)} sse\n")
+    assert has_native_bf16(cuda=False) is native
 
 
 @pytest.mark.parametrize(
