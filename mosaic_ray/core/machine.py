@@ -54,7 +54,7 @@ def memory() -> Memory:
         used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes")
         if limit and used and limit[0].isdigit():
             words = _words(group / "memory.stat")
-            stat = dict(zip(words[::2], words[1::2], strict=True))
+            stat = dict(zip(words[::2], words[1::2], strict=False))
             files = [stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file")]
             totals.append(int(limit[0]))
             available.append(int(limit[0]) - int(used[0]) + sum(map(int, files)))
