@@ -129,7 +129,6 @@ REFUSED = [
     "sweep --space smok",
     "sweep --search greedy",
     "sweep --scheduler hyper",
-    "sweep --dry-run --json",
     "compare --methods mosiac",
     "doctor --space smoke",
     "data fetch cfar10",

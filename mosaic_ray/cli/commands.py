@@ -38,14 +38,20 @@ def mosaic() -> None:
 @common_options(
     "preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config", "host"
 )
-@run_options("strict_health")
+@run_options("strict_health", "dry_run")
 @click.pass_context
 def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     """Run one experiment; the same command again resumes it."""
     config = parse_config(**typed)
-    from ..report.tables import closing_table
+    from ..report.tables import closing_table, work_table
     from ..runs import runner
 
+    if place.dry_run:
+        from ..runs.dry_run import dry_run
+
+        found = dry_run(config, place.storage, place.name, place.address, place.fresh)
+        print_result(place.as_json, found.as_dict(), *found.lines(), "", work_table(found.work))
+        return
     with stdout_for_json(place.as_json):
         summary = runner.run(
             config, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..core.errors import RequestError
-from .options import GRID, RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
+from .options import GRID, RunOptions, common_options, listing, print_result, run_options, stdout_for_json
 from .request import compare_plan, sweep_request
 
 if TYPE_CHECKING:
@@ -76,16 +75,13 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     from ..report.tables import work_table
     from ..sweeps import runner
 
-    if place.dry_run and place.as_json:
-        raise RequestError("--json: a dry run has no results to give; leave it, or --dry-run, out")
     if place.dry_run:
-        found = runner.dry_run(request, place.storage, place.name, place.address)
+        found = runner.dry_run(request, place.storage, place.name, place.address, place.fresh)
         trials = f"{found.points * found.seeds} trials ({found.points} points x {found.seeds} seeds)"
-        print_parts(f"sweep {found.name}: space {found.space}, {found.search} search, {trials}", *found.resources)
-        if found.work is None:
-            print_parts("its points depend on results, so the work is not known beforehand")
-        else:
-            print_parts("", work_table(found.work))
+        head = f"sweep {found.name}: space {found.space}, {found.search} search, {trials}"
+        unknown = "its points depend on results, so the work is not known beforehand"
+        work = [unknown] if found.work is None else ["", work_table(found.work)]
+        print_result(place.as_json, found.as_dict(), head, *found.resources, *work)
         return
     with stdout_for_json(place.as_json):
         outcome = runner.run(

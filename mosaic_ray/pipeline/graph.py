@@ -95,12 +95,12 @@ class Stage:
 Graph = tuple[Stage, ...]
 
 
-def graph_keys(graph: Graph, inputs: KeyInputs) -> dict[str, tuple[str, ...]]:
-    """Return the keys of a whole run, stage by stage: one each, or one per client."""
+def graph_keys(graph: Graph, inputs: KeyInputs, known: Mapping[str, str] = {}) -> dict[str, tuple[str, ...]]:
+    """Return the keys of a whole run, stage by stage: one each, or one per client. ``known``: stages' keys at hand."""
     found: dict[str, tuple[str, ...]] = {}
     joint: dict[str, str] = {}
     for stage in graph:
-        found[stage.name] = stage.keys(inputs, joint)
+        found[stage.name] = (known[stage.name],) if stage.name in known else stage.keys(inputs, joint)
         joint[stage.name] = stage.joint_key(found[stage.name])
     return found
 

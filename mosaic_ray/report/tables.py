@@ -158,9 +158,11 @@ def partition_table(counts: np.ndarray) -> RenderableType:
 
 
 def work_table(rows: Sequence[StageWork]) -> RenderableType:
-    """Show by stage the results that trials need, the distinct ones to compute, and their work."""
-    table = _table("stage", "asked for", "computed", "work")
+    """Show by stage the results that are needed, the distinct ones to compute, their work, and the stored ones."""
+    any_stored = any(row.stored for row in rows)
+    table = _table("stage", "asked for", "computed", "work", *(["in the store"] if any_stored else []))
     for row in rows:
         amounts = ", ".join(f"{amount:,} {unit}" for unit, amount in row.work.items())
-        table.add_row(Text(row.stage), f"{row.asked:,}", f"{row.unique:,}", amounts)
+        stored = [f"{row.stored:,}"] if any_stored else []
+        table.add_row(Text(row.stage), f"{row.asked:,}", f"{row.unique:,}", amounts if row.unique else "-", *stored)
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.plugins import load
@@ -29,14 +29,17 @@ def stage_keys(
     identity: str | None = None,
     facts: DataFacts | None = None,
     sizes: Sequence[int] | None = None,
+    partition: str | None = None,
 ) -> dict[str, tuple[str, ...]]:
     """Return the keys of a whole run, stage by stage: one each, or one per client.
 
     They are a run's once ``runtime.precision`` is settled (not "auto") and the data are known. Without ``sizes`` [K],
     the clients' training samples, every client counts as one with n_k < tau: keys that larger clients share between
-    configurations then differ, so that a count of distinct keys is an upper bound.
+    configurations then differ, so that a count of distinct keys is an upper bound. ``partition`` is the key of the
+    partition where it is known; it takes the place of ``identity`` and ``facts``.
     """
-    return graph_keys(graph_of(config), KeyInputs(config, identity, facts, sizes))
+    known = {"partition": partition} if partition else {}
+    return graph_keys(graph_of(config), KeyInputs(config, identity, facts, sizes), known)
 
 
 def merged(chains: Iterable[Iterable[str]]) -> list[str]:
@@ -55,18 +58,24 @@ def merged(chains: Iterable[Iterable[str]]) -> list[str]:
 class StageWork:
     """One stage over all trials.
 
-    ``asked`` counts the results that trials need (of generators one per client), ``unique`` the distinct ones. ``work``
-    is what these take, by unit; a teacher's updates are an upper bound, since ``meta.patience`` may end training.
+    ``asked`` counts the results that trials need (of generators one per client), ``unique`` the distinct ones that are
+    to be computed, ``stored`` those that are in the store. ``work`` is what the former take, by unit; a teacher's
+    updates are an upper bound, since ``meta.patience`` may end training.
     """
 
     stage: str
     asked: int
     unique: int
     work: dict[str, int]
+    stored: int = 0
 
 
-def unique_work(chains: Sequence[Chain], configs: Sequence[ExperimentConfig]) -> list[StageWork]:
+def unique_work(
+    chains: Sequence[Chain], configs: Sequence[ExperimentConfig], stored: Container[str] = ()
+) -> list[StageWork]:
     """Return a row for each stage that any trial has; trial i has ``chains[i]`` and ``configs[i]``.
+
+    ``stored``: keys of results that need no computing.
 
     A result that two stages share (without distillation the student's closing rounds are the control's) counts in the
     first. So does the evaluation of a model that several runs share.
@@ -75,17 +84,20 @@ def unique_work(chains: Sequence[Chain], configs: Sequence[ExperimentConfig]) ->
     rows, counted = [], set[str]()
     for name in merged(chains):
         trials = [trial for trial in zip(chains, configs, graphs, strict=True) if name in trial[0]]
-        found = {key: trial for trial in trials for key in trial[0][name] if key not in counted}
+        every = {key: trial for trial in trials for key in trial[0][name] if key not in counted}
+        found = {key: trial for key, trial in every.items() if key not in stored}
         work: Counter[str] = Counter()
         models: set[str] = set()
         for chain, config, graph in found.values():
             if name == "evaluate":
                 keys = {stage: first for stage, (first, *_) in chain.items()}
                 evaluated = models_of(tuple(graph.values()), keys).values()
-                models |= {evaluated_key(config, keys["partition"], model, "test") for model in evaluated}
+                wanted = {evaluated_key(config, keys["partition"], model, "test") for model in evaluated}
+                models |= {key for key in wanted if key not in stored}
             else:
                 work.update(graph[name].work(config))
         asked = sum(len(chain[name]) for chain, _, _ in trials)
-        rows.append(StageWork(name, asked, len(found), {"models": len(models)} if name == "evaluate" else dict(work)))
-        counted |= found.keys()
+        amounts = {"models": len(models)} if name == "evaluate" else dict(work)
+        rows.append(StageWork(name, asked, len(found), amounts, len(every) - len(found)))
+        counted |= every.keys()
     return rows

@@ -176,11 +176,16 @@ class DryRun:
     resources: list[str]
     work: list[StageWork] | None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the output of ``--json``."""
+        return vars(self) | {"work": self.work and [vars(row) for row in self.work]}
 
-def dry_run(request: SweepRequest, storage: str, name: str | None, address: str) -> DryRun:
+
+def dry_run(request: SweepRequest, storage: str, name: str | None, address: str, fresh: bool = False) -> DryRun:
     """Return the trials and the work of a sweep. Needs neither the data nor Ray."""
     from ..execution.ray_session import Resources, in_all
-    from ..runs.plan import stage_keys, unique_work
+    from ..runs.earlier import read_earlier
+    from ..runs.plan import unique_work
     from ..runs.runner import check_name
 
     check_name(name, "sweeps")
@@ -189,7 +194,8 @@ def dry_run(request: SweepRequest, storage: str, name: str | None, address: str)
     resources = resources_of(sweep, nodes, storage)
     search, seeds, work = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None
     if search != "optuna":
-        work = unique_work([stage_keys(config) for config in sweep.configs], sweep.configs)
+        earlier = read_earlier(storage, fresh)
+        work = unique_work([earlier.chain(config) for config in sweep.configs], sweep.configs, earlier)
     name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
     notes = [sweep.note] if sweep.note else []
     return DryRun(name, request.space, search, points, seeds, [*notes, *resources.lines()], work)

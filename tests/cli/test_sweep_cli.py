@@ -71,7 +71,6 @@ WRONG = [
     ("--seed 1 --seeds 0,1", ["--seeds 0,1:", "1 as well", "one of them"]),
     ("--set seed=1 --seeds 0,1", ["--seeds 0,1:", "1 as well", "one of them"]),
     ("--seed x --seeds 0,1", ["--seed x:", "whole number"]),
-    ("--json --dry-run", ["--json:", "--dry-run"]),
     ("--name a/b", ["--name a/b:", "sweeps/"]),
     ("--name ..", ["--name ..:", "sweeps/"]),
     ("--address nowhere", ["--address nowhere:", "HOST:PORT"]),
@@ -276,6 +275,17 @@ def test_a_dry_run_counts_what_is_computed_once(words, counts):
     assert (result.exit_code, result.stderr) == (0, "")
     found = table(result.stdout)
     assert {stage: found[stage] for stage in counts} == counts
+
+
+def test_a_dry_run_gives_its_plan_as_json():
+    result = sweep("--dry-run", "--json", "--space", "smoke", "--name", "n")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert (found["name"], found["space"], found["points"], found["seeds"]) == ("n", "smoke", 6, 1)
+    assert {"stage": "warmup", "asked": 6, "unique": 2}.items() <= found["work"][1].items()
+    assert found["resources"][0].startswith("trials at once: ")
+    assert json.loads(sweep("--dry-run", "--json", "--search", "optuna", "--samples", "5").stdout)["work"] is None
+    assert not files()
 
 
 def test_a_dry_run_of_optuna_has_no_work_table():
