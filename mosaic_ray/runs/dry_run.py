@@ -30,12 +30,13 @@ class DryRun:
         """Return the plan as lines of text, but for the work."""
         config, clients = self.config, self.config.partition.num_clients
         what = f"method {config.method}, algorithm {config.algorithm}, data {config.data.name}, {clients} clients"
-        where = f"clients train on {'GPUs' if config.runtime.device == 'cuda' else 'CPUs'} in {config.runtime.precision}"
+        places = "GPUs" if config.runtime.device == "cuda" else "CPUs"
+        devices = self.devices or f"clients train on {places} in {config.runtime.precision}"
         each = f"up to {math.ceil(clients / max(1, self.actors))} of the run's {clients} clients on each, in turn"
         actors = f"client actors: {self.actors}, {each}"
         if not self.actors:
             actors = "client actors: none, clients run inside the run's own process (runtime.host = serial)"
-        return [f"run {self.name}: {what}, seed {config.seed}", self.devices or where, actors]
+        return [f"run {self.name}: {what}, seed {config.seed}", devices, actors]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the output of ``--json``."""

@@ -178,7 +178,7 @@ class DryRun:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the output of ``--json``."""
-        return vars(self) | {"work": self.work and [vars(row) for row in self.work]}
+        return {**vars(self), "work": self.work and [vars(row) for row in self.work]}
 
 
 def dry_run(request: SweepRequest, storage: str, name: str | None, address: str, fresh: bool = False) -> DryRun:
