@@ -138,7 +138,9 @@ def _allowed(knob: Knob) -> str:
     meta = knob.metadata
     if meta["choices"]:
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
-    kind = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}.get(knob.type)
+    kind = {int: "whole number", float: "number", bool: "`true`, `false`", str: "text"}.get(knob.kind)
+    if kind is not None and knob.kind != knob.type:
+        kind = f"`auto`, or {kind}"
     if kind is None:
         kind = "list of names" if knob.type == tuple[str, ...] else "a rule, or list of numbers"
     high = "" if meta["high"] is None else f"{meta['high']:,.10g}"

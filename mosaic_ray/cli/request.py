@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import plugins
@@ -16,7 +17,8 @@ from ..core.errors import RequestError, neighbours
 
 if TYPE_CHECKING:
     from ..deploy.capacity import ClusterRequest
-    from ..sweeps.runner import SweepRequest
+    from ..execution.ray_session import Resources
+    from ..sweeps.runner import Sweep, SweepRequest
     from ..sweeps.space import SweepPlan
 
 #: Typed options that make a configuration, by the names of ``options.REQUEST``; None or absent where not given.
@@ -148,18 +150,27 @@ def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptio
     """Return the request to check against a cluster: a sweep of ``space`` or ``grid``, or a run without both."""
     from ..deploy.capacity import ClusterRequest, fit_of_run, fit_of_sweep
     from ..execution.devices import settle
+    from ..runs.runner import estimate_devices
     from ..sweeps.runner import prepare, resources_of
 
     if space is None and not grid:
         config = parse_config(**options)
+
+        def settled(there: Resources) -> ExperimentConfig:
+            return settle(config, estimate_devices([config], there))
+
         return ClusterRequest(
-            lambda there: [settle(config, there)], lambda nodes, _, there: fit_of_run(settle(config, there), nodes)
+            lambda there: [settled(there)], lambda nodes, _, there: fit_of_run(settled(there), nodes)
         )
     request = sweep_request(space, options, grid=grid)
-    prepare(request)  # refuses it before the file is read
+    configs = prepare(request).configs
+
+    def sweep(there: Resources) -> Sweep:
+        return prepare(request, there=estimate_devices(configs, replace(there, runs=len(configs))))
+
     return ClusterRequest(
-        lambda there: prepare(request, there=there).configs,
-        lambda nodes, storage, there: fit_of_sweep(resources_of(prepare(request, there=there), nodes, storage)),
+        lambda there: sweep(there).configs,
+        lambda nodes, storage, there: fit_of_sweep(resources_of(sweep(there), nodes, storage)),
     )
 
 

@@ -35,6 +35,17 @@ class RunError(Exception):
         return f"{where}: {self.message}" if where else self.message
 
 
+class OutOfGpuMemory(RunError):
+    """A client's work did not fit into its share of a GPU."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(OutOfGpuMemory, stage=self.stage, round=self.round, client=self.client), (self.message,)
+
+    def at(self, stage: str) -> OutOfGpuMemory:
+        """Add the stage as ``RunError.at`` does, keeping the type: a sweep runs the trial again."""
+        return OutOfGpuMemory(self.message, stage=self.stage or stage, round=self.round, client=self.client)
+
+
 def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ``'did you mean "x" or "y"?'`` with up to ``limit`` names close to ``word``, else a list of all names."""
     known = sorted(known)

@@ -46,6 +46,10 @@ class Rule:
         )
 
 
+IDLE_GPUS = Rule(
+    "devices.idle_gpus", "warmup", "warning", 0, "leave runtime.device and runtime.gpus_per_client at auto"
+)
+
 EMPTY_CLASS = Rule(
     "partition.empty_class", "partition", "warning", 0,
     "raise partition.omega or lower partition.num_clients and partition.validation_fraction; of a class that the data "
@@ -125,6 +129,13 @@ STUDENT_UNCHANGED = Rule("distill.guarded", "distill", "info", None, "see the te
 PLATEAU_WINDOW, PLATEAU_MIN_WINDOW = 100, 10
 #: Effective number of owners below which a class counts as held by one client.
 SINGLE_OWNER_BELOW = 1.05
+
+
+def device_findings(device: str, num_gpus: float) -> list[Finding]:
+    """Check that clients do not train on CPUs beside ``num_gpus`` idle GPUs; ``device``: "cpu" or "cuda"."""
+    if device != "cpu" or num_gpus < 1:
+        return []
+    return [IDLE_GPUS.finding(f"clients train on CPUs, and GPUs stay idle beside them ({num_gpus:g})", num_gpus)]
 
 
 def partition_findings(label_counts: Sequence[int]) -> list[Finding]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.errors import RunError
+from ..core.errors import OutOfGpuMemory, RunError
 from .ray_internals import killed_for_memory
 
 #: Seconds between two checks for new nodes, while clients wait for an actor.
@@ -34,6 +34,7 @@ class ActorPool:
     """The client actors of a run: those that are up, and those that are still to start.
 
     ``more(have)`` starts actors on nodes that joined since; ``shared`` actors serve other runs too and are not ended.
+    ``fewer(error)`` starts actors with twice the share of a GPU, none if they hold one to themselves.
     """
 
     def __init__(
@@ -42,13 +43,14 @@ class ActorPool:
         *,
         shared: bool = False,
         more: Callable[[int], list[Any]] | None = None,
+        fewer: Callable[[OutOfGpuMemory], list[Any]] = lambda error: [],
         patience_seconds: float = PATIENCE_SECONDS,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.actors, self.shared, self.say = list(actors), shared, say
         self.patience_seconds = patience_seconds
         self._up: dict[int, str] = {}  # actor -> its worker's id
-        self._more, self._looked = more, time.monotonic()
+        self._more, self._fewer, self._looked = more, fewer, time.monotonic()
 
     def is_up(self, actor: Any) -> bool:
         return id(actor) in self._up
@@ -86,6 +88,15 @@ class ActorPool:
         if not self.shared:
             end([actor])
         return True
+
+    def halve(self, error: OutOfGpuMemory) -> list[Any]:
+        """Replace all actors by others with twice the share of a GPU; return them, none where that cannot be."""
+        new = self._fewer(error)
+        if new:
+            end(self.actors)  # the new ones start when these have gone
+            self.actors = new
+            self._up.clear()
+        return new
 
     def close(self) -> None:
         """End the actors, unless other runs share them."""
@@ -207,8 +218,11 @@ class ClientMap:
         except RayTaskError as error:
             if client_id < 0:
                 raise RunError(f"a client actor cannot start: {first_line(error.cause or error)}") from error
-            self._idle.append(actor)
             cause = error.cause if isinstance(error.cause, RunError) else None
+            if isinstance(cause, OutOfGpuMemory) and (new := self._pool.halve(cause)):
+                self._begin_anew(new, client_id)
+                return
+            self._idle.append(actor)
             self._failed(client_id, cause or RunError(first_line(error.cause or error), client=client_id))
         else:
             self._idle.append(actor)
@@ -224,6 +238,16 @@ class ClientMap:
             self._again(client_id)
         else:
             self._arrived[client_id] = ClientFailure(error, failures)
+
+    def _begin_anew(self, actors: Sequence[Any], client_id: int) -> None:
+        """Queue the clients in hand again, ``client_id`` among them, for ``actors`` in the place of all others."""
+        for waiting in [client_id, *(running for running, _, _ in self._running.values())]:
+            if waiting >= 0:
+                self._again(waiting)
+        self._running.clear()
+        self._idle.clear()
+        for actor in actors:
+            self._ping(actor)
 
     def _again(self, client_id: int) -> None:
         heapq.heappush(self._queue, (-self._cost(client_id), client_id))

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..config.schema import ExperimentConfig
 from ..config.user_code import is_file_module
-from ..core.errors import RunError
+from ..core.errors import OutOfGpuMemory, RunError
 from ..core.types import DataFacts, ImageSet
 from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, ClientMap, end, first_line
+from .gpu_memory import CONTEXT_BYTES, is_out_of_memory
 from .malloc import give_back, keep_freed
 from .precision import device_of
 
@@ -87,7 +88,34 @@ def run_task(
         raise
     except Exception as error:
         round_num = getattr(task, "round_num", None)
+        if is_out_of_memory(error):
+            raise OutOfGpuMemory(TOO_LARGE, round=round_num, client=client_id) from error
         raise RunError(f"{type(error).__name__}: {error}", round=round_num, client=client_id) from error
+
+
+#: A client's failure where no other client is on its GPU.
+TOO_LARGE = (
+    "out of GPU memory: lower warmup.batch_size, generator.batch_size, model.width or data.image_size, or set "
+    "runtime.device = cpu"
+)
+
+
+def take_device(share: float) -> str:
+    """Return the torch device of a process that holds ``share`` of a GPU (0: none), and cap what it may allocate there.
+
+    The context is outside of torch's allocator, so it is taken off the cap. A share of a half or more is not capped:
+    its only neighbour may be the server's worker, which works while clients wait.
+    """
+    import torch
+
+    if not share:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
+    if share < 0.5:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(share / 2, share - CONTEXT_BYTES / total))
+    return "cuda"
 
 
 class SerialBackend:
@@ -120,6 +148,8 @@ class SerialBackend:
                     result = run_task(self._config, self._facts, device, task, client_id, arrays, broadcast, own)
                     break
                 except RunError as error:
+                    if isinstance(error, OutOfGpuMemory) and self._config.runtime.gpu_share < 1:
+                        raise  # a sweep's trial, which others share the GPU with, runs again with more of it
                     result = ClientFailure(error, failures)
                 finally:
                     torch.set_num_threads(threads)
@@ -135,14 +165,13 @@ class SerialBackend:
 class ClientActor:
     """A Ray actor that runs tasks. It keeps nothing between calls, so any actor can do any client's work again."""
 
-    def __init__(self, gpu: bool) -> None:
+    def __init__(self, share: float) -> None:
+        """``share`` of a GPU that the actor holds; 0: it runs on CPUs."""
         import torch
 
         keep_freed()
         torch.set_num_threads(1)  # until the first task sets its own: importing torch must not take every core
-        if gpu and not torch.cuda.is_available():
-            raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
-        self._device = "cuda" if gpu else "cpu"
+        self._device = take_device(share)
 
     def ping(self) -> str:
         """Return Ray's id of the worker process, once the actor is up (again)."""
@@ -190,7 +219,7 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
     hosts = []
     for node, count in counts.items():
         where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)} if node else {}
-        hosts += [actor.options(**where).remote(bool(needs.get("GPU"))) for _ in range(count)]
+        hosts += [actor.options(**where).remote(needs.get("GPU", 0.0)) for _ in range(count)]
     return hosts
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.resolve import override
 from ..config.schema import ExperimentConfig
-from ..core.errors import RequestError
+from ..core.errors import OutOfGpuMemory, RequestError
 from ..core.types import DataFacts, ImageSet
 from ..distillation.student_training import DistillTask
 from .actor_pool import PATIENCE_FOR_MACHINES, PATIENCE_SECONDS, ActorPool
 from .backend import ClientBackend, RayBackend, SerialBackend, start_hosts
+from .devices import halved, on_a_gpu
 from .ray_session import all_resources, connect, in_all, machines_to_come, num_hosts
 from .ray_train import Outcome, distil_on_ray, distil_serial
 
@@ -35,26 +37,46 @@ class Placement:
         """Return the clients of ``config``; ``shards`` returns a client's training images."""
         if config.runtime.host == "serial":
             return SerialBackend(config, facts, shards)
+
+        def trial_again(error: OutOfGpuMemory) -> list[Any]:
+            """Leave it to the sweep, which runs the trial again, unless a client has a GPU to itself already."""
+            if halved(config.runtime.gpu_share) > config.runtime.gpu_share:
+                raise error
+            return []
+
         if self.pool:
-            return RayBackend(config, facts, shards, lambda: ActorPool(self.pool, shared=True, say=say))
+            return RayBackend(
+                config, facts, shards, lambda: ActorPool(self.pool, shared=True, say=say, fewer=trial_again)
+            )
+        now = config  # with the share of a GPU that is left to it
         needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpu_share}
 
         def more(have: int) -> list[Any]:
             """Add actors for nodes that joined later; pending actors make the autoscaler start expected ones."""
             try:
-                wanted = num_hosts(config, in_all(all_resources(), machines_to_come()))
+                wanted = num_hosts(now, in_all(all_resources(), machines_to_come()))
             except RequestError:  # nodes went away and none that is left fits: wait for their return
                 return []
             return start_hosts(needs, {"": max(0, wanted - have)})
 
+        def fewer(error: OutOfGpuMemory) -> list[Any]:
+            nonlocal now
+            share = halved(needs["GPU"])
+            if share == needs["GPU"]:
+                return []
+            needs["GPU"], now = share, override(config, {"runtime.gpus_per_client": share})
+            say(f"client {error.client}: out of GPU memory; going on with {on_a_gpu(share)}")
+            return start_hosts(needs, {"": num_hosts(now, in_all(all_resources(), machines_to_come()))})
+
         def own() -> ActorPool:
             there = connect(self.address)
             to_come = machines_to_come() if self.address != "local" else []
-            count = num_hosts(config, in_all(there, to_come))
+            count = num_hosts(now, in_all(there, to_come))
             later = f", some on machines that the cluster is yet to start ({len(to_come)} at most)" if to_come else ""
             say(f"Ray is up: {config.partition.num_clients} clients on {count} actors{later}")
             return ActorPool(
                 start_hosts(needs, {"": count}), more=None if self.address == "local" else more, say=say,
+                fewer=fewer,
                 patience_seconds=PATIENCE_FOR_MACHINES if to_come else PATIENCE_SECONDS,
             )  # fmt: skip
 

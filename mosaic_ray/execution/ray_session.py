@@ -41,13 +41,18 @@ MEMORY_A_CPU = 4 * 2**30
 class Resources:
     """The CPUs, GPUs and bytes of memory of a cluster.
 
-    ``share``: of a GPU that one client's memory takes, ``bf16``: whether its GPUs compute in it; 0, None: not known.
+    ``share``: of a GPU that one client's memory takes; ``gpu_bytes``: memory of the smallest GPU; ``bf16``: whether the
+    GPUs compute in it. 0, None: not known. ``runs``: a sweep's trials at once, 0: no sweep. ``least_share``: of a GPU,
+    for every client, after its memory ran out.
     """
 
     cpus: float
     gpus: float
     memory: float
     share: float = 0.0
+    gpu_bytes: float = 0.0
+    runs: int = 0
+    least_share: float = 0.0
     bf16: bool | None = None
 
 
@@ -132,7 +137,7 @@ def all_resources() -> Resources:
     return Resources(total.get("CPU", 0.0), total.get("GPU", 0.0), total.get("memory", 0.0))
 
 
-def in_all(there: Resources, to_come: Sequence[Node]) -> Resources:
+def in_all(there: Resources, to_come: Sequence[Node | Resources]) -> Resources:
     """Return the sum of ``there`` and of the nodes ``to_come``."""
     every: list[Resources | Node] = [there, *to_come]
     sums = {kind: sum(getattr(n, kind) for n in every) for kind in ("cpus", "gpus", "memory")}
@@ -181,6 +186,15 @@ def nodes(expect: bool = False) -> list[Node]:
             has = facts["Resources"]
             found.append(Node(facts["NodeID"], has.get("CPU", 0.0), has.get("GPU", 0.0), has.get("memory", 0.0)))
     return sorted(found, key=lambda node: (node.name != own, node.name)) + (machines_to_come() if expect else [])
+
+
+def gpu_kinds() -> tuple[list[str], bool]:
+    """Return Ray's ``accelerator_type:...`` resources of the nodes that are up and have GPUs, and if there are any."""
+    import ray
+
+    with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    kinds = {name for has in with_gpus for name in has if name.startswith("accelerator_type:")}
+    return sorted(kinds), bool(with_gpus)
 
 
 def own_node() -> dict[str, float]:

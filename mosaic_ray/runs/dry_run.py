@@ -13,7 +13,7 @@ from ..execution.ray_session import num_hosts
 from .checks import check_models
 from .earlier import read_earlier
 from .plan import StageWork, unique_work
-from .runner import check_name, default_name
+from .runner import check_name, default_name, estimate_devices
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DryRun:
 def dry_run(config: ExperimentConfig, storage: str, name: str | None, address: str, fresh: bool = False) -> DryRun:
     """Return the plan of a run; ``RequestError`` if it would be refused before its data are read."""
     check_name(name, "runs")
-    there = resources_for(config, address)
+    there = estimate_devices([config], resources_for(config, address))
     config = settle(config, there)
     if (facts := known_facts(config.data)) is not None:
         check_models(config, facts)

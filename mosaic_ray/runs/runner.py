@@ -19,6 +19,7 @@ from ..config.plugins import load
 from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml, without_share
 from ..config.schema import DataConfig, ExperimentConfig
 from ..core.errors import RequestError, RunError
+from ..core.health import device_findings
 from ..core.serialization import from_json
 from ..core.types import Dataset, Finding, Weights
 from ..storage.filesystem import write_whole
@@ -71,10 +72,12 @@ def run(
 
     check_name(name, "runs")
     dataset, store, there = prepare(config, storage, address, fresh)
+    there = look_at_devices([config], {config.data: dataset}, there, address)
     config = settle(config, there)
+    lines = [describe(config, there)] if config.runtime.device == "cuda" else []  # on CPUs a finding says it
     return execute(
         config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
-        strict_health=strict_health, progress=progress, notes=[describe(config, there)],
+        strict_health=strict_health, progress=progress, notes=lines, gpus=there.gpus,
     )  # fmt: skip
 
 
@@ -87,6 +90,31 @@ def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -
     store = Store(storage, fresh=fresh)
     store.check_writable()
     return load_data([config])[config.data], store, there
+
+
+def look_at_devices(
+    configs: Sequence[ExperimentConfig], datasets: Mapping[DataConfig, Dataset], there: Resources, address: str
+) -> Resources:
+    """Return ``there`` with the share of a GPU that the largest client of ``configs``, still with ``auto``, takes."""
+    from ..execution.devices import with_measurement
+    from ..execution.gpu_memory import work_of
+    from ..tracking.tracker import Tracker
+
+    works = [work_of(c, datasets[c.data].facts, len(datasets[c.data].train)) for c in configs]
+    with Tracker(None, progress=False) as tracker:
+        return with_measurement(there, works, address, tracker.say)
+
+
+def estimate_devices(configs: Sequence[ExperimentConfig], there: Resources) -> Resources:
+    """Return ``there`` with a share of a GPU by shapes, as far as these are known without the data."""
+    from ..data.load import known_facts
+    from ..execution.devices import with_estimate
+    from ..execution.gpu_memory import work_of
+
+    if there.gpus < 1:
+        return there
+    facts = {config.data: known_facts(config.data) for config in configs}
+    return with_estimate(there, [work_of(c, known, 0) for c in configs if (known := facts[c.data])])
 
 
 def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
@@ -152,13 +180,14 @@ def execute(
     strict_health: bool = False,
     log_file: bool = False,
     notes: Sequence[str] = (),
+    gpus: float = 0.0,
     finish: Callable[[Path, dict[str, Any]], None] | None = None,
     **watch: Any,
 ) -> dict[str, Any]:
     """Run the experiment, write its files into the folder ``place`` of ``store``, and return summary.json's content.
 
     ``log_file``: messages go to log.txt instead of standard error. ``watch``: options of the ``Tracker``.
-    ``notes``: lines to say first.
+    ``notes``: lines to say first. ``gpus``: how many there are.
     ``finish(folder, summary)`` may add files of its own. A failure ends in a ``RunError`` with its address, and in the
     folder.
     """
@@ -186,6 +215,8 @@ def execute(
             store.log = tracker.warn
             for line in filter(None, notes):
                 tracker.say(line)
+            ctx.findings += device_findings(config.runtime.device, gpus)
+            ctx.warn_of(ctx.findings)
             if command:
                 tracker.text("run/command", f"    {shlex.join(command)}")
             ctx.distil = lambda task, report: hosts.distil(task, report, store.where(f"{place}/train"))

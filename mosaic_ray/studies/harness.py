@@ -145,13 +145,13 @@ def run_study(
     """
     from ..execution.devices import describe, settle
     from ..execution.placement import Placement
-    from ..runs.runner import check_name, prepare, with_repairs
+    from ..runs.runner import check_name, look_at_devices, prepare, with_repairs
     from ..tracking.tracker import Tracker
 
     check_name(name, "experiments")
     dataset, store, there = prepare(config, storage, address, fresh)
     study.check(config, dataset, options)
-    config = settle(config, there)
+    config = settle(config, look_at_devices([config], {config.data: dataset}, there, address))
     request = as_dict(override(without_share(config), {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
     place = f"experiments/{name or request_name('study', 1, request, study.name, plain(config.data.name))}"
     with Tracker(None, progress=progress) as tracker:

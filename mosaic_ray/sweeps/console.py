@@ -94,6 +94,10 @@ class SweepView:
             parts = filter(None, (outcome, self._best(setting), self._left()))
             self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: {', '.join(parts)}")
 
+    def drop(self, trial: str) -> None:
+        """Show that ``trial`` ended and is to run again."""
+        self._running.pop(trial, None)
+
     def say(self, text: str, mark: str = "") -> None:
         """Print a line, above the live view; ``mark`` is "warning" or nothing."""
         if self._live is None:

@@ -27,7 +27,10 @@ class TrialQueue:
     setting: tuple[str, ...] = ()
     strict_health: bool = False
     results: dict[str, TrialResult] = field(default_factory=dict)
+    #: Trials that ran out of GPU memory beside others: they run again when fewer clients share a GPU.
+    starved: list[Trial] = field(default_factory=list)
     _first: Trial | None = None
+    _again: list[Trial] = field(default_factory=list)
     _trials: dict[str, Trial] = field(default_factory=dict)
     _reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -42,9 +45,13 @@ class TrialQueue:
 
     def next(self) -> Trial | None:
         """Return the next trial to run, or None where a running one must finish first; ``StopIteration`` at the end."""
+        if self.starved:
+            raise StopIteration  # the trials that run now end before these begin again
         if self._first is not None:
             first, self._first = self._first, None
             return first
+        if self._again:
+            return self._again.pop(0)
         while (trial := self.search.next()) is not None:
             summary = self.state.finished(trial)
             health = summary.get("health", []) if summary and self.strict_health else []
@@ -74,6 +81,10 @@ class TrialQueue:
     def finish(self, name: str) -> None:
         """Keep the result of a trial that returned, or that the scheduler stopped before it reported a status."""
         trial, last = self._trials[name], self._reports[name]
+        if last.get("status") == "starved":
+            self.starved.append(trial)
+            self.view.drop(name)
+            return
         if "status" not in last:
             self.state.record(
                 trial, status="stopped", stage=last.get("stage"),
@@ -86,6 +97,16 @@ class TrialQueue:
         trial, stage = self._trials[name], self._reports.get(name, {}).get("stage")
         self.state.record(trial, status="failed", stage=stage, round=None, client=None, error=error)
         self._finish(trial)
+
+    def run_again(self) -> None:
+        """Hand out the starved trials once more."""
+        self._again, self.starved = self.starved, []
+
+    def give_up(self) -> None:
+        """Keep the starved trials as failed; their summaries say so already."""
+        starved, self.starved = self.starved, []
+        for trial in starved:
+            self._finish(trial)
 
     def write(self) -> None:
         """Write results.parquet and results.csv of all trials that have finished so far."""

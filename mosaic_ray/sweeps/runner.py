@@ -183,22 +183,26 @@ class DryRun:
 
 def dry_run(request: SweepRequest, storage: str, name: str | None, address: str, fresh: bool = False) -> DryRun:
     """Return the trials and the work of a sweep. Needs neither the data nor Ray."""
-    from ..execution.ray_session import Resources, in_all
+    from ..execution.devices import describe, of_nodes, settle
     from ..runs.earlier import read_earlier
     from ..runs.plan import unique_work
-    from ..runs.runner import check_name
+    from ..runs.runner import check_name, estimate_devices
 
     check_name(name, "sweeps")
     nodes = available_nodes(address)
-    sweep = prepare(request, there=in_all(Resources(0, 0, 0), nodes))
-    resources = resources_of(sweep, nodes, storage)
+    sweep = prepare(request)
+    there = estimate_devices(sweep.configs, _shared(of_nodes(nodes, address), sweep))
+    sweep = prepare(request, there=there)
+    resources = resources_of(sweep, nodes, storage).lines()
+    if line := describe(settle(request.config, there), there):
+        resources.insert(0, line)
     search, seeds, work = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None
     if search != "optuna":
         earlier = read_earlier(storage, fresh)
         work = unique_work([earlier.chain(config) for config in sweep.configs], sweep.configs, earlier)
     name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
     notes = [sweep.note] if sweep.note else []
-    return DryRun(name, request.space, search, points, seeds, [*notes, *resources.lines()], work)
+    return DryRun(name, request.space, search, points, seeds, [*notes, *resources], work)
 
 
 @dataclass(frozen=True)
@@ -246,9 +250,8 @@ def run(
     ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on. With ``strict_health``
     a finding of severity error is such a failure.
     """
-    from ..execution.devices import describe, settle
-    from ..execution.ray_session import Resources, in_all
-    from ..runs.runner import check_name, load_data
+    from ..execution.devices import describe, of_nodes, settle
+    from ..runs.runner import check_name, load_data, look_at_devices
     from ..storage.store import Store
     from .console import SweepView
     from .queue import TrialQueue
@@ -256,10 +259,10 @@ def run(
 
     check_name(name, "sweeps")
     nodes = available_nodes(address)
-    there = in_all(Resources(0, 0, 0), nodes)
-    here = flatten(settle(request.config, there))
-    sweep = prepare(request, there=there)
-    resources_of(sweep, nodes, storage)  # refuses a plan that cannot fit, before Ray starts
+    sweep = prepare(request)
+    there = _shared(of_nodes(nodes, address), sweep)
+    settle(request.config, there)  # refuses a device that is not there
+    resources_of(prepare(request, there=there), nodes, storage)  # refuses a plan that cannot fit, before Ray starts
     store = Store(storage)
     store.check_writable()
     state = SweepState(store, name or plan_name(sweep.plan_json))
@@ -268,6 +271,8 @@ def run(
         raise RequestError(f"--name {state.name}: that sweep is running already, from another process")
     with lease:
         datasets = load_data(sweep.configs)
+        there = look_at_devices(sweep.configs, datasets, there, address)
+        here = flatten(settle(request.config, there))
         state.begin(sweep.plan_json, fresh, {name: here[knob] for name, knob in REMEMBERED.items()})
         base, there, notes = as_begun(request, state, there)
         sweep = prepare(request, base, there)
@@ -282,6 +287,12 @@ def run(
         queue.write()
     results = sorted(queue.results.values(), key=lambda r: (r.point, r.seed))
     return Outcome(state.name, store.where(state.place), results, sweep.swept, sweep.setting)
+
+
+def _shared(there: Resources, sweep: Sweep) -> Resources:
+    """Return ``there`` as all trials share it."""
+    total = sweep.search.total
+    return replace(there, runs=min(total, sweep.request.max_concurrent or total))
 
 
 def as_begun(
@@ -310,6 +321,7 @@ def as_begun(
 
 
 def _run_trials(sweep: Sweep, queue: TrialQueue, datasets: dict[Any, Any], storage: str, address: str) -> None:
+    from ..execution.devices import halved
     from ..execution.ray_session import connect, nodes
     from .tune import HalvingBySetting, TrialContext, run_trials
 
@@ -324,4 +336,16 @@ def _run_trials(sweep: Sweep, queue: TrialQueue, datasets: dict[Any, Any], stora
     if sweep.request.scheduler == "asha":
         num_rounds = max(config.finetune.num_rounds for config in sweep.configs)
         halving = HalvingBySetting((*sweep.setting, "seed"), num_rounds)
-    run_trials(queue, context, datasets, resources_of(sweep, machines, storage), machines, halving)
+
+    def fewer(resources: ResourcePlan) -> tuple[Resources, ResourcePlan] | None:
+        """Return resources with half as many clients a GPU, if there may be fewer."""
+        share = resources.host.get("GPU") or resources.trial["GPU"]
+        if sweep.there is None or halved(share) == share:
+            return None
+        there = replace(sweep.there, least_share=halved(share))
+        try:
+            return there, resources_of(prepare(sweep.request, sweep.base, there), machines, storage)
+        except RequestError:  # nothing else would fit beside a client
+            return None
+
+    run_trials(queue, context, datasets, resources_of(sweep, machines, storage), machines, halving, fewer)

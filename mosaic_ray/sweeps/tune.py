@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from ray.tune.search import Searcher
 
 from ..config.resolve import KNOBS, override
 from ..config.schema import DataConfig, ExperimentConfig
-from ..core.errors import RequestError, RunError
+from ..core.errors import OutOfGpuMemory, RequestError, RunError
 from ..core.types import Dataset
 from ..execution.backend import start_hosts, started
-from ..execution.devices import settle
+from ..execution.devices import on_a_gpu, settle
 from ..execution.ray_session import RAY_ENVIRONMENT, Resources, own_node
 from ..execution.resource_plan import Node, ResourcePlan
 from ..runs.plan import graph_of
@@ -97,11 +97,11 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
         summary = runner.execute(
             config, ray.get(context.datasets[config.data]), store, state.folder(trial.name), hosts, progress=None,
             log_file=True, on_metric=on_metric, on_stage=lambda name: tune.report({"stage": name}), finish=finish,
-            strict_health=context.strict_health,
+            strict_health=context.strict_health, gpus=context.there.gpus if context.there else 0.0,
         )  # fmt: skip
         status = summary["status"]
-    except RunError:
-        status = "failed"  # its summary is written
+    except RunError as error:  # its summary is written
+        status = "starved" if isinstance(error, OutOfGpuMemory) and config.runtime.gpu_share < 1 else "failed"
     except RequestError as error:  # found only with the data, such as a client without images
         state.record(trial, status="failed", error=str(error), stage=None, round=None, client=None)
         status = "failed"
@@ -195,18 +195,49 @@ def run_trials(
     resources: ResourcePlan,
     nodes: Sequence[Node],
     halving: HalvingBySetting | None = None,
+    fewer: Callable[[ResourcePlan], tuple[Resources, ResourcePlan] | None] = lambda resources: None,
 ) -> None:
     """Run every trial of ``queue`` within ``resources``; Ray is joined already, ``nodes[0]`` is this node.
 
-    ``datasets`` is emptied: the object store holds them from here on.
+    ``datasets`` is emptied: the object store holds them from here on. Trials that run out of GPU memory run again, with
+    the resources that ``fewer`` returns: fewer clients share a GPU. If it returns None, they have failed.
     """
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # our own event files say more
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_MAX_PENDING_TRIALS_PG": str(resources.concurrent),
     }
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the queue reports each failure in one line
+    context = replace(context, datasets={name: ray.put(datasets.pop(name)) for name in list(datasets)})
+    while True:
+        _run_within(queue, context, resources, nodes, halving)
+        if not queue.starved:
+            return
+        again = fewer(resources)
+        if again is None:
+            queue.give_up()
+        else:
+            there, resources = again
+            context = replace(context, there=there)
+            share = on_a_gpu(resources.host.get("GPU") or resources.trial["GPU"])
+            queue.view.say(f"out of GPU memory: {_count(queue)} again, with {share}", "warning")
+            queue.run_again()
+
+
+def _count(queue: TrialQueue) -> str:
+    count = len(queue.starved)
+    return f"{count} trials run" if count > 1 else "1 trial runs"
+
+
+def _run_within(
+    queue: TrialQueue,
+    context: TrialContext,
+    resources: ResourcePlan,
+    nodes: Sequence[Node],
+    halving: HalvingBySetting | None,
+) -> None:
+    """Run trials on a pool of client hosts until none is left, or one has run out of GPU memory."""
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(resources.concurrent)
     counts: Counter[str] = Counter()
     for node, count in zip(nodes, resources.hosts, strict=True):
         counts["" if node.to_come else node.name] += count
@@ -221,8 +252,7 @@ def run_trials(
         wait = f", {later} more as the cluster's machines come" if later else ""
         queue.view.say(f"Ray is up: {len(up)} client hosts{wait}, {resources.concurrent} trials at once")
         up += coming
-        references = {name: ray.put(datasets.pop(name)) for name in list(datasets)}  # frees them here
-        context = replace(context, pool=tuple(up), datasets=references)
+        context = replace(context, pool=tuple(up))
         pinned = own_node() if resources.trials_on is not None and len(nodes) > 1 else {}
         trainable = tune.with_resources(
             tune.with_parameters(run_trial, context=context), PlacementGroupFactory([{**resources.trial, **pinned}])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_runner import ask, refusal
+from cli_runner import ask, refusal, refused_by
+from helpers import TINY, stripes_dataset
 from pretended import config
 
 from mosaic_ray.config.resolve import override
@@ -15,6 +17,7 @@ from mosaic_ray.execution.precision import device_of
 from mosaic_ray.execution.ray_session import Resources
 from mosaic_ray.pipeline.stages import numbers_depend_on
 from mosaic_ray.runs import runner
+from mosaic_ray.sweeps.runner import as_begun
 
 LAPTOP, STATION = Resources(2, 0, 8.0), Resources(16, 2, 64.0, share=0.125, bf16=True)
 
@@ -119,6 +122,22 @@ def test_torch_is_asked_before_cuda_is_used(monkeypatch):
         assert device_of(settle(config(), LAPTOP)).type == "cpu"
 
 
+# --- GPUs beside busy CPUs -------------------------------------------------------------------------------------------
+
+
+def test_gpus_that_stay_idle_beside_clients_on_cpus_are_a_finding(tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    tiny = override(TINY, {"method": "fedavg"})
+    idle = ["devices.idle_gpus"]
+    for gpus, knobs, code in (
+        (2, {"runtime.device": "cpu"}, idle), (2, {"runtime.gpus_per_client": 0.0}, idle), (0, {}, []),
+    ):  # fmt: skip
+        there = replace(LAPTOP, gpus=gpus)
+        monkeypatch.setattr("mosaic_ray.execution.devices.local_resources", lambda there=there: there)
+        summary = runner.run(override(tiny, knobs), storage=str(tmp_path), progress=False)
+        assert [found["code"] for found in summary["health"] if found["code"].startswith("devices.")] == code
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -149,3 +168,31 @@ def test_the_word_auto_is_taken_from_the_command_line_and_from_a_file(tmp_path):
     typed = parse_config(sets=("runtime.gpus_per_client=auto", "runtime.device=auto"))
     assert parse_config(config=str(path)) == typed == parse_config()
     assert parse_config(sets=("runtime.gpus_per_client=0.25",)).runtime.gpus_per_client == 0.25
+
+
+# --- a sweep that is resumed elsewhere -------------------------------------------------------------------------------
+
+
+def begun(there: Resources, device: str, precision: str, **knobs):
+    """Base, resources and lines of a sweep that began with this device and precision and is resumed ``there``."""
+    state = SimpleNamespace(name="n", settled={"device": device, "precision": precision})
+    return as_begun(SimpleNamespace(config=config(**knobs)), state, there)
+
+
+def test_a_sweep_keeps_device_and_precision_on_another_machine_and_says_where_it_differs(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    base, there, lines = begun(STATION, "cuda", "bf16")
+    assert (numbers_depend_on(settle(base, there)), lines) == (
+        {"precision": "bf16", "threads": 1, "device": "cuda"}, [],
+    )  # fmt: skip
+    base, there, [line] = begun(replace(STATION, bf16=False), "cuda", "bf16")
+    assert settle(base, there).runtime.precision == "bf16" and "bf16" in line and "fp32" in line
+    base, there, [line] = begun(STATION, "cpu", "fp32")
+    assert numbers_depend_on(settle(base, there)) == {"precision": "fp32", "threads": 1, "device": "cpu"}
+    assert "began on CPUs" in line
+    assert begun(LAPTOP, "cpu", "fp32")[2] == []
+
+
+def test_a_sweep_that_began_on_gpus_does_not_go_on_without_one():
+    line = refused_by(begun, LAPTOP, "cuda", "bf16")
+    assert line.startswith("--name n: ") and "--fresh" in line

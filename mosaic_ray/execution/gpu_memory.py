@@ -1,0 +1,282 @@
+"""Find out how much of a GPU's memory one client takes: measured on a GPU, or estimated from shapes.
+
+Neither is part of a key or of a number: both decide only how many clients share a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config.client_layout import client_classifiers
+from ..config.plugins import strategy_named
+from ..config.resolve import override
+from ..config.schema import ExperimentConfig
+from ..core.errors import RunError
+from ..core.types import DataFacts
+from .actor_pool import PATIENCE_FOR_MACHINES, first_line
+
+#: Bytes of a process's CUDA context with cuDNN's and cuBLAS's kernels.
+CONTEXT_BYTES = 600 * 2**20
+
+#: Seconds to wait for a GPU of a machine that is up; a whole one may be in use.
+PATIENCE_SECONDS = 60.0
+
+#: Clients measured per sweep: those whose estimate is the largest.
+MOST_MEASURED = 4
+
+#: Steps of each kind of work while it is measured.
+STEPS = 3
+
+#: Images of which features are computed at once.
+CHUNK = 500
+
+#: A client's images, relative to an equal share of the training set: labels are skewed, so some hold more.
+LARGEST_SHARD = 4
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """The largest work of one client: its experiment, facts of its data, and its number of images."""
+
+    config: ExperimentConfig
+    facts: DataFacts
+    samples: int
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What a process on a GPU found. ``peak``: bytes that one client takes, 0 if that failed for ``reason``.
+
+    ``usable``: bytes of the GPU that no process of others holds. ``bf16``: whether the GPU computes in it natively.
+    """
+
+    peak: int
+    usable: int
+    bf16: bool
+    reason: str = ""
+
+
+def work_of(config: ExperimentConfig, facts: DataFacts, num_samples: int) -> ClientWork:
+    """Return the largest client's work on a training set of ``num_samples`` images."""
+    equal = -(-num_samples // config.partition.num_clients)
+    return ClientWork(config, facts, max(1, min(num_samples, LARGEST_SHARD * equal)))
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether a GPU's memory did not suffice, as torch or a library below it reports it."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and "CUDA" in str(error) and "out of memory" in str(error):
+            return True
+        if isinstance(error, RuntimeError) and "_STATUS_ALLOC_FAILED" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+def measure(works: Sequence[ClientWork], kinds: Sequence[str], wait_for_machines: bool) -> list[GpuFacts | None]:
+    """Measure ``works`` on one whole GPU of each kind in the cluster that this process has joined.
+
+    ``kinds``: Ray's ``accelerator_type:...`` resources, empty if unknown. Returns what answered in time; None for a GPU
+    that torch cannot use there.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=0, num_gpus=1, max_retries=0, max_calls=1)(measure_here)
+    pins: list[dict[str, float]] = [{kind: 1e-3} for kind in kinds] or [{}]
+    calls = [task.options(resources=pin).remote(works) for pin in pins]
+    patience = PATIENCE_FOR_MACHINES if wait_for_machines else PATIENCE_SECONDS
+    done, late = ray.wait(calls, num_returns=len(calls), timeout=patience)
+    for call in late:
+        ray.cancel(call, force=True)
+    found: list[GpuFacts | None] = []
+    for call in done:
+        try:
+            found.append(ray.get(call))
+        except Exception as error:
+            found.append(GpuFacts(0, 0, False, first_line(error)))
+    return found
+
+
+def measure_here(works: Sequence[ClientWork]) -> GpuFacts | None:
+    """Run ``works`` for a few steps on this process's GPU; return what was found, None where torch can use no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.set_num_threads(1)
+    cuda = torch.cuda
+    torch.zeros(1, device="cuda")
+    free, total = cuda.mem_get_info()
+    bare = total - free  # this process's context, and what other processes hold
+    usable, bf16 = total - max(0, bare - CONTEXT_BYTES), cuda.get_device_capability() >= (8, 0)
+    peak = 0
+    try:
+        for work in works:
+            if work.config.runtime.precision == "auto":
+                precision = {"runtime.precision": "bf16" if bf16 else "fp32"}
+                work = replace(work, config=override(work.config, precision))
+            for step in steps_of(work, torch.device("cuda")):
+                cuda.empty_cache()
+                cuda.reset_peak_memory_stats()
+                with contextlib.suppress(RunError):  # random images may make training diverge
+                    step()
+                peak = max(peak, cuda.max_memory_reserved())
+    except Exception as error:
+        if is_out_of_memory(error):
+            return GpuFacts(usable, usable, bf16, "one client fills the GPU")
+        return GpuFacts(0, usable, bf16, first_line(error))
+    free, _ = cuda.mem_get_info()
+    grown = max(0, total - free - bare - cuda.memory_reserved())  # kernels that were loaded meanwhile
+    return GpuFacts(peak + min(bare, CONTEXT_BYTES) + grown, usable, bf16)
+
+
+def steps_of(work: ClientWork, device: Any) -> Iterator[Any]:
+    """Yield functions that do each kind of a client's work for a few steps on random images.
+
+    One client of each network, the widest, trains its classifier; where the method has generators it trains those (with
+    the inversion loss too) and makes prototypes.
+    """
+    import torch
+
+    from ..distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
+    from ..federated.client import ClientContext, ClientRound, Round, TrainTask, initial_models
+    from ..federated.local_training import LocalTrainingConfig, Shard
+
+    short = {"generator.steps": STEPS, "generator.epochs": 0, "generator.classifier_epochs": 0}
+    config, facts = override(work.config, short), work.facts
+    context = ClientContext(config, facts, device)
+    federation, warmup = context.federation, config.warmup
+    size = (work.samples, facts.channels, facts.image_size, facts.image_size)
+    images = torch.randint(256, size, dtype=torch.uint8, device=device)
+    labels = torch.arange(work.samples, device=device) % facts.num_classes
+    shard = Shard(images, labels)
+    small = Shard(images[: max(1, config.generator.tau - 1)], labels[: max(1, config.generator.tau - 1)])
+    models = initial_models(context)
+    plan = LocalTrainingConfig(STEPS, warmup.batch_size, warmup.lr, warmup.weight_decay, warmup.momentum)
+    start = Round(models, strategy_named(config.federation.strategy).initial_state(models))
+    stages = _stages(config)
+    for clients in federation.groups.values():
+        client_id = max(clients, key=federation.widths.__getitem__)
+        indices = federation.indices(client_id, "probe", 0)
+        task = TrainTask("probe", 0, plan)
+        yield functools.partial(task.run, context, shard, client_id, start, ClientRound(indices))
+        own = GeneratorInput(federation.submodel(client_id, models, indices), indices)
+        if "generators" in stages:
+            yield functools.partial(GeneratorTask().run, context, shard, client_id, models, own)
+            if config.generator.lambda_i > 0 and len(small) < config.generator.tau:
+                yield functools.partial(GeneratorTask().run, context, small, client_id, models, own)
+        if "prototypes" in stages:
+            chunk = Shard(images[:CHUNK], labels[:CHUNK])
+            yield functools.partial(PrototypesTask(0).run, context, chunk, client_id, models, None)
+
+
+def _stages(config: ExperimentConfig) -> set[str]:
+    from ..config.plugins import load
+
+    return {stage.name for stage in load("methods", config.method).stages}
+
+
+# --- estimated -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Bytes in float32: of a network's parameters, and of its layers' outputs for a batch."""
+
+    parameters: int
+    outputs: int
+
+
+def estimated_bytes(work: ClientWork) -> int:
+    """Estimate the bytes that one client takes at its peak, context included, from the networks' shapes."""
+    config, images = work.config, work.samples * work.facts.channels * work.facts.image_size**2
+    nets = [_classifier(config, work.facts, name, config.warmup.batch_size) for name in _names(config)]
+    peak = max(4 * net.parameters + 2 * net.outputs for net in nets)
+    if "generators" in _stages(config):
+        pair, batch = _generator_pair(config, work.facts), config.generator.batch_size
+        beside = max((_classifier(config, work.facts, name, batch) for name in _names(config)), key=_size)
+        peak = max(peak, 4 * pair.parameters + 2 * (2 * pair.outputs + beside.outputs) + beside.parameters)
+    return int(peak + images + CONTEXT_BYTES)
+
+
+def least_bytes(work: ClientWork) -> int:
+    """Return bytes that a client's training surely takes: weights and gradients, and half of a batch's activations."""
+    nets = [_classifier(work.config, work.facts, name, work.config.warmup.batch_size) for name in _names(work.config)]
+    return int(max(2 * net.parameters + net.outputs // 2 for net in nets))
+
+
+def largest(works: Sequence[ClientWork]) -> list[ClientWork]:
+    """Return the works of a sweep with the largest estimates, one of those that differ only in what takes no memory."""
+    found: dict[Any, ClientWork] = {}
+    for work in works:
+        config, knobs = work.config, work.config.generator
+        shapes = (knobs.family, knobs.ngf, knobs.ndf, knobs.latent_dim, knobs.batch_size, knobs.discriminator)
+        known = (work.facts, config.model, config.federation.strategy, config.federation.widths, config.method)
+        alike = (*known, config.warmup.batch_size, knobs.tau, config.runtime.precision, shapes)
+        found[alike] = max(work, found.get(alike, work), key=lambda other: other.samples)
+    return sorted(found.values(), key=estimated_bytes, reverse=True)[:MOST_MEASURED]
+
+
+def _names(config: ExperimentConfig) -> list[str]:
+    return sorted({config.model.classifier, *client_classifiers(config)})
+
+
+def _size(shapes: _Shapes) -> int:
+    return shapes.outputs
+
+
+def _classifier(config: ExperimentConfig, facts: DataFacts, name: str, batch: int) -> _Shapes:
+    return _shapes_of_classifier(config.model, replace(facts, mean=(), std=(), augmentations=()), name, batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of_classifier(model: Any, facts: DataFacts, name: str, batch: int) -> _Shapes:
+    from ..models.classifiers import build_classifier
+
+    size = (batch, facts.channels, facts.image_size, facts.image_size)
+    return _shapes(lambda: build_classifier(model, facts.num_classes, facts.channels, facts.image_size, name), size)
+
+
+def _generator_pair(config: ExperimentConfig, facts: DataFacts) -> _Shapes:
+    return _shapes_of_pair(config.generator, facts.channels, facts.image_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of_pair(knobs: Any, channels: int, image_size: int) -> _Shapes:
+    from ..models.discriminator import build_discriminator
+    from ..models.generator import build_generator
+
+    one = _shapes(lambda: build_generator(knobs, channels, image_size), (knobs.batch_size, knobs.latent_dim))
+    size = (knobs.batch_size, channels, image_size, image_size)
+    other = _shapes(lambda: build_discriminator(knobs, channels, image_size), size)
+    return _Shapes(one.parameters + other.parameters, one.outputs + other.outputs)
+
+
+def _shapes(build: Any, size: tuple[int, ...]) -> _Shapes:
+    """Build a network without memory and run it on inputs of ``size`` without computing."""
+    import torch
+
+    outputs = 0
+
+    def count(module: Any, inputs: Any, output: Any) -> None:
+        nonlocal outputs
+        outputs += 4 * output.numel() if isinstance(output, torch.Tensor) else 0
+
+    with torch.device("meta"):
+        network = build()
+        for module in network.modules():
+            if not any(True for _ in module.children()):
+                module.register_forward_hook(count)
+        network(torch.empty(size))
+    return _Shapes(4 * sum(p.numel() for p in network.parameters()), outputs)
