@@ -216,6 +216,8 @@ def run_trials(
         again = fewer(resources)
         if again is None:
             queue.give_up()
+            if not queue.has_unfinished():
+                return
         else:
             there, resources = again
             context = replace(context, there=there)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +36,14 @@ from mosaic_ray.execution.gpu_memory import (
 from mosaic_ray.execution.placement import Placement
 from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT, Resources
 from mosaic_ray.federated.client import Task
+from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps import tune as tuning
+from mosaic_ray.sweeps.console import SweepView
+from mosaic_ray.sweeps.queue import TrialQueue
+from mosaic_ray.sweeps.search import FixedTrials
 from mosaic_ray.sweeps.space import Choice, SweepPlan
+from mosaic_ray.sweeps.state import SweepState, make_trials
 
 GIB = 2**30
 ON_RAY = override(TINY, {"runtime.host": "ray", "runtime.cpus_per_client": 0.25})
@@ -376,6 +383,48 @@ def test_a_sweeps_trials_run_again_with_fewer_clients_a_gpu(two_gpus, monkeypatc
     else:
         assert len(said) == 1 and said[0].endswith("again, with 1 client a GPU")
         assert 1.0 in {r.summary["config"]["runtime"]["gpus_per_client"] for r in outcome.results}
+
+
+def played(monkeypatch, tmp_path, fewer, needs):
+    """Play a sweep of three trials, the second of which needs a share; return statuses and the shares it ran with."""
+    state = SweepState(Store(str(tmp_path)), "n")
+    trials = make_trials(TINY, [{"warmup.lr": lr} for lr in (0.1, 0.2, 0.3)], (0,))
+    queue = TrialQueue(FixedTrials(trials), state, SweepView(3, progress=False))
+    ran: list[tuple[str, float]] = []
+
+    def play(queue, context, resources, *rest):
+        share = resources.host["GPU"]
+        with contextlib.suppress(StopIteration):
+            while trial := queue.next():
+                ran.append((trial.name, share))
+                queue.start(trial.name)
+                status = "starved" if trial.point == 1 and share < needs else "done"
+                state.record(trial, status="done" if status == "done" else "failed", error="no GPU memory")
+                queue.report(trial.name, {"status": status})
+                queue.finish(trial.name)
+
+    monkeypatch.setattr(tuning, "_run_within", play)
+    assert queue.has_unfinished()
+    context = tuning.TrialContext(TINY, str(tmp_path), "n", None, ())
+    tuning.run_trials(queue, context, {}, SimpleNamespace(host={"GPU": 0.25}, trial={}), [], None, fewer)
+    assert not queue.starved
+    return {name: result.summary["status"] for name, result in queue.results.items()}, ran
+
+
+def test_only_the_trials_that_ran_out_run_again_and_the_rest_once(monkeypatch, tmp_path):
+    def fewer(resources):
+        share = halved(resources.host["GPU"])
+        return (STATION, SimpleNamespace(host={"GPU": share}, trial={})) if share > resources.host["GPU"] else None
+
+    statuses, ran = played(monkeypatch, tmp_path, fewer, needs=1.0)
+    assert statuses == {"p000s0": "done", "p001s0": "done", "p002s0": "done"}
+    assert ran == [("p000s0", 0.25), ("p001s0", 0.25), ("p001s0", 0.5), ("p001s0", 1.0), ("p002s0", 1.0)]
+
+
+def test_where_a_gpu_cannot_be_shared_by_fewer_the_trial_fails_and_the_rest_go_on(monkeypatch, tmp_path):
+    statuses, ran = played(monkeypatch, tmp_path, lambda resources: None, needs=1.0)
+    assert statuses == {"p000s0": "done", "p001s0": "failed", "p002s0": "done"}
+    assert [name for name, _ in ran] == ["p000s0", "p001s0", "p002s0"]
 
 
 # --- a real GPU ------------------------------------------------------------------------------------------------------
