@@ -42,8 +42,9 @@ class CommandGroup(click.Group):
     ) -> Any:
         """Parse the arguments, run the command and exit."""
         words = list(sys.argv[1:] if args is None else args)
-        with contextlib.suppress(ValueError):  # not the main thread: no signal arrives there
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM acts as Ctrl-C
+        resumes = words[:1] in (["run"], ["sweep"], ["compare"], ["experiment"])
+        resume = f"; to resume: {shlex.join(resume_command(words))}" if resumes else ""
+        interrupts = _Interrupts(f"mosaic: interrupted{resume}")
         try:
             extra |= {"standalone_mode": False, "obj": words}
             status = super().main(words, prog_name or "mosaic", **extra) or 0
@@ -54,11 +55,33 @@ class CommandGroup(click.Group):
         except RunError as error:
             status = _complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 1)
         except (click.Abort, KeyboardInterrupt):
-            resumes = words[:1] in (["run"], ["sweep"], ["compare"], ["experiment"])
-            resume = f"; to resume: {shlex.join(resume_command(words))}" if resumes else ""
-            click.echo(f"mosaic: interrupted{resume}", err=True)
+            interrupts.told = True
+            click.echo(interrupts.line, err=True)
             status = 130
         sys.exit(status)
+
+
+class _Interrupts:
+    """The handler of Ctrl-C, of a scheduler's SIGTERM and of a terminal that closes (SIGHUP, unless under nohup).
+
+    The first one raises ``KeyboardInterrupt``. Another one, while the command tidies up, ends the process at once: with
+    ``line`` unless that was printed, and without a traceback.
+    """
+
+    def __init__(self, line: str) -> None:
+        self.line, self.told, self._came = line, False, False
+        with contextlib.suppress(ValueError):  # not the main thread: no signal arrives there
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self)
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if not self._came:
+            self._came = True
+            raise KeyboardInterrupt
+        if not self.told:
+            os.write(2, f"{self.line}\n".encode())
+        os._exit(130)
 
 
 def _complain(message: str, status: int) -> int:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import mosaic_ray
+
 REQUEST = [
     "run", "--clients", "3", "--set", "warmup.num_rounds=6", "--set", "warmup.checkpoint_rounds=2",
     "--set", "generator.steps=15", "--set", "generator.ngf=4", "--set", "generator.ndf=4", "--set", "distill.steps=50",
@@ -80,6 +82,7 @@ def test_killed_it_goes_on_at_the_warmups_checkpoint_and_with_the_missing_genera
     [
         (signal.SIGINT, "serial"),
         (signal.SIGTERM, "serial"),
+        (signal.SIGHUP, "serial"),
         pytest.param(signal.SIGINT, "ray", marks=[pytest.mark.ray, pytest.mark.slow]),
         pytest.param(signal.SIGTERM, "ray", marks=pytest.mark.ray),  # which Ray has a handler for
     ],
@@ -98,3 +101,31 @@ def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(
     assert process.returncode == 130, output
     assert "to resume:" in output[-1] and "warmup.num_rounds=6" in output[-1]
     assert not [line for line in output if "SIGTERM" in line or "Traceback" in line]
+
+
+TIDIES_UP = """
+import os, signal, time
+from mosaic_ray.cli.group import CommandGroup
+group = CommandGroup("mosaic")
+@group.command()
+def run():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+group.main(["run"])
+"""
+
+
+def test_a_second_interrupt_while_the_command_tidies_up_is_quiet(tmp_path):
+    (tmp_path / "command.py").write_text(TIDIES_UP)
+    ended = subprocess.run(
+        [sys.executable, "command.py"], capture_output=True, text=True, check=False, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(mosaic_ray.__file__).parents[1])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert ended.returncode == 130, ended.stderr
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("mosaic: interrupted; to resume: ") and line.endswith(" command.py run")
