@@ -241,6 +241,12 @@ class RuntimeConfig:
         "auto", "GPU share of a client actor; auto: as many clients a GPU as its memory holds; 0: CPUs", low=0.0
     )
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
+    client_timeout: float = knob(
+        0.0,
+        "seconds without a sign of life after which a client's process is killed and its work done again; 0: 20 times "
+        "the longest silence of this run, at least 120; -1: never",
+        low=-1.0,
+    )
     driver_threads: int = knob(
         1, "torch threads of the driver and of Train workers; results depend on it in the last bit", low=1
     )

@@ -37,13 +37,15 @@ class Rule:
         severity: Severity | None = None,
         threshold: float | None = None,
         advice: str = "",
+        stage: str = "",
     ) -> Finding:
         """Build a finding with ``value``; the keyword arguments override the rule's defaults."""
         limit = self.threshold if threshold is None else threshold
         known = float(value) if math.isfinite(value) else None
         return Finding(
-            self.code, severity or self.severity, self.stage, message, client, known, limit, advice or self.advice
-        )
+            self.code, severity or self.severity, stage or self.stage, message, client, known, limit,
+            advice or self.advice,
+        )  # fmt: skip
 
 
 IDLE_GPUS = Rule(
@@ -124,6 +126,12 @@ PLATEAU = Rule(
     "raise distill.lr, or let the backbone learn too (distill.backbone_lr); see the teacher's accuracy",
 )  # fmt: skip
 STUDENT_UNCHANGED = Rule("distill.guarded", "distill", "info", None, "see the teacher's and the generators' findings")
+
+# The limit is a time (runtime.client_timeout) and shows in no number: the same work gives the same result.
+HUNG_CLIENT = Rule(
+    "client.hung", "any", "warning", None,
+    "look at its machine; a larger runtime.client_timeout waits longer, -1 for ever",
+)  # fmt: skip
 
 #: Steps in the window of the plateau rule, and the smallest window that it is applied to.
 PLATEAU_WINDOW, PLATEAU_MIN_WINDOW = 100, 10

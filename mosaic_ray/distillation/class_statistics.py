@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,13 +59,15 @@ class ClassStatisticsTask(Task[Models, None, ClassStatistics]):
     """Compute a client's class statistics under its architecture's global model, which runs forward only."""
 
     per_class: bool
+    unit: ClassVar[str] = "batch"
 
     def run(
         self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: None
     ) -> ClassStatistics:
         name = context.federation.classifiers[client_id]
         model = context.classifier(broadcast[name], name)
-        features = extract_features(model, shard, context.facts, context.config.runtime.precision)
+        precision = context.config.runtime.precision
+        features = extract_features(model, shard, context.facts, precision, progress=context.progress)
         return class_statistics(features, shard.labels.cpu().numpy(), per_class=self.per_class)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -16,7 +17,7 @@ from ..federated.local_training import LocalTrainingConfig, Rehearsed, Shard, tr
 from ..models.state_dict import to_weights
 from ..models.submodel import ChannelIndices
 from .cvae_training import train_cvae
-from .generator_training import TrainedGenerator, train_generator
+from .generator_training import TrainedGenerator, num_steps, train_generator
 from .prototypes import client_prototypes
 from .rehearsal import rehearsal_images
 
@@ -36,11 +37,13 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
     ``broadcast``: the global models that the discriminator's trunk begins with.
     """
 
+    unit: ClassVar[str] = "step"
+
     def run(
         self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: GeneratorInput
     ) -> TrainedGenerator:
         config, knobs = context.config, context.config.generator
-        federation = context.federation
+        federation, before, own_steps = context.federation, 0, num_steps(knobs, len(shard))
         if knobs.classifier_source == "client":
             classifier = context.client_classifier(client_id, own.weights)
         else:
@@ -49,16 +52,23 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
                 whole = to_weights(context.classifier(name=name))
             fresh = federation.submodel(client_id, {name: whole}, own.indices)
             classifier = context.client_classifier(client_id, fresh)
-            steps = knobs.classifier_epochs * -(-len(shard) // config.warmup.batch_size)
-            plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
+            before = knobs.classifier_epochs * -(-len(shard) // config.warmup.batch_size)
+            plan = LocalTrainingConfig(before, config.warmup.batch_size, 0.01, 1e-4, 0.0, config.warmup.shuffle)
             fresh_address = (config.seed, "generator/fresh", 0, client_id)
-            train_locally(classifier, shard, plan, context.facts, fresh_address, config.runtime.precision)
+            train_locally(
+                classifier, shard, plan, context.facts, fresh_address, config.runtime.precision,
+                progress=lambda done, total: context.progress(done, total + own_steps),
+            )  # fmt: skip
         targets, address = federation.submodel(client_id, broadcast, own.indices), (config.seed, client_id)
         facts, precision = context.facts, config.runtime.precision
+
+        def progress(done: int, total: int) -> None:
+            context.progress(before + done, before + total)
+
         if knobs.family == "cvae":
-            made = train_cvae(classifier, shard, knobs, facts, address, precision)
+            made = train_cvae(classifier, shard, knobs, facts, address, precision, progress)
         else:
-            made = train_generator(classifier, targets, shard, knobs, facts, address, precision)
+            made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress)
         if not all(map(math.isfinite, made.figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.learning_rate:g})", client=client_id)
         return made
@@ -88,6 +98,7 @@ class PrototypesTask(Task[Models, Weights | None, Prototypes]):
     """
 
     stream_round: int
+    unit: ClassVar[str] = "batch"
 
     def run(
         self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: Weights | None
@@ -96,5 +107,6 @@ class PrototypesTask(Task[Models, Weights | None, Prototypes]):
         model = context.classifier(own or broadcast[name], name)
         address = (context.config.seed, self.stream_round, client_id)
         return client_prototypes(
-            model, shard, context.config.prototypes, context.facts, address, context.config.runtime.precision
-        )
+            model, shard, context.config.prototypes, context.facts, address, context.config.runtime.precision,
+            context.progress,
+        )  # fmt: skip

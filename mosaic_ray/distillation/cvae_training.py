@@ -6,6 +6,8 @@ on federated clients: FedCVAE (Heinbaugh et al., ICLR 2023). It needs no classif
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from ..config.schema import GeneratorConfig
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts
-from ..federated.local_training import Shard
+from ..federated.local_training import Shard, no_progress
 from ..models.classifiers import Classifier
 from ..models.encoder import build_encoder
 from ..models.generator import build_generator
@@ -51,8 +53,9 @@ def train_cvae(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> TrainedGenerator:
-    """Train encoder and decoder on a client's images by Adam; ``address`` is (seed, client).
+    """Train encoder and decoder on a client's images by Adam; ``address``, ``progress``: as for ``train_generator``.
 
     Minimises reconstruction loss + KL to the prior. Returns the decoder, with rows [step, loss, reconstruction, KL] as
     its curve. ``classifier``, the client's, measures the result and takes no part in training.
@@ -87,11 +90,14 @@ def train_cvae(
             with torch.no_grad():
                 snapshots[step + 1] = to_pixels(generator.eval()(*snapshot_input).float(), config.gan_range, facts)
             generator.train()
+        progress(step + 1, steps)
     freeze(generator)
     freeze(classifier)
     counts = torch.bincount(shard.labels, minlength=facts.num_classes)
-    figures, pixels = evaluate_generator(generator, classifier, counts, config, facts, address)
+    figures, pixels = evaluate_generator(
+        generator, classifier, counts, config, facts, address, lambda done, total: progress(steps + done, steps + total)
+    )
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
     snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken (a client with one image)
-    progress = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
-    return TrainedGenerator(to_weights(generator), pixels, figures, curve, progress, ("loss", "reconstruction", "kl"))
+    pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
+    return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures, ("loss", "reconstruction", "kl"))

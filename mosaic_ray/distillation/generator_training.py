@@ -16,7 +16,7 @@ images have other label frequencies than real ones, the discriminator can rely o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..config.schema import GeneratorConfig
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
-from ..federated.local_training import Shard, batches
+from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
@@ -138,6 +138,7 @@ def train_generator(
     facts: DataFacts,
     address: tuple[int, int],
     precision: str,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> TrainedGenerator:
     """Train one client's generator; ``address`` is (seed, client).
 
@@ -145,6 +146,7 @@ def train_generator(
     lambda_e L_y replaces the two middle terms) with one discriminator and one generator step per batch, Adam for both.
     ``classifier`` is the client's, frozen and in eval mode unless ``classifier_mode`` is train (as the authors': batch
     statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv.
+    ``progress(done, total)`` counts steps, and then batches of the images that are measured.
     """
     seed, client_id = address
     device = shard.images.device
@@ -215,18 +217,21 @@ def train_generator(
                 images = generator.eval()(*snapshot_input).float()
             snapshots[step + 1] = to_pixels(images, config.gan_range, facts)
             generator.train()
+        progress(step + 1, steps)
 
     freeze(generator)
     freeze(classifier)
-    figures, pixels = evaluate_generator(generator, classifier, counts, config, facts, address)
+    figures, pixels = evaluate_generator(
+        generator, classifier, counts, config, facts, address, lambda done, total: progress(steps + done, steps + total)
+    )
     if discriminator_hits:
         real_known, fake_known = torch.stack(discriminator_hits).mean(0).tolist()
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
     snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken (drop_class0_bug)
-    progress = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
-    return TrainedGenerator(to_weights(generator), pixels, figures, curve, progress)
+    pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
+    return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures)
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:
@@ -242,6 +247,7 @@ def evaluate_generator(
     config: GeneratorConfig,
     facts: DataFacts,
     address: tuple[int, int],
+    progress: Callable[[int, int], None] = no_progress,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Measure how well a generator covers its client's classes (docs/algorithm.md 4.1); returns figures and samples.
 
@@ -259,10 +265,12 @@ def evaluate_generator(
     drawn = draw(generator, count, stream(seed, "generator/judge", client_id), owned.device)
     logits: list[Tensor] = []
     pixels = np.empty(0)
-    for part in zip(*(x.split(NUM_EVALUATED) for x in drawn), strict=True):
+    parts = list(zip(*(x.split(NUM_EVALUATED) for x in drawn), strict=True))
+    for part in parts:
         fake = generator(*part).float()
         pixels = pixels if logits else to_pixels(fake[:NUM_SAMPLES], config.gan_range, facts)
         logits.append(classifier(classifier_view(fake, config.gan_range, facts)).float())
+        progress(len(logits), len(parts))
     probabilities = torch.cat(logits).softmax(1)
     found = probabilities.argmax(1)
     shares = torch.bincount(found, minlength=facts.num_classes).float() / count

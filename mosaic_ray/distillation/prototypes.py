@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from ..config.schema import PrototypesConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Prototypes
 from ..data.transforms import augment, normalise
-from ..federated.local_training import Shard, batches
+from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.state_dict import use_precision
 
@@ -44,13 +45,22 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def extract_features(model: Classifier, shard: Shard, facts: DataFacts, precision: str, chunk: int = 500) -> np.ndarray:
+def extract_features(
+    model: Classifier,
+    shard: Shard,
+    facts: DataFacts,
+    precision: str,
+    chunk: int = 500,
+    progress: Callable[[int, int], None] = no_progress,
+) -> np.ndarray:
     """Return penultimate features float32 [n, d] of a shard without augmentation; sets ``model`` to eval mode."""
     model.eval()
-    parts = []
-    for rows in torch.arange(len(shard)).split(chunk):
+    parts: list[torch.Tensor] = []
+    chunks = torch.arange(len(shard)).split(chunk)
+    for rows in chunks:
         with use_precision(precision, shard.images.device):
             parts.append(model.features(normalise(shard.images[rows], facts.mean, facts.std)).float().cpu())
+        progress(len(parts), len(chunks))
     return torch.cat(parts).numpy()
 
 
@@ -61,8 +71,12 @@ def client_prototypes(
     facts: DataFacts,
     address: tuple[int, int, int],
     precision: str,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Prototypes:
-    """Compute one client's prototypes in the features of ``model``; ``address`` is (seed, round, client)."""
+    """Compute one client's prototypes in the features of ``model``; ``address`` is (seed, round, client).
+
+    ``progress(done, total)`` counts batches of images, then classes.
+    """
     seed, round_num, client_id = address
     if config.samples:
         draws = stream(seed, "prototypes", round_num, client_id)
@@ -71,14 +85,23 @@ def client_prototypes(
     if config.augment:
         draws = stream(seed, "prototypes/augment", round_num, client_id)
         shard = Shard(augment(shard.images, facts.augmentations, draws), shard.labels)
-    features, labels = extract_features(model, shard, facts, precision), shard.labels.cpu().numpy()
+    labels = shard.labels.cpu().numpy()
+    owned, batches_done = np.unique(labels), 0
+
+    def batch(done: int, total: int) -> None:
+        nonlocal batches_done
+        batches_done = done
+        progress(done, total + len(owned))
+
+    features = extract_features(model, shard, facts, precision, progress=batch)
     vectors, classes, sizes = [], [], []
-    for label in np.unique(labels):
+    for number, label in enumerate(owned, batches_done + 1):
         centres, counts = centroids(features[labels == label], config.k)
         sent = min(config.cap, len(centres)) if config.cap else len(centres)  # P2: the first, in arbitrary order
         vectors.append(centres[:sent])
         sizes.append(counts[:sent])
         classes.append(np.full(sent, label, np.int64))
+        progress(number, batches_done + len(owned))
     labels = np.concatenate(classes)
     return Prototypes(np.concatenate(vectors), labels, np.concatenate(sizes), np.full(len(labels), client_id, np.int64))
 

@@ -11,12 +11,16 @@ from typing import Any
 
 from ..core.errors import OutOfGpuMemory, RunError
 from .ray_internals import killed_for_memory
+from .watch import MapEvents, Watch
 
 #: Seconds between two checks for new nodes, while clients wait for an actor.
 LOOK_SECONDS = 2.0
 
 #: Consecutive deaths of actors without work before the run gives up.
 MAX_LOSSES = 5
+
+#: In the place of a client: a ping, and work of an actor that was killed because it hung.
+_PING, _ENDED = -1, -2
 
 #: Seconds to wait while no actor is alive: other jobs use the cluster, or its autoscaler is starting machines.
 PATIENCE_SECONDS, PATIENCE_FOR_MACHINES = 120.0, 1800.0
@@ -46,8 +50,11 @@ class ActorPool:
         fewer: Callable[[OutOfGpuMemory], list[Any]] = lambda error: [],
         patience_seconds: float = PATIENCE_SECONDS,
         say: Callable[[str], None] = lambda text: None,
+        timeout: float = 0.0,
     ) -> None:
+        """``timeout``: seconds without a sign of life after which an actor at work is hung, as ``Watch`` takes them."""
         self.actors, self.shared, self.say = list(actors), shared, say
+        self.watch = Watch(timeout)
         self.patience_seconds = patience_seconds
         self._up: dict[int, str] = {}  # actor -> its worker's id
         self._more, self._fewer, self._looked = more, fewer, time.monotonic()
@@ -127,19 +134,21 @@ class ClientMap:
         per_client: Callable[[int], Any],
         cost: Callable[[int], float] | None,
         max_failures: int,
+        events: MapEvents,
     ) -> None:
         """``call``: (config, facts, task); ``shards`` holds references; a client fails for good at ``max_failures``."""
         import ray
 
         self._pool, self._call, self._per_client, self._clients, self._shards = pool, call, per_client, clients, shards
         self._cost = cost or (lambda client_id: 0.0)
-        self._max_failures = max_failures
+        self._max_failures, self._events = max_failures, events
         self._broadcast = ray.put(broadcast)
         self._queue = [(-self._cost(c), c) for c in clients]
         heapq.heapify(self._queue)
-        self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client or -1 for a ping, value, actor)
+        self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client, _PING or _ENDED; value; actor)
         self._arrived: dict[int, Any] = {}  # references, not values: early results wait in the object store
         self._failures: dict[int, int] = {}
+        self._hangs: dict[int, int] = {}
         self._beside: dict[int, int] = {}  # client -> number of actors when its work began
         self._losses = 0  # of actors that held no work
         self._alone_since = time.monotonic()
@@ -159,6 +168,7 @@ class ClientMap:
             while due is not None:
                 self._dispatch()
                 self._settle()
+                self._look()
                 while due is not None and self._arrived:
                     client_id = due if ordered else next(iter(self._arrived))
                     if client_id not in self._arrived:
@@ -186,14 +196,16 @@ class ClientMap:
                 *self._call, client_id, self._shards[client_id], self._broadcast, self._per_client(client_id)
             )
             self._running[done] = (client_id, value, actor)
+            self._pool.watch.begin(actor)
+            self._events.step(client_id, 0, 0)
 
     def _settle(self) -> None:
-        """Wait until a call ends, or for a moment while clients wait for an actor."""
+        """Wait until a call ends, or for a moment."""
         import ray
 
         if not self._running:
             return
-        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=LOOK_SECONDS if self._queue else None)
+        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=LOOK_SECONDS)
         for done in ready:
             self._end(done, *self._running.pop(done))
         if self._queue:
@@ -207,14 +219,58 @@ class ClientMap:
                 "CPUs, GPUs or memory, or its machines are gone (`ray status` shows them)"
             )
 
+    def _look(self) -> None:
+        """Poll the actors at work: report their steps, and end those that gave no sign of life for too long."""
+        watch = self._pool.watch
+        if not watch.is_due():
+            return
+        for done, (client_id, value, actor) in list(self._running.items()):
+            if client_id < 0:
+                continue
+            sign, behind = watch.look(actor), self._is_behind(done, actor)
+            if sign.answer and sign.answer[0] == _id(done):
+                self._events.step(client_id, *sign.answer[1:])
+            if sign.silent > watch.limit:
+                self._running[done] = (_ENDED, value, actor)
+                self._hung(client_id, actor, sign.silent, behind)
+
+    def _hung(self, client_id: int, actor: Any, seconds: float, behind: bool) -> None:
+        """Kill a hung actor, which Ray starts again, and queue its client; ``RunError`` where it hangs each time.
+
+        ``behind``: another run's work hangs, and this client's waits for it.
+        """
+        import ray
+
+        self._pool.mark_down(actor)
+        with contextlib.suppress(Exception):  # it may have died meanwhile
+            ray.kill(actor, no_restart=False)  # by SIGKILL after some seconds, which ends a stopped process, too
+        if not behind:
+            hangs = self._hangs[client_id] = self._hangs.get(client_id, 0) + 1
+            self._events.hung(client_id, seconds)
+            if hangs >= self._max_failures:
+                raise RunError(
+                    f"no sign of life for {seconds:.0f} s, {hangs} times (runtime.client_timeout); the same command "
+                    "goes on from the last stored result, and --set runtime.client_timeout=-1 waits for ever",
+                    round=getattr(self._call[2], "round_num", None), client=client_id,
+                )  # fmt: skip
+        self._again(client_id)
+
+    def _is_behind(self, done: Any, actor: Any) -> bool:
+        """Return whether an actor that runs share had another call in hand when it last answered."""
+        return self._pool.watch.call_in_hand(actor) not in ("", _id(done))
+
     def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
+        if client_id == _ENDED:
+            self._ping(actor)
+            return
         try:
+            self._pool.watch.end(actor)
             answer = ray.get(done)
         except RayActorError as error:
-            self._lost(client_id, actor, error)
+            self._lost(client_id, actor, error, client_id >= 0 and self._is_behind(done, actor))
         except RayTaskError as error:
             if client_id < 0:
                 raise RunError(f"a client actor cannot start: {first_line(error.cause or error)}") from error
@@ -252,8 +308,11 @@ class ClientMap:
     def _again(self, client_id: int) -> None:
         heapq.heappush(self._queue, (-self._cost(client_id), client_id))
 
-    def _lost(self, client_id: int, actor: Any, error: Exception) -> None:
-        """Handle the death of an actor, perhaps with a client's work, and ping it until Ray has restarted it."""
+    def _lost(self, client_id: int, actor: Any, error: Exception, behind: bool) -> None:
+        """Handle the death of an actor, perhaps with a client's work, and ping it until Ray has restarted it.
+
+        ``behind``: the client's work had not begun.
+        """
         worker_id = self._pool.mark_down(actor)
         starved = bool(worker_id) and killed_for_memory(worker_id)
         if starved and self._pool.remove(actor):
@@ -262,7 +321,7 @@ class ClientMap:
             if client_id >= 0:
                 self._again(client_id)  # its client has not failed
             return
-        if starved and self._beside.get(client_id, 1) > 1:  # the last of several that were killed at once
+        if behind or (starved and self._beside.get(client_id, 1) > 1):  # the last of several that were killed at once
             self._again(client_id)
         elif client_id >= 0:
             self._failed(client_id, RunError(f"its actor died: {first_line(error)}", client=client_id))
@@ -274,7 +333,12 @@ class ClientMap:
 
     def _ping(self, actor: Any) -> None:
         # with retries: Ray holds the call until the actor is up, or dead for good
-        self._running[actor.ping.options(max_task_retries=-1).remote()] = (-1, None, actor)
+        self._running[actor.ping.options(max_task_retries=-1).remote()] = (_PING, None, actor)
+
+
+def _id(done: Any) -> str:
+    """Return Ray's id of the task that returns ``done``, as the task itself reads it."""
+    return str(done.task_id().hex())
 
 
 def first_line(error: BaseException) -> str:

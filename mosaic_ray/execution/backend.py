@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..config.schema import ExperimentConfig
@@ -14,6 +16,7 @@ from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, ClientMap, e
 from .gpu_memory import CONTEXT_BYTES, is_out_of_memory
 from .malloc import give_back, keep_freed
 from .precision import device_of
+from .watch import IGNORED, SIGNS, MapEvents
 
 if TYPE_CHECKING:
     from ..federated.client import Task
@@ -35,6 +38,7 @@ class ClientBackend(Protocol):
         *,
         ordered: bool = True,
         cost: Callable[[int], float] | None = None,
+        events: MapEvents = IGNORED,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Yield (client, result) of ``task`` for each of ``clients``.
 
@@ -45,7 +49,7 @@ class ClientBackend(Protocol):
             cost: relative cost of a client's work; the most expensive work is dispatched first.
 
         If work fails or its actor dies, the work is tried again. After ``federation.max_client_failures`` failures a
-        ``ClientFailure`` takes the place of the result.
+        ``ClientFailure`` takes the place of the result. A client that hangs as often ends the map with a ``RunError``.
         """
         ...
 
@@ -70,17 +74,18 @@ def run_task(
     shard: Sequence[Any],
     broadcast: B,
     own: P,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> R:
     """Run one client's task in this process; any failure is a ``RunError`` that names round and client.
 
-    ``shard``: the client's images uint8 [n, C, H, W] and labels int64 [n].
+    ``shard``: the client's images uint8 [n, C, H, W] and labels int64 [n]. ``progress(done, total)`` counts steps.
     """
     import torch
 
     from ..federated.client import ClientContext
 
     torch.set_num_threads(client_threads(config))
-    context = ClientContext(config, facts, torch.device(device))
+    context = ClientContext(config, facts, torch.device(device), progress)
     images, labels = shard
     try:
         return task.run(context, context.shard(images, labels), client_id, broadcast, own)
@@ -133,6 +138,7 @@ class SerialBackend:
         *,
         ordered: bool = True,
         cost: Callable[[int], float] | None = None,
+        events: MapEvents = IGNORED,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Implement ``ClientBackend.map``, always in client order."""
         import torch
@@ -143,9 +149,11 @@ class SerialBackend:
             shard = self._shards(client_id)
             arrays, own = (shard.images, shard.labels), per_client(client_id)
             result: R | ClientFailure
+            step = partial(events.step, client_id)
+            step(0, 0)
             for failures in range(1, self._config.federation.max_client_failures + 1):
                 try:
-                    result = run_task(self._config, self._facts, device, task, client_id, arrays, broadcast, own)
+                    result = run_task(self._config, self._facts, device, task, client_id, arrays, broadcast, own, step)
                     break
                 except RunError as error:
                     if isinstance(error, OutOfGpuMemory) and self._config.runtime.gpu_share < 1:
@@ -163,15 +171,21 @@ class SerialBackend:
 
 
 class ClientActor:
-    """A Ray actor that runs tasks. It keeps nothing between calls, so any actor can do any client's work again."""
+    """A Ray actor that runs tasks. It keeps nothing between calls, so any actor can do any client's work again.
+
+    Tasks run in a thread of their own, made here, so that they use the heap that ``keep_freed`` set up.
+    """
 
     def __init__(self, share: float) -> None:
         """``share`` of a GPU that the actor holds; 0: it runs on CPUs."""
         import torch
 
-        keep_freed()
+        keep_freed(one_heap=True)
         torch.set_num_threads(1)  # until the first task sets its own: importing torch must not take every core
-        self._device = take_device(share)
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(torch.set_num_threads, 1).result()
+        self._device = self._thread.submit(take_device, share).result()
+        self._now, self._polls, self._counts = ("", 0, 0), 0, True
 
     def ping(self) -> str:
         """Return Ray's id of the worker process, once the actor is up (again)."""
@@ -179,6 +193,15 @@ class ClientActor:
 
         found: str = ray.get_runtime_context().get_worker_id()
         return found
+
+    def progress(self) -> tuple[str, int, int]:
+        """Return the call in hand (Ray's id of the task; "": none), its steps done, and of how many (0: unknown).
+
+        The answer changes with every poll where the task counts no steps.
+        """
+        call, done, total = self._now
+        self._polls += 1
+        return (call, done, total) if self._counts else (call, self._polls, 0)
 
     def trim_memory(self) -> None:
         """Give freed memory back to the system."""
@@ -200,8 +223,22 @@ class ClientActor:
         """
         import ray
 
-        arrays = ray.get(list(shard))
-        return True, run_task(config, facts, self._device, task, client_id, arrays, broadcast, own)
+        call = str(ray.get_runtime_context().get_task_id())
+
+        def note(done: int, total: int) -> None:
+            self._now = call, done, total
+
+        self._counts = bool(task.unit)
+        note(0, 0)
+        try:
+            arrays = ray.get(list(shard))
+
+            def work() -> Any:
+                return run_task(config, facts, self._device, task, client_id, arrays, broadcast, own, note)
+
+            return True, self._thread.submit(work).result()
+        finally:
+            self._now = "", 0, 0
 
 
 def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[Any]:
@@ -212,10 +249,11 @@ def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[A
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    actor = ray.remote(
-        num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0.0), max_restarts=-1, max_task_retries=0,
-        memory=needs.get("memory") or None,  # type: ignore[arg-type] # None, Ray's default, is not among its types
-    )(ClientActor)  # fmt: skip
+    options: dict[str, Any] = {
+        "num_cpus": needs["CPU"], "num_gpus": needs.get("GPU", 0.0), "memory": needs.get("memory") or None,
+        "max_restarts": -1, "max_task_retries": 0, "concurrency_groups": {SIGNS: 1},
+    }  # fmt: skip
+    actor = ray.remote(**options)(ClientActor)
     hosts = []
     for node, count in counts.items():
         where = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)} if node else {}
@@ -274,6 +312,7 @@ class RayBackend:
         *,
         ordered: bool = True,
         cost: Callable[[int], float] | None = None,
+        events: MapEvents = IGNORED,
     ) -> Iterator[tuple[int, R | ClientFailure]]:
         """Implement ``ClientBackend.map``."""
         import ray
@@ -288,9 +327,9 @@ class RayBackend:
         if is_file_module(module):  # of a plug-in's FILE.py, which the actors cannot import
             ray.cloudpickle.register_pickle_by_value(module)
         failures = self._config.federation.max_client_failures
-        yield from ClientMap(pool, self._refs, call, sorted(clients), broadcast, per_client, cost, failures).results(
-            ordered
-        )
+        yield from ClientMap(
+            pool, self._refs, call, sorted(clients), broadcast, per_client, cost, failures, events
+        ).results(ordered)
         for actor in pool.actors:
             if pool.is_up(actor):
                 actor.trim_memory.remote()

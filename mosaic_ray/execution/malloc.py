@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 
 
-def keep_freed() -> None:
+def keep_freed(one_heap: bool = False) -> None:
     """Make this process keep up to 256 MB that it freed.
 
     A training step frees and asks for the same buffers; glibc gives them to the kernel, which zeroes them in between:
     up to a fifth of a small network's time. Nothing where the C library has no ``mallopt`` (macOS).
+    ``one_heap``: threads that start from now on use the heap that this concerns, and none of their own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-3, 32 << 20)  # malloc.h's M_MMAP_THRESHOLD, at its largest: smaller blocks come from the heap
         mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: up to so much may stay free at the heap's end
+        if one_heap:
+            mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def give_back() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..config.resolve import override
@@ -37,6 +38,7 @@ class Placement:
         """Return the clients of ``config``; ``shards`` returns a client's training images."""
         if config.runtime.host == "serial":
             return SerialBackend(config, facts, shards)
+        timeout = config.runtime.client_timeout
 
         def trial_again(error: OutOfGpuMemory) -> list[Any]:
             """Leave it to the sweep, which runs the trial again, unless a client has a GPU to itself already."""
@@ -45,9 +47,8 @@ class Placement:
             return []
 
         if self.pool:
-            return RayBackend(
-                config, facts, shards, lambda: ActorPool(self.pool, shared=True, say=say, fewer=trial_again)
-            )
+            shared = partial(ActorPool, self.pool, shared=True, say=say, timeout=timeout, fewer=trial_again)
+            return RayBackend(config, facts, shards, shared)
         now = config  # with the share of a GPU that is left to it
         needs = {"CPU": config.runtime.cpus_per_client, "GPU": config.runtime.gpu_share}
 
@@ -76,7 +77,7 @@ class Placement:
             say(f"Ray is up: {config.partition.num_clients} clients on {count} actors{later}")
             return ActorPool(
                 start_hosts(needs, {"": count}), more=None if self.address == "local" else more, say=say,
-                fewer=fewer,
+                fewer=fewer, timeout=timeout,
                 patience_seconds=PATIENCE_FOR_MACHINES if to_come else PATIENCE_SECONDS,
             )  # fmt: skip
 

@@ -7,10 +7,10 @@ on its arguments alone, and changes none of them (they may be read-only views of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import load_weights, to_weights
 from ..models.submodel import ChannelIndices, fit, scale_activations
 from .client_models import Federation, Models
-from .local_training import LocalStart, LocalTrainingConfig, Rehearsed, Shard, train_locally
+from .local_training import LocalStart, LocalTrainingConfig, Rehearsed, Shard, no_progress, train_locally
 from .static_batch_norm import Moments, moments
 
 B = TypeVar("B")
@@ -34,11 +34,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class ClientContext:
-    """What a client works with: the experiment, the data set's facts and a device."""
+    """What a client works with: the experiment, the data set's facts and a device.
+
+    ``progress(done, total)``: a task calls it after each of its steps, often and at no cost.
+    """
 
     config: ExperimentConfig
     facts: DataFacts
     device: torch.device
+    progress: Callable[[int, int], None] = no_progress
 
     @cached_property
     def federation(self) -> Federation:
@@ -75,7 +79,13 @@ def initial_models(context: ClientContext) -> Models:
 
 
 class Task(Generic[B, P, R]):
-    """Work for clients. ``broadcast`` is the same for all clients of a call; ``own`` is one client's."""
+    """Work for clients. ``broadcast`` is the same for all clients of a call; ``own`` is one client's.
+
+    ``unit`` names what ``run`` counts by ``context.progress``. A client whose count stands still is taken for hung
+    (``runtime.client_timeout``); without a ``unit`` it is enough that its process answers.
+    """
+
+    unit: ClassVar[str] = ""
 
     def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: B, own: P) -> R:
         """Do the work on one client's data."""
@@ -107,6 +117,7 @@ class TrainTask(Task[Round, ClientRound, Update]):
     phase: str
     round_num: int
     plan: LocalTrainingConfig
+    unit: ClassVar[str] = "step"
 
     def rehearsed(self, context: ClientContext, shard: Shard, client_id: int, broadcast: Round) -> Rehearsed | None:
         """Return synthetic images to train on beside the client's own: none here."""
@@ -128,7 +139,7 @@ class TrainTask(Task[Round, ClientRound, Update]):
             metrics = train_locally(
                 model, shard, self.plan, context.facts, (config.seed, self.phase, self.round_num, client_id),
                 config.runtime.precision, masked=config.federation.masked, objective=objective,
-                rehearsed=self.rehearsed(context, shard, client_id, broadcast),
+                rehearsed=self.rehearsed(context, shard, client_id, broadcast), progress=context.progress,
             )  # fmt: skip
         if not math.isfinite(metrics["loss"]):
             what = f"training diverged (lr {self.plan.lr:g} gives a loss of {metrics['loss']})"
@@ -142,10 +153,12 @@ class StatisticsTask(Task[Models, None, Mapping[str, Moments]]):
     """A client's share of batch-norm statistics (docs/algorithm.md 3.6): ``layers`` by architecture."""
 
     layers: Mapping[str, Sequence[str]]
+    unit: ClassVar[str] = "batch"
 
     def run(
         self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: None
     ) -> Mapping[str, Moments]:
         name = context.federation.classifiers[client_id]
         model = context.classifier(broadcast[name], name)
-        return moments(model, shard, context.facts, context.config.runtime.precision, self.layers[name])
+        precision = context.config.runtime.precision
+        return moments(model, shard, context.facts, precision, self.layers[name], progress=context.progress)

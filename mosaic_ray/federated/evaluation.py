@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.types import DataFacts, ImageSet
 from ..data.transforms import normalise
 from ..models.state_dict import use_precision
+from .local_training import no_progress
 
 #: Bins of the calibration error (Guo et al. 2017).
 NUM_BINS = 15
@@ -24,13 +25,15 @@ def logits_on(
     device: torch.device,
     precision: str = "fp32",
     chunk: int = 500,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> np.ndarray:
-    """Return logits float32 [N, C] of ``data``, without augmentation."""
+    """Return logits float32 [N, C] of ``data``, without augmentation; ``progress(done, total)`` counts images."""
     logits = np.empty((len(data), facts.num_classes), np.float32)
     for start in range(0, len(data), chunk):
         images = torch.tensor(data.images[start : start + chunk], device=device)
         with use_precision(precision, device):
             logits[start : start + chunk] = logits_of(normalise(images, facts.mean, facts.std)).float().cpu().numpy()
+        progress(min(start + chunk, len(data)), len(data))
     return logits
 
 

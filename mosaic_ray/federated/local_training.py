@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,10 @@ from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise
 from ..models.classifiers import Classifier
 from ..models.state_dict import use_precision
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore that ``done`` of ``total`` steps are done."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def train_locally(
     masked: bool = False,
     objective: Objective | None = None,
     rehearsed: Rehearsed | None = None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> dict[str, float]:
     """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client).
 
@@ -121,6 +126,7 @@ def train_locally(
     ``rehearsed``: synthetic images, which share each forward pass with the real ones and count in no figure.
 
     ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
+    ``progress(done, total)`` is called after each step.
 
     A last mini-batch of one image is skipped if a batch norm would see a single value per channel. This happens only
     if the shard's size leaves a remainder of one.
@@ -179,5 +185,6 @@ def train_locally(
             total_right += (logits.detach().argmax(1) == labels).sum()
             seen += len(rows)
             steps += 1
+            progress(steps, plan.steps)
     model.eval()
     return {"loss": float(total_loss) / max(seen, 1), "accuracy": float(total_right) / max(seen, 1), "steps": steps}

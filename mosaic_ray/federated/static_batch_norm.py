@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.types import DataFacts, Weights
 from ..data.transforms import normalise
 from ..models.state_dict import bn_statistics, use_precision
-from .local_training import Shard
+from .local_training import Shard, no_progress
 
 #: Values summed at once: in float64 they stay in a processor's cache, which took a sixth of the time (100x64x32x32).
 CACHED = 2**19
@@ -59,11 +59,12 @@ def moments(
     precision: str,
     layers: Sequence[str] | None = None,
     chunk: int = 100,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> dict[str, Moments]:
     """Return by layer the moments that ``shard`` adds to ``model``'s batch norms; no augmentation, eval mode.
 
     ``layers``: these alone; after the first ``chunk`` of images, which shows where the last of them is read, the
-    network behind it is spared.
+    network behind it is spared. ``progress(done, total)`` is called after each chunk.
     """
     layers = list(bn_statistics(model)) if layers is None else layers
     counts = dict.fromkeys(layers, 0)
@@ -84,11 +85,13 @@ def moments(
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(read, name)) for name in layers]
     model.eval()
     try:
-        for rows in torch.arange(len(shard), device=shard.images.device).split(chunk):
+        chunks = torch.arange(len(shard), device=shard.images.device).split(chunk)
+        for number, rows in enumerate(chunks, 1):
             reads = 0
             with use_precision(precision, shard.images.device), contextlib.suppress(_Enough):
                 model(normalise(shard.images[rows], facts.mean, facts.std))
             wanted = reads
+            progress(number, len(chunks))
     finally:
         for hook in hooks:
             hook.remove()

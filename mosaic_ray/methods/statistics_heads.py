@@ -143,7 +143,10 @@ def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class:
         for client_id in clients:
             traffic.add("downlink", "weights", client_id, size_of(models[federation.student]))
         task, size = ClassStatisticsTask(per_class), ctx.shards.sizes.__getitem__
-        for client_id, part in ctx.map(task, clients, models, lambda k: None, failed_clients=failed, cost=size):
+        answers = ctx.map(
+            task, clients, models, lambda k: None, failed_clients=failed, cost=size, units=len(clients)
+        )
+        for client_id, part in answers:
             parts.append(part)
             traffic.add("uplink", "class_statistics", client_id, size_of(part.arrays()))
             progress.advance()

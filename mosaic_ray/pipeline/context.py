@@ -13,12 +13,13 @@ import numpy as np
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
-from ..core.health import format_finding
+from ..core.health import HUNG_CLIENT, format_finding
 from ..core.types import Dataset, Finding, ImageSet
 from ..distillation.student_training import DistillTask
 from ..execution.actor_pool import ClientFailure
 from ..execution.backend import ClientBackend
 from ..execution.malloc import give_back
+from ..execution.watch import MapEvents
 from ..federated.client import ClientContext, Task
 from ..storage.locks import Lease
 from ..storage.store import StageResult, StageWriter, Store
@@ -154,14 +155,27 @@ class RunContext:
         max_missing: int | None = None,
         ordered: bool = True,
         cost: Callable[[int], float] | None = None,
+        units: float = 1.0,
+        label: str = "",
     ) -> Iterator[tuple[int, R]]:
         """Yield (client, result) of the clients that succeed; arguments as in ``ClientBackend.map``.
 
+        ``units``: units of the running stage that all clients' work makes. ``label``: what is shown before their steps.
         Up to ``max_missing`` clients (None: ``failure_budget``) that fail for good are added to ``failed_clients``; the
         next failure raises its ``RunError``.
         """
         max_missing = self.failure_budget(len(clients)) if max_missing is None else max_missing
-        for client_id, result in self.backend.map(task, clients, broadcast, per_client, ordered=ordered, cost=cost):
+        inside = self.tracker.inside(f"{label} {task.unit}".strip(), len(clients), units)
+
+        def hung(client_id: int, seconds: float) -> None:
+            message = f"its actor gave no sign of life for {seconds:.0f} s and was killed; its work is done again"
+            self.add_findings([HUNG_CLIENT.finding(message, seconds, client=client_id, stage=failed_clients.stage)])
+
+        found = self.backend.map(
+            task, clients, broadcast, per_client, ordered=ordered, cost=cost, events=MapEvents(inside, hung)
+        )
+        for client_id, result in found:
+            inside.finish(client_id)
             if not isinstance(result, ClientFailure):
                 yield client_id, result
                 continue
@@ -169,6 +183,7 @@ class RunContext:
                 raise result.error
             max_missing -= 1
             failed_clients.note(client_id, result)
+        inside.close()
 
     def failure_budget(self, asked: int) -> int:
         """How many of ``asked`` clients may fail to answer: no more than a cohort may lack (``min_cohort``)."""
@@ -230,17 +245,21 @@ class RunContext:
             self.log[name]["waited_seconds"] = round(waited, 3)
         self.traffic[name] = facts.get("communication", {})
         found = [Finding.from_json(row) for row in facts.get("findings", [])]
-        self.findings += found
-        if not cached:
-            self.warn_of(found)
-        for code in dict.fromkeys(finding.code for finding in found):
-            self.tracker.text(f"health/{code}", "\n\n".join(map(_markdown, (f for f in found if f.code == code))))
+        self.add_findings(found, warn=not cached)
         worst = next((finding for finding in found if finding.severity == "error"), None)
         if self.strict and worst:
             raise RunError(
                 f"{format_finding(worst)}; --strict-health stops here, the same command without it goes on from here",
                 stage=name, client=worst.client if worst.client >= 0 else None,
             )  # fmt: skip
+
+    def add_findings(self, found: Sequence[Finding], warn: bool = True) -> None:
+        """Record findings, in TensorBoard too; ``warn`` of them unless that was done before."""
+        self.findings += found
+        if warn:
+            self.warn_of(found)
+        for code in dict.fromkeys(finding.code for finding in found):
+            self.tracker.text(f"health/{code}", "\n\n".join(map(_markdown, (f for f in found if f.code == code))))
 
     def warn_of(self, findings: Iterable[Finding]) -> None:
         """Warn of each finding above info once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from torch import nn
@@ -26,7 +27,7 @@ def validation_images(ctx: RunContext) -> ImageSet | None:
     return ctx.dataset.train.take(rows) if len(rows) else None
 
 
-def _logits(ctx: RunContext, model: Model, data: ImageSet) -> np.ndarray:
+def _logits(ctx: RunContext, model: Model, data: ImageSet, units: float = 0.0) -> np.ndarray:
     facts, device = ctx.dataset.facts, ctx.client_context.device
     network: nn.Module
     if isinstance(model, TeacherState | MixedTeacher):
@@ -35,7 +36,10 @@ def _logits(ctx: RunContext, model: Model, data: ImageSet) -> np.ndarray:
         network = model.to(device).eval()
     else:
         network = ctx.client_context.classifier(model).eval()
-    return logits_on(network, data, facts, device, ctx.config.runtime.precision)
+    inside = ctx.tracker.inside("image", units=units)
+    found = logits_on(network, data, facts, device, ctx.config.runtime.precision, progress=partial(inside, 0))
+    inside.close()
+    return found
 
 
 def table_of(ctx: RunContext, model: Model, data: ImageSet) -> np.ndarray:
@@ -43,8 +47,10 @@ def table_of(ctx: RunContext, model: Model, data: ImageSet) -> np.ndarray:
     return confusion(_logits(ctx, model, data), data.labels)
 
 
-def evaluated(ctx: RunContext, key: str, model: Model, split: str, data: ImageSet) -> StageResult:
-    """Evaluate the model stored under ``key`` on ``data``, the images of ``split``.
+def evaluated(
+    ctx: RunContext, key: str, model: Model, split: str, data: ImageSet, units: float = 0.0
+) -> StageResult:
+    """Evaluate the model stored under ``key`` on ``data``, the images of ``split``; they are ``units`` of a stage.
 
     The result is stored by model, so that runs and trials that share a model evaluate it once.
     """
@@ -53,7 +59,7 @@ def evaluated(ctx: RunContext, key: str, model: Model, split: str, data: ImageSe
     if isinstance(found, StageResult):
         return found
     with found:
-        logits = _logits(ctx, model, data)
+        logits = _logits(ctx, model, data, units)
         table = confusion(logits, data.labels)
         facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
         return ctx.store.put(own, facts, {"confusion": {"table": table}})
@@ -84,7 +90,7 @@ def evaluate(ctx: RunContext, stage: Stage, models: Mapping[str, tuple[str, Mode
         found: dict[str, dict[str, StageResult]] = {split: {} for split in splits}
         for role in roles:
             for split, data in splits.items():
-                found[split][role] = evaluated(ctx, *models[role], split, data)
+                found[split][role] = evaluated(ctx, *models[role], split, data, 1 / len(splits))
             reached = found["test"][role].facts["accuracy"]
             progress.advance(note=f"{role} {reached:.1%}")
             progress.scalar(*_curve(ctx, role), reached)

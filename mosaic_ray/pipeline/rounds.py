@@ -244,7 +244,7 @@ def _one_round(
 def _collect_prototypes(ctx: RunContext, now: _Progress, clients: list[int], round_num: int) -> None:
     """Gather prototypes under the models that this round begins with (P3)."""
     task, nothing = PrototypesTask(round_num), lambda client_id: None
-    for client_id, found in ctx.map(task, clients, now.models, nothing, failed_clients=now.failed):
+    for client_id, found in ctx.map(task, clients, now.models, nothing, failed_clients=now.failed, units=0):
         now.prototypes.append(found)
         now.traffic.add("uplink", "prototypes", client_id, size_of(found.arrays()), round_num=round_num)
 
@@ -299,14 +299,19 @@ def static_statistics(ctx: RunContext, models: Models, traffic: Tally, failed: F
     """
     federation = ctx.client_context.federation
     layers = {name: federation.statistics_passes(name) for name in models}
-    for number in range(max(map(len, layers.values()))):
+    num_passes = max(map(len, layers.values()))
+    for number in range(num_passes):
         now = {name: passes[number] for name, passes in layers.items() if number < len(passes)}
         asked = sorted(client_id for name in now for client_id in federation.groups[name])
         parts: dict[str, list[Any]] = {name: [] for name in now}
         for client_id in asked:
             size = size_of(models[federation.classifiers[client_id]])
             traffic.add("downlink", "weights", client_id, size, round_num=round_num)
-        for client_id, found in ctx.map(StatisticsTask(now), asked, models, lambda k: None, failed_clients=failed):
+        found_by_client = ctx.map(
+            StatisticsTask(now), asked, models, lambda k: None, failed_clients=failed,
+            units=0, label=f"batch norm {number + 1}/{num_passes}",
+        )  # fmt: skip
+        for client_id, found in found_by_client:
             parts[federation.classifiers[client_id]].append(found)
             rows = ((layer, *entry) for layer, moments in found.items() for entry in moments._asdict().items())
             message = {f"{layer}/{what}": np.asarray(value) for layer, what, value in rows}

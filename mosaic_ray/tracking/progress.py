@@ -17,6 +17,9 @@ Scalar = list[Any]
 
 _now = time.monotonic
 
+#: Seconds between two looks at what is done inside a unit.
+LOOK_SECONDS = 0.2
+
 
 def clock(seconds: float) -> str:
     """Format ``seconds`` as ``m:ss``, or ``h:mm:ss`` from an hour on."""
@@ -41,12 +44,14 @@ class StageProgress:
         self.name, self.total, self.unit = name, total, unit
         self.recorded: list[Scalar] = []
         self.done = self.resumed_at = 0
-        self.note = ""
+        self.position = 0.0  # units that are done, and the share of those under way
+        self.note = self.detail = ""
         self.state = "running"  # then done or stopped; cached for a replay
-        self._begun, self._ended = _now(), math.nan
+        self._begun, self._ended, self._working = _now(), math.nan, False
+        self._looked = self._work_begun = self._begun
 
     def __enter__(self) -> StageProgress:
-        self._begun = _now()
+        self._begun = self._work_begun = _now()
         self._tracker.display.begin(self)
         return self
 
@@ -62,6 +67,7 @@ class StageProgress:
     def advance(self, n: int = 1, note: str = "") -> None:
         """Count ``n`` more finished units; ``note`` is shown beside them, such as the loss."""
         self.done += n
+        self.position = max(self.position, self.done)
         self.note = note or self.note
         self._tracker.display.advance(self)
 
@@ -69,8 +75,22 @@ class StageProgress:
         """Continue from a checkpoint: write its scalars again and count ``done`` units as finished."""
         self.recorded += self._tracker.replay_scalars(self.name, recorded)
         self.done = self.resumed_at = done
+        self.position = max(self.position, done)
         if done:
             self._tracker.display.resume(self)
+
+    def begin_work(self) -> None:
+        """Count time for the pace from here, at the first call: before, processes were started."""
+        if not self._working and self.position <= self.resumed_at:
+            self._work_begun = _now()
+        self._working = True
+
+    def inside(self, position: float, detail: str) -> None:
+        """Show that ``position`` units are done, a fraction counts, and ``detail`` beside the count: ``step 3/9``."""
+        self.position, self.detail = max(self.position, position), detail
+        if _now() - self._looked >= LOOK_SECONDS:
+            self._looked = _now()
+            self._tracker.display.inside(self)
 
     @property
     def seconds(self) -> float:
@@ -85,12 +105,57 @@ class StageProgress:
     @property
     def pace(self) -> list[str]:
         """Return the rate and the remaining time, as far as they are known."""
-        fresh, seconds = self.done - self.resumed_at, self.seconds
+        fresh, seconds = self.position - self.resumed_at, self.seconds - (self._work_begun - self._begun)
         if fresh <= 0 or seconds <= 0:
             return []
         rate = fresh / seconds
         words = [f"{rate:.3g} {self.unit}/s" if rate >= 1 else f"{1 / rate:.3g} s/{self.unit}"]
-        return words if self.total is None else [*words, f"{clock(max(0, self.total - self.done) / rate)} left"]
+        return words if self.total is None else [*words, f"{clock(max(0, self.total - self.position) / rate)} left"]
+
+
+class Inside:
+    """Count steps of a stage's parts (clients, say) while none of them is done.
+
+    Args:
+        stage: None: nothing is shown.
+        unit: name of a step.
+        count: number of parts. A part whose number of steps is unknown counts as the mean of the others.
+        units: units of the stage that all parts make together.
+    """
+
+    def __init__(self, stage: StageProgress | None, unit: str, count: int = 1, units: float = 0.0) -> None:
+        self._stage, self._unit, self._count, self._units = stage, unit, count, units
+        self._begun = stage.position if stage else 0.0
+        self._done: dict[int, int] = {}
+        self._totals: dict[int, int] = {}
+
+    def __call__(self, part: int, done: int, total: int) -> None:
+        """Set the steps of ``part`` that are done, of ``total`` (0: unknown)."""
+        if self._stage is None:
+            return
+        self._stage.begin_work()
+        if total:
+            self._done[part], self._totals[part] = done, total
+            self._show()
+
+    def finish(self, part: int) -> None:
+        """Count all steps of ``part`` as done."""
+        if self._totals:
+            mean = round(sum(self._totals.values()) / len(self._totals))
+            self._done[part] = self._totals.setdefault(part, mean)
+            self._show()
+
+    def _show(self) -> None:
+        assert self._stage is not None
+        total = round(sum(self._totals.values()) * self._count / len(self._totals))
+        done = sum(self._done.values())
+        share = min(1.0, done / total)
+        self._stage.inside(self._begun + self._units * share, f"{self._unit} {done}/{total}")
+
+    def close(self) -> None:
+        """Show no more steps."""
+        if self._stage is not None:
+            self._stage.detail = ""
 
 
 class Quiet:
@@ -102,7 +167,7 @@ class Quiet:
     def begin(self, stage: StageProgress) -> None:
         pass
 
-    advance = resume = end = cached = begin
+    advance = resume = inside = end = cached = begin
 
     def say(self, text: str, mark: str) -> None:
         self.stream.write((f"{mark}: " if mark else "") + text + "\n")
@@ -185,9 +250,9 @@ class Live(Quiet):
         self.progress.start()
 
     def advance(self, stage: StageProgress) -> None:
-        self.progress.update(self.tasks[stage], completed=stage.done)
+        self.progress.update(self.tasks[stage], completed=stage.position)
 
-    resume = advance
+    resume = inside = advance
 
     def end(self, stage: StageProgress) -> None:
         if stage.state == "done":
@@ -211,7 +276,7 @@ class Live(Quiet):
 
 def _status(stage: StageProgress) -> str:
     if stage.state == "running":
-        return "  ".join([stage.count, clock(stage.seconds), *stage.pace])
+        return "  ".join([f"{stage.count} {stage.detail}".strip(), clock(stage.seconds), *stage.pace])
     if stage.state == "done":
         return f"{stage.seconds:.1f} s"
     return stage.state if stage.state == "cached" else f"{stage.count}  {stage.state}"

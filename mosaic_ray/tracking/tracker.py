@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ..core.errors import RunError
-from .progress import Scalar, StageProgress, display_on
+from .progress import Inside, Scalar, StageProgress, display_on
 
 
 class Tracker:
@@ -57,6 +57,7 @@ class Tracker:
 
                     self._board = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=10)
         self.display = display_on(sys.stderr if stream is None else stream, progress)
+        self._stage: StageProgress | None = None
 
     def __enter__(self) -> Tracker:
         return self
@@ -79,7 +80,12 @@ class Tracker:
     def stage(self, name: str, total: int | None = None, unit: str = "round") -> StageProgress:
         """Begin a stage of ``total`` units (None: unknown), in a ``with`` block."""
         self._enter(name)
-        return StageProgress(self, name, total, unit)
+        self._stage = StageProgress(self, name, total, unit)
+        return self._stage
+
+    def inside(self, unit: str, count: int = 1, units: float = 0.0) -> Inside:
+        """Return a counter of steps for the stage that is running, see ``Inside``; it shows nothing between stages."""
+        return Inside(self._stage if self._stage and self._stage.state == "running" else None, unit, count, units)
 
     def replay(self, stage_name: str, recorded: Sequence[Scalar]) -> None:
         """Write the scalars of a cached stage again, and show it as cached."""

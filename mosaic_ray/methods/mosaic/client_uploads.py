@@ -56,7 +56,9 @@ def collect_prototypes(ctx: RunContext, stage: Stage, warmup: Warmup) -> Prototy
                 return warmup.client(client_id) if config.prototypes.model == "client" else None
 
             task, size = PrototypesTask(config.warmup.num_rounds), ctx.shards.sizes.__getitem__
-            for k, part in ctx.map(task, everyone, warmup.models, own, failed_clients=failed, cost=size):
+            for k, part in ctx.map(
+                task, everyone, warmup.models, own, failed_clients=failed, cost=size, units=len(everyone)
+            ):
                 parts[federation.classifiers[k]].append(part)
                 traffic.add("uplink", "prototypes", k, size_of(part.arrays()))
                 progress.advance()
@@ -200,7 +202,7 @@ def _computed(
     arrivals = ctx.map(
         GeneratorTask(), clients, start, own, ordered=False,
         cost=lambda k: float(num_steps(knobs, int(ctx.shards.sizes[k]))), failed_clients=failed,
-        max_missing=ctx.failure_budget(len(keys)) - len(failed.rounds),
+        max_missing=ctx.failure_budget(len(keys)) - len(failed.rounds), units=len(clients),
     )  # fmt: skip
     for client_id, made in arrivals:
         facts = {

@@ -1,0 +1,105 @@
+"""Signs of life of the client actors at work: steps done, and how long an actor has been silent."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+#: The concurrency group of ``ClientActor.progress``, which answers while a task runs.
+SIGNS = "signs"
+
+#: Seconds between two polls of an actor at work.
+POLL_SECONDS = 3.0
+
+#: By default an actor is hung after so many seconds, or after so many times the longest silence of this run.
+LEAST_SECONDS, LONGEST_SILENCES = 120.0, 20.0
+
+
+@dataclass(frozen=True)
+class MapEvents:
+    """Functions that a call of ``ClientBackend.map`` reports to while clients are at work.
+
+    ``step(client, done, total)``: steps of the client's task; total 0 means unknown. ``hung(client, seconds)``: the
+    client's actor gave no sign of life for so long, and was killed.
+    """
+
+    step: Callable[[int, int, int], None] = lambda client_id, done, total: None
+    hung: Callable[[int, float], None] = lambda client_id, seconds: None
+
+
+IGNORED = MapEvents()
+
+
+@dataclass
+class Sign:
+    """The state of an actor at work: (call in hand, steps done, of how many), and seconds since that last changed."""
+
+    answer: tuple[str, int, int] | None = None
+    silent: float = 0.0
+    poll: Any = None
+
+
+class Watch:
+    """Polls actors at work. ``timeout``: seconds without a sign of life; 0: by default; negative: without limit.
+
+    A sign of life is an answer that differs from the one before: more steps, or other work in hand. Silence counts
+    while the driver looks, so neither a driver that was stopped nor one with other work takes an actor for hung.
+    """
+
+    def __init__(self, timeout: float = 0.0) -> None:
+        self._timeout, self._longest = timeout, 0.0
+        self._signs: dict[int, Sign] = {}
+        self._looked, self._passed = time.monotonic(), 0.0
+
+    @property
+    def limit(self) -> float:
+        """Return the seconds of silence after which an actor is hung."""
+        if not self._timeout:
+            return max(LEAST_SECONDS, LONGEST_SILENCES * self._longest)
+        return self._timeout if self._timeout > 0 else math.inf
+
+    def begin(self, actor: Any) -> None:
+        """Count from now on: ``actor`` is given work."""
+        old = self._signs.get(id(actor))
+        self._signs[id(actor)] = Sign(poll=old and old.poll)
+
+    def end(self, actor: Any) -> None:
+        """Take the end of an actor's work as a sign of life."""
+        if sign := self._signs.get(id(actor)):
+            self._longest, sign.silent = max(self._longest, sign.silent), 0.0
+
+    def is_due(self) -> bool:
+        """Return whether it is time to poll again."""
+        self._passed = time.monotonic() - self._looked
+        if self._passed < POLL_SECONDS:
+            return False
+        self._looked += self._passed
+        return True
+
+    def look(self, actor: Any) -> Sign:
+        """Read the answer of the last poll of ``actor`` and send the next one; one at a time is under way."""
+        import ray
+
+        sign = self._signs.setdefault(id(actor), Sign())
+        answer = sign.answer
+        if sign.poll is not None and ray.wait([sign.poll], timeout=0)[0]:
+            try:
+                answer = ray.get(sign.poll)
+            except ray.exceptions.RayError:  # it died or is being started: its call ends with an error of its own
+                answer = None
+            sign.poll = None
+        sign.silent += min(self._passed, 2 * POLL_SECONDS)
+        if answer != sign.answer:
+            self._longest, sign.silent = max(self._longest, sign.silent), 0.0
+            sign.answer = answer
+        if sign.poll is None:
+            sign.poll = actor.progress.options(concurrency_group=SIGNS).remote()
+        return sign
+
+    def call_in_hand(self, actor: Any) -> str:
+        """Return Ray's id of the task that ``actor`` last reported to have in hand; "" where it reported none."""
+        sign = self._signs.get(id(actor))
+        return sign.answer[0] if sign and sign.answer else ""
