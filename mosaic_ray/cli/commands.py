@@ -38,7 +38,7 @@ def mosaic() -> None:
 @common_options(
     "preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "method", "seed", "sets", "config", "host"
 )
-@run_options("strict_health", "dry_run")
+@run_options("strict_health", "dry_run", "calibrate")
 @click.pass_context
 def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     """Run one experiment; the same command again resumes it."""
@@ -49,8 +49,8 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     if place.dry_run:
         from ..runs.dry_run import dry_run
 
-        found = dry_run(config, place.storage, place.name, place.address, place.fresh)
-        print_result(place.as_json, found.as_dict(), *found.lines(), "", work_table(found.work))
+        found = dry_run(config, place.storage, place.name, place.address, place.fresh, place.calibrate)
+        print_result(place.as_json, found.as_dict(), *found.lines(), "", work_table(found.work), "", found.hours.line())
         return
     with stdout_for_json(place.as_json):
         summary = runner.run(

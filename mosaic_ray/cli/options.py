@@ -14,6 +14,7 @@ import click
 
 from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
+from ..core.errors import RequestError
 from .request import parse_address
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -58,6 +59,9 @@ _RUN: dict[str, Callable[..., Any]] = {
     "dry_run": click.option(
         "--dry-run", is_flag=True, help="Print what would run, on which resources and how much work it is; run nothing."
     ),
+    "calibrate": click.option(
+        "--calibrate", is_flag=True, help="With --dry-run: measure some steps here, to estimate the hours."
+    ),
 }
 
 
@@ -72,6 +76,7 @@ class RunOptions:
     as_json: bool
     strict_health: bool = False
     dry_run: bool = False
+    calibrate: bool = False
 
 
 def common_options(*names: str) -> Decorator:
@@ -93,6 +98,8 @@ def run_options(*more: str) -> Decorator:
         @functools.wraps(command)
         def call(*args: Any, **options: Any) -> Any:
             own = {name: options[name] for name in names} | {"address": parse_address(options["address"])}
+            if own.get("calibrate") and not own["dry_run"]:
+                raise RequestError("--calibrate: it goes with --dry-run")
             others = {name: value for name, value in options.items() if name not in own}
             return command(*args, place=RunOptions(**own), **others)
 

@@ -31,7 +31,7 @@ _AT_ONCE = click.option("--max-concurrent", metavar="N", help="The most trials a
 @click.option("--seeds", metavar="S,S,...", help=_SEEDS.format("point"))
 @click.option("--scheduler", metavar="fifo|asha", default="fifo", show_default=True, help="asha stops weak ones early.")
 @_AT_ONCE
-@run_options("strict_health", "dry_run")
+@run_options("strict_health", "dry_run", "calibrate")
 @click.pass_context
 def sweep(
     ctx: click.Context, space: str | None, grid: tuple[str, ...], search: str | None, samples: str | None,
@@ -55,7 +55,7 @@ def sweep(
 @common_options("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "sets", "config", "host")
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="S,S,...", help=_SEEDS.format("method"))
 @_AT_ONCE
-@run_options("strict_health", "dry_run")
+@run_options("strict_health", "dry_run", "calibrate")
 def compare(methods: str, seeds: str, max_concurrent: str | None, place: RunOptions, **typed: Any) -> None:
     """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
     _run(sweep_request("compare", typed, plan=compare_plan(methods), seeds=seeds, max_concurrent=max_concurrent), place)
@@ -76,11 +76,12 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     from ..sweeps import runner
 
     if place.dry_run:
-        found = runner.dry_run(request, place.storage, place.name, place.address, place.fresh)
+        found = runner.dry_run(request, place.storage, place.name, place.address, place.fresh, place.calibrate)
         trials = f"{found.points * found.seeds} trials ({found.points} points x {found.seeds} seeds)"
         head = f"sweep {found.name}: space {found.space}, {found.search} search, {trials}"
         unknown = "its points depend on results, so the work is not known beforehand"
         work = [unknown] if found.work is None else ["", work_table(found.work)]
+        work += ["", found.hours.line()] if found.hours else []
         print_result(place.as_json, found.as_dict(), head, *found.resources, *work)
         return
     with stdout_for_json(place.as_json):

@@ -56,6 +56,7 @@ class ActorPool:
         self.actors, self.shared, self.say = list(actors), shared, say
         self.watch = Watch(timeout)
         self.patience_seconds = patience_seconds
+        self.seconds = 0.0  # that finished client tasks took, all together
         self._up: dict[int, str] = {}  # actor -> its worker's id
         self._more, self._fewer, self._looked = more, fewer, time.monotonic()
 
@@ -284,6 +285,7 @@ class ClientMap:
             self._idle.append(actor)
             if client_id >= 0:
                 self._arrived[client_id] = value
+                self._pool.seconds += answer
             else:
                 self._pool.mark_up(actor, answer)
                 self._losses = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,6 +29,11 @@ R = TypeVar("R")
 
 class ClientBackend(Protocol):
     """Runs tasks for clients."""
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds that finished client tasks took, all together."""
+        ...
 
     def map(
         self,
@@ -128,6 +134,7 @@ class SerialBackend:
 
     def __init__(self, config: ExperimentConfig, facts: DataFacts, shards: Callable[[int], ImageSet]) -> None:
         self._config, self._facts, self._shards = config, facts, shards
+        self.seconds = 0.0
 
     def map(
         self,
@@ -149,6 +156,7 @@ class SerialBackend:
             shard = self._shards(client_id)
             arrays, own = (shard.images, shard.labels), per_client(client_id)
             result: R | ClientFailure
+            began = time.perf_counter()
             step = partial(events.step, client_id)
             step(0, 0)
             for failures in range(1, self._config.federation.max_client_failures + 1):
@@ -161,6 +169,7 @@ class SerialBackend:
                     result = ClientFailure(error, failures)
                 finally:
                     torch.set_num_threads(threads)
+            self.seconds += time.perf_counter() - began
             yield client_id, result
 
     def release(self) -> None:
@@ -216,8 +225,8 @@ class ClientActor:
         shard: tuple[Any, Any],
         broadcast: Any,
         own: Any,
-    ) -> tuple[bool, Any]:
-        """Return (True, result): two values, so that the driver learns of the end without fetching the result.
+    ) -> tuple[float, Any]:
+        """Return (seconds, result): two values, so that the driver learns of the end without fetching the result.
 
         ``shard`` holds references to the client's images and labels, read in place from shared memory.
         """
@@ -231,12 +240,13 @@ class ClientActor:
         self._counts = bool(task.unit)
         note(0, 0)
         try:
-            arrays = ray.get(list(shard))
+            began, arrays = time.perf_counter(), ray.get(list(shard))
 
             def work() -> Any:
                 return run_task(config, facts, self._device, task, client_id, arrays, broadcast, own, note)
 
-            return True, self._thread.submit(work).result()
+            result = self._thread.submit(work).result()
+            return time.perf_counter() - began, result
         finally:
             self._now = "", 0, 0
 
@@ -302,6 +312,12 @@ class RayBackend:
         self._config, self._facts, self._shards, self._make_pool = config, facts, shards, make_pool
         self._pool: ActorPool | None = None
         self._refs: dict[int, tuple[Any, Any]] = {}
+        self._before = 0.0  # seconds of pools that were released
+
+    @property
+    def seconds(self) -> float:
+        """Implement ``ClientBackend.seconds``."""
+        return self._before + (self._pool.seconds if self._pool else 0.0)
 
     def map(
         self,
@@ -337,6 +353,7 @@ class RayBackend:
     def release(self) -> None:
         """End the actors, unless other runs share them."""
         if self._pool:
+            self._before += self._pool.seconds
             self._pool.close()
         self._pool = None
 

@@ -115,6 +115,11 @@ class RunContext:
     strict: bool = False
     _warned: set[Finding] = field(default_factory=set)
 
+    @property
+    def client_seconds(self) -> float:
+        """Return the seconds that client tasks of this run took so far, all together."""
+        return self.backend.seconds if hasattr(self, "backend") else 0.0
+
     def shard(self, client_id: int) -> ImageSet:
         """Return a client's training images."""
         return self.dataset.train.take(self.shards.train[client_id])
@@ -197,7 +202,7 @@ class RunContext:
 
         If several runs need it at once, one computes and the others wait; if that one fails or dies, another goes on.
         """
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self.client_seconds
         found, waited = self.get_or_wait(name, key)
         if isinstance(found, StageResult):
             result = found
@@ -209,6 +214,8 @@ class RunContext:
                         writer = self.store.writer(key)
                         facts = compute(writer, progress)
                         facts["seconds"] = time.perf_counter() - began - waited
+                        if not progress.resumed_at:
+                            facts["client_seconds"] = self.client_seconds - before
                         facts["curve"] = [list(row) for row in progress.recorded]
                         result = writer.commit(facts)
                 except RequestError:
@@ -243,6 +250,8 @@ class RunContext:
         }  # fmt: skip
         if waited:
             self.log[name]["waited_seconds"] = round(waited, 3)
+        if not cached and "client_seconds" in facts:
+            self.log[name]["client_seconds"] = round(facts["client_seconds"], 3)
         self.traffic[name] = facts.get("communication", {})
         found = [Finding.from_json(row) for row in facts.get("findings", [])]
         self.add_findings(found, warn=not cached)

@@ -12,6 +12,7 @@ from ..execution.devices import describe, resources_for, settle
 from ..execution.ray_session import num_hosts
 from .checks import check_models
 from .earlier import read_earlier
+from .estimate import Hours, estimate_for, gpus_held, turns
 from .plan import StageWork, unique_work
 from .runner import check_name, default_name, estimate_devices
 
@@ -25,6 +26,7 @@ class DryRun:
     actors: int
     devices: str
     work: list[StageWork]
+    hours: Hours
 
     def lines(self) -> list[str]:
         """Return the plan as lines of text, but for the work."""
@@ -45,11 +47,13 @@ class DryRun:
             "name": self.name, "method": self.config.method, "data": self.config.data.name, "seed": self.config.seed,
             "clients": self.config.partition.num_clients, "actors": self.actors, "device": runtime.device,
             "precision": runtime.precision, "gpus_per_client": runtime.gpu_share,
-            "work": [vars(row) for row in self.work],
+            "work": [vars(row) for row in self.work], "estimate": self.hours.as_dict(),
         }  # fmt: skip
 
 
-def dry_run(config: ExperimentConfig, storage: str, name: str | None, address: str, fresh: bool = False) -> DryRun:
+def dry_run(
+    config: ExperimentConfig, storage: str, name: str | None, address: str, fresh: bool = False, calibrate: bool = False
+) -> DryRun:
     """Return the plan of a run; ``RequestError`` if it would be refused before its data are read."""
     check_name(name, "runs")
     there = estimate_devices([config], resources_for(config, address))
@@ -58,5 +62,9 @@ def dry_run(config: ExperimentConfig, storage: str, name: str | None, address: s
         check_models(config, facts)
     earlier = read_earlier(storage, fresh)
     actors = 0 if config.runtime.host == "serial" else num_hosts(config, there)
-    work = unique_work([earlier.chain(config)], [config], earlier)
-    return DryRun(name or default_name(config), config, actors, describe(config, there), work)
+    estimate, clients = estimate_for([config], earlier.runs, calibrate), config.partition.num_clients
+    work = unique_work([earlier.chain(config)], [config], earlier, estimate.add)
+    cohort = min(config.federation.cohort_size or clients, clients)
+    gpus = gpus_held(config, there.gpus, actors, 0)
+    hours = estimate.on(turns(cohort, min(actors or 1, cohort)), gpus=gpus)
+    return DryRun(name or default_name(config), config, actors, describe(config, there), work, hours)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config.plugins import load
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
 from ..methods.statistics_heads import closing_head
-from ..pipeline.graph import Graph, KeyInputs, graph_keys
+from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
 from ..pipeline.stages import evaluated_key, models_of, whole_graph
 
 #: Stage -> its keys, as ``stage_keys`` gives them.
@@ -71,11 +71,14 @@ class StageWork:
 
 
 def unique_work(
-    chains: Sequence[Chain], configs: Sequence[ExperimentConfig], stored: Container[str] = ()
+    chains: Sequence[Chain],
+    configs: Sequence[ExperimentConfig],
+    stored: Container[str] = (),
+    each: Callable[[Stage, ExperimentConfig, Work], None] = lambda stage, config, work: None,
 ) -> list[StageWork]:
     """Return a row for each stage that any trial has; trial i has ``chains[i]`` and ``configs[i]``.
 
-    ``stored``: keys of results that need no computing.
+    ``stored``: keys of results that need no computing. ``each`` is called for every other one, with its work.
 
     A result that two stages share (without distillation the student's closing rounds are the control's) counts in the
     first. So does the evaluation of a model that several runs share.
@@ -93,9 +96,13 @@ def unique_work(
                 keys = {stage: first for stage, (first, *_) in chain.items()}
                 evaluated = models_of(tuple(graph.values()), keys).values()
                 wanted = {evaluated_key(config, keys["partition"], model, "test") for model in evaluated}
-                models |= {key for key in wanted if key not in stored}
+                new = {key for key in wanted - models if key not in stored}
+                models |= new
+                each(graph[name], config, {"models": len(new)})
             else:
-                work.update(graph[name].work(config))
+                own = graph[name].work(config)
+                work.update(own)
+                each(graph[name], config, own)
         asked = sum(len(chain[name]) for chain, _, _ in trials)
         amounts = {"models": len(models)} if name == "evaluate" else dict(work)
         rows.append(StageWork(name, asked, len(found), amounts, len(every) - len(found)))

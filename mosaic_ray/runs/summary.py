@@ -29,7 +29,8 @@ class StageRecord:
     """A stage of a run: ``key`` names its result in the store, ``cached`` means that it was found there.
 
     ``seconds`` were spent in this run, ``waited_seconds`` of them waiting for another run; ``computed_seconds`` were
-    spent by the run that computed the result. ``cached_clients`` counts clients with a stored result.
+    spent by the run that computed the result. ``client_seconds`` is what client tasks of this run took, added up over
+    the clients; it is absent where the run resumed the stage. ``cached_clients`` counts clients with a stored result.
     """
 
     seconds: Amount | None = None
@@ -38,6 +39,7 @@ class StageRecord:
     computed_seconds: Amount | None = None
     waited_seconds: Amount | None = None
     cached_clients: int | None = None
+    client_seconds: Amount | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

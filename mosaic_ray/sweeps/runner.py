@@ -19,6 +19,7 @@ from .state import REMEMBERED, PlanFile, SweepState, Trial, make_trials, plan_na
 if TYPE_CHECKING:
     from ..execution.ray_session import Resources
     from ..execution.resource_plan import Node, ResourcePlan
+    from ..runs.estimate import Hours
     from ..runs.plan import StageWork
     from .queue import TrialQueue
     from .results import TrialResult
@@ -175,16 +176,24 @@ class DryRun:
     seeds: int
     resources: list[str]
     work: list[StageWork] | None
+    hours: Hours | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the output of ``--json``."""
-        return {**vars(self), "work": self.work and [vars(row) for row in self.work]}
+        plan = {name: value for name, value in vars(self).items() if name != "hours"}
+        return {
+            **plan, "work": self.work and [vars(row) for row in self.work],
+            "estimate": self.hours and self.hours.as_dict(),
+        }  # fmt: skip
 
 
-def dry_run(request: SweepRequest, storage: str, name: str | None, address: str, fresh: bool = False) -> DryRun:
+def dry_run(
+    request: SweepRequest, storage: str, name: str | None, address: str, fresh: bool = False, calibrate: bool = False
+) -> DryRun:
     """Return the trials and the work of a sweep. Needs neither the data nor Ray."""
     from ..execution.devices import describe, of_nodes, settle
     from ..runs.earlier import read_earlier
+    from ..runs.estimate import estimate_for, gpus_held
     from ..runs.plan import unique_work
     from ..runs.runner import check_name, estimate_devices
 
@@ -193,16 +202,21 @@ def dry_run(request: SweepRequest, storage: str, name: str | None, address: str,
     sweep = prepare(request)
     there = estimate_devices(sweep.configs, _shared(of_nodes(nodes, address), sweep))
     sweep = prepare(request, there=there)
-    resources = resources_of(sweep, nodes, storage).lines()
+    resources = resources_of(sweep, nodes, storage)
+    lines = resources.lines()
     if line := describe(settle(request.config, there), there):
-        resources.insert(0, line)
-    search, seeds, work = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None
+        lines.insert(0, line)
+    search, seeds, work, hours = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None, None
     if search != "optuna":
         earlier = read_earlier(storage, fresh)
-        work = unique_work([earlier.chain(config) for config in sweep.configs], sweep.configs, earlier)
+        estimate = estimate_for(sweep.configs, earlier.runs, calibrate)
+        hosts, trials = sum(resources.hosts), resources.concurrent
+        work = unique_work([earlier.chain(config) for config in sweep.configs], sweep.configs, earlier, estimate.add)
+        gpus = max(gpus_held(c, sum(node.gpus for node in nodes), hosts, trials) for c in sweep.configs)
+        hours = estimate.on(hosts or trials, trials, gpus)
     name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
     notes = [sweep.note] if sweep.note else []
-    return DryRun(name, request.space, search, points, seeds, [*notes, *resources], work)
+    return DryRun(name, request.space, search, points, seeds, [*notes, *lines], work, hours)
 
 
 @dataclass(frozen=True)

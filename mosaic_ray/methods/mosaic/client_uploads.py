@@ -98,7 +98,7 @@ class Generators:
 
 def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generators:
     """Train one generator on every client (stage G); each is stored as soon as it is there, and found again alone."""
-    began = time.perf_counter()
+    began, before = time.perf_counter(), ctx.client_seconds
     keys = ctx.client_keys(stage)
     key = stage.joint_key(keys)
     found = {k: result for k, name in enumerate(keys) if (result := ctx.store.get(name)) is not None}
@@ -121,6 +121,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generator
     ctx.generators.update((k, found[k]) for k in clients)
     findings = [row for r in results for row in r.facts["findings"]] + [f.to_json() for f in failed.findings()]
     facts = {"communication": uploaded(ctx.generators, len(keys)).totals(), "findings": findings}
+    facts["client_seconds"] = ctx.client_seconds - before
     ctx.note(stage.name, key, not computed, spent, facts, waited)
     ctx.log[stage.name]["cached_clients"] = len(clients) - computed
     for client_id, result in zip(clients, results, strict=True):
