@@ -81,6 +81,7 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
         head = f"sweep {found.name}: space {found.space}, {found.search} search, {trials}"
         unknown = "its points depend on results, so the work is not known beforehand"
         work = [unknown] if found.work is None else ["", work_table(found.work)]
+        work += ["", found.distinct] if found.distinct else []
         work += ["", found.hours.line()] if found.hours else []
         print_result(place.as_json, found.as_dict(), head, *found.resources, *work)
         return

@@ -14,7 +14,7 @@ from .checks import check_models
 from .earlier import read_earlier
 from .estimate import Hours, estimate_for, gpus_held, turns
 from .plan import StageWork, unique_work
-from .runner import check_name, default_name, estimate_devices, estimate_devices
+from .runner import check_name, default_name, estimate_devices
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..execution.ray_session import Resources
     from ..execution.resource_plan import Node, ResourcePlan
     from ..runs.estimate import Hours
-    from ..runs.plan import StageWork
+    from ..runs.plan import Chain, StageWork
     from .queue import TrialQueue
     from .results import TrialResult
 
@@ -167,7 +167,10 @@ def available_nodes(address: str) -> list[Node]:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The plan of a sweep. ``work`` is by stage; None for optuna, because its points depend on results."""
+    """The plan of a sweep. ``work`` is by stage; None for optuna, because its points depend on results.
+
+    ``distinct``: a line about the distinct sets of generators, where their number does not follow from the points.
+    """
 
     name: str
     space: str
@@ -177,6 +180,7 @@ class DryRun:
     resources: list[str]
     work: list[StageWork] | None
     hours: Hours | None = None
+    distinct: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the output of ``--json``."""
@@ -207,16 +211,34 @@ def dry_run(
     if line := describe(settle(request.config, there), there):
         lines.insert(0, line)
     search, seeds, work, hours = sweep.plan_json["search"], len(sweep.plan_json["seeds"]), None, None
+    distinct = ""
     if search != "optuna":
         earlier = read_earlier(storage, fresh)
         estimate = estimate_for(sweep.configs, earlier.runs, calibrate)
         hosts, trials = sum(resources.hosts), resources.concurrent
-        work = unique_work([earlier.chain(config) for config in sweep.configs], sweep.configs, earlier, estimate.add)
+        chains = [earlier.chain(config) for config in sweep.configs]
+        work = unique_work(chains, sweep.configs, earlier, estimate.add)
+        if {"generator.lambda_i", "generator.inversion_scale", "generator.tau"}.intersection(sweep.swept):
+            distinct = _distinct(chains, all(earlier.sizes(config) for config in sweep.configs))
         gpus = max(gpus_held(c, sum(node.gpus for node in nodes), hosts, trials) for c in sweep.configs)
         hours = estimate.on(hosts or trials, trials, gpus)
     name, points = name or plan_name(sweep.plan_json), sweep.search.total // seeds
     notes = [sweep.note] if sweep.note else []
-    return DryRun(name, request.space, search, points, seeds, [*notes, *lines], work, hours)
+    return DryRun(name, request.space, search, points, seeds, [*notes, *lines], work, hours, distinct)
+
+
+def _distinct(chains: Sequence[Chain], sizes_known: bool) -> str:
+    """Return the line about the distinct sets of generators of trials that vary the inversion loss."""
+    asked = [tuple(chain["generators"]) for chain in chains if "generators" in chain]
+    if not asked:
+        return ""
+    why = "clients with generator.tau samples or more never meet the inversion loss"
+    if sizes_known:
+        return f"distinct sets of generators: {len(set(asked))} for {len(asked)} trials; {why}"
+    return (
+        f"distinct sets of generators: at most {len(set(asked))} for {len(asked)} trials; {why}, and how many samples "
+        "clients have is not known before the images are dealt"
+    )
 
 
 @dataclass(frozen=True)

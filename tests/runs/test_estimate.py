@@ -9,7 +9,8 @@ import pytest
 from cli_runner import ask, refusal
 from helpers import TINY
 
-from mosaic_ray.config.resolve import as_dict, override
+from mosaic_ray.config.resolve import as_dict, override, to_toml
+from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.runs.calibrate import calibrated
 from mosaic_ray.runs.dry_run import dry_run
 from mosaic_ray.runs.earlier import read_earlier
@@ -123,9 +124,28 @@ def test_a_sweep_divides_by_its_hosts_and_trials():
     assert hours["hours"] == pytest.approx(hours["client_hours"] / 2 + hours["server_hours"] / 2)
 
 
-def _toml() -> str:
-    from mosaic_ray.config.resolve import to_toml
+def test_distinct_sets_of_generators_of_a_grid_over_lambda_i(tiny_in_storage, tmp_path):
+    """TINY's clients are larger and smaller than generator.tau; its storage knows their sizes, the other does not."""
+    config = override(ExperimentConfig(), tiny_in_storage["config"])
+    sizes = [sum(row) for row in tiny_in_storage["label_counts"]]
+    Path("tiny.toml").write_text(to_toml(config))
 
+    def line(storage: Path, *grid: str) -> str:
+        words = ["--config", "tiny.toml", "--storage", str(storage), "--dry-run"]
+        words += ["--set", "partition.validation_fraction=0"]
+        result = ask("sweep", *words, *(word for knob in grid for word in ("--grid", knob)))
+        assert result.exit_code == 0, result.stderr
+        return next((text for text in result.stdout.splitlines() if "distinct sets" in text), "")
+
+    grid = "generator.lambda_i=0,1,2"
+    assert "at most 3 for 3 trials" in line(tmp_path / "other", grid)
+    assert not line(tmp_path, "generator.lambda_e=1,2")
+    large = f"generator.tau={min(sizes)}"
+    assert "distinct sets of generators: 1 for 3 trials" in line(tmp_path, grid, large)
+    assert "distinct sets of generators: 3 for 3 trials" in line(tmp_path, grid, f"generator.tau={max(sizes) + 1}")
+
+
+def _toml() -> str:
     return to_toml(override(PLAIN, {"partition.validation_fraction": 0.1}))
 
 

@@ -307,6 +307,8 @@ def test_serial_and_ray_end_with_the_same_bits_for_any_number_of_actors(
     assert computed(on_ray) == set(on_ray["stages"])
     assert on_ray["accuracy"] == undisturbed_tiny["accuracy"]
     assert_same(student(on_ray), student(undisturbed_tiny))
+    for name in ("warmup", "generators", "prototypes", "finetune"):
+        assert 0 < on_ray["stages"][name]["client_seconds"] < hosts * on_ray["stages"][name]["seconds"], name
 
 
 def _watched() -> type:

@@ -120,7 +120,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generator
     results = [found[k] for k in clients]
     ctx.generators.update((k, found[k]) for k in clients)
     findings = [row for r in results for row in r.facts["findings"]] + [f.to_json() for f in failed.findings()]
-    facts = {"communication": uploaded(ctx.generators, len(keys)).totals(), "findings": findings}
+    facts: Facts = {"communication": uploaded(ctx.generators, len(keys)).totals(), "findings": findings}
     facts["client_seconds"] = ctx.client_seconds - before
     ctx.note(stage.name, key, not computed, spent, facts, waited)
     ctx.log[stage.name]["cached_clients"] = len(clients) - computed
