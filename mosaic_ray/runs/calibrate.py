@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from ..execution.placement import Placement
 from ..execution.precision import device_of
 from ..storage.store import Store
 from .earlier import EarlierRun
-from .estimate import BY_DATA, SOURCES, Like, Rate, amounts, counted
+from .estimate import BY_DATA, SOURCES, Estimate, Like, Rate, amounts, counted, rates
 from .plan import graph_of
 from .runner import execute
 from .summary import StageRecord, Summary
@@ -26,12 +26,32 @@ from .summary import StageRecord, Summary
 #: Steps of a short pass, the most of a long one, and the seconds that a long pass aims at.
 SHORT, LONG, SECONDS = 2, 20, 12.0
 
+#: The most points of a sweep that are calibrated.
+MOST_CALIBRATIONS = 3
+
+
+def estimate_for(configs: Sequence[ExperimentConfig], runs: Sequence[EarlierRun], calibrate: bool) -> Estimate:
+    """Return an empty estimate with the times of earlier ``runs``; ``calibrate``: measure what they leave out."""
+    usable = []
+    for run in runs:
+        try:
+            graph_of(run.config)
+            usable.append(run)
+        except RequestError:  # of a plug-in that is gone
+            continue
+    times, left = rates(usable), MOST_CALIBRATIONS if calibrate else 0
+    for config in configs if left else ():
+        likes = {counted(s, config, s.work(config))[0] for s in graph_of(config) if any(s.work(config).values())}
+        if left and any(like not in times and like[1] not in BY_DATA for like in likes):
+            times, left = calibrated(config) | times, left - 1
+    return Estimate(times)
+
 
 def calibrated(config: ExperimentConfig) -> dict[Like, Rate]:
     """Return the seconds per step of a settled ``config``; no times for work that follows from the number of images.
 
-    A run of few steps is done three times: once to get warm, once short, once longer. What the steps more took is their
-    time. ``RequestError`` if that fails.
+    A run of few steps is done three times: to get warm, short, and longer. What the added steps took is their
+    time; where noise hides it, all that the longer run took is. ``RequestError`` if that fails.
     """
     facts = known_facts(config.data)
     if facts is None:
@@ -68,6 +88,8 @@ def _rates(config: ExperimentConfig, short: EarlierRun, longer: EarlierRun) -> d
         # a student is taught by the images of every client's generator
         many = config.partition.num_clients / longer.config.partition.num_clients if like[0] == "distill" else 1.0
         clients, server, units = (b - a for a, b in zip(less, more, strict=True))
+        if clients + server <= 0:
+            clients, server, units = more
         found[like] = Rate(max(0.0, clients) / units * many, max(0.0, server) / units * many, SOURCES[1])
     return found
 

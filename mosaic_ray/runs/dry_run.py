@@ -10,9 +10,10 @@ from ..config.schema import ExperimentConfig
 from ..data.load import known_facts
 from ..execution.devices import describe, resources_for, settle
 from ..execution.ray_session import num_hosts
+from .calibrate import estimate_for
 from .checks import check_models
 from .earlier import read_earlier
-from .estimate import Hours, estimate_for, gpus_held, turns
+from .estimate import Hours, gpus_held, turns
 from .plan import StageWork, unique_work
 from .runner import check_name, default_name, estimate_devices
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..config.plugins import load
 from ..config.resolve import flatten
 from ..config.schema import ExperimentConfig
-from ..core.errors import RequestError
 from ..data.load import known_facts
 from ..pipeline.graph import Stage, Work
 from .earlier import EarlierRun
@@ -36,9 +35,6 @@ _COST: dict[str, tuple[str, ...]] = {
     "distill": ("model.*", "partition.num_clients", *_GENERATOR, "distill.backbone_lr", "distill.workers",
                 "distill.samples_per_generator"),
 }  # fmt: skip
-
-#: The most points of a sweep that are calibrated.
-MOST_CALIBRATIONS = 3
 
 #: Where times come from.
 SOURCES = ("stage times of earlier runs here", "a calibration on this machine")
@@ -200,24 +196,3 @@ def gpus_held(config: ExperimentConfig, gpus: float, actors: int, trials: int) -
     if config.runtime.device != "cuda":
         return 0.0
     return float(min(gpus, max(1, math.ceil((actors + trials) * config.runtime.gpu_share - 1e-9))))
-
-
-def estimate_for(configs: Sequence[ExperimentConfig], runs: Sequence[EarlierRun], calibrate: bool) -> Estimate:
-    """Return an empty estimate with the times of earlier ``runs``; ``calibrate``: measure what they leave out."""
-    usable = []
-    for run in runs:
-        try:
-            graph_of(run.config)
-            usable.append(run)
-        except RequestError:  # of a plug-in that is gone
-            continue
-    times = rates(usable)
-    if calibrate:
-        from .calibrate import calibrated
-
-        left = MOST_CALIBRATIONS
-        for config in configs:
-            likes = {counted(s, config, s.work(config))[0] for s in graph_of(config) if any(s.work(config).values())}
-            if left and any(like not in times and like[1] not in BY_DATA for like in likes):
-                times, left = calibrated(config) | times, left - 1
-    return Estimate(times)

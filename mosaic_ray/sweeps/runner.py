@@ -196,8 +196,9 @@ def dry_run(
 ) -> DryRun:
     """Return the trials and the work of a sweep. Needs neither the data nor Ray."""
     from ..execution.devices import describe, of_nodes, settle
+    from ..runs.calibrate import estimate_for
     from ..runs.earlier import read_earlier
-    from ..runs.estimate import estimate_for, gpus_held
+    from ..runs.estimate import gpus_held
     from ..runs.plan import unique_work
     from ..runs.runner import check_name, estimate_devices
 
