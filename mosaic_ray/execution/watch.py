@@ -62,9 +62,8 @@ class Watch:
         return self._timeout if self._timeout > 0 else math.inf
 
     def begin(self, actor: Any) -> None:
-        """Count from now on: ``actor`` is given work."""
-        old = self._signs.get(id(actor))
-        self._signs[id(actor)] = Sign(poll=old and old.poll)
+        """Count from now on: ``actor`` is given work. An answer about earlier work is not waited for."""
+        self._signs[id(actor)] = Sign()
 
     def end(self, actor: Any) -> None:
         """Take the end of an actor's work as a sign of life."""

@@ -93,6 +93,17 @@ def test_a_driver_that_did_not_look_takes_nobody_for_hung(clock: Clock) -> None:
     assert silence(watched, clock, actor, 1, 3600.0) <= 2 * POLL_SECONDS
 
 
+def test_an_answer_about_earlier_work_says_nothing_about_new_work(clock: Clock) -> None:
+    watched, actor, answered = Watch(60.0), Actor(), Actor()
+    actor.remote = lambda: answered  # at once, with the call in hand now
+    watched.begin(actor)
+    silence(watched, clock, actor, 1)
+    watched.begin(actor)
+    actor.now, actor.remote = None, lambda: actor  # stopped as the next call begins
+    assert silence(watched, clock, actor, 30) > watched.limit
+    assert watched.call_in_hand(actor) == ""
+
+
 def test_short_work_is_never_asked(clock: Clock) -> None:
     watched = Watch()
     clock.now += POLL_SECONDS / 2
