@@ -253,6 +253,7 @@ class RuntimeConfig:
     precision: str = knob(
         "auto", "auto: bf16 where the processor has it natively, else fp32", choices=("auto", "fp32", "bf16")
     )
+    deterministic: bool = knob(True, "GPUs give the same bits in every run; off: faster (docs/RELIABILITY.md)")
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)
 

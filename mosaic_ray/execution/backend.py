@@ -14,6 +14,7 @@ from ..config.user_code import is_file_module
 from ..core.errors import OutOfGpuMemory, RunError
 from ..core.types import DataFacts, ImageSet
 from .actor_pool import PATIENCE_SECONDS, ActorPool, ClientFailure, ClientMap, end, first_line
+from .determinism import choose_kernels
 from .gpu_memory import CONTEXT_BYTES, is_out_of_memory
 from .malloc import give_back, keep_freed
 from .precision import device_of
@@ -91,6 +92,7 @@ def run_task(
     from ..federated.client import ClientContext
 
     torch.set_num_threads(client_threads(config))
+    choose_kernels(config)
     context = ClientContext(config, facts, torch.device(device), progress)
     images, labels = shard
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from ..core.errors import RunError
 from ..core.types import Weights
 from ..distillation.student_training import DistContext, DistillTask, distil
+from .determinism import choose_kernels
 from .malloc import keep_freed
 from .precision import device_of
 from .ray_session import own_node
@@ -31,6 +32,7 @@ def _loop(task: DistillTask, dist: DistContext, report: Report) -> Outcome:
     import torch
 
     keep_freed()
+    choose_kernels(task.config)
     torch.set_num_threads(task.config.runtime.driver_threads)
     curve: list[tuple[int, dict[str, float]]] = []
 

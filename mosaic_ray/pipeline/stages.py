@@ -41,7 +41,9 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
     from ..execution.backend import client_threads
 
     device = config.runtime.device if config.runtime.device != "auto" else "cpu"
-    return {"precision": config.runtime.precision, "threads": client_threads(config), "device": device}
+    known = {"precision": config.runtime.precision, "threads": client_threads(config), "device": device}
+    any_order = device == "cuda" and not config.runtime.deterministic
+    return known | ({"deterministic": False} if any_order else {})
 
 
 def prototype_split(config: ExperimentConfig) -> Knobs:

@@ -143,11 +143,13 @@ def open_run(
     """Open a run of ``config`` with its device, threads and clients; ``fields`` are more fields of ``RunContext``."""
     import torch
 
+    from ..execution.determinism import choose_kernels
     from ..execution.precision import device_of
     from ..federated.client import ClientContext
     from ..pipeline.context import RunContext
 
     torch.set_num_threads(config.runtime.driver_threads)
+    choose_kernels(config)
     client = ClientContext(config, dataset.facts, device_of(config))
     ctx = RunContext(config, dataset, client, store, tracker, **fields)
     ctx.backend = hosts.backend(config, dataset.facts, ctx.shard, tracker.say)

@@ -80,6 +80,13 @@ def test_a_stages_key_changes_with_what_it_depends_on_and_nothing_else(name):
     assert changed(stage_keys(TINY), stage_keys(override(TINY, {name: another(name)}))) == FOLLOWS[max(names, key=len)]
 
 
+def test_kernels_that_sum_in_any_order_are_in_the_keys_of_gpus_alone():
+    any_order = {"runtime.deterministic": False}
+    assert stage_keys(TINY) == stage_keys(override(TINY, any_order))
+    gpus = override(TINY, {"runtime.device": "cuda"})
+    assert changed(stage_keys(gpus), stage_keys(override(gpus, any_order))) == AFTER_PARTITION
+
+
 def test_failures_of_clients_matter_only_where_some_may_be_left_out():
     after = {"federation.max_client_failures": 4}
     failed_clients = override(TINY, {"federation.min_cohort": 1})
