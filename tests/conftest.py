@@ -38,7 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Stop the shared Ray before a test that does not use it."""
+    """Stop the shared Ray before a test that does not use it; skip a test that needs a GPU where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("it needs a GPU that torch can use")
     if "ray_up" not in _fixtures(item):
         _SHARED_RAY.close()
 
