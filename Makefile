@@ -39,6 +39,11 @@ test-all: $(STAMP) ## the slow tests too
 test-cluster: $(STAMP) ## a real `ray up`; needs root, iproute2, openssh-server, rsync
 	$(BIN)/python -m pytest -m cluster $(ARGS)
 
+# Without $(STAMP): a machine with a GPU may have no network. The environment's Python, unless PYTHON names another.
+.PHONY: gpu-check
+gpu-check: ## tests and measurements on a GPU, under 8 minutes; writes benchmarks/gpu.json
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) benchmarks/gpu.py $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## style, and which folder imports which
 	$(BIN)/ruff check .

@@ -140,9 +140,10 @@ def generated(device: str, **knobs: Any) -> Any:
         {"generator__tau": 1000},  # with the inversion loss
         {"generator__conditional": True},
         {"generator__discriminator": "shared_trunk"},
+        {"generator__family": "cvae", "generator__lr": 2e-4},
         {"generator__classifier_source": "fresh", "generator__classifier_epochs": 1, "generator__gan_augment": True},
     ],
-    ids=["plain", "inversion", "conditional", "shared trunk", "fresh classifier"],
+    ids=["plain", "inversion", "conditional", "shared trunk", "cvae", "fresh classifier"],
 )
 def test_a_client_trains_every_kind_of_generator(device, knobs):
     here, there = generated("cpu", **knobs), generated(device, **knobs)
@@ -216,7 +217,11 @@ def test_the_teacher_is_the_same(device, data):
 @on_each_device
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"distill__backbone_lr": 1e-3, "distill__student_bn": "train"}, {"meta__input": "full", "meta__init": "random"}],
+    [
+        {},
+        {"distill__backbone_lr": 1e-3, "distill__student_bn": "train"},
+        {"meta__input": "full", "meta__init": "random"},
+    ],
     ids=["head", "whole student", "full experts"],
 )
 def test_a_distillation_ends_near_the_same_student(device, knobs):

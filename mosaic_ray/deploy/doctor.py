@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,29 @@ def _torch() -> Iterator[Check]:
     for place in ("the GPU", "the CPU") if torch.cuda.is_available() else ("the CPU",):
         native = has_native_bf16(cuda=place == "the GPU")
         yield Check("bf16", "ok", f"native on {place}" if native else f"not native on {place}; fp32 is used")
+        yield _bf16_speed(place)
+
+
+def _bf16_speed(place: str) -> Check:
+    """Time a matrix product in bf16 and in fp32. It is advice: ``runtime.precision=auto`` never follows a time."""
+    import torch
+
+    device = "cuda" if place == "the GPU" else "cpu"
+
+    def seconds(kind: torch.dtype) -> float:
+        factor, times = torch.ones(512, 512, dtype=kind, device=device), []
+        for _ in range(6):
+            began = time.perf_counter()
+            float((factor @ factor)[0, 0])  # waits for the device
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    try:
+        ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        return Check("bf16 speed", "warning", f"{place} cannot multiply matrices ({str(error).splitlines()[0]})")
+    advice = "advice only: runtime.precision=auto follows what the processor declares"
+    return Check("bf16 speed", "ok", f"{ratio:.2g} times that of fp32 on {place} ({advice})")
 
 
 def _storage(storage: str) -> Iterator[Check]:

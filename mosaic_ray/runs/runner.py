@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..config.fields import shown
 from ..config.plugins import load
 from ..config.resolve import KNOBS, as_dict, flatten, override, read_toml, to_toml, without_share
 from ..config.schema import DataConfig, ExperimentConfig
@@ -73,12 +74,32 @@ def run(
     check_name(name, "runs")
     dataset, store, there = prepare(config, storage, address, fresh)
     there = look_at_devices([config], {config.data: dataset}, there, address)
-    config = settle(config, there)
+    asked, config = config, settle(config, there)
     lines = [describe(config, there)] if config.runtime.device == "cuda" else []  # on CPUs a finding says it
+    if name is None:
+        lines.append(settled_elsewhere(asked, config, store))
     return execute(
         config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
         strict_health=strict_health, progress=progress, notes=lines, gpus=there.gpus,
     )  # fmt: skip
+
+
+def settled_elsewhere(asked: ExperimentConfig, config: ExperimentConfig, store: Store) -> str:
+    """Return a line about a run of the same request for which another machine settled otherwise; empty without one.
+
+    ``asked``: the request, ``config``: what it is here. The other run keeps its own default name.
+    """
+    choices = {"runtime.device": ("cpu", "cuda"), "runtime.precision": ("fp32", "bf16")}
+    before, here = flatten(asked), flatten(config)
+    fixed = {"runtime.device"} if before["runtime.gpus_per_client"] != "auto" else set()
+    free = [name for name in choices if before[name] == "auto" and name not in fixed]
+    for values in itertools.product(*(choices[name] for name in free)):
+        other = dict(zip(free, values, strict=True))
+        name = default_name(override(without_share(config), other))
+        if any(here[knob] != value for knob, value in other.items()) and store.files.names(f"runs/{name}"):
+            settled = ", ".join(f"{knob}={value}" for knob, value in other.items() if here[knob] != value)
+            return f"runs/{name} is the same request where a machine settled {settled}; --set takes these here too"
+    return ""
 
 
 def prepare(config: ExperimentConfig, storage: str, address: str, fresh: bool) -> tuple[Dataset, Store, Resources]:
@@ -202,7 +223,7 @@ def execute(
 
     local, name = store.local_root, place.rpartition("/")[2]
     folder = local / place if local else Path(tempfile.mkdtemp(prefix="mosaic-")) / name
-    _keep_other(folder, config)
+    notes = [*notes, _keep_other(folder, config)]
     log: dict[str, dict[str, Any]] = {}
     findings: list[Finding] = []
 
@@ -287,17 +308,26 @@ def _failure(
     return failure
 
 
-def _keep_other(folder: Path, config: ExperimentConfig) -> None:
-    """Make ``folder``; a run there with another configuration is moved aside, never overwritten."""
-    old, same = folder / "config.toml", False
+def _keep_other(folder: Path, config: ExperimentConfig) -> str:
+    """Make ``folder``; a run there with another configuration is moved aside, never overwritten.
+
+    Returns a line about it, with what differs; empty if nothing was moved.
+    """
+    old, same, line, differs = folder / "config.toml", False, "", "knobs of another version"
     try:
         with contextlib.suppress(RequestError):  # of a version with other knobs: a different run
-            same = not old.exists() or (
-                without_share(override(ExperimentConfig(), read_toml(old))) == without_share(config)
+            there, here = (
+                flatten(without_share(c if c is config else override(ExperimentConfig(), c)))
+                for c in (read_toml(old) if old.exists() else config, config)
             )
+            changed = [f"{name}={shown(there.get(name))}" for name in here if there.get(name) != here[name]]
+            same, differs = there == here, ", ".join(changed[:3]) or differs
         if not same:
             asides = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
-            folder.rename(next(aside for aside in asides if not aside.exists()))
+            aside = next(aside for aside in asides if not aside.exists())
+            folder.rename(aside)
+            line = f"another run had the name {folder.name} ({differs}); it is now called {aside.name}"
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"--storage: {folder} cannot be made: {error.strerror or error}") from None
+    return line

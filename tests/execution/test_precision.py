@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from mosaic_ray.config.resolve import override
+from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.deploy import doctor
 from mosaic_ray.execution import precision
@@ -93,6 +93,22 @@ def test_this_machine_gives_one_answer_and_the_doctor_the_same():
     assert found[-1] == ("native on the CPU" if native else "not native on the CPU; fp32 is used")
 
 
+@pytest.mark.parametrize("seconds, ratio", [([0, 1, 2, 4], "0.5"), ([0, 3, 4, 5], "3")])
+def test_the_doctor_times_bf16_and_decides_nothing_by_it(monkeypatch, seconds, ratio):
+    ticks = (tick for pair in (seconds[:2], seconds[2:]) for _ in range(6) for tick in pair)
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(ticks))
+    before = settled(0.0)
+    check = doctor._bf16_speed("the CPU")
+    assert (check.severity, check.found.partition(" ")[0]) == ("ok", ratio)
+    assert settled(0.0) == before
+
+
+def test_the_doctor_says_that_a_gpu_cannot_compute():
+    if not torch.cuda.is_available():
+        check = doctor._bf16_speed("the GPU")
+        assert (check.severity, check.found.partition(" (")[0]) == ("warning", "the GPU cannot multiply matrices")
+
+
 def test_the_doctor_checks_each_device_as_a_run_does(pretend, monkeypatch):
     pretend("avx512_bf16", gpus=((7, 5),))
     card = types.SimpleNamespace(name="a card", total_memory=2**34)
@@ -103,19 +119,25 @@ def test_the_doctor_checks_each_device_as_a_run_does(pretend, monkeypatch):
 
 # --- under load ------------------------------------------------------------------------------------------------------
 
-#: Start the command and print its first key. Importing torch would take most of the time, so a stand-in of torch
-#: declares a CPU with bf16 on any machine: a measurement could decide only there.
-START = """
-import json, sys, types
+#: Torch takes most of the time of a start, so a stand-in declares a CPU that has bf16: only there could a measurement
+#: decide.
+STAND_IN = """
+import sys, types
 torch = sys.modules["torch"] = types.ModuleType("torch")
 torch.cuda = types.SimpleNamespace(is_available=lambda: False)
 torch.cpu = types.SimpleNamespace(get_capabilities=lambda: {"avx512_bf16": True})
+"""
+
+#: A start of the command as far as its name and its first key.
+START = """
+import json
 from mosaic_ray.execution.devices import settle
 from mosaic_ray.execution.ray_session import local_resources
 from mosaic_ray.runs.plan import stage_keys
+from mosaic_ray.runs.runner import default_name
 from mosaic_ray.cli.request import parse_config
 config = settle(parse_config(preset="demo"), local_resources())
-print(json.dumps([config.runtime.precision, stage_keys(config)["warmup"]]))
+print(json.dumps([config.runtime.precision, default_name(config), *stage_keys(config)["warmup"]]))
 """
 
 
@@ -131,12 +153,15 @@ def busy() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("busy")
-def test_twenty_starts_on_a_busy_machine_give_one_key():
-    found = set()
+@pytest.mark.parametrize("torch_is", ["a stand-in", pytest.param("torch", marks=pytest.mark.slow)])
+def test_twenty_starts_on_a_busy_machine_give_one_name_and_one_key(torch_is):
+    code, found = START if torch_is == "torch" else STAND_IN + START, set()
     for _ in range(20):
-        start = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True)
+        start = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         found.add(start.stdout)
     [line] = found
-    precision, [key] = json.loads(line)
-    assert precision == "bf16"
+    precision, name, key = json.loads(line)
+    here = settle(resolve("demo"), local_resources())
+    assert precision == ("bf16" if torch_is != "torch" else here.runtime.precision)
+    assert name.startswith("digits-mosaic-fixed-s0-")
     assert key.startswith("warmup-")
