@@ -71,7 +71,7 @@ def test_a_failure_stops_no_other_check_and_the_limit_is_kept(gpu, tmp_path, mon
 
     def watched(name, command, seconds):
         asked[name] = seconds
-        now[0] += 66.0 if name == "clients" else 10.0
+        now[0] += 55.0 if name == "tests" else 31.0 if name == "clients" else 5.0
         return [gpu.Row(name, name, status="failed" if name == "training" else "passed")]
 
     monkeypatch.setattr(gpu, "watched", watched)
@@ -79,10 +79,10 @@ def test_a_failure_stops_no_other_check_and_the_limit_is_kept(gpu, tmp_path, mon
     assert status == 1
     results = {row["what"]: row["status"] for row in facts["rows"]}
     assert results == {
-        "machine": "passed", "training": "failed", "clients": "passed", "generator": "passed", "server": "skipped",
-        "same bits": "skipped", "tests": "skipped", "paper-scale CIFAR-10": "skipped",
+        "machine": "passed", "tests": "passed", "training": "failed", "clients": "passed", "generator": "skipped",
+        "server": "skipped", "same bits": "skipped", "paper-scale CIFAR-10": "skipped",
     }  # fmt: skip
-    assert asked == {"machine": 20.0, "training": 30.0, "clients": 30.0, "generator": 9.0}  # shares, then what is left
+    assert asked == {"machine": 20.0, "tests": 60.0, "training": 30.0, "clients": 30.0}  # shares, then what is left
     assert "the limit of 100 s was reached" in text and "A pretended GPU" in text
     assert facts["pretended"] is True
 
