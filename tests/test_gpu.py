@@ -324,6 +324,9 @@ def test_a_whole_run_twice_gives_the_same_bits(device, tmp_path, monkeypatch):
 # --- on Ray ----------------------------------------------------------------------------------------------------------
 
 
+ray_warns = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+
+
 @contextlib.contextmanager
 def ray_with_a_gpu(cpus: int, pretended: bool) -> Iterator[None]:
     """A Ray with this machine's first GPU; ``pretended``: with one that is not there, whose clients use the CPU."""
@@ -350,6 +353,7 @@ def ray_with_a_gpu(cpus: int, pretended: bool) -> Iterator[None]:
 
 
 @pytest.mark.ray
+@ray_warns
 @pytest.mark.parametrize(
     "device, a_gpu",
     [
@@ -373,6 +377,7 @@ def test_actors_that_share_a_gpu_give_the_bits_of_one_process(device, a_gpu):
 
 
 @pytest.mark.ray
+@ray_warns
 @pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
