@@ -26,7 +26,8 @@ def choose_kernels(config: ExperimentConfig) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and filling it takes time
+    # nothing reads such memory, and filling it takes time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = wanted
     torch.backends.cudnn.benchmark = not wanted  # it times kernels, and the fastest one can be another each time
     for enable in (

@@ -316,10 +316,8 @@ def _keep_other(folder: Path, config: ExperimentConfig) -> str:
     old, same, line, differs = folder / "config.toml", False, "", "knobs of another version"
     try:
         with contextlib.suppress(RequestError):  # of a version with other knobs: a different run
-            there, here = (
-                flatten(without_share(c if c is config else override(ExperimentConfig(), c)))
-                for c in (read_toml(old) if old.exists() else config, config)
-            )
+            found = override(ExperimentConfig(), read_toml(old)) if old.exists() else config
+            there, here = flatten(without_share(found)), flatten(without_share(config))
             changed = [f"{name}={shown(there.get(name))}" for name in here if there.get(name) != here[name]]
             same, differs = there == here, ", ".join(changed[:3]) or differs
         if not same:
