@@ -18,6 +18,7 @@ from mosaic_ray.execution import precision
 from mosaic_ray.execution.devices import settle
 from mosaic_ray.execution.precision import has_native_bf16
 from mosaic_ray.execution.ray_session import local_resources
+from mosaic_ray.runs.runner import default_name
 
 Pretend = Callable[..., None]
 
@@ -153,15 +154,26 @@ def busy() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("busy")
-@pytest.mark.parametrize("torch_is", ["a stand-in", pytest.param("torch", marks=pytest.mark.slow)])
-def test_twenty_starts_on_a_busy_machine_give_one_name_and_one_key(torch_is):
-    code, found = START if torch_is == "torch" else STAND_IN + START, set()
+def test_twenty_starts_on_a_busy_machine_give_one_name_and_one_key():
+    found = set()
     for _ in range(20):
-        start = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        start = subprocess.run([sys.executable, "-c", STAND_IN + START], capture_output=True, text=True, check=True)
         found.add(start.stdout)
     [line] = found
     precision, name, key = json.loads(line)
-    here = settle(resolve("demo"), local_resources())
-    assert precision == ("bf16" if torch_is != "torch" else here.runtime.precision)
+    assert precision == "bf16"
     assert name.startswith("digits-mosaic-fixed-s0-")
     assert key.startswith("warmup-")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("busy")
+def test_twenty_dry_runs_on_a_busy_machine_name_one_run(tmp_path):
+    """The command itself, with this machine's torch."""
+    command, found = [sys.executable, "-m", "mosaic_ray", "run", "--dry-run", "--json"], set()
+    for _ in range(20):
+        start = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        said = json.loads(start.stdout)
+        found.add((said["name"], said["device"], said["precision"]))
+    here = settle(resolve("demo"), local_resources())
+    assert found == {(default_name(here), here.runtime.device, here.runtime.precision)}
