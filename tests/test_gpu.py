@@ -337,8 +337,7 @@ def ray_with_a_gpu(cpus: int, pretended: bool) -> Iterator[None]:
     def clients_on_the_cpu() -> None:
         from mosaic_ray.execution import backend
 
-        start = backend.ClientActor.__init__
-        backend.ClientActor.__init__ = lambda self, gpu, *rest, **more: start(self, False, *rest, **more)
+        backend.take_device = lambda share: "cpu"
 
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
     ray.init(
