@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -349,6 +350,7 @@ def ray_with_a_gpu(cpus: int, pretended: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        gc.collect()  # here, where Ray's unfinished processes are no error
 
 
 @pytest.mark.ray
@@ -356,7 +358,7 @@ def ray_with_a_gpu(cpus: int, pretended: bool) -> Iterator[None]:
 @pytest.mark.parametrize(
     "device, a_gpu",
     [
-        ("cpu", 1), pytest.param("cpu", 4, marks=pytest.mark.slow),
+        *(pytest.param("cpu", share, marks=pytest.mark.slow) for share in (1, 4)),
         *(pytest.param("cuda", share, marks=pytest.mark.gpu) for share in (1, 4, 10)),
     ],
 )  # fmt: skip
