@@ -15,7 +15,17 @@ from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from .data import data
 from .group import CommandGroup, resume_command
-from .options import GRID, RunOptions, common_options, listing, print_parts, print_result, run_options, stdout_for_json
+from .options import (
+    GRID,
+    RunOptions,
+    common_options,
+    listing,
+    print_parts,
+    print_plan,
+    print_result,
+    run_options,
+    stdout_for_json,
+)
 from .request import cluster_request, parse_address, parse_config
 from .store import store
 from .study import experiment
@@ -47,10 +57,14 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     from ..runs import runner
 
     if place.dry_run:
+        from ..deploy.capacity import fit_of_run
         from ..runs.dry_run import dry_run
 
         found = dry_run(config, place.storage, place.name, place.address, place.fresh, place.calibrate)
-        print_result(place.as_json, found.as_dict(), *found.lines(), "", work_table(found.work), "", found.hours.line())
+        print_plan(
+            place, found.as_dict(), found.hours, lambda nodes: fit_of_run(found.config, nodes).used,
+            *found.lines(), "", work_table(found.work), "",
+        )  # fmt: skip
         return
     with stdout_for_json(place.as_json):
         summary = runner.run(

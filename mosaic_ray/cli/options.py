@@ -6,9 +6,9 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,12 @@ from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
 from ..core.errors import RequestError
 from .request import parse_address
+
+if TYPE_CHECKING:
+    from ..execution.resource_plan import Node
+    from ..runs.estimate import Hours
+
+    UsedOf = Callable[[Sequence[Node]], Mapping[str, int]]
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _SAMPLERS = ", ".join(KNOBS["partition.sampler"].metadata["choices"])
@@ -131,6 +137,18 @@ def print_result(as_json: bool, content: Mapping[str, Any], *parts: Any) -> None
         click.echo(json.dumps(content, indent=2))
     else:
         print_parts(*parts)
+
+
+def print_plan(
+    place: RunOptions, content: Mapping[str, Any], hours: Hours | None, used_of: UsedOf, *parts: Any
+) -> None:
+    """Print a dry run with its hours, and with dollars on a cluster's head; ``used_of``: see there."""
+    from ..deploy.prices import cost_on_head
+
+    cost = cost_on_head(used_of, hours) if hours and place.address != "local" else None
+    lines = [hours.line()] if hours else []
+    lines += [f"dollars: {cost.line}"] if cost else []
+    print_result(place.as_json, {**content, "dollars": cost and cost.dollars}, *parts, *lines)
 
 
 def stdout_for_json(as_json: bool) -> contextlib.AbstractContextManager[Any]:

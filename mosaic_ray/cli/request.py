@@ -163,7 +163,8 @@ def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptio
             lambda there: [settled(there)], lambda nodes, _, there: fit_of_run(settled(there), nodes)
         )
     request = sweep_request(space, options, grid=grid)
-    configs = prepare(request).configs
+    prepared = prepare(request)
+    configs = prepared.configs
 
     def sweep(there: Resources) -> Sweep:
         return prepare(request, there=estimate_devices(configs, replace(there, runs=len(configs))))
@@ -171,6 +172,7 @@ def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptio
     return ClusterRequest(
         lambda there: sweep(there).configs,
         lambda nodes, storage, there: fit_of_sweep(resources_of(sweep(there), nodes, storage)),
+        work_known=prepared.plan_json["search"] != "optuna",
     )
 
 

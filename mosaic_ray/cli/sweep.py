@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from .options import GRID, RunOptions, common_options, listing, print_result, run_options, stdout_for_json
+from .options import GRID, RunOptions, common_options, listing, print_plan, print_result, run_options, stdout_for_json
 from .request import compare_plan, sweep_request
 
 if TYPE_CHECKING:
+    from ..execution.resource_plan import Node
     from ..sweeps.runner import SweepRequest
 
 _SEEDS = "Repeat every {} with each of these seeds."
@@ -71,6 +73,8 @@ def spaces() -> None:
 
 
 def _run(request: SweepRequest, place: RunOptions) -> None:
+    from ..deploy.capacity import fit_of_sweep
+    from ..execution.devices import of_nodes
     from ..report.sweep_table import sweep_table
     from ..report.tables import work_table
     from ..sweeps import runner
@@ -82,8 +86,12 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
         unknown = "its points depend on results, so the work is not known beforehand"
         work = [unknown] if found.work is None else ["", work_table(found.work)]
         work += ["", found.distinct] if found.distinct else []
-        work += ["", found.hours.line()] if found.hours else []
-        print_result(place.as_json, found.as_dict(), head, *found.resources, *work)
+
+        def used_of(nodes: Sequence[Node]) -> Mapping[str, int]:
+            sweep = runner.prepare(request, there=of_nodes(nodes, place.address))
+            return fit_of_sweep(runner.resources_of(sweep, nodes, place.storage)).used
+
+        print_plan(place, found.as_dict(), found.hours, used_of, head, *found.resources, *work, "")
         return
     with stdout_for_json(place.as_json):
         outcome = runner.run(

@@ -14,30 +14,44 @@ from ..core.errors import RequestError
 from ..core.units import size
 from ..execution.ray_session import Resources, in_all, num_hosts
 from ..execution.resource_plan import Node, ResourcePlan, plan
+from ..runs.calibrate import estimate_for
+from ..runs.earlier import read_earlier
+from ..runs.estimate import clients_at_once, gpus_held
+from ..runs.plan import unique_work
 from .cluster_spec import Cluster, NodeType, mapping
 from .doctor import Check
+from .prices import cost_of
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A request on a cluster's machines: lines about concurrent runs, and the machines used of each type."""
+    """A request on a cluster's machines: lines about concurrent runs, and the machines used of each type.
+
+    ``hosts``: clients at once (0: none on Ray), ``trials``: trials at once.
+    """
 
     lines: tuple[str, ...]
     used: Mapping[str, int]
+    hosts: int = 0
+    trials: int = 1
 
 
 @dataclass(frozen=True)
 class ClusterRequest:
-    """A request: its configs on a cluster's resources, and its fit to nodes (the head first), a storage, resources."""
+    """A request: its configs on a cluster's resources, and its fit to nodes (the head first), a storage, resources.
+
+    ``work_known``: whether the configs are all that will run.
+    """
 
     configs_on: Callable[[Resources], Sequence[ExperimentConfig]]
     fit_on: Callable[[Sequence[Node], str, Resources], Fit]
+    work_known: bool = True
 
 
 def fit_of_sweep(made: ResourcePlan) -> Fit:
     """Return the ``Fit`` of a sweep's resource plan."""
     counts = [sum(held) for held in zip(made.hosts, made.trials, made.kept, strict=True)]
-    return Fit(tuple(made.lines()), _used(made.nodes, counts))
+    return Fit(tuple(made.lines()), _used(made.nodes, counts), sum(made.hosts), made.concurrent)
 
 
 def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
@@ -59,7 +73,7 @@ def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
     lines = [f"client hosts: {hosts}, up to {each} of the run's {clients} clients on each, in turn"]
     if workers:
         lines.append(f"Train workers: {workers}, when the client hosts have gone")
-    return Fit(tuple(lines), _used(nodes, held))
+    return Fit(tuple(lines), _used(nodes, held), hosts)
 
 
 def _dealt(count: int, capacity: Sequence[int]) -> list[int]:
@@ -193,6 +207,23 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
         yield Check("plan", "ok", line)
     wanted = ", ".join(f"{fit.used.get(kind.name, 0)} of {kind.name} (at most {kind.most})" for kind in cluster.workers)
     yield Check("workers", "ok", f"the autoscaler will be asked for {wanted or 'none: the file has none'}")
+    if asked.work_known:
+        yield from _cost_checks(cluster, configs, fit, storage, there)
+
+
+def _cost_checks(
+    cluster: Cluster, configs: Sequence[ExperimentConfig], fit: Fit, storage: str, there: Resources
+) -> Iterator[Check]:
+    """Report the hours by stage times of earlier runs on this disk, and their price; nothing is contacted."""
+    earlier = read_earlier("./mosaic_runs" if "://" in storage else storage)
+    estimate = estimate_for(configs, earlier.runs, calibrate=False)
+    unique_work([earlier.chain(c) for c in configs], configs, () if "://" in storage else earlier, estimate.add)
+    at_once = fit.hosts or fit.trials if len(configs) > 1 else clients_at_once(configs[0], fit.hosts)
+    gpus = max(gpus_held(config, there.gpus, fit.hosts, fit.trials) for config in configs)
+    hours = estimate.on(at_once, fit.trials, gpus)
+    yield Check("hours", "ok", hours.line("run it once on such machines").removeprefix("hours: "))
+    if hours.source:
+        yield Check("dollars", "ok", cost_of(cluster, fit.used, hours).line)
 
 
 def _describe_capacity(kind: NodeType, configs: Sequence[ExperimentConfig]) -> str:

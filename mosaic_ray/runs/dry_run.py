@@ -13,7 +13,7 @@ from ..execution.ray_session import num_hosts
 from .calibrate import estimate_for
 from .checks import check_models
 from .earlier import read_earlier
-from .estimate import Hours, gpus_held, turns
+from .estimate import Hours, clients_at_once, gpus_held
 from .plan import StageWork, unique_work
 from .runner import check_name, default_name, estimate_devices
 
@@ -63,9 +63,7 @@ def dry_run(
         check_models(config, facts)
     earlier = read_earlier(storage, fresh)
     actors = 0 if config.runtime.host == "serial" else num_hosts(config, there)
-    estimate, clients = estimate_for([config], earlier.runs, calibrate), config.partition.num_clients
+    estimate = estimate_for([config], earlier.runs, calibrate)
     work = unique_work([earlier.chain(config)], [config], earlier, estimate.add)
-    cohort = min(config.federation.cohort_size or clients, clients)
-    gpus = gpus_held(config, there.gpus, actors, 0)
-    hours = estimate.on(turns(cohort, min(actors or 1, cohort)), gpus=gpus)
+    hours = estimate.on(clients_at_once(config, actors), gpus=gpus_held(config, there.gpus, actors, 0))
     return DryRun(name or default_name(config), config, actors, describe(config, there), work, hours)

@@ -157,10 +157,10 @@ class Hours:
     source: str
     missing: tuple[str, ...]
 
-    def line(self) -> str:
-        """Return the estimate as a line of text."""
+    def line(self, advice: str = CALIBRATE) -> str:
+        """Return the estimate as a line of text; ``advice`` says how to get the times that are missing."""
         if not self.source and self.missing:
-            return f"hours: no estimate yet, for no earlier run here has such networks and images; {CALIBRATE}"
+            return f"hours: no estimate yet, for no earlier run here has such networks and images; {advice}"
         if not self.source:
             return "hours: 0, all results are in the storage"
         at_once = f"{self.actors:.3g} at once" if self.actors != 1 else "one after another"
@@ -170,7 +170,7 @@ class Hours:
         parts += [f", {_short(self.gpu_hours)} GPU hours"] if self.gpu_hours else []
         parts += [f", by {self.source}"]
         if self.missing:
-            how = "" if SOURCES[1] in self.source else f" ({CALIBRATE})"
+            how = "" if SOURCES[1] in self.source else f" ({advice})"
             parts.append(f"; not counted, for want of times: {', '.join(self.missing)}{how}")
         return "".join(parts)
 
@@ -189,6 +189,13 @@ def turns(clients: int, actors: int) -> float:
     5 clients on 2 actors take 3 turns, so 5/3 of them are at work.
     """
     return clients / -(-clients // actors)
+
+
+def clients_at_once(config: ExperimentConfig, actors: int) -> float:
+    """Return how many clients of one run are at work at once on ``actors`` (0: in the run's own process)."""
+    everyone = config.partition.num_clients
+    cohort = min(config.federation.cohort_size or everyone, everyone)
+    return turns(cohort, min(actors or 1, cohort))
 
 
 def gpus_held(config: ExperimentConfig, gpus: float, actors: int, trials: int) -> float:
