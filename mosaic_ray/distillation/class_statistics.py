@@ -82,7 +82,7 @@ def class_statistics(features: np.ndarray, labels: np.ndarray, *, per_class: boo
         rows -= means[-1]
         scatters.append((rows.T @ rows)[triangle])
     scatter = np.stack(scatters) if per_class else np.sum(scatters, axis=0)[None]
-    return ClassStatistics(held, counts.astype(np.int64), np.float32(means), scatter.astype(np.float32))
+    return ClassStatistics(held, counts.astype(np.int64), np.asarray(means, np.float32), scatter.astype(np.float32))
 
 
 def pool(parts: Sequence[ClassStatistics], num_classes: int, *, per_class: bool) -> PooledStatistics:

@@ -15,9 +15,10 @@ from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.types import DataFacts
+from ..distillation.rehearsal import generator_size
 from ..federated.client_models import Federation
 from ..federated.communication import Tally, num_parameters, size_of_entries
-from ..methods.mosaic.client_uploads import generator_size, uploaded
+from ..methods.mosaic.client_uploads import uploaded
 from ..pipeline.context import RunContext
 from ..pipeline.graph import load_function
 from .plan import graph_of
