@@ -71,6 +71,8 @@ def test_commands_parse_and_ask_for_what_exists(page, monkeypatch):
         request = {key: value for key, value in asked.items() if key in REQUEST}
         if request.get("config"):
             request["config"] = None  # the reader's own file
+        if ":" in (request.get("dataset") or ""):
+            request["preset"] = "demo"  # the reader's own images choose no schedule here
         parse_config(**request, base=compare_plan(asked["methods"]).base if "methods" in asked else None)
         if asked.get("space") and ":" not in asked["space"] and not asked["space"].endswith(".py"):
             load_space(asked["space"])

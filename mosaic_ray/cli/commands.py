@@ -9,7 +9,7 @@ import click
 
 from .. import __version__
 from ..config import plugins
-from ..config.presets import ALGORITHMS, SCALES
+from ..config.presets import ALGORITHMS, GENERIC, SCALES, scale_named
 from ..config.registry import CLASSIFIERS
 from ..config.resolve import to_toml
 from ..core.errors import RequestError
@@ -26,7 +26,7 @@ from .options import (
     run_options,
     stdout_for_json,
 )
-from .request import cluster_request, parse_address, parse_config
+from .request import cluster_request, gpus_at, parse_address, parse_config
 from .store import store
 from .study import experiment
 from .sweep import compare, spaces, sweep
@@ -52,7 +52,7 @@ def mosaic() -> None:
 @click.pass_context
 def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     """Run one experiment; the same command again resumes it."""
-    config = parse_config(**typed)
+    config = parse_config(has_gpus=gpus_at(place.address), **typed)
     from ..report.tables import closing_table, work_table
     from ..runs import runner
 
@@ -63,7 +63,7 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
         found = dry_run(config, place.storage, place.name, place.address, place.fresh, place.calibrate)
         print_plan(
             place, found.as_dict(), found.hours, lambda nodes: fit_of_run(found.config, nodes).used,
-            *found.lines(), "", work_table(found.work), "",
+            *found.lines(), config.schedule, "", work_table(found.work), "",
         )  # fmt: skip
         return
     with stdout_for_json(place.as_json):
@@ -109,17 +109,18 @@ def partition(png: str | None, as_json: bool, **typed: Any) -> None:
 @mosaic.command()
 def presets() -> None:
     """List the presets: scales, and algorithms."""
-    listing("Scales", {name: scale.summary for name, scale in SCALES.items()})
+    every = {**SCALES, **{name: scale_named(name) for name in GENERIC}}
+    listing("Scales", {name: scale.summary for name, scale in every.items()})
     listing("Algorithms", {name: summary for name, (_, summary) in ALGORITHMS.items()})
     click.echo("Join one of each by a plus: mosaic run --preset cifar10_small+reference")
 
 
 @mosaic.command()
 @click.argument("preset")
-@common_options("algorithm")
-def show(preset: str, algorithm: str | None) -> None:
+@common_options("algorithm", "dataset", "clients")
+def show(preset: str, **typed: Any) -> None:
     """Print PRESET as TOML, every knob with its meaning; `--config` reads it back."""
-    click.echo(to_toml(parse_config(preset=preset, algorithm=algorithm), comments=True), nl=False)
+    click.echo(to_toml(parse_config(preset=preset, **typed), comments=True), nl=False)
 
 
 @mosaic.command()
@@ -166,11 +167,12 @@ def doctor(
     if cluster is not None:
         from ..deploy.cluster_lint import examine_cluster
 
-        findings = examine_cluster(cluster, cluster_request(space, grid, typed), storage)
+        findings = examine_cluster(cluster, cluster_request(space, grid, typed, cluster), storage)
     else:
         if space is not None or grid:
             option = f"--grid {grid[0]}" if space is None else f"--space {space}"
             raise RequestError(f"{option}: it goes with --cluster FILE.yaml")
+        typed["preset"] = typed["preset"] or "demo"  # of all that is asked, only the data root is looked at
         config, address = parse_config(**typed), parse_address(address)
         from ..deploy.doctor import examine
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import plugins
+from ..config.presets import GENERIC, SCHEDULED, SHAPES, Shape, preset_words
 from ..config.registry import DATASETS
 from ..config.resolve import KNOBS, check_value, read_toml, resolve
 from ..config.schema import DataConfig, ExperimentConfig
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Typed options that make a configuration, by the names of ``options.REQUEST``; None or absent where not given.
 ConfigOptions = Mapping[str, Any]
+#: Tells whether the clients of a configuration find GPUs.
+HasGpus = Callable[[ExperimentConfig], bool]
 
 
 #: One value of ``--grid``: commas inside brackets and quotes do not end it.
@@ -32,6 +35,7 @@ _GRID_VALUE = re.compile(r"""(?:\[[^][]*\]|"[^"]*"|'[^']*'|[^,])+""")
 def sweep_request(
     space: str | None,
     options: ConfigOptions,
+    has_gpus: HasGpus | None = None,
     *,
     grid: Sequence[str] = (),
     search: str | None = None,
@@ -75,7 +79,7 @@ def sweep_request(
                 instead = "give one of them" if grid else "--methods names what to compare"
             raise RequestError(f"{option}: {source} tries values of {knob} itself; {instead}")
     preset = {"preset": plan.preset} if plan.preset else {}
-    config = parse_config(base=SWEEP_BASE | preset | dict(plan.base), **options)
+    config = parse_config(SWEEP_BASE | preset | dict(plan.base), has_gpus=has_gpus, **options)
     return SweepRequest(
         config, named, plan, search=search or "", samples=parse_count("samples", samples),
         seeds=parse_seeds(seeds, config.seed if "seed" in typed.values() else None), scheduler=scheduler,
@@ -146,15 +150,16 @@ def _compared(word: str) -> dict[str, str]:
     return {"method": method, "federation.strategy": strategy}
 
 
-def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptions) -> ClusterRequest:
-    """Return the request to check against a cluster: a sweep of ``space`` or ``grid``, or a run without both."""
+def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptions, file: str) -> ClusterRequest:
+    """Return the request to check against a cluster's ``file``: a sweep of ``space`` or ``grid``, or else a run."""
     from ..deploy.capacity import ClusterRequest, fit_of_run, fit_of_sweep
+    from ..deploy.cluster_spec import gpus_declared
     from ..execution.devices import settle
     from ..runs.runner import estimate_devices
     from ..sweeps.runner import prepare, resources_of
 
     if space is None and not grid:
-        config = parse_config(**options)
+        config = parse_config(has_gpus=lambda _: gpus_declared(file), **options)
 
         def settled(there: Resources) -> ExperimentConfig:
             return settle(config, estimate_devices([config], there))
@@ -162,7 +167,7 @@ def cluster_request(space: str | None, grid: Sequence[str], options: ConfigOptio
         return ClusterRequest(
             lambda there: [settled(there)], lambda nodes, _, there: fit_of_run(settled(there), nodes)
         )
-    request = sweep_request(space, options, grid=grid)
+    request = sweep_request(space, options, lambda _: gpus_declared(file), grid=grid)
     prepared = prepare(request)
     configs = prepared.configs
 
@@ -190,15 +195,18 @@ KNOB_OF_OPTION = {
 }
 
 
-def parse_config(base: Mapping[str, Any] | None = None, **options: Any) -> ExperimentConfig:
+def parse_config(
+    base: Mapping[str, Any] | None = None, *, has_gpus: HasGpus | None = None, **options: Any
+) -> ExperimentConfig:
     """Return the configuration that a command line asks for.
 
-    ``base``: knobs between the preset and the file (a sweep plan's), and perhaps a ``preset``.
+    Args:
+        base: Knobs between the preset and the file (a sweep plan's), and perhaps a ``preset``.
+        has_gpus: Asked where the data set chooses the schedule. None: for a command that trains nothing, to which the
+            choice makes no difference.
     """
-    preset, path = options.get("preset"), options.get("config")
-    file = dict(base or {}) | (read_toml(path) if path else {})
-    if preset is not None:
-        file.pop("preset", None)  # --preset replaces the file's
+    path = options.get("config")
+    own, base = read_toml(path) if path else {}, dict(base or {})
     knobs: dict[str, Any] = {}
     for item in options.get("sets", ()):
         key, equals, value = item.partition("=")
@@ -210,20 +218,86 @@ def parse_config(base: Mapping[str, Any] | None = None, **options: Any) -> Exper
         knob = KNOB_OF_OPTION[name]
         if knobs.setdefault(knob, word) != word:
             raise RequestError(f"{_spelled(name, word)}: --set {knob}={knobs[knob]} says otherwise; give one of them")
+    if "data.name" in own | knobs:
+        base.pop("preset", None)
+    file = base | own
+    preset = options.get("preset") or file.get("preset", "")
+    file.pop("preset", None)
     root = str(knobs.get("data.root") or file.get("data.root") or "")
     for values in (file, knobs):
         if "data.name" in values:
             values["data.name"] = _imported(values["data.name"], root)
-    try:
-        return resolve(preset or "demo", file=file, sets=knobs)
-    except RequestError as error:
-        message = str(error)
-        for name, word in typed.items():  # names the option that was typed
-            head, knob = f"{KNOB_OF_OPTION[name]} = {word}:", KNOB_OF_OPTION[name]
-            if message.startswith(head):
-                also = "" if knob == name else f" ({knob})"
-                raise RequestError(f"{_spelled(name, word)}{also}:{message.removeprefix(head)}") from None
-        raise
+
+    def resolved(preset: str, **more: Any) -> ExperimentConfig:
+        try:
+            return resolve(preset, file=file, sets=knobs, **more)
+        except RequestError as error:
+            message = str(error)
+            for name, word in typed.items():  # names the option that was typed
+                head, knob = f"{KNOB_OF_OPTION[name]} = {word}:", KNOB_OF_OPTION[name]
+                if message.startswith(head):
+                    also = "" if knob == name else f" ({knob})"
+                    raise RequestError(f"{_spelled(name, word)}{also}:{message.removeprefix(head)}") from None
+            raise
+
+    scale = preset_words(preset)[0] if preset and isinstance(preset, str) else ""
+    if own.keys() >= SCHEDULED:  # a run's config.toml has a schedule already
+        return replace(resolved("demo"), preset="") if preset == "" else resolved(preset)
+    chosen = not scale and isinstance(preset, str) and "data.name" in file | knobs
+    if not (chosen or scale in GENERIC):
+        return resolved("demo" if preset == "" else preset)
+    config, reason = resolved(f"small+{preset}".rstrip("+") if chosen else preset), ""
+    shape = _shape(config, has_gpus)
+    if chosen:
+        scale, reason = _choose(config, has_gpus)
+    return replace(resolved(scale, algorithm=config.algorithm, shape=shape), reason=reason)
+
+
+def _shape(config: ExperimentConfig, has_gpus: HasGpus | None) -> Shape:
+    """Return the shape of a request's data set; without ``has_gpus`` CIFAR-10's in place of an unknown one."""
+    if config.data.name in SHAPES:
+        return SHAPES[config.data.name]
+    from ..data.load import shape_of
+
+    shape = shape_of(config.data) or (None if has_gpus else SHAPES["cifar10"])
+    if shape is None:
+        raise RequestError(
+            f"data.name = {config.data.name}: its images are not known before they are loaded, so no schedule is "
+            "chosen for it; name one, such as --preset demo or --preset cifar10_small"
+        )
+    return shape
+
+
+def _choose(config: ExperimentConfig, has_gpus: HasGpus | None) -> tuple[str, str]:
+    """Return the scale for a request's data set and device, and the line that explains it.
+
+    It follows from what is declared: ``runtime.device`` or ``runtime.gpus_per_client`` where one is given, else whether
+    there are GPUs.
+    """
+    name, device, share = config.data.name, config.runtime.device, config.runtime.gpus_per_client
+    if device != "auto":
+        large, why = device == "cuda", f"runtime.device = {device}"
+    elif share != "auto":
+        large, why = config.runtime.gpu_share > 0, f"runtime.gpus_per_client = {share:g}"
+    else:
+        large = has_gpus is not None and has_gpus(config)
+        why = "a GPU in reach" if large else "no GPU in reach"
+    pair = (f"{name}_small", name) if name in SHAPES else GENERIC
+    other = f"--preset {pair[not large]} for {'the small one' if large else 'the full scale'}"
+    return pair[large], f"schedule {pair[large]} ({why}); {other}"
+
+
+def gpus_at(address: str) -> HasGpus:
+    """Return a function that tells whether clients find GPUs: on this machine, or at the cluster's ``address``."""
+
+    def has_gpus(config: ExperimentConfig) -> bool:
+        from ..execution.ray_session import connect, in_all, local_resources, machines_to_come
+
+        if address == "local" or config.runtime.host == "serial":
+            return local_resources().gpus >= 1
+        return in_all(connect(address), machines_to_come()).gpus >= 1
+
+    return has_gpus
 
 
 def _typed_knobs(options: ConfigOptions) -> dict[str, str]:

@@ -10,13 +10,10 @@ from typing import Any
 
 import click
 
-from ..config.presets import ALGORITHMS
 from .group import CommandGroup, resume_command
 from .options import RunOptions, common_options, print_result, run_options, stdout_for_json
-from .request import ConfigOptions, parse_config, parse_count, parse_seeds
+from .request import ConfigOptions, gpus_at, parse_config, parse_count, parse_seeds
 
-#: The default scale of a data set; the demo's for all others.
-SCALE_OF = {"mnist": "fmnist_small", "fmnist": "fmnist_small", "svhn": "cifar10_small", "cifar10": "cifar10_small"}
 #: The default of --seeds.
 SEEDS = (0, 1, 2)
 
@@ -75,12 +72,9 @@ def _run_study(
     options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Run the study in the module ``name`` with its own ``options``, and print its results."""
-    preset, scale = typed["preset"], SCALE_OF.get(typed["dataset"] or "")
-    if scale and not typed["config"] and (preset is None or preset in ALGORITHMS):
-        typed = {**typed, "preset": f"{scale}+{preset}" if preset else scale}
     chosen = parse_seeds(seeds, None) or SEEDS
     study = import_module(f"...studies.{name}", __name__)
-    config = parse_config(study.BASE, **typed)
+    config = parse_config(study.BASE, has_gpus=gpus_at(place.address), **typed)
     from ..studies.harness import run_study, table
 
     with stdout_for_json(place.as_json):

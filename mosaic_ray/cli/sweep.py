@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from .options import GRID, RunOptions, common_options, listing, print_plan, print_result, run_options, stdout_for_json
-from .request import compare_plan, sweep_request
+from .request import compare_plan, gpus_at, sweep_request
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node
@@ -43,7 +43,8 @@ def sweep(
     if grid and ctx.get_parameter_source("space") is ParameterSource.DEFAULT:
         space = None
     request = sweep_request(
-        space, typed, grid=grid, search=search, samples=samples, seeds=seeds, scheduler=scheduler,
+        space, typed, gpus_at(place.address), grid=grid, search=search, samples=samples, seeds=seeds,
+        scheduler=scheduler,
         max_concurrent=max_concurrent,
     )  # fmt: skip
     _run(request, place)
@@ -60,7 +61,8 @@ def sweep(
 @run_options("strict_health", "dry_run", "calibrate")
 def compare(methods: str, seeds: str, max_concurrent: str | None, place: RunOptions, **typed: Any) -> None:
     """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
-    _run(sweep_request("compare", typed, plan=compare_plan(methods), seeds=seeds, max_concurrent=max_concurrent), place)
+    plan, has_gpus = compare_plan(methods), gpus_at(place.address)
+    _run(sweep_request("compare", typed, has_gpus, plan=plan, seeds=seeds, max_concurrent=max_concurrent), place)
 
 
 @click.command()
@@ -91,7 +93,8 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
             sweep = runner.prepare(request, there=of_nodes(nodes, place.address))
             return fit_of_sweep(runner.resources_of(sweep, nodes, place.storage)).used
 
-        print_plan(place, found.as_dict(), found.hours, used_of, head, *found.resources, *work, "")
+        lines = head, *found.resources, request.config.schedule, *work, ""
+        print_plan(place, found.as_dict(), found.hours, used_of, *lines)
         return
     with stdout_for_json(place.as_json):
         outcome = runner.run(

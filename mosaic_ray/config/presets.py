@@ -2,15 +2,20 @@
 
 The algorithm presets hold the switches of the authors' code (``reference``, its defects included), of the paper's
 text as far as it can be recovered (``paper``), and the switches that work best (``fixed``).
+
+``schedule`` is the rule by which every data set has two scales. Those of the data sets that ship bear their names:
+``cifar100`` is the paper's scale, ``cifar100_small`` takes minutes on two cores. Others have ``large`` and ``small``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.errors import RequestError, neighbours
+from .registry import DATASETS
+from .schema import DistillConfig, FinetuneConfig, GeneratorConfig, WarmupConfig
 
 PAPER: dict[str, Any] = {
     "generator.discriminator": "shared_trunk",
@@ -67,6 +72,30 @@ ALGORITHMS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+class Shape(NamedTuple):
+    """What a schedule depends on: classes, channels, pixels a side, and training images (0: unknown)."""
+
+    classes: int
+    channels: int
+    side: int
+    images: int = 0
+
+
+#: The shapes of the data sets that ship.
+SHAPES = {
+    "digits": Shape(10, 1, 8, 1_437), "mnist": Shape(10, 1, 28, 60_000), "fmnist": Shape(10, 1, 28, 60_000),
+    "svhn": Shape(10, 3, 32, 73_257), "cifar10": Shape(10, 3, 32, 50_000), "cifar100": Shape(100, 3, 32, 50_000),
+    "tiny_imagenet": Shape(200, 3, 64, 100_000), "food101": Shape(101, 3, 64, 75_750),
+}  # fmt: skip
+
+#: The schedules suit 10 clients of CIFAR's 5,000 images.
+CLIENTS, SHARD = 10, 5_000
+#: The most passes over a client's images in a small warm-up, and its fewest rounds.
+PASSES, LEAST_ROUNDS = 25, 10
+#: Fewest local steps of a round, steps of a generator and images in a batch to which smaller clients scale them down.
+LEAST_STEPS, LEAST_GENERATOR_STEPS, LEAST_BATCH = 5, 200, 10
+
+
 @dataclass(frozen=True)
 class Scale:
     """A scale preset: ``knobs`` for every algorithm, ``tuning[algorithm]`` on top for one."""
@@ -87,67 +116,127 @@ _PAPER_SCALE: dict[str, Any] = {
     "finetune.num_rounds": 39,
 }
 
-SCALES: dict[str, Scale] = {
-    "demo": Scale(
-        "digits, 5 clients, about a minute on two cores",
-        _SMALL_SCALE
-        | {
-            "data.name": "digits",
-            "partition.num_clients": 5,
-            "warmup.num_rounds": 10,
-            "warmup.batch_size": 32,
-            "warmup.local_steps": 5,
-            "generator.steps": 300,
-            "generator.latent_dim": 32,
-            "runtime.eval_rounds": 1,
-        },
-    ),
-    "fmnist_small": Scale(
-        "Fashion-MNIST, 10 clients, a small network: minutes on two cores",
-        _SMALL_SCALE | {"data.name": "fmnist", "warmup.momentum": 0.9, "generator.steps": 400},
-    ),
-    "cifar10_small": Scale(
-        "CIFAR-10, 10 clients, a small network: minutes on two cores",
-        _SMALL_SCALE | {"data.name": "cifar10", "warmup.momentum": 0.9, "warmup.num_rounds": 60},
-    ),
-    "mnist": Scale(
-        "MNIST, 10 clients, ResNet-18 at 32x32x3 (a GPU's work)",
-        _PAPER_SCALE | {"data.name": "mnist", "data.image_size": 32, "data.channels": 3, "warmup.num_rounds": 100},
-    ),
-    "fmnist": Scale(
-        "Fashion-MNIST, 10 clients, ResNet-18 at 32x32x3 (a GPU's work)",
-        _PAPER_SCALE | {"data.name": "fmnist", "data.image_size": 32, "data.channels": 3, "warmup.num_rounds": 200},
-    ),
-    "cifar10": Scale(
-        "the paper's CIFAR-10: 10 clients, ResNet-18, 341 warm-up rounds (a GPU's work)",
-        _PAPER_SCALE | {"data.name": "cifar10", "warmup.num_rounds": 341},
-        {"reference": {"distill.steps": 2500}, "paper": {"distill.steps": 2500}},
-    ),
-    "cifar100": Scale(
-        "the paper's CIFAR-100: 10 clients, ResNet-18, 1041 warm-up rounds (a GPU's work)",
-        _PAPER_SCALE
-        | {"data.name": "cifar100", "warmup.num_rounds": 1041, "warmup.local_steps": 20, "prototypes.k": 60},
-        {
-            "reference": {"distill.steps": 2500, "distill.lr": 1e-5, "distill.backbone_lr": 1e-5, "meta.pool": "mean"},
-            "paper": {"distill.steps": 2500, "distill.lr": 1e-5, "distill.backbone_lr": 1e-5},
-        },
-    ),
-}
+
+def schedule(shape: Shape, large: bool, clients: int = CLIENTS) -> dict[str, Any]:
+    """Return the knobs of a data set's schedule: the paper's scale if ``large``, else one for two cores.
+
+    Images are read at 32 pixels if they have another size than 8, 16, 28 or 32, or if ``large``. Where clients have
+    fewer than ``SHARD`` images on average, local steps and generator steps shrink in proportion, so that a round stays
+    the same part of a local epoch; the ``LEAST_`` numbers are floors. A batch is not larger than a client's images, and
+    a small warm-up ends after ``PASSES`` passes over them.
+    With more than ``CLIENTS`` clients fewer synthetic images per generator keep the size of a distillation batch.
+    """
+    knobs = _large(shape) if large else _small(shape)
+    if shape.side != 32 and (large or shape.side not in (8, 16, 28)):
+        knobs["data.image_size"] = 32
+    images = (shape.images or CLIENTS * SHARD) / clients
+    batch = images / WarmupConfig.batch_size
+    for name, default, part, least in (
+        ("warmup.local_steps", WarmupConfig.local_steps, images / SHARD, LEAST_STEPS),
+        ("warmup.batch_size", WarmupConfig.batch_size, batch, LEAST_BATCH),
+        ("finetune.local_steps", FinetuneConfig.local_steps, images / SHARD, LEAST_STEPS),
+        ("generator.steps", GeneratorConfig.steps, images / SHARD, LEAST_GENERATOR_STEPS),
+        ("generator.batch_size", GeneratorConfig.batch_size, batch, LEAST_BATCH),
+        ("distill.samples_per_generator", DistillConfig.samples_per_generator, CLIENTS / clients, 1),
+    ):
+        if part < 1 and not (large and name == "generator.steps"):  # epochs follow the client's images by themselves
+            knobs[name] = max(least, round(part * knobs.get(name, default)))
+    rounds = knobs.get("warmup.num_rounds", WarmupConfig.num_rounds)
+    seen = knobs.get("warmup.local_steps", WarmupConfig.local_steps) * min(WarmupConfig.batch_size, images)
+    if not large and rounds * seen > PASSES * images:
+        knobs["warmup.num_rounds"] = max(LEAST_ROUNDS, round(PASSES * images / seen))
+    return knobs
 
 
-def preset_knobs(preset: str, algorithm: str | None = None) -> dict[str, Any]:
-    """Return the dotted knobs of ``preset``: a scale, an algorithm, or both joined by ``+``."""
-    scale, named = "demo", algorithm or "fixed"
+def _small(shape: Shape) -> dict[str, Any]:
+    knobs = _SMALL_SCALE | {"warmup.momentum": 0.9}
+    if shape.classes > 10:
+        return knobs | {"warmup.num_rounds": 40, "warmup.local_steps": 20}
+    return knobs | ({"warmup.num_rounds": 60} if shape.channels == 3 else {"generator.steps": 400})
+
+
+def _large(shape: Shape) -> dict[str, Any]:
+    """Return the authors' schedule of Fashion-MNIST, CIFAR-10 or CIFAR-100, whichever is nearest in shape."""
+    knobs = _PAPER_SCALE | ({} if shape.channels == 3 else {"data.channels": 3})
+    if shape.classes > 10:
+        return knobs | {"warmup.num_rounds": 1041, "warmup.local_steps": 20, "prototypes.k": 60}
+    return knobs | {"warmup.num_rounds": 341 if shape.channels == 3 else 200}
+
+
+def _tuning(shape: Shape) -> dict[str, dict[str, Any]]:
+    """Return the authors' distillation of CIFAR-10 and CIFAR-100, for colour images."""
+    if shape.channels < 3:
+        return {}
+    paper: dict[str, Any] = {"distill.steps": 2500}
+    if shape.classes > 10:
+        paper |= {"distill.lr": 1e-5, "distill.backbone_lr": 1e-5}
+        return {"reference": paper | {"meta.pool": "mean"}, "paper": paper}
+    return {"reference": paper, "paper": paper}
+
+
+_DEMO = Scale(
+    "digits, 5 clients, about a minute on two cores",
+    _SMALL_SCALE
+    | {
+        "data.name": "digits",
+        "partition.num_clients": 5,
+        "warmup.num_rounds": 10,
+        "warmup.batch_size": 32,
+        "warmup.local_steps": 5,
+        "generator.steps": 300,
+        "generator.latent_dim": 32,
+        "runtime.eval_rounds": 1,
+    },
+)
+
+
+def scale_named(word: str, clients: int = CLIENTS, shape: Shape | None = None) -> Scale:
+    """Return the scale ``word`` for ``clients`` clients, of ``SCALES`` or ``GENERIC``; ``shape``: for the latter."""
+    if word == "demo":
+        return _DEMO
+    name = word.removesuffix("_small")
+    large, own = word in ("large", *SHAPES), {"data.name": name} if name in SHAPES else {}
+    shape = SHAPES.get(name) or shape or SHAPES["digits"]
+    knobs = schedule(shape, large, clients) | own
+    if word == "mnist":  # the authors' README; its shape is Fashion-MNIST's
+        knobs["warmup.num_rounds"] = 100
+    rounds = f", {knobs['warmup.num_rounds']} warm-up rounds" if large and own else ""
+    work = f"ResNet-18{rounds} (a GPU's work)" if large else "a small network, minutes on two cores"
+    title = DATASETS[name].summary.partition(":")[0] if own else "any data set, by its shape"
+    return Scale(f"{title}: {CLIENTS} clients, {work}", knobs, _tuning(shape) if large else {})
+
+
+#: Scales of any data set, by its shape.
+GENERIC = ("small", "large")
+SCALES = {word: scale_named(word) for word in ("demo", *(f"{name}_small" for name in SHAPES), *SHAPES)}
+#: The knobs that scales set.
+SCHEDULED = frozenset[str]().union(*(scale.knobs for scale in SCALES.values()))
+
+
+def preset_words(preset: str, algorithm: str | None = None) -> tuple[str, str]:
+    """Return the scale ("" if none) and the algorithm in ``preset``: one of them, or both joined by ``+``."""
+    scale, named = "", algorithm or "fixed"
     for word in preset.split("+"):
-        if word in SCALES:
+        if word in SCALES or word in GENERIC:
             scale = word
         elif word in ALGORITHMS:
             named = algorithm or word
         else:
             raise RequestError(
-                f'--preset {preset}: unknown preset "{word}"; {neighbours(word, [*SCALES, *ALGORITHMS])}'
+                f'--preset {preset}: unknown preset "{word}"; {neighbours(word, [*SCALES, *GENERIC, *ALGORITHMS])}'
             )
     if named not in ALGORITHMS:
         raise RequestError(f"algorithm = {named}: it takes one of {', '.join(ALGORITHMS)}")
-    knobs = {"algorithm": named} | dict(SCALES[scale].knobs) | ALGORITHMS[named][0]
-    return knobs | dict(SCALES[scale].tuning.get(named, {}))
+    return scale, named
+
+
+def preset_knobs(
+    preset: str, algorithm: str | None = None, clients: int = CLIENTS, shape: Shape | None = None
+) -> dict[str, Any]:
+    """Return the dotted knobs of ``preset`` for ``clients`` clients; without a scale they are the demo's.
+
+    ``shape``: the data set's, for a scale in ``GENERIC``.
+    """
+    scale, named = preset_words(preset, algorithm)
+    found = scale_named(scale or "demo", clients, shape)
+    return {"algorithm": named} | dict(found.knobs) | ALGORITHMS[named][0] | dict(found.tuning.get(named, {}))

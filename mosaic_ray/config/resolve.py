@@ -10,13 +10,16 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import RequestError, neighbours
 from .fields import Knob, knobs_of, typed
 from .plugins import ALIASES, find_knob, load_named, selected
 from .schema import ExperimentConfig
 from .validate import check
+
+if TYPE_CHECKING:
+    from .presets import Shape
 
 
 class KnobTable(dict[str, Knob]):
@@ -83,9 +86,13 @@ def dotted(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool = False) -> ExperimentConfig:
-    """Return ``config`` with knobs changed; keys are dotted names, values typed, or strings with ``text``."""
+    """Return ``config`` with knobs changed; keys are dotted names, values typed, or strings with ``text``.
+
+    Without ``text`` there may be a ``preset``, as in a run's config.toml, which is recorded only.
+    """
     sections: dict[str, dict[str, Any]] = {}
     extra, changes = dict(config.extra), dotted(values)
+    preset = config.preset if text else changes.pop("preset", config.preset)
     load_named({"method": config.method, "federation.strategy": config.federation.strategy} | changes)
     for name, value in changes.items():
         value = check_value(name, value, text=text)
@@ -97,7 +104,7 @@ def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool 
     top = sections.pop("", {})
     top |= {section: dataclasses.replace(getattr(config, section), **knobs) for section, knobs in sections.items()}
     own = tuple(sorted((name, value) for name, value in extra.items() if value != KNOBS[name].default))
-    return dataclasses.replace(config, **top, extra=own)
+    return dataclasses.replace(config, **top, extra=own, preset=preset)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -115,7 +122,8 @@ def to_toml(config: ExperimentConfig, *, comments: bool = False) -> str:
     """Write ``config`` as TOML, which ``read_toml`` reads back to an equal configuration."""
     import tomli_w
 
-    lines = tomli_w.dumps(as_dict(config)).splitlines()
+    named = {"preset": config.preset} if config.preset else {}
+    lines = tomli_w.dumps(named | as_dict(config)).splitlines()
     if not comments:
         return "\n".join(lines) + "\n"
     section, out = "", []
@@ -133,12 +141,13 @@ def resolve(
     algorithm: str | None = None,
     file: Mapping[str, Any] | None = None,
     sets: Mapping[str, Any] | None = None,
+    shape: Shape | None = None,
 ) -> ExperimentConfig:
     """Layer defaults < scale preset < algorithm preset < the scale's tuning of it < TOML ``file`` < ``sets``.
 
-    ``preset`` names a scale, an algorithm, or both joined by ``+``.
+    ``preset`` names a scale, an algorithm, or both joined by ``+``. ``shape``: the data set's, for small and large.
     """
-    from .presets import preset_knobs
+    from .presets import CLIENTS, preset_knobs, preset_words
 
     file, sets = dict(file or {}), dict(sets or {})
     preset = file.pop("preset", preset) if preset == "demo" else preset
@@ -147,6 +156,9 @@ def resolve(
         if not isinstance(word, str):
             raise RequestError(f"{name} = {word!r}: it takes the name of a preset; see `mosaic presets`")
     algorithm = algorithm or sets.get("algorithm") or file.get("algorithm")
-    config = override(ExperimentConfig(), preset_knobs(preset, algorithm))
+    clients = "partition.num_clients"
+    count = check_value(clients, sets.get(clients, file.get(clients, CLIENTS)), text=clients in sets)
+    knobs = preset_knobs(preset, algorithm, count, shape) | {"preset": preset_words(preset, algorithm)[0] or "demo"}
+    config = override(ExperimentConfig(), knobs)
     config = override(override(config, file), sets, text=True)
     return check(config)

@@ -282,3 +282,12 @@ class ExperimentConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     #: Methods' and strategies' own knobs that differ from their defaults, as sorted (dotted name, value).
     extra: tuple[tuple[str, Any], ...] = ()
+    #: The scale preset that the knobs began with, and the line that says why it was chosen; they are no knobs, and no
+    #: part of keys, names and comparisons.
+    preset: str = field(default="", compare=False)
+    reason: str = field(default="", compare=False)
+
+    @property
+    def schedule(self) -> str:
+        """Return the line about the schedule for a dry run."""
+        return self.reason or f"schedule {self.preset or 'of the file'}"

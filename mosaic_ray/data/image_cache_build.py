@@ -154,16 +154,20 @@ def _shape(config: DataConfig, listing: Listing) -> tuple[int, int, int]:
     name, size, channels = config.name, config.image_size, config.channels
     if size and channels:
         return channels, size, size
-    for task in (*listing.train.tasks, *listing.test.tasks):
+    height, width, coloured = first_form(name, listing)
+    if not size and height != width:
+        raise RequestError(f"data.name = {name}: images are {height}x{width}; set data.image_size to a side")
+    return channels or (3 if coloured else 1), size or height, size or width
+
+
+def first_form(name: str, listing: Listing) -> tuple[int, int, bool]:
+    """Return height, width and whether it has colours, from the header of the first image that opens."""
+    tasks = (*listing.train.tasks, *listing.test.tasks)
+    for task in tasks:
         for source in image_decode.encoded(task):
-            try:
-                height, width, coloured = image_decode.form(source)
-            except Exception:  # Pillow raises nearly anything; try the next image
-                continue
-            if not size and height != width:
-                raise RequestError(f"data.name = {name}: images are {height}x{width}; set data.image_size to a side")
-            return channels or (3 if coloured else 1), size or height, size or width
-    raise RequestError(f"data.name = {name}: none of its images decodes, such as {image_decode.place(task, 0)}")
+            with contextlib.suppress(Exception):  # Pillow raises nearly anything; try the next image
+                return image_decode.form(source)
+    raise RequestError(f"data.name = {name}: none of its images decodes, such as {image_decode.place(tasks[-1], 0)}")
 
 
 def _decode(

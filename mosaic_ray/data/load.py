@@ -8,11 +8,12 @@ from dataclasses import astuple, replace
 
 import numpy as np
 
+from ..config.presets import Shape
 from ..config.schema import DataConfig
 from ..config.user_code import digest_of, users_code
 from ..core.errors import RequestError, neighbours
 from ..core.types import DataFacts, Dataset, ImageSet
-from .image_cache_build import decoded
+from .image_cache_build import decoded, first_form
 from .image_ops import chunks, in_channels, mean_std, resized, tally
 from .image_sources import check_classes
 from .specs import ImageFiles, is_plugin, spec_of
@@ -47,6 +48,26 @@ def load_dataset(config: DataConfig) -> Dataset:
             digest.update(str(array.shape).encode())
             digest.update(array.data)
     return Dataset(facts, train_set, test_set, raw.class_names, digest.hexdigest()[:16])
+
+
+def shape_of(config: DataConfig) -> Shape | None:
+    """Return a data set's shape without decoding an image; None for a plug-in that declares no facts.
+
+    Files are listed and the first image's header is read; ``RequestError`` where there are none.
+    """
+    spec = spec_of(config.name)
+    if spec.facts is not None:
+        return Shape(spec.facts.num_classes, spec.facts.channels, spec.facts.image_size, spec.num_train)
+    if is_plugin(config.name):
+        return None
+    raw = spec.load(config)
+    if isinstance(raw, Dataset):
+        count, channels, side, _ = raw.train.images.shape
+        return Shape(len(raw.class_names), channels, side, count)
+    listing = raw.listing()
+    height, width, coloured = first_form(config.name, listing)
+    count = len(listing.train.labels)
+    return Shape(len(listing.class_names), 3 if coloured else 1, height if height == width else 0, count)
 
 
 def known_facts(config: DataConfig) -> DataFacts | None:

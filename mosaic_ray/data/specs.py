@@ -69,12 +69,15 @@ class DatasetSpec:
 
     ``load(config)`` returns the images, in any size and channels: a ``Dataset`` of arrays, or the ``ImageFiles`` to
     decode. ``facts``: the constants, in the images' own size and channels; None: they are measured.
-    ``resources``: the files to download, in the order in which the loader reads them.
+    ``resources``: the files to download, in the order in which the loader reads them. ``num_train``: the training
+    images, from which a schedule is chosen together with ``facts``; 0: unknown (``config.presets.SHAPES`` has those of
+    the data sets that ship).
     """
 
     load: Callable[[DataConfig], Dataset | ImageFiles]
     facts: DataFacts | None = None
     resources: tuple[Resource, ...] = ()
+    num_train: int = 0
 
     @property
     def folder(self) -> str:

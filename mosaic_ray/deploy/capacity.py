@@ -194,6 +194,8 @@ def plan_checks(cluster: Cluster, asked: ClusterRequest, storage: str) -> Iterat
     except RequestError as error:
         yield Check("plan", "problem", str(error), "change the request, or the file's machines")
         return
+    for reason in dict.fromkeys(config.reason for config in configs if config.reason):
+        yield Check("schedule", "ok", reason.removeprefix("schedule "))
     for kind in cluster.types:
         gpus = f"{kind.gpus:g} GPU{'s' * (kind.gpus != 1)}, " if kind.gpus else ""
         has = f"{kind.cpus:g} CPUs, {gpus}{size(kind.memory, 'GiB')}"

@@ -143,6 +143,12 @@ def understand(document: Document) -> Cluster | Check:
     return _of_ray_up(document, content)
 
 
+def gpus_declared(path: str) -> bool:
+    """Return whether machines of the file at ``path`` have GPUs; false where the file describes no cluster."""
+    cluster = understand(load(path))
+    return isinstance(cluster, Cluster) and sum(node.gpus for node in cluster.nodes(gpus=True)) >= 1
+
+
 def _of_ray_up(document: Document, content: dict[str, Any]) -> Cluster:
     head, docker = content["head_node_type"], content.get("docker") or {}
     types = {}

@@ -80,7 +80,7 @@ def run(
         lines.append(settled_elsewhere(asked, config, store))
     return execute(
         config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
-        strict_health=strict_health, progress=progress, notes=lines, gpus=there.gpus,
+        strict_health=strict_health, progress=progress, notes=[config.reason, *lines], gpus=there.gpus,
     )  # fmt: skip
 
 
@@ -298,8 +298,8 @@ def _failure(
     failure = error if isinstance(error, RunError) else RunError(what)
     summary = Summary(
         status="failed", error=str(failure), stage=failure.stage, round=failure.round, client=failure.client,
-        method=config.method, seed=config.seed, config=as_dict(config), versions=versions(),
-        stages=from_json(dict[str, StageRecord], log), health=list(findings),
+        method=config.method, seed=config.seed, preset=config.preset or None, config=as_dict(config),
+        versions=versions(), stages=from_json(dict[str, StageRecord], log), health=list(findings),
     )  # fmt: skip
     with contextlib.suppress(OSError):  # the disk may be what failed
         write_whole(folder / "error.log", "".join(traceback.format_exception(error)).encode())

@@ -61,7 +61,7 @@ class Summary:
 
     ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` describe a failure. Accuracies
     and calibration (NLL, ECE) are by role, ``communication_bytes`` [bytes] by direction and kind, ``label_counts``
-    [clients, classes] counts training images.
+    [clients, classes] counts training images, ``preset`` is the scale that the configuration began with.
     """
 
     status: str | None = None
@@ -71,6 +71,7 @@ class Summary:
     client: int | None = None
     method: str | None = None
     seed: int | None = None
+    preset: str | None = None
     accuracy: dict[str, Share | None] | None = None
     validation_accuracy: dict[str, Share | None] | None = None
     selection: dict[str, Any] | None = None
@@ -127,6 +128,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         status="done",
         method=config.method,
         seed=config.seed,
+        preset=config.preset or None,
         selection=selection,
         stages=from_json(dict[str, StageRecord], run.log),
         communication_bytes=traffic,

@@ -156,7 +156,7 @@ def run_study(
     place = f"experiments/{name or request_name('study', 1, request, study.name, plain(config.data.name))}"
     with Tracker(None, progress=progress) as tracker:
         store.log = tracker.warn
-        if line := describe(config, there):
+        for line in filter(None, [config.reason, describe(config, there)]):
             tracker.say(line)
         context = StudyContext(dataset, store, tracker, Placement(address), options)
         configs = [override(config, {"seed": seed}) for seed in seeds]

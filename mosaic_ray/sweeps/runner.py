@@ -113,6 +113,7 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None, there
         points=None if search == "optuna" else [dict(point) for point in points],
         base=as_dict(request.config),
         optuna=optuna,
+        preset=request.config.preset or None,
     )
     chosen: Search = OptunaSearch(plan, samples, seeds, base, decide) if search == "optuna" else FixedTrials(trials)
     setting = setting_knobs(swept)
@@ -316,7 +317,7 @@ def run(
         if store.local_root and (old := store.local_root / state.place / "results.parquet").exists():
             read_results(old)  # refuses a damaged file
         with SweepView(sweep.search.total, progress=progress) as view:
-            for line in filter(None, [*notes, describe(settle(base, there), there), sweep.note]):
+            for line in filter(None, [base.reason, *notes, describe(settle(base, there), there), sweep.note]):
                 view.say(line)
             queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health)
             if queue.has_unfinished():

@@ -40,6 +40,7 @@ class PlanFile:
     """The request in plan.json, to which ``SweepState`` adds the session and the settled knobs.
 
     ``knobs`` are domains in words, ``points`` None where a search finds them, ``optuna`` the version that does.
+    ``preset`` is the scale that the base began with; names and comparisons of plans leave it out.
     """
 
     space: str
@@ -51,6 +52,7 @@ class PlanFile:
     points: list[dict[str, Any]] | None = None
     base: dict[str, Any] | None = None
     optuna: str | None = None
+    preset: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of plan.json, to which ``SweepState`` adds the session and the settled knobs."""
@@ -104,9 +106,10 @@ def make_trials(
 def plan_name(plan_json: Mapping[str, Any]) -> str:
     """Return the default name of a sweep. The same request gives the same name, so that the same command resumes.
 
-    It does not depend on optuna's version: with another one ``SweepState.begin`` refuses to resume.
+    It depends neither on optuna's version (with another one ``SweepState.begin`` refuses to resume) nor on the name of
+    the preset, whose knobs are in the base.
     """
-    plan_json = {name: value for name, value in plan_json.items() if name != "optuna"}
+    plan_json = {name: value for name, value in plan_json.items() if name not in ("optuna", "preset")}
     space, data = plan_json["space"].lstrip("-").removesuffix(".py"), plan_json["base"]["data"]["name"]
     return request_name("sweep", 1, plan_json, plain(space), plain(data))
 
@@ -221,7 +224,7 @@ class SweepState:
 def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a plan one by one, points last: they often differ because another entry does."""
     parts = {name: plan.get(name) for name in ("base", "knobs", "points")}
-    flat = {name: value for name, value in plan.items() if name not in parts}
+    flat = {name: value for name, value in plan.items() if name not in (*parts, "preset")}
     points = parts["points"] if isinstance(parts["points"], list) else []
     flat |= dotted(parts["base"]) if isinstance(parts["base"], Mapping) else {}
     flat |= {f"space's {name}": value for name, value in dotted({"knobs": parts["knobs"]}).items()}

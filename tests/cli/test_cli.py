@@ -145,7 +145,7 @@ def test_line_breaks_in_a_value_stay_in_one_line():
 def test_options_are_spellings_of_knobs():
     assert set(KNOB_OF_OPTION.values()) <= set(KNOBS)
     words = {"dataset": "mnist", "clients": "7", "omega": ".5", "method": "fedavg", "seed": "3", "host": "serial"}
-    config = parse_config(**words, sets=["warmup.lr=1e-4", "federation.widths=[1.0]"])
+    config = parse_config(**words, preset="demo", sets=["warmup.lr=1e-4", "federation.widths=[1.0]"])
     expected = resolve(
         sets={
             "data.name": "mnist", "partition.num_clients": "7", "partition.omega": "0.5", "method": "fedavg",

@@ -251,6 +251,8 @@ def test_a_dry_run_needs_neither_data_nor_ray():
     assert counts["distill"] == counts["finetune"] == (16, 16)
     head, *lines = result.stdout.splitlines()
     assert "space lambdas_omega, random search, 16 trials (16 points x 1 seeds)" in head
+    assert "schedule cifar100_small (no GPU in reach); --preset cifar100 for the full scale" in lines
+    assert "11,700 client rounds, 58,500 local steps" in result.stdout, "39 rounds of 5 steps, 100 clients, 3 omegas"
     assert lines[0].startswith("trials at once: ") and "limited by" in lines[0]
     assert lines[1].startswith("client hosts: 2") and lines[2].endswith("50 of a trial's 100, in turn")
     assert not files()

@@ -146,7 +146,7 @@ def test_a_record_is_a_data_set_and_names_what_is_missing(tmp_path):
 )  # fmt: skip
 def test_a_broken_plug_in_is_one_line_before_anything_starts(source, message):
     name = write(source)
-    line = refusal(ask("run", "--dataset", name, "--storage", "s", "--host", "serial"))
+    line = refusal(ask("run", "--preset", "demo", "--dataset", name, "--storage", "s", "--host", "serial"))
     assert line.startswith(f"mosaic: error: data.name = {name}: {message}")
     assert not list(Path("s").glob("runs/*"))
 
@@ -162,7 +162,7 @@ def test_a_broken_plug_in_is_one_line_before_anything_starts(source, message):
     ],
 )
 def test_a_wrong_word_is_refused(name, message):
-    assert message in refusal(ask("run", "--dataset", name, "--storage", "s", "--host", "serial"))
+    assert message in refusal(ask("run", "--preset", "demo", "--dataset", name, "--storage", "s", "--host", "serial"))
 
 
 def test_a_whole_run_on_a_plug_in():
@@ -171,7 +171,7 @@ def test_a_whole_run_on_a_plug_in():
         "partition.num_clients": 2, "partition.min_size": 1,
     }  # fmt: skip
     sets = [word for knob, value in knobs.items() for word in ("--set", f"{knob}={value}")]
-    result = ask("run", "--dataset", write(SHADES), *sets, "--storage", "s", "--host", "serial")
+    result = ask("run", "--preset", "demo", "--dataset", write(SHADES), *sets, "--storage", "s", "--host", "serial")
     assert result.exit_code == 0, result.stderr
     [summary] = Path("s").glob("runs/*/summary.json")
     assert json.loads(summary.read_text())["config"]["data"]["name"] == "shades.py:load"

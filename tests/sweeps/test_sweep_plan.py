@@ -41,6 +41,7 @@ def test_prepare_fills_in_plan_json():
         "knobs": {"partition.omega": "0.1, 1", "generator.lambda_d": "2 .. 10"},
         "points": [trial.knobs for trial in sweep.trials if trial.seed == 1],
         "base": as_dict(VALID),
+        "preset": None,
     }  # fmt: skip
     assert (sweep.swept, sweep.setting) == (("partition.omega", "generator.lambda_d"), ("partition.omega",))
     assert sweep.search.total == len(sweep.trials) == len(sweep.configs) == 8

@@ -50,7 +50,8 @@ def _about(run: RunReport) -> str:
         "partition.sampler": "sampler {}", "seed": "seed {}",
     }  # fmt: skip
     words += [shape.format(run.knob(name)) for name, shape in shapes.items() if run.knob(name) is not None]
-    return ", ".join(words)
+    named = run.summary.preset or run.knob("preset")
+    return ", ".join([*words, *([f"schedule {named}"] if named else [])])
 
 
 def verdict(run: RunReport) -> str:

@@ -43,6 +43,7 @@ def _about(sweep: SweepReport) -> str:
     plan, data = sweep.plan, (sweep.plan.base or {}).get("data")
     name = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
     seeds = plan.seeds or []
+    name += f", schedule {plan.preset}" if plan.preset else ""
     search = f"{plan.search or 'no'} search{f' by optuna {plan.optuna}' if plan.optuna else ''}"
     what = f"space {plan.space}{name}, {search} over {listed(sweep.swept) or 'nothing'}"
     return f"{what}; seed{'s' if len(seeds) != 1 else ''} {listed(seeds)}, scheduler {plan.scheduler or 'fifo'}"
@@ -200,7 +201,8 @@ def _reproduce(sweep: SweepReport) -> Section:
         knobs = [f"methods: {', '.join(methods)}"]
     texts = [Text("Command", shlex.join(words)), Text("Plan", "\n".join(knobs) or "points listed by the space")]
     if plan.base is not None:
-        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(plan.base), folded=True))
+        base = ({"preset": plan.preset} if plan.preset else {}) | plan.base
+        texts.append(Text("What all trials share, base.toml", tomli_w.dumps(base), folded=True))
     lead = "With what all trials share saved as base.toml, this asks for the same trials."
     if not methods and plan.space not in [*list_spaces(), "--grid"]:
         lead += " The space does not ship with the package: --space takes its path, or module:function."
