@@ -234,7 +234,7 @@ class Bench:
         """The teacher's training of so many updates; it returns the teacher."""
         import numpy as np
 
-        from mosaic_ray.distillation.teacher_training import make_teacher
+        from mosaic_ray.distillation.teacher_training import class_experts, fit_teacher
 
         clients = self.config.partition.num_clients
         counts = np.ones((clients, self.facts.num_classes), np.int64)
@@ -242,12 +242,9 @@ class Bench:
         def work(updates: int) -> Any:
             config = self.with_knobs(meta__updates=updates, meta__patience=0)
             models = [(k, weights) for k in range(clients)]
-            self.context(config)
-            made = make_teacher(
-                config, self.facts, weights, models, counts, self.prototypes, lambda step, metrics: None,
-                device=self.device,
-            )  # fmt: skip
-            return made[0]
+            experts = class_experts(config, weights, models, counts)
+            context = self.context(config)
+            return fit_teacher(context, weights, *experts, self.prototypes, lambda step, metrics: None)[0]
 
         return work
 

@@ -15,6 +15,8 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.types import DataFacts, Dataset, ImageSet, Prototypes, Weights
 from mosaic_ray.distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
+from mosaic_ray.distillation.teacher import TeacherState
+from mosaic_ray.distillation.teacher_training import class_experts, fit_teacher
 from mosaic_ray.federated.client import ClientContext, TrainTask
 from mosaic_ray.federated.local_training import Shard
 
@@ -121,6 +123,16 @@ TASKS = {"train": TrainTask, "generate": GeneratorTask, "prototypes": Prototypes
 def generate(context: ClientContext, shard: Shard, client_id: int, start: Weights, weights: Weights) -> Any:
     """A client's generator beside its model ``weights``; the discriminator begins with the global model ``start``."""
     return GeneratorTask().run(context, shard, client_id, {"cnn": start}, GeneratorInput(weights))
+
+
+def make_teacher(
+    config: ExperimentConfig, facts: DataFacts, start: Weights, clients: Any, counts: Any, found: Prototypes,
+    progress: Any, sources: Any = (), device: str | torch.device = "cpu", channels: Any = None,
+) -> tuple[TeacherState, dict[str, float]]:  # fmt: skip
+    """Class experts and their meta model."""
+    experts, index = class_experts(config, start, clients, counts, channels)
+    context = ClientContext(config, facts, torch.device(device))
+    return fit_teacher(context, start, experts, index, found, progress, sources)
 
 
 def prototypes(context: ClientContext, shard: Shard, client_id: int, weights: Weights) -> Prototypes:

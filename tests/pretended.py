@@ -69,12 +69,16 @@ class Machine:
 
 def wants(one: ExperimentConfig) -> tuple[dict, dict, dict, int]:
     """Return the resources of a host, a trial and a worker, and the workers of a trial; not read from the plan."""
-    knobs, serial = one.runtime, one.runtime.host == "serial"
-    gpus = knobs.gpus_per_client
+    knobs, gpus = one.runtime, one.runtime.gpu_share
+    if knobs.host == "serial":
+        return {}, {"CPU": max(1.0, knobs.cpus_per_client), "GPU": gpus, "memory": DRIVER_BYTES}, {}, 0
     host = {"CPU": knobs.cpus_per_client, "GPU": gpus, "memory": HOST_BYTES}
-    trial = {"CPU": max(1.0, knobs.cpus_per_client) if serial else 0.0, "GPU": gpus, "memory": DRIVER_BYTES}
-    workers = 0 if serial else one.distill.workers
-    return {} if serial else host, trial, {"CPU": 1.0, "GPU": float(gpus > 0)} if workers else {}, workers
+    trial = {"CPU": 0.0, "GPU": 0.0, "memory": DRIVER_BYTES}
+    workers = max(one.distill.train_workers, 1 if gpus else 0)  # on GPUs the server's own work needs one
+    worker = {"CPU": 1.0, "GPU": 0.0}
+    if gpus:
+        worker = {"CPU": min(1.0, knobs.cpus_per_client), "GPU": 1.0 if workers > 1 else min(1.0, gpus)}
+    return host, trial, worker if workers else {}, workers
 
 
 def deal(count: int, places: int) -> Iterator[tuple[int, ...]]:
@@ -89,13 +93,9 @@ def most_hosts(nodes: Sequence[Node], one: ExperimentConfig, concurrent: int, tr
     host, trial, worker, workers = wants(one)
     anywhere, best = range(len(nodes)), -1
     for trials in deal(concurrent, len(nodes)):
-        if workers and trial["GPU"] and max(trials) < concurrent:
-            continue  # these are kept together
         if trials_on is not None and trials[trials_on] < concurrent:
             continue
         for kept in deal(concurrent * workers, len(nodes)):
-            if trials_on is not None and kept[trials_on] < sum(kept):
-                continue
             machines = [Machine(node) for node in nodes]
             if all(machines[i].take(trial) for i in anywhere for _ in range(trials[i])) and all(
                 machines[i].take(worker) for i in anywhere for _ in range(kept[i])

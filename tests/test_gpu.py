@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, stripes, stripes_dataset
+from helpers import FACTS, TINY, assert_same, make_teacher, stripes, stripes_dataset
 
 from mosaic_ray.config.plugins import strategy_named
 from mosaic_ray.config.resolve import override
@@ -27,7 +27,6 @@ from mosaic_ray.core.types import Prototypes, Weights
 from mosaic_ray.distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
 from mosaic_ray.distillation.generator_training import build_generator, draw, real_batches
 from mosaic_ray.distillation.student_training import DistContext, DistillTask, distil, make_task
-from mosaic_ray.distillation.teacher_training import make_teacher
 from mosaic_ray.execution.actor_pool import ActorPool
 from mosaic_ray.execution.backend import RayBackend, run_task, start_hosts
 from mosaic_ray.execution.determinism import choose_kernels
@@ -384,13 +383,13 @@ def test_actors_that_share_a_gpu_give_the_bits_of_one_process(device, a_gpu):
 )
 def test_one_train_worker_gives_the_student_of_this_process(device, tmp_path):
     """On a GPU the worker joins an NCCL group of one."""
-    from mosaic_ray.execution.ray_train import distil_on_ray, distil_serial
+    from mosaic_ray.execution.ray_train import distil_here, distil_on_ray
 
     _, task = taught(device)
-    task = dataclasses.replace(task, config=knobs_for(device, distill__workers=1))
+    task = dataclasses.replace(task, config=knobs_for(device, distill__workers=1, runtime__host="ray"))
     steps: list[int] = []
     report: Callable[[int, Any], None] = lambda step, metrics: steps.append(step)  # noqa: E731
     with ray_with_a_gpu(4, pretended=device == "cpu"):
-        there = distil_on_ray(task, report, str(tmp_path), here=True)
+        there = distil_on_ray(task, report, str(tmp_path))
     assert steps == [5, 10]
-    assert_same(there[0], distil_serial(task, report)[0])
+    assert_same(there[0], distil_here(context_on(device), task, report=report)[0])

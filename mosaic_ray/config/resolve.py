@@ -51,13 +51,17 @@ def flatten(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def without_share(config: ExperimentConfig) -> ExperimentConfig:
-    """Return a settled ``config`` without its share of a GPU, which changes no number.
+    """Return a settled ``config`` without its share of a GPU and ``auto`` Train workers, which change no number.
 
     In files of earlier versions the share alone named the device.
     """
-    knobs = config.runtime
+    knobs, workers = config.runtime, config.distill.workers
     device = ("cuda" if knobs.gpu_share else "cpu") if knobs.device == "auto" else knobs.device
-    return dataclasses.replace(config, runtime=dataclasses.replace(knobs, device=device, gpus_per_client="auto"))
+    distill = config.distill
+    if workers == int(device == "cuda" and knobs.host == "ray"):
+        distill = dataclasses.replace(distill, workers="auto")
+    runtime = dataclasses.replace(knobs, device=device, gpus_per_client="auto")
+    return dataclasses.replace(config, distill=distill, runtime=runtime)
 
 
 def as_dict(config: ExperimentConfig) -> dict[str, Any]:

@@ -196,7 +196,15 @@ class DistillConfig:
     class_balance: bool = knob(True, "weight synthetic images so that the teacher's classes count alike")
     guard: bool = knob(True, "never hand back a student worse on held-out prototypes than the one that went in")
     check_steps: int = knob(25, "steps between looks at held-out prototypes", low=1)
-    workers: int = knob(0, "Ray Train workers; 0: in process", low=0, high=64)
+    workers: int | str = knob(
+        "auto", "Ray Train workers; 0: in the server's process; auto: one where clients train on GPUs of Ray, else 0",
+        low=0, high=64,
+    )  # fmt: skip
+
+    @property
+    def train_workers(self) -> int:
+        """Return ``workers``; 0 while it is ``auto``."""
+        return 0 if isinstance(self.workers, str) else self.workers
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from itertools import accumulate, pairwise
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.units import size
-from ..execution.ray_session import Resources, in_all, num_hosts
-from ..execution.resource_plan import Node, ResourcePlan, plan
+from ..execution.ray_session import Resources, hosts_beside_server, in_all, places
+from ..execution.resource_plan import Node, ResourcePlan, on_ray_gpus, plan, server_needs
 from ..runs.calibrate import estimate_for
 from ..runs.earlier import read_earlier
 from ..runs.estimate import clients_at_once, gpus_held
@@ -55,22 +55,32 @@ def fit_of_sweep(made: ResourcePlan) -> Fit:
 
 
 def fit_of_run(config: ExperimentConfig, nodes: Sequence[Node]) -> Fit:
-    """Fit a single run, which releases its client hosts before Ray Train starts; ``RequestError`` if none fits."""
+    """Fit a single run, which releases its client hosts before Ray Train starts; ``RequestError`` if none fits.
+
+    On GPUs one host's place is the server worker's.
+    """
     if config.runtime.host == "serial":
         return Fit(("clients run inside the run's own process, on the head (runtime.host = serial)",), {})
-    clients, workers = config.partition.num_clients, config.distill.workers
-    capacity = [_hosts_on(node, config) for node in nodes]
+    clients, workers = config.partition.num_clients, config.distill.train_workers
+    capacity = [places(config, node) for node in nodes]
     if not any(capacity):
         plan(nodes, [config], num_trials=1)  # raises, with advice
-    hosts = min(clients, config.runtime.max_hosts or clients, sum(capacity))
-    gpus = config.runtime.device == "cuda"
-    places = [int(min(node.cpus, node.gpus) if gpus else node.cpus) for node in nodes]
-    if workers > sum(places):
+    hosts, gpus, needs = hosts_beside_server(config, nodes), on_ray_gpus(config), server_needs(config, workers)
+    room = [int(node.cpus / needs["CPU"] + 1e-9) for node in nodes]
+    if workers == 1 and gpus:
+        room = capacity
+    elif gpus:
+        room = [min(pair) for pair in zip(room, (int(node.gpus) for node in nodes), strict=True)]
+    if workers > sum(room):
         kind = "GPUs" if gpus else "CPUs"
-        raise RequestError(f"distill.workers = {workers}: all machines together have {sum(places)} {kind} for them")
-    held = [max(pair) for pair in zip(_dealt(hosts, capacity), _dealt(workers, places), strict=True)]
+        raise RequestError(f"distill.workers = {workers}: all machines together have {sum(room)} {kind} for them")
+    at_once = min(hosts + gpus, sum(capacity))
+    held = [max(pair) for pair in zip(_dealt(at_once, capacity), _dealt(workers, room), strict=True)]
     each = math.ceil(clients / hosts)
     lines = [f"client hosts: {hosts}, up to {each} of the run's {clients} clients on each, in turn"]
+    if gpus:
+        turns = " beside them" if at_once > hosts else ", in turn with the client host"
+        lines.append(f"the server's work: one worker with {server_needs(config)['GPU']:g} GPU{turns}")
     if workers:
         lines.append(f"Train workers: {workers}, when the client hosts have gone")
     return Fit(tuple(lines), _used(nodes, held), hosts)
@@ -86,13 +96,6 @@ def _used(nodes: Sequence[Node], counts: Sequence[int]) -> Mapping[str, int]:
     """Count each type's machines that hold something, among those to come."""
     used = (node for node, count in zip(nodes, counts, strict=True) if node.to_come and count)
     return Counter(node.name.rpartition(" ")[0] for node in used)
-
-
-def _hosts_on(machine: Node | NodeType, config: ExperimentConfig) -> int:
-    try:
-        return num_hosts(config, Resources(machine.cpus or 0.0, machine.gpus, machine.memory))
-    except RequestError:
-        return 0
 
 
 def machines(cluster: Cluster) -> Iterator[Check]:
@@ -232,5 +235,6 @@ def _describe_capacity(kind: NodeType, configs: Sequence[ExperimentConfig]) -> s
     on_ray = [config for config in configs if config.runtime.host == "ray"]
     if not on_ray:
         return "clients run inside the run's own process"
-    fewest = min(_hosts_on(kind, config) for config in on_ray)
+    machine = Node(kind.name, kind.cpus or 0.0, kind.gpus, kind.memory)
+    fewest = min(min(places(config, machine), config.partition.num_clients) for config in on_ray)
     return f"{fewest} client host{'s fit' if fewest > 1 else ' fits'}" if fewest else "no client host fits"

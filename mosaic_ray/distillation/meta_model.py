@@ -105,8 +105,8 @@ def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features:
         (slopes,) = torch.autograd.grad(asked, given)
         opinion = given.detach() - given.detach().mean(2, keepdim=True)
         effect = (opinion * slopes).sum(2).abs()  # [B, E]
-        parts.append(torch.zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T))
-    return (torch.stack(parts).sum(0) / counts.clamp(min=1)).numpy()
+        parts.append(effect.new_zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T))
+    return np.asarray((torch.stack(parts).sum(0) / counts.clamp(min=1)).cpu())
 
 
 def ema_update(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
@@ -146,10 +146,9 @@ def train_meta(
     ``raw_held_out_accuracy`` (without averaging). Build ``teacher`` inside ``seeded``; batches and dropout draw from
     their own addresses.
     """
-    vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
-    weights = torch.tensor(prototype_weights(kept, weighting))
-    evaluated = held_out if len(held_out) else kept
-    eval_features = torch.tensor(evaluated.vectors)
+    evaluated, device = held_out if len(held_out) else kept, teacher.meta.out.weight.device
+    arrays = kept.vectors, kept.labels, prototype_weights(kept, weighting), evaluated.vectors
+    vectors, labels, weights, eval_features = (torch.tensor(array, device=device) for array in arrays)
     averaged = copy.deepcopy(teacher).eval()
     start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     average = {name: value.clone() for name, value in start.items()}

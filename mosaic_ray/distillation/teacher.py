@@ -68,8 +68,10 @@ def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Te
     order = torch.tensor(index)
 
     def logits(features: Tensor) -> Tensor:
-        rows = torch.einsum("bd,ecd->bec", features, matrices.to(features.device)) + biases.to(features.device)
-        return rows[:, order.to(features.device)]
+        nonlocal matrices, biases, order
+        if matrices.device != features.device:
+            matrices, biases, order = (part.to(features.device) for part in (matrices, biases, order))
+        return (torch.einsum("bd,ecd->bec", features, matrices) + biases)[:, order]
 
     return logits
 

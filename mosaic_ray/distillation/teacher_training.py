@@ -12,7 +12,7 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
 from ..core.health import SINGLE_OWNER_BELOW
 from ..core.seeding import seeded, stream
-from ..core.types import DataFacts, Prototypes, Weights
+from ..core.types import Prototypes, Weights
 from ..federated.client import ClientContext
 from ..models.state_dict import freeze, head_of, load_weights, to_weights, use_precision
 from ..models.submodel import ChannelLayout
@@ -87,22 +87,14 @@ def synthetic_prototypes(
     return Prototypes.concatenate(parts)
 
 
-def make_teacher(
+def class_experts(
     config: ExperimentConfig,
-    facts: DataFacts,
     global_weights: Weights,
     client_weights: Iterable[ClientWeights],
     counts: np.ndarray,
-    prototypes: Prototypes,
-    progress: Callable[[int, dict[str, float]], None],
-    sources: Sources = (),
-    device: torch.device | str = "cpu",
     channels: ChannelLayout | None = None,
-) -> tuple[TeacherState, dict[str, float]]:
-    """Average the clients' models to experts and train the meta model on the prototypes that are not held out.
-
-    With ``meta.data`` = synthetic or synthetic_vote it is trained on images of ``sources``, generated on ``device``;
-    held-out prototypes still select and evaluate it.
+) -> tuple[tuple[Weights, ...], np.ndarray]:
+    """Average the clients' models to distinct class experts; return them and the index of each class's, int64 [C].
 
     ``counts`` int64 [K, C]: images per client and class. With ``meta.input = head`` only heads are averaged, which read
     the global model's features like the prototypes; with ``full`` full models are (see M6). Weights of partial-width
@@ -114,11 +106,28 @@ def make_teacher(
         whole = heads_only(global_weights)
     fallback = whole if config.meta.expert_fallback == "global" else None
     experts, index = form_experts(client_weights, counts, fallback, whole=whole, channels=channels)
+    return tuple(experts), index
+
+
+def fit_teacher(
+    context: ClientContext,
+    global_weights: Weights,
+    experts: tuple[Weights, ...],
+    index: np.ndarray,
+    prototypes: Prototypes,
+    progress: Callable[[int, dict[str, float]], None],
+    sources: Sources = (),
+) -> tuple[TeacherState, dict[str, float]]:
+    """Train the meta model of ``class_experts`` on the prototypes that are not held out; return it and figures.
+
+    With ``meta.data`` = synthetic or synthetic_vote it is trained on images of ``sources``; held-out prototypes still
+    select and evaluate it.
+    """
+    config, facts = context.config, context.facts
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     figures: dict[str, float] = {}
     if config.meta.data != "prototypes":
-        context, real = ClientContext(config, facts, torch.device(device)), kept
-        ensemble = expert_mean_logits(context, tuple(experts), index)
+        real, ensemble = kept, expert_mean_logits(context, experts, index)
         kept = synthetic_prototypes(context, global_weights, sources, ensemble, real)
         figures["domain_auc"] = domain_auc(real.vectors, kept.vectors, config.seed)
     head = head_of(global_weights)
@@ -134,18 +143,34 @@ def make_teacher(
             teacher.skip.bias.copy_(torch.tensor(bias))
         figures |= {f"head_{name}": value for name, value in fitted.items()}
     teacher, trained = train_meta(
-        teacher, head_logits(tuple(experts), index), kept, held_out, config.meta, config.prototypes.weighting,
-        config.seed, progress,
+        teacher.to(context.device), head_logits(experts, index), kept, held_out, config.meta,
+        config.prototypes.weighting, config.seed, progress,
     )  # fmt: skip
     figures |= {f"meta_{name}": value for name, value in trained.items()}
     figures |= {"num_experts": float(len(experts)), "num_prototypes": float(len(kept))}
     figures["num_held_out"] = float(len(held_out))
-    state = TeacherState(global_weights, tuple(experts), index, to_weights(teacher))
-    return state, figures
+    return TeacherState(global_weights, experts, index, to_weights(teacher)), figures
+
+
+def teach(
+    context: ClientContext,
+    global_weights: Weights,
+    experts: tuple[Weights, ...],
+    index: np.ndarray,
+    counts: np.ndarray,
+    prototypes: Prototypes,
+    sources: Sources,
+    *,
+    report: Callable[[int, dict[str, float]], None],
+) -> tuple[Weights, dict[str, float], Weights]:
+    """Train a teacher and inspect it; return its meta model's weights, figures and arrays."""
+    state, figures = fit_teacher(context, global_weights, experts, index, prototypes, report, sources)
+    looked, arrays = inspect_teacher(context, state, counts, prototypes)
+    return state.meta, figures | looked, arrays
 
 
 def inspect_teacher(
-    config: ExperimentConfig, facts: DataFacts, state: TeacherState, counts: np.ndarray, prototypes: Prototypes
+    context: ClientContext, state: TeacherState, counts: np.ndarray, prototypes: Prototypes
 ) -> tuple[dict[str, float], Weights]:
     """Return figures and arrays of a teacher made from the same ``counts`` and ``prototypes`` (docs/algorithm.md 4.2).
 
@@ -153,12 +178,13 @@ def inspect_teacher(
     index of its distinct expert; ``meta_gates`` float32 [C, C], see ``gates``, on held-out prototypes (on all if none
     is held out).
     """
+    config, num_classes, device = context.config, context.facts.num_classes, context.device
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     evaluated = held_out if len(held_out) else kept
-    teacher = Teacher(facts.num_classes, facts.num_classes, config.meta, head_of(state.backbone)[0].shape[1])
-    freeze(load_weights(teacher, state.meta))
+    teacher = Teacher(num_classes, num_classes, config.meta, head_of(state.backbone)[0].shape[1])
+    freeze(load_weights(teacher, state.meta)).to(device)
     expert_logits = head_logits(state.experts, state.index)
-    features, labels = torch.tensor(evaluated.vectors), torch.tensor(evaluated.labels)
+    features, labels = (torch.tensor(part, device=device) for part in (evaluated.vectors, evaluated.labels))
     named = teacher_logits(teacher, expert_logits, features).argmax(1)
     votes = torch.cat([expert_logits(part).mean(1) for part in features.split(teacher.meta.max_rows)])
     read = torch.linspace(0, len(evaluated) - 1, min(len(evaluated), MAX_READ)).long()

@@ -124,11 +124,22 @@ def take_device(share: float) -> str:
     if not share:
         return "cpu"
     if not torch.cuda.is_available():
-        raise RunError("a GPU share was given to this client actor, but torch finds no CUDA device")
+        raise RunError("a GPU share was given to this process, but torch finds no CUDA device")
     if share < 0.5:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(max(share / 2, share - CONTEXT_BYTES / total))
     return "cuda"
+
+
+def ship_by_value(*things: Any) -> None:
+    """Let Ray send the modules of ``things`` that come from a plug-in's FILE.py, which its workers cannot import."""
+    import ray
+
+    for thing in things:
+        name = getattr(thing if callable(thing) else type(thing), "__module__", None)
+        module = sys.modules.get(name or "")
+        if module is not None and is_file_module(module):
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 class SerialBackend:
@@ -341,9 +352,7 @@ class RayBackend:
                 shard = self._shards(client_id)
                 self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
         call = (self._config, self._facts, task)
-        module = sys.modules[type(task).__module__]
-        if is_file_module(module):  # of a plug-in's FILE.py, which the actors cannot import
-            ray.cloudpickle.register_pickle_by_value(module)
+        ship_by_value(task)
         failures = self._config.federation.max_client_failures
         yield from ClientMap(
             pool, self._refs, call, sorted(clients), broadcast, per_client, cost, failures, events

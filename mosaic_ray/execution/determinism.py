@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from ..config.schema import ExperimentConfig
-from .precision import device_of
 
 #: Of cuBLAS, which promises equal bits only with a workspace of fixed size; read when a process first uses it.
 WORKSPACE = ":4096:8"
@@ -18,10 +17,10 @@ def choose_kernels(config: ExperimentConfig) -> None:
     without a deterministic kernel (a plug-in's, perhaps) warn and go on. Attention is then computed by matrix
     products: its fused kernels may sum in any order.
     """
-    if device_of(config).type != "cuda":
-        return
     import torch
 
+    if config.runtime.device != "cuda" or not torch.cuda.is_available():
+        return
     wanted = config.runtime.deterministic
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)

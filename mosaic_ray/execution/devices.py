@@ -33,7 +33,8 @@ def settle(config: ExperimentConfig, there: Resources) -> ExperimentConfig:
 
     Device: CUDA if ``there`` are GPUs, unless the share is given (0: CPU). Share of a GPU: ``there.share``, but no more
     clients a GPU than CPUs and clients suffice for. Precision: bf16 where the device has it natively, else fp32. The
-    share changes no number and no key. ``RequestError`` where a GPU is asked for and none is there.
+    share changes no number and no key. Ray Train: one worker where clients train on GPUs of Ray, else none; more would
+    change the last bits, so they are for the user to set. ``RequestError`` where a GPU is asked for and none is there.
     """
     knobs = config.runtime
     device, share = knobs.device, knobs.gpus_per_client
@@ -51,6 +52,8 @@ def settle(config: ExperimentConfig, there: Resources) -> ExperimentConfig:
     if knobs.precision == "auto":
         native = there.bf16 if device == "cuda" and there.bf16 is not None else has_native_bf16(device == "cuda")
         values["runtime.precision"] = "bf16" if native else "fp32"
+    if config.distill.workers == "auto":
+        values["distill.workers"] = int(device == "cuda" and knobs.host == "ray")
     return override(config, values)
 
 
@@ -60,7 +63,7 @@ def _clients_a_gpu(config: ExperimentConfig, there: Resources) -> int:
     gpus = int(there.gpus)
     bounds = [
         _slots(there.share or USUAL_SHARE),
-        math.ceil(config.partition.num_clients * max(1, there.runs) / gpus),
+        math.ceil((config.partition.num_clients + 1) * max(1, there.runs) / gpus),  # clients and server
         int(there.cpus / gpus / config.runtime.cpus_per_client + 1e-9),
         MOST_ON_A_GPU,
     ]

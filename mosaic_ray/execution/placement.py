@@ -1,8 +1,8 @@
-"""Place a run's clients and its distillation: in this process, on its own Ray actors, or on a sweep's shared pool."""
+"""Place a run's clients and its server's work: in this process, on its own Ray actors, or on a sweep's shared pool."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,10 @@ from ..distillation.student_training import DistillTask
 from .actor_pool import PATIENCE_FOR_MACHINES, PATIENCE_SECONDS, ActorPool
 from .backend import ClientBackend, RayBackend, SerialBackend, start_hosts
 from .devices import halved, on_a_gpu
-from .ray_session import all_resources, connect, in_all, machines_to_come, num_hosts
-from .ray_train import Outcome, distil_on_ray, distil_serial
+from .ray_session import connect, hosts_beside_server, machines_to_come, nodes
+from .ray_train import Outcome, Report, distil_here, distil_on_ray
+from .resource_plan import on_ray_gpus, server_needs
+from .server import Server
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Placement:
         def more(have: int) -> list[Any]:
             """Add actors for nodes that joined later; pending actors make the autoscaler start expected ones."""
             try:
-                wanted = num_hosts(now, in_all(all_resources(), machines_to_come()))
+                wanted = hosts_beside_server(now, nodes(expect=True))
             except RequestError:  # nodes went away and none that is left fits: wait for their return
                 return []
             return start_hosts(needs, {"": max(0, wanted - have)})
@@ -67,12 +69,12 @@ class Placement:
                 return []
             needs["GPU"], now = share, override(config, {"runtime.gpus_per_client": share})
             say(f"client {error.client}: out of GPU memory; going on with {on_a_gpu(share)}")
-            return start_hosts(needs, {"": num_hosts(now, in_all(all_resources(), machines_to_come()))})
+            return start_hosts(needs, {"": hosts_beside_server(now, nodes(expect=True))})
 
         def own() -> ActorPool:
-            there = connect(self.address)
+            connect(self.address)
             to_come = machines_to_come() if self.address != "local" else []
-            count = num_hosts(now, in_all(there, to_come))
+            count = hosts_beside_server(now, [*nodes(), *to_come])
             later = f", some on machines that the cluster is yet to start ({len(to_come)} at most)" if to_come else ""
             say(f"Ray is up: {config.partition.num_clients} clients on {count} actors{later}")
             return ActorPool(
@@ -83,11 +85,22 @@ class Placement:
 
         return RayBackend(config, facts, shards, own)
 
-    def distil(self, task: DistillTask, report: Callable[[int, Mapping[str, float]], None], storage: str) -> Outcome:
-        """Return the distilled student. ``storage``: Ray Train's folder; with a local one, workers run on this node."""
-        knobs = task.config
-        if knobs.runtime.host == "serial" or (self.in_trial and not knobs.distill.workers):
-            return distil_serial(task, report)
+    def server(self, config: ExperimentConfig) -> Server | None:
+        """Return the worker for the server's work; None where that is this process."""
+        if not on_ray_gpus(config):
+            return None
+
+        return Server(
+            server_needs(config), lambda: None if self.in_trial else connect(self.address), shared=self.in_trial
+        )
+
+    def distil(self, task: DistillTask, report: Report, storage: str, on_server: Callable[..., Any]) -> Outcome:
+        """Return the distilled student. ``storage``: Ray Train's folder; ``on_server``: see ``RunContext``."""
+        config = task.config
+        without_train = config.runtime.host == "serial" or self.in_trial or on_ray_gpus(config)
+        if without_train and not (config.distill.train_workers and config.runtime.host == "ray"):
+            outcome: Outcome = on_server(distil_here, task, report=report)
+            return outcome
         if not self.in_trial:
             connect(self.address)
-        return distil_on_ray(task, report, storage, here=self.in_trial or "://" not in storage)
+        return distil_on_ray(task, report, storage)

@@ -1,4 +1,4 @@
-"""Choose the torch device, and find out whether a processor computes in bf16 natively."""
+"""Choose the torch device of a process, and find out whether a processor computes in bf16 natively."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def device_of(config: ExperimentConfig) -> torch.device:
-    """Return this process's device: CUDA if clients of ``config`` train there and torch finds it, else the CPU."""
+    """Return the driver's device: CUDA where clients train in its process and torch finds it, else the CPU.
+
+    Where clients train on GPUs of Ray's workers, the server's work runs there too (``server.Server``).
+    """
     import torch
 
-    return torch.device("cuda" if config.runtime.device == "cuda" and torch.cuda.is_available() else "cpu")
+    inside = config.runtime.device == "cuda" and config.runtime.host == "serial"
+    return torch.device("cuda" if inside and torch.cuda.is_available() else "cpu")
 
 
 def has_native_bf16(cuda: bool) -> bool:

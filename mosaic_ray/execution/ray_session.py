@@ -16,7 +16,7 @@ from ..core.errors import RequestError
 from ..core.machine import memory, num_cpus
 from .ray_internals import auth_mode, memory_shares
 from .ray_preflight import TOKEN_PLACES, check_cluster
-from .resource_plan import HOST_BYTES, Node
+from .resource_plan import HOST_BYTES, Node, on_ray_gpus
 
 #: Set before Ray starts: short polls in Ray Train, no usage report, its own noise off (errors are never silenced).
 RAY_ENVIRONMENT = {
@@ -82,17 +82,27 @@ def num_hosts(config: ExperimentConfig, resources: Resources) -> int:
     ):
         if asks > has:
             raise RequestError(f"runtime.{knob} = {asks:g}: there are {has:g} {hint}")
-    bounds = [
-        config.partition.num_clients,
-        int(resources.cpus / knobs.cpus_per_client + 1e-9),
-        max(1, int(resources.memory * 0.7 / HOST_BYTES)),
-    ]
-    if share := knobs.gpu_share:
+    room = max(1, places(config, resources))
+    return min(room, config.partition.num_clients, knobs.max_hosts or room)
+
+
+def hosts_beside_server(config: ExperimentConfig, machines: Sequence[Node | Resources]) -> int:
+    """Return ``num_hosts`` on all machines; on GPUs one place stays free, for the server's worker.
+
+    Where there is only one place, the two take turns.
+    """
+    count = num_hosts(config, in_all(Resources(0, 0, 0), machines))
+    return min(count, max(1, sum(places(config, m) for m in machines) - 1)) if on_ray_gpus(config) else count
+
+
+def places(config: ExperimentConfig, machine: Node | Resources) -> int:
+    """Return how many client actors a machine holds."""
+    cpus, share = config.runtime.cpus_per_client, config.runtime.gpu_share
+    bounds = [int(machine.cpus / cpus + 1e-9), max(1, int(machine.memory * 0.7 / HOST_BYTES))]
+    if share:
         per_gpu = int(1 / share + 1e-9) if share <= 1 else 0
-        bounds.append(per_gpu * int(resources.gpus) or int(resources.gpus // share))
-    if knobs.max_hosts:
-        bounds.append(knobs.max_hosts)
-    return max(1, min(bounds))
+        bounds.append(per_gpu * int(machine.gpus) or int(machine.gpus // share))
+    return min(bounds)
 
 
 def connect(address: str = "local") -> Resources:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from ..core.errors import RunError
 from ..core.types import Weights
-from ..distillation.student_training import DistContext, DistillTask, distil
+from ..distillation.student_training import DistContext, DistillTask, distil, inspect_student
+from ..federated.client import ClientContext
 from .determinism import choose_kernels
 from .malloc import keep_freed
-from .precision import device_of
-from .ray_session import own_node
+from .resource_plan import on_ray_gpus, server_needs
 
 Report = Callable[[int, Mapping[str, float]], None]
-Outcome = tuple[Weights, dict[str, float], list[tuple[int, dict[str, float]]]]
+Curve = list[tuple[int, dict[str, float]]]
+#: The student, figures, how often the teacher predicts each class (int64 [C]), and the curve.
+Outcome = tuple[Weights, dict[str, float], np.ndarray, Curve]
 
 #: Seconds between two reads of the reports of Train's workers.
 POLL_SECONDS = 1.0
@@ -28,43 +31,40 @@ POLL_SECONDS = 1.0
 MAX_FAILURES = 3
 
 
-def _loop(task: DistillTask, dist: DistContext, report: Report) -> Outcome:
-    import torch
-
+def _loop(task: DistillTask, device: torch.device, dist: DistContext, report: Report) -> Outcome:
     keep_freed()
     choose_kernels(task.config)
     torch.set_num_threads(task.config.runtime.driver_threads)
-    curve: list[tuple[int, dict[str, float]]] = []
+    curve: Curve = []
 
     def record(step: int, metrics: dict[str, float]) -> None:
         curve.append((step, metrics))
         report(step, metrics)
 
-    weights, final = distil(task, device_of(task.config), dist, record)
-    return weights, final, curve
+    weights, figures = distil(task, device, dist, record)
+    looked, named = inspect_student(task, weights, device)
+    return weights, figures | looked, named, curve
 
 
-def distil_serial(task: DistillTask, report: Report) -> Outcome:
-    """Distil in this process, without Ray; restore torch's thread count afterwards."""
-    import torch
-
+def distil_here(context: ClientContext, task: DistillTask, *, report: Report) -> Outcome:
+    """Distil in this process, without Ray Train; restore torch's thread count afterwards."""
     threads = torch.get_num_threads()
     try:
-        return _loop(task, DistContext(), report)
+        return _loop(task, context.device, DistContext(), report)
     finally:
         torch.set_num_threads(threads)
 
 
 class ReportQueue:
-    """Hold the reports of Train's first worker until the driver, which waits in ``fit``, reads them. A Ray actor."""
+    """Hold the reports of a worker until the driver, which waits for its end, reads them. A Ray actor."""
 
     def __init__(self) -> None:
-        self._reports: list[tuple[int, dict[str, float]]] = []
+        self._reports: Curve = []
 
     def put(self, step: int, metrics: dict[str, float]) -> None:
         self._reports.append((step, metrics))
 
-    def drain(self) -> list[tuple[int, dict[str, float]]]:
+    def drain(self) -> Curve:
         """Return all reports since the last call."""
         reports, self._reports = self._reports, []
         return reports
@@ -74,7 +74,7 @@ class ReportForwarder:
     """Forward each step's metrics exactly once, in order: live during training, the rest at the end."""
 
     def __init__(self, report: Report, queue: Any) -> None:
-        self._report, self._queue, self._last, self._done = report, queue, 0, threading.Event()
+        self._report, self._queue, self._last, self._done = report, queue, -1, threading.Event()
         self._failure: Exception | None = None
 
     @contextlib.contextmanager
@@ -90,7 +90,7 @@ class ReportForwarder:
         if self._failure:
             raise self._failure
 
-    def flush(self, curve: list[tuple[int, dict[str, float]]]) -> None:
+    def flush(self, curve: Curve) -> None:
         """Forward the steps of ``curve`` that were not forwarded yet; a loop that was restarted repeats its steps."""
         for step, metrics in curve:
             if step > self._last:
@@ -114,9 +114,8 @@ class ReportForwarder:
 
 def _worker(settings: dict[str, Any]) -> Outcome:
     import ray
-    import torch
+    import ray.train.torch
     from ray import train
-    from safetensors.numpy import save_file
 
     os.environ.setdefault("OMP_NUM_THREADS", str(settings["threads"]))
     context = train.get_context()
@@ -128,15 +127,11 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     if settings.get("queue") and dist.rank == 0:
         [queue] = settings["queue"]
         report = queue.put.remote  # the answer is not waited for
-    outcome = _loop(task, dist, report)
-    if settings["checkpoint"]:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if dist.rank == 0:
-                save_file(outcome[0], Path(folder) / "student.safetensors")
-                checkpoint = train.Checkpoint.from_directory(folder)
-            train.report(outcome[1], checkpoint=checkpoint)
-    return outcome
+    device = torch.device(settings["device"])
+    if device.type == "cuda":  # Train shows a machine's workers all of its GPUs
+        device = train.torch.get_device()
+        torch.cuda.set_device(device)
+    return _loop(task, device, dist, report)
 
 
 def _fit(trainer: Any) -> Any:
@@ -154,20 +149,26 @@ def _fit(trainer: Any) -> Any:
     return trainer.fit()
 
 
-def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool = False) -> Outcome:
-    """Distil in one ``TorchTrainer.fit()``: ``distill.workers`` workers, in process with 0; ``here``: all on this node.
+def worker_device(task: DistillTask) -> str:
+    """Return the kind of device that Ray Train's workers compute on."""
+    return "cuda" if on_ray_gpus(task.config) else "cpu"
 
-    Results do not depend on the number of workers beyond rounding: each draws its share of the generators' images and
-    gradients are summed. A worker that dies costs the steps since the start of the loop.
+
+def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
+    """Distil in one ``TorchTrainer.fit()``: ``distill.workers`` workers, in process with 0.
+
+    Workers run on any node: they write nothing into ``storage``, Ray Train's folder, which this node alone must reach.
+    The outcome comes back through Ray's object store. Results do not depend on the number of workers beyond rounding:
+    each draws its share of the generators' images and gradients are summed. A worker that dies costs the steps since
+    the start of the loop.
     """
     import ray
-    import torch
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers, knobs = task.config.distill.workers, task.config.runtime
-    gpu = knobs.device == "cuda"
-    settings: dict[str, Any] = {"threads": knobs.driver_threads, "checkpoint": workers > 0}
+    workers, knobs = task.config.distill.train_workers, task.config.runtime
+    device, each = worker_device(task), server_needs(task.config, workers)
+    settings: dict[str, Any] = {"threads": knobs.driver_threads, "device": device}
     if workers == 0:
         settings |= {"task": task, "report": report}
     else:
@@ -175,20 +176,18 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         settings["queue"] = [ray.remote(num_cpus=0)(ReportQueue).remote()]
         forwarder = ReportForwarder(report, *settings["queue"])
     threads = torch.get_num_threads()
-    each = {"CPU": 1.0, "GPU": float(gpu)} | (own_node() if here else {})
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type] # declared as without a value, which Result.return_value then holds
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if gpu and torch.cuda.is_available() else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpu and workers > 0, resources_per_worker=each if workers else None
+            num_workers=workers, use_gpu=workers > 0 and each["GPU"] > 0, resources_per_worker=each if workers else None
         ),
         run_config=RunConfig(
             name="distill",
             storage_path=storage,
             # the limit is of Train v2, which Ray puts in the place of the class that mypy sees
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=0),  # type: ignore[call-arg]
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
     try:
@@ -205,5 +204,5 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, *, here: bool
         torch.set_num_threads(threads)
     outcome: Outcome = result.return_value
     if workers > 0:
-        forwarder.flush(outcome[2])
+        forwarder.flush(outcome[3])
     return outcome

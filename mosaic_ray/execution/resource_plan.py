@@ -1,8 +1,9 @@
 """Plan the resources of a sweep from the nodes and the trials' configs alone, without Ray.
 
-A sweep holds client hosts (one pool for all trials), trials, and the Ray Train workers of trials that distil. Hosts and
-workers wait for nothing, so no trial waits forever if everything that may be held at once also fits at once. ``plan``
-finds the most trials and hosts for which it does, exactly, by dynamic programming over the nodes.
+A sweep holds client hosts (one pool for all trials), trials, and their workers: the Ray Train workers of trials that
+distil, and on GPUs the worker for the rest of the server's work. A trial uses one kind at a time. Hosts and workers
+wait for nothing, so no trial waits forever if everything that may be held at once also fits at once. ``plan`` finds the
+most trials and hosts for which it does, exactly, by dynamic programming over the nodes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,24 @@ MAX_NAMED = 6
 UNITS = 10_000
 
 
+def on_ray_gpus(config: ExperimentConfig) -> bool:
+    """Return whether clients run on GPUs of Ray's workers; the server's work then does too, not in the driver."""
+    return config.runtime.host == "ray" and config.runtime.gpu_share > 0
+
+
+def server_needs(config: ExperimentConfig, workers: int = 1) -> dict[str, float]:
+    """Return what Ray is asked for each of a trial's ``workers``: Ray Train's, or the server's.
+
+    On GPUs one worker asks for no more than a client, so that it fits wherever a client does; several ask for a whole
+    GPU each, since NCCL takes one process a GPU.
+    """
+    knobs = config.runtime
+    if not on_ray_gpus(config):
+        return {"CPU": 1.0, "GPU": 0.0}
+    share = 1.0 if workers > 1 else min(1.0, knobs.gpu_share)
+    return {"CPU": min(1.0, knobs.cpus_per_client), "GPU": share}
+
+
 @dataclass(frozen=True)
 class Node:
     """A machine: CPUs, GPUs, bytes of memory. ``to_come``: not up yet, but the autoscaler may start it."""
@@ -55,9 +74,9 @@ class Node:
 
 @dataclass(frozen=True)
 class ResourcePlan:
-    """How many hosts, trials and Train workers run on which node at once.
+    """How many hosts, trials and workers run on which node at once.
 
-    ``hosts``, ``trials`` and ``kept`` (places for Train workers) hold one count per node: together they fit.
+    ``hosts``, ``trials`` and ``kept`` (places for workers) hold one count per node: together they fit.
     """
 
     nodes: tuple[Node, ...]
@@ -65,7 +84,7 @@ class ResourcePlan:
     concurrent: int  # trials at once
     trial: Mapping[str, float]  # resources that a trial asks of Ray
     host: Mapping[str, float]  # resources of a client host
-    workers: int  # Train workers of one trial
+    workers: int  # of one trial: Ray Train's, or the server's
     worker: Mapping[str, float]  # resources of one of them
     limits_hosts: str
     limits_trials: str
@@ -89,8 +108,9 @@ class ResourcePlan:
         else:
             out.append("client hosts: none, clients run inside their trial (runtime.host = serial)")
         if kept:
+            whom = "the server's work and Ray Train" if self.worker["GPU"] else "Ray Train"
             out.append(
-                f"kept free for Ray Train: {_count(kept, 'worker')}{self._spread(self.kept)}, "
+                f"kept free for {whom}: {_count(kept, 'worker')}{self._spread(self.kept)}, "
                 f"{self.workers} a trial, each {_amounts(self.worker)}"
             )
         return [*out, self._left()]
@@ -138,15 +158,34 @@ class _Need:
     pool: bool  # clients run on hosts
     host_cpus: float
     trial_cpus: float  # above 0 where clients run inside the trial
-    gpus: float  # of a host, and of a trial
-    workers: int
+    gpus: float  # of a host, and of a trial in which clients run
+    inside: bool  # clients run on GPUs inside a trial
+    train: int  # Ray Train's workers
+    train_on_cpus: bool  # of a trial without GPUs
     clients: int
     per_round: int  # clients asked in a round; the fewest of any trial, since they leave most hosts idle
     max_hosts: float
 
     @property
     def compete(self) -> bool:  # whether trials and workers compete for CPUs or GPUs
-        return bool(self.workers and (self.trial_cpus or self.gpus))
+        return bool(self.workers and (self.trial_cpus or self.trial_gpus))
+
+    @property
+    def trial_gpus(self) -> float:
+        return self.gpus if self.inside else 0.0
+
+    @property
+    def workers(self) -> int:
+        """Return how many workers a trial has at once: Ray Train's, on GPUs at least the server's."""
+        return max(self.train, int(self.pool and self.gpus > 0))
+
+    @property
+    def worker(self) -> dict[str, float]:
+        """Return what a worker asks for, in the words of ``server_needs``."""
+        if not (self.gpus and self.pool):
+            return {"CPU": 1.0, "GPU": 0.0}
+        cpus = 1.0 if self.train_on_cpus else min(1.0, self.host_cpus)
+        return {"CPU": cpus, "GPU": 1.0 if self.workers > 1 else min(1.0, self.gpus)}
 
 
 def _need(configs: Sequence[ExperimentConfig]) -> _Need:
@@ -157,7 +196,9 @@ def _need(configs: Sequence[ExperimentConfig]) -> _Need:
         host_cpus=max((c.runtime.cpus_per_client for c in on_ray), default=0.0),
         trial_cpus=max((max(1.0, c.runtime.cpus_per_client) for c in serial), default=0.0),
         gpus=max(c.runtime.gpu_share for c in configs),
-        workers=max((c.distill.workers for c in on_ray), default=0),  # serial distils in the trial's own process
+        inside=any(c.runtime.gpu_share for c in serial),
+        train=max((c.distill.train_workers for c in on_ray), default=0),  # serial distils in the trial's own process
+        train_on_cpus=any(c.distill.train_workers and not on_ray_gpus(c) for c in on_ray),
         clients=max(c.partition.num_clients for c in configs),
         per_round=min(c.federation.cohort_size or c.partition.num_clients for c in configs),
         max_hosts=min((c.runtime.max_hosts for c in on_ray if c.runtime.max_hosts), default=math.inf),
@@ -182,16 +223,19 @@ def _options(
     amounts = zip(SCARCE, (_units(has[0]), int(has[1]), int(has[2] * MEMORY_SHARE)), strict=True)
     cpus, gpus, memory = (ENDLESS if kind in plenty else amount for kind, amount in amounts)
     host, trial, share = (max(1, _units(x)) if x else 0 for x in (need.host_cpus, need.trial_cpus, need.gpus))
+    worker, whole = max(1, _units(need.worker["CPU"])), need.worker["GPU"] == 1
     asks, slots = (share // UNITS, 1) if share > UNITS else (1, UNITS // share) if share else (0, 1)
+    held_by_trial = asks if need.trial_gpus else 0
     found: dict[tuple[int, int], int] = {}
     bounds = [most, memory // HOST_BYTES, *([cpus // host] if host else []), *([slots * gpus // asks] if asks else [])]
     for hosts in range(int(min(bounds)) + 1):
         free = cpus - host * hosts
         limits = [trials, (memory - HOST_BYTES * hosts) // DRIVER_BYTES, *([free // trial] if trial else [])]
-        held = min([*limits, *([slots * gpus // asks - hosts] if asks else [])]) // block * block
+        held = min([*limits, *([slots * gpus // asks - hosts] if held_by_trial else [])]) // block * block
         for count in range(0 if need.compete else held, held + 1, block):
-            gpus_left = gpus + (asks * (hosts + count) // -slots) if share else workers
-            found[count, min(workers, (free - trial * count) // UNITS, gpus_left)] = hosts
+            used = asks * hosts + held_by_trial * count
+            room = gpus + used // -slots if whole else slots * gpus - used if need.worker["GPU"] else workers
+            found[count, min(workers, (free - trial * count) // worker, room)] = hosts
     return sorted(((hosts, *others) for others, hosts in found.items()), reverse=True)
 
 
@@ -212,14 +256,15 @@ class _Cluster:
 
         On every node, with h hosts, t trials, w workers and s GPUs that are shared out:
 
-            CPUs     host_cpus h + trial_cpus t + w <= the node's
+            CPUs     host_cpus h + trial_cpus t + worker_cpus w <= the node's
             memory   HOST_BYTES h + DRIVER_BYTES t <= MEMORY_SHARE of the node's
-            GPUs     h + t <= s floor(1 / share), or share (h + t) <= s for whole GPUs;   s + w <= the node's
+            GPUs     h + w <= the node's floor(1 / share), for workers with a host's share; for whole ones,
+                     h <= s floor(1 / share), or share h <= s for hosts of whole GPUs;   s + w <= the node's
 
-        These conditions are sufficient too where Ray chooses the places. Trials are alike, workers are alike, and Ray
-        puts a share on the fullest GPU it fits on (2.60), so a new GPU is opened only if all others are full. Trials
-        and workers compete for GPUs alone, or for whole CPUs, which are interchangeable: with GPUs, all trials are
-        bound to one node, since a trial elsewhere could open the GPU that a worker needs.
+        and t counts like h where clients run inside the trial. These conditions are sufficient too where Ray chooses
+        the places. Trials are alike, workers are alike, and Ray puts a share on the fullest GPU it fits on (2.60), so
+        a new GPU is opened only if all others are full. Trials with a share and workers compete for GPUs: all trials
+        are then bound to one node, since a trial elsewhere could open the GPU that a worker needs.
 
         The search adds one node after the other: ``best[t, w]`` is the most hosts that the nodes so far hold beside t
         trials and w workers. It tries each of a node's ``_options``, so it is exact. Among equals, the first nodes get
@@ -228,10 +273,10 @@ class _Cluster:
         workers = trials * need.workers
         block = max(1, trials) if self.bound(need) else 1  # trials that share a node
         options = []
-        for number, node in enumerate(self.nodes):  # with local storage, Train's workers write beside their trial
-            limits = (trials, workers) if self.trials_on in (None, number) else (0, 0)
+        for number, node in enumerate(self.nodes):
+            there = trials if self.trials_on in (None, number) else 0
             has = (node.cpus, node.gpus, node.memory)
-            options.append(_options(need, has, *limits, most if need.pool else 0, block, tuple(plenty)))
+            options.append(_options(need, has, there, workers, most if need.pool else 0, block, tuple(plenty)))
         if any(sum(max(o[kind] for o in each) for each in options) < n for kind, n in ((1, trials), (2, workers))):
             return None
         # if the two do not compete, what fits beside the most hosts of every node needs no search
@@ -257,7 +302,7 @@ class _Cluster:
         return placed_on if sum(placed_on[0]) >= (need.pool if least is None else least) else None
 
     def bound(self, need: _Need) -> bool:
-        return self.trials_on is not None or bool(need.workers and need.gpus)
+        return self.trials_on is not None or bool(need.workers and need.trial_gpus)
 
     def fits(self, need: _Need, plenty: Sequence[str] = ()) -> bool:
         """Return whether one trial, its workers and one host fit."""
@@ -299,7 +344,7 @@ def plan(
 
     ``configs``: of the trials, at least one; the plan is for the largest requests. Unless ``max_concurrent`` is given,
     there are as many trials as keep every host busy in federated rounds, and one more for while a trial is in stages of
-    its own. ``trials_on``: the node that trials and their Train workers must run on, where storage is local.
+    its own. ``trials_on``: the node that trials must run on, where storage is local.
     ``RequestError`` where not even one trial fits.
     """
     if max_concurrent is not None and max_concurrent < 1:
@@ -338,10 +383,10 @@ def plan(
         nodes=cluster.nodes,
         hosts=hosts_on,
         concurrent=concurrent,
-        trial={"CPU": need.trial_cpus, "GPU": need.gpus, "memory": float(DRIVER_BYTES)},
+        trial={"CPU": need.trial_cpus, "GPU": need.trial_gpus, "memory": float(DRIVER_BYTES)},
         host={"CPU": need.host_cpus, "GPU": need.gpus, "memory": float(HOST_BYTES)} if need.pool else {},
         workers=need.workers,
-        worker={"CPU": 1.0, "GPU": float(need.gpus > 0)} if need.workers else {},
+        worker=need.worker if need.workers else {},
         limits_hosts=limits_hosts,
         limits_trials=limits_trials,
         trials=trials,
@@ -365,23 +410,22 @@ def _scarce(fits: Callable[[Sequence[str]], object]) -> str:
 
 def _refusal(cluster: _Cluster, need: _Need) -> str:
     """Return one line: the knob for which one trial, its workers and one host do not fit, and what would."""
-    alone = replace(need, workers=0)
+    alone = replace(need, train=0)
     if cluster.fits(alone):
         kind = _scarce(lambda plenty: cluster.fits(need, plenty)).partition(" and ")[0]
-        beside = f"{need.host_cpus:g} for a client host"  # only hosts on Ray come with workers
-        if kind == "GPUs":
-            beside = f"{need.gpus:g} for the trial and {need.gpus:g} for a client host"
-        most = _largest(range(need.workers), lambda workers: cluster.fits(replace(need, workers=workers)))
+        other = need.gpus if kind == "GPUs" else need.host_cpus  # only hosts on Ray come with workers
+        most = _largest(range(need.train), lambda workers: cluster.fits(replace(need, train=workers)))
         return (
-            f"distill.workers = {need.workers}: a trial needs {_count(need.workers, kind[:-1])} for them "
-            f"beside {beside}; {cluster.there(kind)}, so distill.workers may be at most {most} "
-            "(0 distils in the trial's own process)"
+            f"distill.workers = {need.train}: a trial needs {_count(need.train * need.worker[kind[:-1]], kind[:-1])} "
+            f"for them beside {other:g} for a client host; {cluster.there(kind)}, so distill.workers may be at most "
+            f"{most}" + ("" if need.gpus else " (0 distils in the trial's own process)")
         )
     short = [kind for kind in SCARCE if not cluster.fits(alone, [other for other in SCARCE if other != kind])]
     if "memory" in short:
         host = f" and a client host {size(HOST_BYTES, 'GiB')}" if need.pool else ""
         enough = size((DRIVER_BYTES + HOST_BYTES * need.pool) / MEMORY_SHARE, "GiB")
-        serial = replace(alone, pool=False, trial_cpus=max(1.0, need.host_cpus, need.trial_cpus))
+        cpus = max(1.0, need.host_cpus, need.trial_cpus)
+        serial = replace(alone, pool=False, trial_cpus=cpus, inside=True)
         return (
             f"memory: a trial needs {size(DRIVER_BYTES, 'GiB')}{host}, within {MEMORY_SHARE:.0%} of a node's; "
             f"{cluster.there('memory')}; a node with {enough} would do"
@@ -390,7 +434,8 @@ def _refusal(cluster: _Cluster, need: _Need) -> str:
     shares, whole = [v / 100 for v in range(1, 100)], [float(v) for v in range(1, 1000)]
     if "GPUs" in short or (need.gpus and "CPUs" not in short):
         kind, field, below = "GPUs", "gpus", [0.0, *shares, *whole]
-        wants = f"a trial and a client host need {need.gpus:g} each" if need.pool else f"a trial needs {need.gpus:g}"
+        wants = f"a client host and the server's worker need {need.gpus:g} each"
+        wants = wants if need.pool else f"a trial needs {need.gpus:g}"
     elif need.pool:
         kind, field, below = "CPUs", "host_cpus", [*shares, *whole]
         wants = f"a client host needs {need.host_cpus:g} on one node"

@@ -6,8 +6,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Concatenate, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ..distillation.student_training import DistillTask
 from ..execution.actor_pool import ClientFailure
 from ..execution.backend import ClientBackend
 from ..execution.malloc import give_back
+from ..execution.server import Server
 from ..execution.watch import MapEvents
 from ..federated.client import ClientContext, Task
 from ..storage.locks import Lease
@@ -95,7 +96,8 @@ class Shards:
 class RunContext:
     """Inputs of all stages, and the run's results so far; ``strict``: an error among findings ends the run.
 
-    ``backend`` runs client tasks, ``distil`` hosts the distillation loop; the caller that makes the context sets both.
+    ``backend`` runs client tasks, ``distil`` hosts the distillation loop, ``server`` the rest of the server's work
+    (None: this process); the caller that makes the context sets them.
     """
 
     config: ExperimentConfig
@@ -105,6 +107,7 @@ class RunContext:
     tracker: Tracker
     backend: ClientBackend = field(init=False)
     distil: DistilHost = field(init=False)
+    server: Server | None = None
     shards: Shards = field(init=False)  # set by the stage partition
     keys: dict[str, str] = field(default_factory=dict)  # by stage, as far as they are known
     results: dict[str, StageResult] = field(default_factory=dict)  # of stages that are done
@@ -148,6 +151,33 @@ class RunContext:
         """Return the stored result of a declared stage with one key, or compute and store it."""
         [key] = self.client_keys(stage)
         return self.stage(stage.name, key, compute, total=stage.total(self.config), unit=stage.unit)
+
+    def on_server(
+        self,
+        function: Callable[Concatenate[ClientContext, ...], R],
+        *args: Any,
+        report: Callable[[int, Mapping[str, float]], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> R:
+        """Return ``function(context, *args)``, computed on a GPU worker where clients run on GPUs of Ray, else here.
+
+        ``function`` stands at the top of a module, and its result depends on its arguments alone; ``context.device``
+        is the device to compute on. An iterator among ``args`` is sent item by item. With ``report`` the function takes
+        the keyword ``report``, and calls it with rising steps: report(step, metrics). ``progress``, which the context
+        passes on, is called in this process alone.
+        """
+        more = {"report": report} if report else {}
+        if self.server is None:
+            context = replace(self.client_context, progress=progress) if progress else self.client_context
+            return function(context, *args, **more)
+        found: R = self.server.call(function, self.client_context, args, report, self.backend.release)
+        return found
+
+    def release(self) -> None:
+        """Give the resources of client actors and of the server's worker back, until they are needed again."""
+        self.backend.release()
+        if self.server:
+            self.server.release()
 
     def map(
         self,

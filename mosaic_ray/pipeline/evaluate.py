@@ -10,6 +10,7 @@ from torch import nn
 
 from ..core.types import ROLES, ImageSet, Weights
 from ..distillation.teacher import MixedTeacher, TeacherState, build_teacher
+from ..federated.client import ClientContext
 from ..federated.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
 from ..storage.store import StageResult, StageWriter
 from ..tracking.progress import StageProgress
@@ -27,17 +28,22 @@ def validation_images(ctx: RunContext) -> ImageSet | None:
     return ctx.dataset.train.take(rows) if len(rows) else None
 
 
-def _logits(ctx: RunContext, model: Model, data: ImageSet, units: float = 0.0) -> np.ndarray:
-    facts, device = ctx.dataset.facts, ctx.client_context.device
+def logits_of(context: ClientContext, model: Model, data: ImageSet) -> np.ndarray:
+    """Return the logits float32 [N, C] of a classifier or a teacher."""
     network: nn.Module
     if isinstance(model, TeacherState | MixedTeacher):
-        network = build_teacher(ctx.config, facts, model).to(device)
+        network = build_teacher(context.config, context.facts, model).to(context.device)
     elif isinstance(model, nn.Module):
-        network = model.to(device).eval()
+        network = model.to(context.device).eval()
     else:
-        network = ctx.client_context.classifier(model).eval()
+        network = context.classifier(model).eval()
+    precision = context.config.runtime.precision
+    return logits_on(network, data, context.facts, context.device, precision, progress=context.progress)
+
+
+def _logits(ctx: RunContext, model: Model, data: ImageSet, units: float = 0.0) -> np.ndarray:
     inside = ctx.tracker.inside("image", units=units)
-    found = logits_on(network, data, facts, device, ctx.config.runtime.precision, progress=partial(inside, 0))
+    found = ctx.on_server(logits_of, model, data, progress=partial(inside, 0))
     inside.close()
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..config.schema import ExperimentConfig
 from ..data.load import known_facts
 from ..execution.devices import describe, resources_for, settle
-from ..execution.ray_session import num_hosts
+from ..execution.ray_session import hosts_beside_server
 from .calibrate import estimate_for
 from .checks import check_models
 from .earlier import read_earlier
@@ -62,8 +62,8 @@ def dry_run(
     if (facts := known_facts(config.data)) is not None:
         check_models(config, facts)
     earlier = read_earlier(storage, fresh)
-    actors = 0 if config.runtime.host == "serial" else num_hosts(config, there)
+    actors = 0 if config.runtime.host == "serial" else hosts_beside_server(config, [there])
     estimate = estimate_for([config], earlier.runs, calibrate)
     work = unique_work([earlier.chain(config)], [config], earlier, estimate.add)
-    hours = estimate.on(clients_at_once(config, actors), gpus=gpus_held(config, there.gpus, actors, 0))
+    hours = estimate.on(clients_at_once(config, actors), gpus=gpus_held(config, there.gpus, actors, 1))
     return DryRun(name or default_name(config), config, actors, describe(config, there), work, hours)

@@ -173,10 +173,11 @@ def open_run(
     choose_kernels(config)
     client = ClientContext(config, dataset.facts, device_of(config))
     ctx = RunContext(config, dataset, client, store, tracker, **fields)
-    ctx.backend = hosts.backend(config, dataset.facts, ctx.shard, tracker.say)
+    ctx.backend, ctx.server = hosts.backend(config, dataset.facts, ctx.shard, tracker.say), hosts.server(config)
     try:
         yield ctx
     finally:
+        ctx.release()
         ctx.backend.close()
 
 
@@ -242,7 +243,7 @@ def execute(
             ctx.warn_of(ctx.findings)
             if command:
                 tracker.text("run/command", f"    {shlex.join(command)}")
-            ctx.distil = lambda task, report: hosts.distil(task, report, store.where(f"{place}/train"))
+            ctx.distil = lambda task, report: hosts.distil(task, report, store.where(f"{place}/train"), ctx.on_server)
             boards = TensorBoardImages(tracker, config, dataset, ctx.results, ctx.generators)
             boards.begin()
             tracker.before_stage = boards.catch_up

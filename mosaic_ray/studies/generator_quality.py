@@ -25,6 +25,7 @@ from .harness import Row, Study, StudyContext, generated, measured, uploads
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..federated.client import ClientContext
     from ..pipeline.context import RunContext
     from ..storage.store import StageResult
 
@@ -71,7 +72,6 @@ def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]
 
 def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Train a classifier, a generator and a second classifier; measure the images with both classifiers."""
-    from ..distillation.generator_training import to_pixels
     from ..distillation.image_quality import inception_weights
     from ..pipeline.rounds import warm_up
 
@@ -87,9 +87,7 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     inception = bool(context.options["inception"])
 
     def compute() -> tuple[list[Row], dict[str, np.ndarray]]:
-        parts = generated(run, generators.weights()[0], count, "quality", "images")
-        facts, scale = run.dataset.facts, config.generator.gan_range
-        images = np.concatenate([to_pixels(part, scale, facts) for part in parts])
+        images = run.on_server(_pixels, generators.weights()[0], count)
         classifiers = {"own": warmup.weights, "judge": judge.weights}
         rows = [_scores(run, name, weights, images, halves) for name, weights in classifiers.items()]
         if inception:
@@ -98,6 +96,15 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
         return rows, {"images": images[:100]}
 
     return measured(run, STUDY, {"images": count, "inception": inception}, [generators.key, judge.key], compute)
+
+
+def _pixels(context: ClientContext, generator: Weights, count: int) -> np.ndarray:
+    """Return ``count`` images of the generator, uint8."""
+    from ..distillation.generator_training import to_pixels
+
+    scale, facts = context.config.generator.gan_range, context.facts
+    parts = generated(context, generator, count, "quality", "images")
+    return np.concatenate([to_pixels(part, scale, facts) for part in parts])
 
 
 def _distances(features: Any, images: np.ndarray, halves: Sequence[np.ndarray], device: str) -> Row:
@@ -109,20 +116,25 @@ def _distances(features: Any, images: np.ndarray, halves: Sequence[np.ndarray], 
 
 
 def _scores(run: RunContext, name: str, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
-    from ..distillation import image_quality as quality
     from ..federated.evaluation import accuracy
     from ..pipeline.evaluate import table_of
 
-    facts, device, seed = run.dataset.facts, str(run.client_context.device), run.config.seed
-    features = quality.Network(run.client_context.classifier(weights), facts)
-    logits = quality.Network(run.client_context.classifier(weights), facts, logits=True)
+    row = {"classifier": name} | run.on_server(_scored, weights, images, halves)
+    return row | {"test_accuracy": accuracy(table_of(run, weights, run.dataset.test))}
+
+
+def _scored(context: ClientContext, weights: Weights, images: np.ndarray, halves: Sequence[np.ndarray]) -> Row:
+    from ..distillation import image_quality as quality
+
+    facts, device, seed = context.facts, str(context.device), context.config.seed
+    features = quality.Network(context.classifier(weights), facts)
+    logits = quality.Network(context.classifier(weights), facts, logits=True)
     score, spread = quality.inception_score(logits, images, seed, device)
     shares = quality.class_shares(quality.predicted(logits, images, device), facts.num_classes)
-    return {"classifier": name} | _distances(features, images, halves, device) | {
+    return _distances(features, images, halves, device) | {
         "inception_score": score, "inception_score_sd": spread,
         "inception_score_real": quality.inception_score(logits, halves[0], seed, device)[0],
         "coverage": quality.coverage(shares), "class_share": shares.tolist(),
-        "test_accuracy": accuracy(table_of(run, weights, run.dataset.test)),
     }  # fmt: skip
 
 

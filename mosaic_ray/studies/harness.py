@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..execution.placement import Placement
+    from ..federated.client import ClientContext
     from ..methods.mosaic.client_uploads import Generators
     from ..pipeline.context import RunContext, Shards
     from ..pipeline.rounds import Warmup
@@ -89,15 +90,14 @@ def uploads(run: RunContext) -> tuple[Shards, Warmup, Generators]:
     return shards, warmup, run.run(GENERATORS, warmup)
 
 
-def generated(run: RunContext, generator: Weights, count: int, *address: str | int) -> Iterator[Tensor]:
+def generated(context: ClientContext, generator: Weights, count: int, *address: str | int) -> Iterator[Tensor]:
     """Yield ``count`` images of a generator in parts, float32 [n, C, H, W] in [-1, 1]; ``address``: of the draws."""
     import torch
 
     from ..distillation.generator_training import draw, load_generator
 
-    device = run.client_context.device
-    maker = load_generator(run.config.generator, run.dataset.facts, generator).to(device)
-    inputs = draw(maker, count, stream(run.config.seed, *address), device)
+    maker = load_generator(context.config.generator, context.facts, generator).to(context.device)
+    inputs = draw(maker, count, stream(context.config.seed, *address), context.device)
     for part in zip(*(tensor.split(CHUNK) for tensor in inputs), strict=True):
         with torch.no_grad():
             images = maker(*part).float()

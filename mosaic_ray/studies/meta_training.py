@@ -21,12 +21,13 @@ from ..config.schema import ExperimentConfig
 from ..config.validate import check as check_config
 from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
-from ..core.types import Dataset, Prototypes
+from ..core.types import Dataset, ImageSet, Prototypes, Weights
 from .harness import Row, Study, StudyContext, measured, uploads
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..federated.client import ClientContext
     from ..methods.mosaic.client_uploads import Generators
     from ..pipeline.context import RunContext, Shards
     from ..pipeline.rounds import Warmup
@@ -93,27 +94,36 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
 
 def _synthetic(run: RunContext, teacher: Any, warmup: Warmup, generators: Generators, kept: Prototypes) -> Prototypes:
     """Draw again the vectors and labels that an arm's meta model trained on in place of ``kept``."""
-    from ..distillation.teacher_training import expert_mean_logits, synthetic_prototypes
-
     makers = zip(generators.clients, generators.results, strict=True)
     sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
-    vote = expert_mean_logits(run.client_context, teacher.experts, teacher.index)
-    return synthetic_prototypes(run.client_context, warmup.weights, sources, vote, kept)
+    return run.on_server(_drawn, warmup.weights, teacher.experts, teacher.index, sources, kept)
+
+
+def _drawn(
+    context: ClientContext, start: Weights, experts: tuple[Weights, ...], index: np.ndarray, sources: Any, kept: Any
+) -> Prototypes:
+    from ..distillation.teacher_training import expert_mean_logits, synthetic_prototypes
+
+    return synthetic_prototypes(context, start, sources, expert_mean_logits(context, experts, index), kept)
+
+
+def _features(context: ClientContext, weights: Weights, data: ImageSet) -> np.ndarray:
+    from ..distillation.prototypes import extract_features
+
+    shard = context.shard(data.images, data.labels)
+    return extract_features(context.classifier(weights), shard, context.facts, context.config.runtime.precision)
 
 
 def _real_features(run: RunContext, shards: Shards, warmup: Warmup, kept: Prototypes) -> np.ndarray:
     """Extract features of as many real images of each client as it has prototypes, with the model that made those."""
-    from ..distillation.prototypes import extract_features
-
     by_client = run.config.prototypes.model == "client" and run.config.prototypes.rounds == "last"
     parts = []
     for client_id, count in zip(*np.unique(kept.clients, return_counts=True), strict=True):
         draws = numpy_stream(run.config.seed, "meta-training", "real", int(client_id))
         rows = draws.permutation(shards.train[client_id])[:count]
         data = run.dataset.train.take(rows)
-        model = run.client_context.classifier(warmup.client(int(client_id)) if by_client else warmup.weights)
-        shard = run.client_context.shard(data.images, data.labels)
-        parts.append(extract_features(model, shard, run.dataset.facts, run.config.runtime.precision))
+        weights = warmup.client(int(client_id)) if by_client else warmup.weights
+        parts.append(run.on_server(_features, weights, data))
     return np.concatenate(parts)
 
 

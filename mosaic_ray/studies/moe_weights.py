@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
-    from ..pipeline.context import RunContext
+    from ..federated.client import ClientContext
     from ..storage.store import StageResult
 
 BASE: dict[str, Any] = {}
@@ -72,7 +72,6 @@ def compared(name: str, true: np.ndarray, guess: np.ndarray) -> Row:
 def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
     """Compute the clients' models and generators, and estimate the weights from their images."""
     from ..distillation.experts import expert_weights
-    from ..distillation.generator_training import classifier_view
 
     with context.run(config) as run:
         shards, warmup, generators = uploads(run)
@@ -81,11 +80,9 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
             owned = np.flatnonzero(shards.counts.sum(0))  # a class that nobody holds has no weights
             shares, noise = np.zeros((2, *shards.counts.shape))
             for client_id, made in zip(generators.clients, generators.results, strict=True):
-                weights = warmup.client(client_id)
-                parts = generated(run, made.load("generator"), NUM_IMAGES, "moe-weights", client_id)
-                views = (classifier_view(part, config.generator.gan_range, run.dataset.facts) for part in parts)
-                shares[client_id] = seen_shares(run, client_id, weights, views)
-                noise[client_id] = seen_shares(run, client_id, weights, random_images(run, client_id))
+                shares[client_id], noise[client_id] = run.on_server(
+                    client_shares, client_id, warmup.client(client_id), made.load("generator")
+                )
             true, sizes = expert_weights(shards.counts)[:, owned], shards.sizes.astype(np.float64)
             alike = np.ones(true.shape)
             guesses = {
@@ -100,28 +97,42 @@ def measure(context: StudyContext, config: ExperimentConfig) -> StageResult:
         return measured(run, STUDY, {"images": NUM_IMAGES}, [warmup.key, generators.key], compute)
 
 
-def random_images(run: RunContext, client_id: int) -> Iterator[torch.Tensor]:
+def client_shares(
+    context: ClientContext, client_id: int, weights: Weights, generator: Weights
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shares that client k's model predicts on its generator's images, and on noise."""
+    from ..distillation.generator_training import classifier_view
+
+    parts = generated(context, generator, NUM_IMAGES, "moe-weights", client_id)
+    views = (classifier_view(part, context.config.generator.gan_range, context.facts) for part in parts)
+    shares = seen_shares(context, client_id, weights, views)
+    return shares, seen_shares(context, client_id, weights, random_images(context, client_id))
+
+
+def random_images(context: ClientContext, client_id: int) -> Iterator[torch.Tensor]:
     """Yield 2,000 images of uniform independent pixels as classifier inputs."""
     import torch
 
     from ..data.transforms import normalise
 
-    facts, draws = run.dataset.facts, numpy_stream(run.config.seed, "moe-weights/noise", client_id)
+    facts, draws = context.facts, numpy_stream(context.config.seed, "moe-weights/noise", client_id)
     for _ in range(NUM_IMAGES // CHUNK):
         pixels = draws.integers(0, 256, (CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
-        yield normalise(torch.tensor(pixels, device=run.client_context.device), facts.mean, facts.std)
+        yield normalise(torch.tensor(pixels, device=context.device), facts.mean, facts.std)
 
 
-def seen_shares(run: RunContext, client_id: int, weights: Weights, views: Iterable[torch.Tensor]) -> np.ndarray:
+def seen_shares(
+    context: ClientContext, client_id: int, weights: Weights, views: Iterable[torch.Tensor]
+) -> np.ndarray:
     """Return P_k float64 [C]: the share of ``views`` in which client k's model predicts each class."""
     import torch
 
     from ..distillation.image_quality import class_shares
 
-    model = run.client_context.client_classifier(client_id, weights).eval()
+    model = context.client_classifier(client_id, weights).eval()
     with torch.no_grad():
         labels = torch.cat([model(view).argmax(1) for view in views])
-    return class_shares(labels.cpu().numpy(), run.dataset.facts.num_classes)
+    return class_shares(labels.cpu().numpy(), context.facts.num_classes)
 
 
 def figure(figure: Figure, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:

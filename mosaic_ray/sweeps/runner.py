@@ -145,12 +145,10 @@ def resources_of(sweep: Sweep, nodes: Sequence[Node], storage: str) -> ResourceP
     """Return how many trials and client hosts the sweep runs at once on ``nodes`` (the first is this one)."""
     from ..execution.resource_plan import plan
 
-    # only this node reads a local folder, and the folder in which a trial's Train workers leave their checkpoints
-    local = "://" not in storage or storage.startswith("file:")
-    bound = local or any(config.distill.workers for config in sweep.configs)
+    local = "://" not in storage or storage.startswith("file:")  # then this node alone reads it
     return plan(
         nodes, sweep.configs, num_trials=sweep.search.total, max_concurrent=sweep.request.max_concurrent,
-        trials_on=0 if bound else None,
+        trials_on=0 if local else None,
     )  # fmt: skip
 
 

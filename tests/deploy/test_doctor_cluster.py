@@ -284,13 +284,16 @@ def test_the_plan_of_a_run_says_how_many_machines_are_asked_for(study_context):
     assert "node head: 4 CPUs, 10.0 GiB: no client host fits" in text
     assert "node gpu: 8 CPUs, 1 GPU, 20.0 GiB: 4 client hosts fit" in text
     assert "client hosts: 12, up to 1 of the run's 12 clients" in text
+    assert "the server's work: one worker with 0.25 GPU beside them" in text
+    assert "asked for 4 of gpu (at most 4)" in text
+    text = plan_lines(examined("aws", same, "--clients", "11", *quarter))
     assert "asked for 3 of gpu (at most 4)" in text
     text = plan_lines(examined("aws", same, "--clients", "40", *quarter))
-    assert "client hosts: 16, up to 3 of the run's 40 clients" in text
+    assert "client hosts: 15, up to 3 of the run's 40 clients" in text
     assert "asked for 4 of gpu (at most 4)" in text
     on_cpus = ("--set", "runtime.device=cpu")
     assert "asked for 0 of gpu" in plan_lines(examined("aws", same, "--clients", "4", *on_cpus))  # the head's CPUs do
-    assert "asked for 2 of gpu" in plan_lines(examined("aws", same, "--clients", "2"))  # by themselves
+    assert "asked for 3 of gpu" in plan_lines(examined("aws", same, "--clients", "2"))  # by themselves
     assert "asked for 1 of gpu" in plan_lines(examined("aws", same, "--clients", "5", *on_cpus))
 
 
@@ -306,11 +309,12 @@ def test_train_workers_count_when_the_clients_have_gone(study_context):
 def test_the_plan_of_a_sweep_is_the_sweeps_own(study_context):
     half = ("--space", "smoke", "--set", "runtime.gpus_per_client=0.5")
     text = plan_lines(examined("aws", same, *half))
-    assert re.search(r"trials at once: \d, each 0\.5 GPU", text)
+    assert re.search(r"kept free for the server's work and Ray Train: \d workers?.*, each 1 CPU, 0\.5 GPU", text)
     assert re.search(r"asked for [1-4] of gpu", text)
     grid = plan_lines(examined("aws", same, "--grid", "meta.pool=sum,mean", *half[2:]))
-    assert re.search(r"trials at once: \d, each 0\.5 GPU", grid)
-    lines = findings(examined("aws", same, *half, "--storage", "./here"))
+    assert re.search(r"kept free for the server's work and Ray Train: \d", grid)
+    assert "trials at once" in plan_lines(examined("aws", same, *half, "--storage", "./here"))  # on the head
+    lines = findings(examined("aws", same, *half, "--storage", "./here", "--host", "serial"))
     assert [line for line in lines if re.match(r"problem +plan: .*0 on head, where trials run", line)]
 
 

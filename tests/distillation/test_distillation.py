@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, generate, prototypes, shard_of, stripes
+from helpers import FACTS, TINY, assert_same, generate, make_teacher, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.types import Prototypes
@@ -20,7 +20,6 @@ from mosaic_ray.distillation.student_training import (
     make_task,
     sample_weights,
 )
-from mosaic_ray.distillation.teacher_training import make_teacher
 from mosaic_ray.federated.client import ClientContext, initial_weights
 
 CPU = torch.device("cpu")

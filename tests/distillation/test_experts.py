@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, stripes
+from helpers import FACTS, TINY, assert_same, make_teacher, shard_of, stripes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,6 @@ from mosaic_ray.distillation.experts import distinct_experts, expert_weights, fo
 from mosaic_ray.distillation.meta_model import MetaModel, Teacher, ema_update, ema_weights, token_size
 from mosaic_ray.distillation.prototypes import client_prototypes
 from mosaic_ray.distillation.teacher import TeacherState, build_teacher, head_logits
-from mosaic_ray.distillation.teacher_training import make_teacher
 from mosaic_ray.federated.aggregation import RunningAverage
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.models.state_dict import head_of, to_weights

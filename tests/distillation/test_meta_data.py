@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, prototypes, shard_of, stripes, stripes_dataset
+from helpers import FACTS, TINY, assert_same, make_teacher, prototypes, shard_of, stripes, stripes_dataset
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RunError
@@ -16,7 +16,7 @@ from mosaic_ray.core.types import Prototypes, Weights
 from mosaic_ray.distillation.experts import form_experts
 from mosaic_ray.distillation.generator_training import classifier_view, latents, load_generator
 from mosaic_ray.distillation.prototypes import split_held_out
-from mosaic_ray.distillation.teacher_training import expert_mean_logits, make_teacher, synthetic_prototypes
+from mosaic_ray.distillation.teacher_training import expert_mean_logits, synthetic_prototypes
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.methods.mosaic.graph import TEACHER

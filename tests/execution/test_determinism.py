@@ -99,12 +99,17 @@ def test_every_process_chooses_before_it_computes(monkeypatch, tmp_path):
     shard = shard_of(stripes(6))
     backend.run_task(TINY, FACTS, "cpu", Nothing(order), 0, [shard.images.numpy(), shard.labels.numpy()], None, None)
     monkeypatch.setattr(ray_train, "distil", lambda task, *rest: (order.append("work"), {}))
-    ray_train._loop(type("Task", (), {"config": TINY})(), ray_train.DistContext(), lambda step, metrics: None)
+    monkeypatch.setattr(ray_train, "inspect_student", lambda *rest: ({}, None))
+    task = type("Task", (), {"config": TINY})()
+    ray_train._loop(task, torch.device("cpu"), ray_train.DistContext(), lambda step, metrics: None)
 
     class Hosts:
         def backend(self, *inputs):
             order.append("work")
             return backend.SerialBackend(TINY, FACTS, lambda k: ImageSet(shard.images.numpy(), shard.labels.numpy()))
+
+        def server(self, config):
+            return None
 
     dataset = type("Data", (), {"facts": FACTS})()
     with runner.open_run(TINY, dataset, None, type("T", (), {"say": print})(), Hosts()):

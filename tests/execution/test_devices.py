@@ -50,7 +50,7 @@ def test_settled_stays_as_it_is():
         ({"share": 0.01}, {"runtime__cpus_per_client": 0.1}, 1 / 16),
         ({"share": 0.01}, {}, 1 / 8),  # 16 CPUs for 2 GPUs
         ({"share": 0.01}, {"runtime__cpus_per_client": 4.0}, 1 / 2),
-        ({"share": 0.01, "gpus": 50}, {"runtime__cpus_per_client": 0.1}, 1 / 2),  # 100 clients
+        ({"share": 0.01, "gpus": 50}, {"runtime__cpus_per_client": 0.1}, 0.3333),  # 100 clients and the server
         ({"share": 0.01}, {"runtime__host": "serial"}, 1.0),
     ],
 )
@@ -115,11 +115,12 @@ def test_a_run_with_another_share_is_the_same_run(tmp_path):
 
 
 def test_torch_is_asked_before_cuda_is_used(monkeypatch):
-    on_gpus = settle(config(), STATION)
+    on_gpus = settle(config(runtime__host="serial"), STATION)
     for there in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert device_of(on_gpus).type == ("cuda" if there else "cpu")
         assert device_of(settle(config(), LAPTOP)).type == "cpu"
+        assert device_of(settle(config(), STATION)).type == "cpu"  # clients are on Ray's workers
 
 
 # --- GPUs beside busy CPUs -------------------------------------------------------------------------------------------

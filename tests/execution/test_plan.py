@@ -32,15 +32,22 @@ PAIR = cluster((2, 0, 8), (8, 0, 32))
         (cluster((64, 0, 256)), {"runtime__max_hosts": 4}, {}, (4,), 2, ("runtime.max_hosts", "client hosts")),
         (cluster((64, 0, 256)), {"partition__num_clients": 2}, {"max_concurrent": 3}, (6,), 3, ("clients", "--max")),
         (cluster((64, 1, 256)), {"runtime__gpus_per_client": 0.1}, {}, (8,), 2, ("GPUs", "client hosts")),
-        (cluster((64, 3, 99)), {"runtime__gpus_per_client": 0.1, "distill__workers": 1}, {}, (8,), 2, ("GPUs", "GPUs")),
-        (cluster((64, 4, 256)), {"runtime__gpus_per_client": 2.0}, {}, (1,), 1, ("GPUs", "GPUs")),
+        (cluster((64, 3, 99)), {"runtime__gpus_per_client": 0.1, "distill__workers": 1}, {}, (26,), 4,
+         ("GPUs", "client hosts")),
+        (cluster((64, 3, 99)), {"runtime__gpus_per_client": 0.1, "distill__workers": 2}, {}, (10,), 1,
+         ("clients", "GPUs")),
+        (cluster((64, 4, 256)), {"runtime__gpus_per_client": 2.0}, {}, (1,), 2, ("GPUs", "GPUs")),
+        (cluster((4, 0, 16), (8, 1, 20)), {"runtime__gpus_per_client": 0.1}, {"trials_on": 0}, (0, 6), 2,
+         ("CPUs", "client hosts")),
+        (cluster((4, 1, 16)), {"runtime__gpus_per_client": 0.1, "runtime__cpus_per_client": 0.25}, {}, (8,), 2,
+         ("GPUs", "client hosts")),
         (cluster((4, 2, 2.4), (4, 2, 2.4)), {"runtime__gpus_per_client": 0.1}, {"max_concurrent": 2}, (1, 1), 2,
          ("memory", "--max")),
         (cluster((4, 2, 2.4), (4, 2, 2.4)), {"runtime__gpus_per_client": 0.1, "distill__workers": 1},
-         {"max_concurrent": 2}, (2, 1), 1, ("memory", "memory")),
+         {"max_concurrent": 2}, (1, 1), 2, ("memory", "--max")),
         (cluster(*[(8, 0, 32)] * 4), {"runtime__max_hosts": 10}, {}, (8, 2, 0, 0), 2, ("runtime.max_hosts", "hosts")),
         (PAIR, {}, {"trials_on": 0}, (2, 8), 2, ("CPUs", "client hosts")),
-        (PAIR, {"distill__workers": 2}, {"trials_on": 0}, (0, 8), 1, ("CPUs", "CPUs")),
+        (PAIR, {"distill__workers": 2}, {"trials_on": 0}, (2, 4), 2, ("CPUs", "client hosts")),
         (PAIR, {"distill__workers": 2}, {}, (2, 4), 2, ("CPUs", "client hosts")),
     ],
 )  # fmt: skip
@@ -57,7 +64,7 @@ def test_plans_by_hand(nodes, knobs, ask, hosts, concurrent, limits):
 def test_ten_tenths_of_a_gpu_are_one_gpu_and_of_a_cpu_one_cpu():
     one = config(partition__num_clients=100, runtime__cpus_per_client=0.1, runtime__gpus_per_client=0.1)
     made = plan(cluster((2, 2, 64)), [one], num_trials=1)
-    assert made.hosts == (19,)  # and the trial's own share: 20 in all
+    assert made.hosts == (19,)  # and the server's share: 20 in all
     made = plan(cluster((3, 0, 64)), [override(one, {"runtime.gpus_per_client": 0.0})], num_trials=1)
     assert made.hosts == (30,)
     sixths = override(one, {"runtime.gpus_per_client": 0.16666})  # 0.1667 to Ray, of which a GPU holds five
@@ -80,6 +87,11 @@ def test_the_plan_in_words():
         "kept free for Ray Train: 2 workers, 1 a trial, each 1 CPU",
         "left over: 0 of 8 CPUs, 26.5 of 32.0 GiB",
     ]
+    shares = plan(cluster((8, 1, 32)), [config(partition__num_clients=10, runtime__gpus_per_client=0.1)], num_trials=2)
+    assert shares.lines()[-2:] == [
+        "kept free for the server's work and Ray Train: 2 workers, 1 a trial, each 1 CPU, 0.1 GPU",
+        "left over: 0 of 8 CPUs, 0.2 of 1 GPU, 26.5 of 32.0 GiB",
+    ]
     lines = plan(
         cluster((2, 1, 8)), [config(runtime__host="serial", runtime__gpus_per_client=0.5)], num_trials=9
     ).lines()
@@ -95,19 +107,19 @@ def test_the_plan_in_words():
     [
         (LAPTOP, {"distill__workers": 2}, {}, r"^distill\.workers = 2: a trial needs 2 CPUs for them beside 1 for a "
          r"client host; there are 2 CPUs, so distill\.workers may be at most 1 \(0 distils in the trial's own proc"),
-        (cluster((9, 1, 9)), {"distill__workers": 1, "runtime__gpus_per_client": 0.1}, {},
-         r"^distill\.workers = 1: .* 1 GPU for them beside 0\.1 for the trial and 0\.1 .*there is 1 GPU, .* at most 0"),
-        (PAIR, {"distill__workers": 3}, {"trials_on": 0}, r"there are 10 CPUs, 2 on a, where trials run, so .* most 2"),
+        (cluster((9, 1, 9)), {"distill__workers": 2, "runtime__gpus_per_client": 0.1}, {},
+         r"^distill\.workers = 2: .* 2 GPUs for them beside 0\.1 for a client host; there is 1 GPU, .* at most 1$"),
+        (PAIR, {"distill__workers": 10}, {"trials_on": 0}, r"there are 10 CPUs, .* most 9 \(0 distils in the trial's"),
         (LAPTOP, {"runtime__cpus_per_client": 4.0}, {},
          r"^runtime\.cpus_per_client = 4: a client host needs 4 on one node; there are 2 CPUs, so .* be at most 2$"),
         (LAPTOP, {"runtime__cpus_per_client": 4.0, "distill__workers": 2}, {}, r"most 2 with distill\.workers = 0$"),
         (LAPTOP, {"runtime__cpus_per_client": 4.0, "runtime__host": "serial"}, {}, r"a trial needs 4 .* at most 2$"),
-        (LAPTOP, {"runtime__gpus_per_client": 0.5}, {}, r"^runtime\.gpus_per_client = 0\.5: a trial and a client host "
-         r"need 0\.5 each; there are 0 GPUs, so it may be at most 0 \(0 runs clients on CPUs\)"),
+        (LAPTOP, {"runtime__gpus_per_client": 0.5}, {}, r"^runtime\.gpus_per_client = 0\.5: a client host and the "
+         r"server's worker need 0\.5 each; there are 0 GPUs, so it may be at most 0 \(0 runs clients on CPUs\)"),
         (cluster((8, 1, 8)), {"runtime__gpus_per_client": 1.0}, {}, r"there is 1 GPU, so it may be at most 0\.5"),
-        (cluster((8, 0, 8), (8, 2, 8)), {"runtime__gpus_per_client": 0.5}, {"trials_on": 0},
+        (cluster((8, 0, 8), (8, 2, 8)), {"runtime__gpus_per_client": 0.5, "runtime__host": "serial"}, {"trials_on": 0},
          r"there are 2 GPUs, 0 on a, where trials run, so it may be at most 0"),
-        (cluster((8, 0, 64), (8, 2, 1)), {"runtime__gpus_per_client": 0.5}, {},
+        (cluster((8, 0, 64), (8, 2, 0.5)), {"runtime__gpus_per_client": 0.5}, {},
          r"there are 2 GPUs, at most 2 on one node, but no node has CPUs, GPUs and memory together, so .* at most 0"),
         (cluster((2, 0, 2), (2, 0, 0.5)), {}, {}, r"^memory: a trial needs 1\.0 GiB and a client host 0\.6 GiB, within "
          r"70% of a node's; there is 2\.5 GiB, at most 2\.0 GiB on one node; a node with 2\.3 GiB would do"),

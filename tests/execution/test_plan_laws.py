@@ -70,9 +70,7 @@ def test_everything_that_may_be_held_at_once_fits_at_once(nodes, one, ask):
         made.concurrent * one.partition.num_clients if host else 0, one.runtime.max_hosts or math.inf
     )
     assert sum(made.hosts) >= 1 or not host
-    if ask["trials_on"] is not None:
-        assert made.trials[0] == made.concurrent and made.kept[0] == sum(made.kept)
-    assert (made.trials_on is not None) == (ask["trials_on"] is not None or bool(workers and trial["GPU"]))
+    assert (made.trials_on is not None) == (ask["trials_on"] is not None)
     if made.trials_on is not None:
         assert made.trials[made.trials_on] == made.concurrent
 
@@ -110,11 +108,11 @@ def test_a_larger_cluster_never_runs_fewer_trials_nor_as_many_on_fewer_hosts(nod
 # --- no deadlock: a sweep in random order ----------------------------------------------------------------------------
 
 
-def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: bool, seed: int) -> bool:
+def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, seed: int) -> bool:
     """Simulate a sweep on Ray with events in random order; return False at a deadlock.
 
-    Trials start where they fit, do client work on the pool (first come, first served) and distil in groups of
-    workers that start together or not at all, anywhere.
+    Trials start where they fit, do client work on the pool (first come, first served), distil in groups of workers
+    that start together or not at all, anywhere, and on GPUs do the server's own work on one worker.
     """
     draw = random.Random(seed)
     machines = [Machine(node) for node in nodes]
@@ -123,6 +121,10 @@ def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: 
     idle, queue = sum(made.hosts), deque()  # clients waiting for a host, by trial
     phases = [[draw.choice(["clients", "distil", "own"]) for _ in range(4)] for _ in range(num_trials)]
     waiting, running, groups, busy, left = list(range(num_trials)), {}, {}, [], {}
+    own = {"GPU": 0.0, **made.worker}
+    own["GPU"] = min(own["GPU"], made.host.get("GPU", 0.0))
+    on_server = {"distil": (made.workers, made.worker) if made.workers else None, "clients": None}
+    on_server["own"] = (1, own) if own["GPU"] else None
 
     def any_order(only: int | None) -> list[Machine]:
         return draw.sample(machines, len(machines)) if only is None else [machines[only]]
@@ -135,12 +137,12 @@ def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: 
                 return True
         return False
 
-    def distil(trial: int) -> bool:
+    def work_as_server(trial: int, count: int, asks: Mapping[str, float]) -> bool:
         taken: list[tuple[Machine, tuple]] = []
-        for machine in any_order(made.trials_on if local else None):
-            while len(taken) < made.workers and (one := machine.take(made.worker)):
+        for machine in any_order(None):
+            while len(taken) < count and (one := machine.take(asks)):
                 taken.append((machine, one))
-        if len(taken) == made.workers:
+        if len(taken) == count:
             groups[trial] = taken
             return True
         for machine, one in taken:
@@ -158,7 +160,7 @@ def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: 
             machine, taken = running.pop(trial)
             machine.give(taken)
             return True
-        elif phases[trial][0] == "distil" and made.workers and not distil(trial):
+        elif (ask := on_server[phases[trial][0]]) and not work_as_server(trial, *ask):
             return False
         elif phases[trial][0] == "clients" and made.host:
             left[trial] = draw.randint(1, 4)
@@ -196,11 +198,10 @@ def finishes(made: ResourcePlan, nodes: Sequence[Node], num_trials: int, local: 
 def test_no_order_of_events_ends_in_a_deadlock(nodes, one, ask, seed):
     made = planned(nodes, one, ask)
     if made:
-        local = ask["trials_on"] is not None
-        assert all(finishes(made, nodes, ask["num_trials"], local, seed + i) for i in range(5))
+        assert all(finishes(made, nodes, ask["num_trials"], seed + i) for i in range(5))
 
 
-STRAY = config(runtime__gpus_per_client=0.1, runtime__cpus_per_client=0.1, distill__workers=1, runtime__max_hosts=3)
+HALVES = config(runtime__gpus_per_client=0.5, runtime__cpus_per_client=0.5)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +210,12 @@ STRAY = config(runtime__gpus_per_client=0.1, runtime__cpus_per_client=0.1, disti
         (cluster((2, 0, 16)), config(distill__workers=1), {"hosts": (2,)}),
         (cluster((2, 0, 16)), config(distill__workers=1), {"workers": 2}),
         (cluster((2, 0, 16)), config(distill__workers=1), {"concurrent": 2, "trial": {"CPU": 1.0}, "hosts": (0,)}),
-        (cluster((4, 1, 16), (4, 1, 16)), STRAY, {"trials_on": None}),
+        (cluster((4, 1, 16)), HALVES, {"hosts": (2,)}),
     ],
-    ids=["a host too many", "a worker too many", "trials that hold the workers' CPUs", "a trial on the worker's GPU"],
+    ids=["a host too many", "a worker too many", "trials that hold the workers' CPUs", "a host on the server's share"],
 )
 def test_the_simulation_finds_a_deadlock_where_there_is_one(nodes, one, spoil):
     made = plan(nodes, [one], num_trials=4)
     spoilt = replace(made, **spoil)
-    assert all(finishes(made, nodes, 4, False, seed) for seed in range(20))
-    assert not all(finishes(spoilt, nodes, 4, False, seed) for seed in range(20))
+    assert all(finishes(made, nodes, 4, seed) for seed in range(20))
+    assert not all(finishes(spoilt, nodes, 4, seed) for seed in range(20))

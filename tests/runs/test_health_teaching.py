@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, prototypes, shard_of, stripes
+from helpers import FACTS, TINY, make_teacher, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
@@ -18,7 +18,7 @@ from mosaic_ray.distillation.experts import effective_owners, form_experts, redu
 from mosaic_ray.distillation.meta_model import Teacher, gates
 from mosaic_ray.distillation.student_training import DistContext, DistillTask, distil, inspect_student, make_task
 from mosaic_ray.distillation.teacher import build_teacher, head_logits, shift
-from mosaic_ray.distillation.teacher_training import inspect_teacher, make_teacher
+from mosaic_ray.distillation.teacher_training import inspect_teacher
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 from mosaic_ray.models.generator import build_generator
@@ -61,7 +61,7 @@ def taught(federation: Federation, knobs: dict, counts: np.ndarray = COUNTS, fou
     config, found = override(TINY, knobs), found or federation.found
     clients = list(enumerate(federation.clients))
     state, figures = make_teacher(config, FACTS, federation.whole, clients, counts, found, _quiet)
-    looked, arrays = inspect_teacher(config, FACTS, state, counts, found)
+    looked, arrays = inspect_teacher(ClientContext(config, FACTS, CPU), state, counts, found)
     owners = effective_owners(counts)
     alone = [int(c) for c in np.flatnonzero((owners > 0) & (owners < SINGLE_OWNER_BELOW))]
     return config, state, teacher_findings(figures | looked, 3, alone), arrays

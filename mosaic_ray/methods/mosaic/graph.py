@@ -78,8 +78,8 @@ TEACHER = Stage(
 
 def _distill_knobs(inputs: KeyInputs) -> Knobs:
     section = changed_knobs(inputs.config.distill)
-    if section.get("workers") == 1:  # 0 (in process) and 1 worker are the same arithmetic; more differ in rounding
-        del section["workers"]
+    if inputs.config.distill.train_workers < 2:  # 0 (in process) and 1 are the same arithmetic; more differ in rounding
+        section.pop("workers", None)
     return {"distill": section, "split": prototype_split(inputs.config)} | driver_knobs(inputs.config)
 
 

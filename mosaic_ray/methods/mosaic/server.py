@@ -10,9 +10,9 @@ from ...core.errors import RunError
 from ...core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
 from ...core.types import Finding, Prototypes, Weights
 from ...distillation.experts import effective_owners
-from ...distillation.student_training import inspect_student, make_task
+from ...distillation.student_training import make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
-from ...distillation.teacher_training import inspect_teacher, make_teacher
+from ...distillation.teacher_training import class_experts, teach
 from ...federated.client_models import Federation, group_counts
 from ...pipeline.context import Facts, RunContext, known
 from ...pipeline.evaluate import log_validation
@@ -33,10 +33,8 @@ def train_teacher(
         figures: dict[str, float] = {}
         findings: list[Finding] = []
         for number, (name, clients) in enumerate(federation.groups.items()):
-            state, found = _teach(ctx, warmup, prototypes[name], generators, name, clients, progress)
             counts = group_counts(ctx.shards.counts, clients)
-            looked, arrays = inspect_teacher(config, ctx.dataset.facts, state, counts, prototypes[name])
-            found |= looked
+            state, found, arrays = _teach(ctx, warmup, prototypes[name], generators, name, clients, progress)
             prefix, owners = _prefix(federation, name, number), effective_owners(counts)
             writer.add(f"{prefix}meta", state.meta)
             writer.add(f"{prefix}index", {"index": state.index})
@@ -75,13 +73,13 @@ def _teach(
     name: str,
     clients: Sequence[int],
     progress: StageProgress,
-) -> tuple[TeacherState, dict[str, float]]:
-    """Train the teacher of one architecture from its clients; return it and figures."""
+) -> tuple[TeacherState, dict[str, float], Weights]:
+    """Train the teacher of one architecture from its clients; return it, figures and diagnostic arrays."""
     done = 0
     federation = warmup.federation
     prefix = "meta" if name == federation.student else f"meta_{name}"
 
-    def look(update: int, metrics: dict[str, float]) -> None:
+    def look(update: int, metrics: Mapping[str, float]) -> None:
         nonlocal done
         for what, value in metrics.items():
             progress.scalar(f"{prefix}/{what}", update, value)
@@ -91,16 +89,18 @@ def _teach(
 
     channels = federation.channels(name) if federation.partial_width else None
     models = ((k, warmup.client(k), warmup.indices(k)) for k in clients)
+    counts, backbone = group_counts(ctx.shards.counts, clients), warmup.models[name]
     makers = zip(generators.clients, generators.results, strict=True)
+    sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
     try:
-        return make_teacher(
-            ctx.config, ctx.dataset.facts, warmup.models[name], models, group_counts(ctx.shards.counts, clients),
-            prototypes, look,
-            ((k, warmup.client(k), made.load("generator")) for k, made in makers),
-            ctx.client_context.device, channels,
-        )  # fmt: skip
+        experts, index = class_experts(ctx.config, backbone, models, counts, channels)
     except ValueError as error:  # a class without an owner, where that is asked to be an error
         raise RunError(str(error)) from error
+    synthetic = ctx.config.meta.data != "prototypes"
+    meta, figures, arrays = ctx.on_server(
+        teach, backbone, experts, index, counts, prototypes, sources if synthetic else (), report=look
+    )
+    return TeacherState(backbone, experts, index, meta), figures, arrays
 
 
 def _prefix(federation: Federation, name: str, number: int) -> str:
@@ -133,8 +133,8 @@ def distill(
             config, ctx.dataset.facts, warmup.weights, teacher, generators.weights(), generators.figures,
             ctx.shards.sizes[generators.clients], prototypes[warmup.federation.student],
         )  # fmt: skip
-        if config.distill.workers:
-            ctx.backend.release()  # Train's workers need the CPUs that idle client actors hold
+        if config.distill.train_workers:
+            ctx.release()  # Train's workers need what idle actors hold
         done = 0
 
         def look(step: int, metrics: Mapping[str, float]) -> None:
@@ -144,14 +144,12 @@ def distill(
             progress.advance(step - done, note=f"agreement {metrics['agreement']:.1%}")
             done = step
 
-        weights, figures, _ = ctx.distil(task, look)
+        weights, figures, named, _ = ctx.distil(task, look)
         writer.add("global", weights)
-        looked, named = inspect_student(task, weights, ctx.client_context.device)
-        figures |= looked
         writer.add("diagnostics", {"synthetic_counts": named})
         for what in ("teacher_entropy", "teacher_confidence", "class_entropy", "shift"):
             tag = f"teacher/synthetic_{what.removeprefix('teacher_')}"
-            progress.scalar(tag, config.distill.steps, looked[what])
+            progress.scalar(tag, config.distill.steps, figures[what])
         held = float((ctx.shards.counts.sum(0) > 0).mean())
         findings = [] if ctx.alarmed else distill_findings(figures, held)
         return {"figures": known(figures), "findings": [f.to_json() for f in findings]}
