@@ -14,7 +14,7 @@ from click.testing import Result
 
 from mosaic_ray.cli.request import parse_config
 from mosaic_ray.config.resolve import flatten
-from mosaic_ray.execution import precision
+from mosaic_ray.execution import devices
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps.results import read_results
@@ -132,10 +132,10 @@ def test_another_plan_under_the_same_name_is_refused(trials, words, part):
 
 
 def test_a_resumed_sweep_keeps_its_precision(trials, monkeypatch):
-    monkeypatch.setattr(precision, "has_native_bf16", lambda cuda: True)
+    monkeypatch.setattr(devices, "has_native_bf16", lambda cuda: True)
     trials.interrupts = ("p003s0",)
     sweep(*SMOKE)
-    monkeypatch.setattr(precision, "has_native_bf16", lambda cuda: False)
+    monkeypatch.setattr(devices, "has_native_bf16", lambda cuda: False)
     trials.interrupts = ()
     assert sweep(*SMOKE).exit_code == 0
     assert trials == NAMES
