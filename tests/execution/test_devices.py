@@ -59,7 +59,7 @@ def test_a_gpu_gets_as_many_clients_as_memory_cpus_and_clients_allow(change, kno
 
 
 def test_precision_is_asked_of_the_device_that_clients_train_on(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     for bf16 in (True, False):
         there = replace(STATION, bf16=bf16)
         assert settle(config(), there).runtime.precision == ("bf16" if bf16 else "fp32")
@@ -181,7 +181,7 @@ def begun(there: Resources, device: str, precision: str, **knobs):
 
 
 def test_a_sweep_keeps_device_and_precision_on_another_machine_and_says_where_it_differs(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     base, there, lines = begun(STATION, "cuda", "bf16")
     assert (numbers_depend_on(settle(base, there)), lines) == (
         {"precision": "bf16", "threads": 1, "device": "cuda"}, [],
