@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -128,3 +129,8 @@ class _Writer(io.RawIOBase):
         self._flaky.call(
             "CompleteMultipartUpload", self._path, lambda: write_whole(self._flaky.folder / self._path, data)
         )
+
+    def __del__(self) -> None:
+        """Close what was left open, as Arrow does. An error is dropped; Python 3.13 would warn of it."""
+        with contextlib.suppress(OSError):
+            self.close()
