@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from .group import CommandGroup
@@ -18,38 +16,38 @@ def data() -> None:
 
 @data.command("list")
 @common_options("sets", "config")
-def list_data(**request: Any) -> None:
+def list_data(sets: tuple[str, ...], config: str | None) -> None:
     """List the data sets, and how much of each is on the disk."""
-    config = parse_config(**request).data
+    knobs = parse_config(sets=sets, config=config).data
     from ..data.catalog import overview
     from ..data.paths import data_root
 
-    listing(f"Data sets, looked for under {data_root(config)}", overview(config))
+    listing(f"Data sets, looked for under {data_root(knobs)}", overview(knobs))
     click.echo("mosaic data fetch NAME; or your own: mosaic data import --from FOLDER|PARQUET NAME")
 
 
 @data.command("fetch")
 @click.argument("name")
 @common_options("sets", "config")
-def fetch_data(name: str, **request: Any) -> None:
+def fetch_data(name: str, sets: tuple[str, ...], config: str | None) -> None:
     """Download the data set NAME, or go on where a download broke off."""
-    config = parse_config(**request).data
+    knobs = parse_config(sets=sets, config=config).data
     from ..data.catalog import fetch_dataset
 
-    click.echo(fetch_dataset(name, config))
+    click.echo(fetch_dataset(name, knobs))
 
 
 @data.command("import")
 @click.option("--from", "source", required=True, metavar="FOLDER|PARQUET", help="Where images or parquet files lie.")
 @click.argument("name")
 @common_options("skip_bad", "sets", "config")
-def import_data(source: str, name: str, **request: Any) -> None:
+def import_data(source: str, name: str, skip_bad: str | None, sets: tuple[str, ...], config: str | None) -> None:
     """Decode your own images, once, into a data set called NAME.
 
     FOLDER holds train/CLASS/IMAGE and test/CLASS/IMAGE; PARQUET is a folder of train*.parquet and test*.parquet. Images
     of several sizes need --set data.image_size=64 or another.
     """
-    config = parse_config(**request).data
+    knobs = parse_config(skip_bad=skip_bad, sets=sets, config=config).data
     from ..data.catalog import import_dataset
 
-    click.echo(import_dataset(source, name, config))
+    click.echo(import_dataset(source, name, knobs))
