@@ -161,6 +161,8 @@ def test_a_damage_met_while_computing_is_still_known_as_one(tmp_path: Path) -> N
 class Watched:
     """A serial cohort that records the client of each result, and calls ``before(k)`` first."""
 
+    seconds = 0.0
+
     def __init__(self, cohort: SerialBackend, before: Callable[[int], None]) -> None:
         self.cohort, self.before = cohort, before
         self.clients: list[int] = []
