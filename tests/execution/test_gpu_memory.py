@@ -35,6 +35,7 @@ from mosaic_ray.execution.gpu_memory import (
 )
 from mosaic_ray.execution.placement import Placement
 from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT, Resources
+from mosaic_ray.execution.server import ServerActor
 from mosaic_ray.federated.client import Task
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
@@ -370,6 +371,19 @@ def test_a_sweeps_trials_run_again_with_fewer_clients_a_gpu(two_gpus, monkeypatc
     monkeypatch.setattr(devices, "measure", lambda *_, **how: [GpuFacts(GIB, 4 * GIB, False)])
     monkeypatch.setattr(backend, "ClientActor", hungry(needs))
     monkeypatch.setattr(tuning, "start_hosts", backend.start_hosts)
+    run_trial = tuning.run_trial
+
+    class OnCPU(ServerActor):
+        def __init__(self, gpu: bool) -> None:
+            super().__init__(False)
+
+    def pretended_trial(knobs, context):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mosaic_ray.execution.server.ServerActor", OnCPU)
+            run_trial(knobs, context)
+
+    two_gpus.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # trials cannot import it
+    monkeypatch.setattr(tuning, "run_trial", pretended_trial)
     request = sweep_runner.SweepRequest(
         override(ON_RAY, {"method": "fedavg"}), "x",
         SweepPlan("x", knobs={"warmup.lr": Choice((0.05, 0.02, 0.01))}), max_concurrent=2,

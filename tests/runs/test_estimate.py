@@ -178,7 +178,7 @@ def test_stored_times_come_before_a_calibration(monkeypatch):
         ("sweep --calibrate --space smoke", ["--calibrate:", "--dry-run"]),
         ("run --dry-run --calibrate", ["--calibrate: out of order"]),
         ("sweep --space smoke --dry-run --calibrate", ["--calibrate: out of order"]),
-        ("run --dry-run --calibrate --dataset folder:nowhere", ["--calibrate:", "folder:nowhere"]),
+        ("run --dry-run --calibrate --dataset folder:nowhere", ["folder:nowhere", "no folder nowhere"]),
     ],
 )
 def test_a_calibration_that_fails_is_one_line(words, parts, monkeypatch):

@@ -90,8 +90,8 @@ def test_killed_it_goes_on_at_the_warmups_checkpoint_and_with_the_missing_genera
 def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(tmp_path, host, how):
     with subprocess.Popen(
         command(tmp_path, host), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # a shell's background jobs ignore interrupts, and their children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # background jobs ignore interrupts, those of nohup SIGHUP, and their children inherit that
+        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
     ) as process:  # fmt: skip
         output = []
         for line in process.stderr:
