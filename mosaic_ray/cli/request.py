@@ -288,7 +288,7 @@ def _choose(config: ExperimentConfig, has_gpus: HasGpus | None) -> tuple[str, st
 
 
 def gpus_at(address: str) -> HasGpus:
-    """Return a function that tells whether clients find GPUs: on this machine, or at the cluster's ``address``."""
+    """Return a function that checks whether clients find GPUs: on this machine, or at the cluster's ``address``."""
 
     def has_gpus(config: ExperimentConfig) -> bool:
         from ..execution.ray_session import connect, in_all, local_resources, machines_to_come

@@ -30,7 +30,7 @@ LEAST_IMAGES = 5
 
 @dataclass(frozen=True)
 class SharedGenerators:
-    """What the server sends for rehearsal: generators, their clients, and these clients' label counts int64 [G, C]."""
+    """Hold the generators that clients rehearse with, their clients, and these clients' label counts int64 [G, C]."""
 
     weights: tuple[Weights, ...]
     clients: tuple[int, ...]

@@ -168,10 +168,11 @@ def federated_rounds(
         for client_id, counts in enumerate(ctx.shards.counts):
             now.traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
     if rounds.shared is not None and checkpoint is None:
+        sizes = dict(zip(rounds.shared.clients, map(size_of, rounds.shared.weights), strict=True))
         for client_id in range(config.partition.num_clients):
-            for owner, weights in zip(rounds.shared.clients, rounds.shared.weights, strict=True):
+            for owner, size in sizes.items():
                 if owner != client_id:
-                    now.traffic.add("downlink", "generators", client_id, size_of(weights))
+                    now.traffic.add("downlink", "generators", client_id, size)
     for round_num in range(now.begun, rounds.num_rounds):
         asked = cohort_of(config, rounds.address, round_num)
         answered = answering(config, rounds.address, round_num, asked)

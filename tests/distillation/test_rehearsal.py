@@ -79,7 +79,7 @@ def test_images_are_a_function_of_their_address():
     assert rehearsal_images(config, FACTS, shared, np.array([9, 9, 9]), ("closing", 3, 0), 12, CPU) is None
 
 
-def test_weight_zero_with_frozen_batch_norm_is_plain_training_bit_for_bit():
+def test_weight_zero_with_frozen_batch_norm_is_plain_training():
     shard, extra = shard_of(stripes(40)), shard_of(stripes(24, seed=1))
     plan = LocalTrainingConfig(4, 8, 0.05, momentum=0.9, freeze_bn=True)
 
