@@ -1,4 +1,4 @@
-"""Read a cluster's file: the machines that `ray up` or KubeRay would start. Nothing is contacted."""
+"""Read a cluster's file: the machines that `ray up` or KubeRay would start. No machine is contacted."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def cluster_spec(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _of_kuberay(document: Document) -> Cluster:
     """Read the machines of a manifest; ``ValueError`` if a part that describes them is missing.
 
-    Everything else is left to KubeRay's own definition: `kubectl apply --dry-run=server`.
+    KubeRay's own definition checks everything else (``cluster_lint._fields``).
     """
     spec = cluster_spec(document.content)
     if not spec:

@@ -3,7 +3,8 @@
 A sweep holds client hosts (one pool for all trials), trials, and their workers: the Ray Train workers of trials that
 distil, and on GPUs the worker for the rest of the server's work. A trial uses one kind at a time. Hosts and workers
 wait for nothing, so no trial waits forever if everything that may be held at once also fits at once. ``plan`` finds the
-most trials and hosts for which it does, exactly, by dynamic programming over the nodes.
+most trials and hosts for which it does, exactly, by dynamic programming over the nodes. A formula that adds up the
+nodes' resources would not do: nodes differ, no request may be split between two of them, and three resources bind.
 """
 
 from __future__ import annotations

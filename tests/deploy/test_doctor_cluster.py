@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,10 @@ def study_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "dist" / f"mosaic_ray-{__version__}-py3-none-any.whl").touch()
     (tmp_path / "dist" / "constraints.txt").write_text((REPO / "constraints.txt").read_text())
     monkeypatch.setenv("HOME", str(home))
+    nobody = {"clusters": [{"name": "none", "cluster": {"server": "http://127.0.0.1:9"}}], "current-context": "none",
+              "contexts": [{"name": "none", "context": {"cluster": "none"}}]}  # fmt: skip
+    (home / "kubeconfig").write_text(yaml.safe_dump(nobody))
+    monkeypatch.setenv("KUBECONFIG", str(home / "kubeconfig"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -201,9 +206,44 @@ def test_problems_are_reported(study_context, short, change, line):
     assert [text for text in lines if re.match(line, text)], lines
 
 
-def test_kubectl_is_named_for_the_fields_of_a_manifest(study_context):
+def test_without_a_cluster_kubectl_is_named_for_the_fields_of_a_manifest(study_context):
     lines = examined("kuberay", lambda c: c["spec"].update(entrypont="x")).stdout
-    assert "`kubectl apply --dry-run=server -f changed.yaml` checks every field" in lines
+    assert "its fields were not checked: " in lines
+    assert "`kubectl apply --dry-run=server -f changed.yaml` checks them" in lines
+
+
+#: kubectl's own words, of 1.32.
+UNKNOWN = 'Warning: unknown field "spec.entrypont"'
+INVALID = 'The RayJob "mosaic" is invalid: spec.backoffLimit: Invalid value: "string": must be of type integer'
+
+
+@pytest.mark.parametrize(
+    "said, status, line",
+    [
+        (UNKNOWN, 0, r"warning .*schema: spec\.entrypont: KubeRay knows no such field"),
+        (INVALID, 1, r"problem .*schema: The RayJob .* must be of type integer"),
+    ],
+    ids=["unknown", "invalid"],
+)
+def test_what_kuberay_says_of_a_manifest_is_reported(study_context, monkeypatch, said, status, line):
+    answers_as_kubectl(study_context, monkeypatch, said, status)
+    [found] = findings(examined("kuberay"))
+    assert re.match(line, found)
+
+
+def test_a_manifest_that_kuberay_takes_is_called_so(study_context, monkeypatch):
+    answers_as_kubectl(study_context, monkeypatch, "", 0)
+    assert "changed.yaml is as the cluster's KubeRay takes it" in examined("kuberay").stdout
+
+
+def answers_as_kubectl(folder: Path, monkeypatch: pytest.MonkeyPatch, said: str, status: int) -> None:
+    """Put a kubectl on the path that prints ``said`` and ends with ``status`` if it is asked for a server's dry run."""
+    script = folder / "bin" / "kubectl"
+    script.parent.mkdir()
+    wanted = "apply --dry-run=server --request-timeout=10s -f changed.yaml --validate=warn"
+    script.write_text(f"#!/bin/sh\n[ \"$*\" = \"{wanted}\" ] || exit 9\necho '{said}' >&2\nexit {status}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
 
 
 def test_a_secret_is_never_printed(study_context):
