@@ -102,12 +102,12 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
 
 
 @contextlib.contextmanager
-def interrupted(in_round: int) -> Iterator[None]:
-    """Interrupt the block as by Ctrl-C, at the first client's training in this round."""
+def interrupted(in_round: int, phase: str = "") -> Iterator[None]:
+    """Interrupt the block as by Ctrl-C, at the first client's training in this round (of this phase, if given)."""
     train = TrainTask.run
 
     def broken(task, *inputs):
-        if task.round_num == in_round:
+        if task.round_num == in_round and phase in ("", task.phase):
             raise KeyboardInterrupt
         return train(task, *inputs)
 

@@ -24,6 +24,7 @@ _NUMBER_OF = {AutoInt: int, AutoFloat: float}
 _WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "text",
     tuple[str, ...]: 'a list of names such as ["cnn", "resnet18"]',
+    tuple[float, ...]: "a list of numbers such as [0.3, 1.0], each",
     Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
     AutoInt: "auto, or a whole number", AutoFloat: "auto, or a number",
 }  # fmt: skip
@@ -121,7 +122,7 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
     values = value if isinstance(value, list | tuple) else [value]
     if not values and spec.type == Widths:
         raise ValueError
-    each = Knob(spec.name, float if spec.type == Widths else str, None, spec.metadata)
+    each = Knob(spec.name, str if spec.type == tuple[str, ...] else float, None, spec.metadata)
     return tuple(_coerce(each, v, False) for v in values)
 
 

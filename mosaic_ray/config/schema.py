@@ -236,6 +236,19 @@ class RehearsalConfig:
         "lacking", "classes drawn: those of which a client holds less than a tenth of an equal share, or all",
         choices=("lacking", "all"),
     )  # fmt: skip
+    candidates: tuple[float, ...] = knob(
+        (), "weights tried beside 0; clients' held-back images choose one, and weight counts for nothing", above=0.0
+    )
+    trial_rounds: int = knob(5, "rounds of each trial", low=1)
+    held_back: float = knob(
+        0.1, "share of each client's images of a class that judges the trials and is not trained on in them",
+        above=0.0, high=0.5,
+    )  # fmt: skip
+
+    @property
+    def wanted(self) -> bool:
+        """Return whether clients rehearse, or try to."""
+        return bool(self.weight or self.candidates)
 
 
 @dataclass(frozen=True)

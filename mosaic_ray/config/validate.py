@@ -80,11 +80,12 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"generator.{'conditional = true' if config.generator.conditional else f'family = {config.generator.family}'}: "
         "the class that generator.drop_class0_bug leaves out could not be drawn",
     )
-    if config.rehearsal.weight:
+    if config.rehearsal.wanted:
         makes = [stage.name for stage in load("methods", config.method).stages]
+        knob = "candidates" if config.rehearsal.candidates else "weight"
         need(
             "generators" in makes and config.generator.labelled,
-            f"rehearsal.weight = {config.rehearsal.weight:g}: it needs generators that take labels; "
+            f"rehearsal.{knob} = {shown(getattr(config.rehearsal, knob))}: it needs generators that take labels; "
             + (
                 f"set generator.family=cvae or cgan, not {config.generator.family}" if "generators" in makes
                 else f"method {config.method} trains no generators"

@@ -76,7 +76,12 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
 
 @dataclass(frozen=True)
 class RehearsalTask(TrainTask):
-    """Local training on the client's own images and on synthetic ones; ``Round.extra`` is a ``SharedGenerators``."""
+    """Local training on the client's own images and on synthetic ones, whose loss has the ``weight``.
+
+    ``Round.extra`` is a ``SharedGenerators``.
+    """
+
+    weight: float
 
     def rehearsed(self, context: ClientContext, shard: Shard, client_id: int, broadcast: Round) -> Rehearsed | None:
         section = context.config.rehearsal
@@ -86,7 +91,7 @@ class RehearsalTask(TrainTask):
             context.config, context.facts, broadcast.extra, own, (self.phase, self.round_num, client_id),
             per_step * self.plan.steps, context.device,
         )  # fmt: skip
-        return None if drawn is None else Rehearsed(drawn, per_step, section.weight)
+        return None if drawn is None else Rehearsed(drawn, per_step, self.weight)
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import torch
 from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
-from ..core.seeding import seeded
-from ..core.types import DataFacts, Update, Weights
+from ..core.seeding import numpy_stream, seeded
+from ..core.types import DataFacts, ImageSet, Update, Weights
 from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import load_weights, to_weights
 from ..models.submodel import ChannelIndices, fit, scale_activations
 from .client_models import Federation, Models
+from .evaluation import logits_on
 from .local_training import LocalStart, LocalTrainingConfig, Rehearsed, Shard, no_progress, train_locally
 from .static_batch_norm import Moments, moments
 
@@ -93,6 +94,33 @@ class Task(Generic[B, P, R]):
 
 
 @dataclass(frozen=True)
+class OnPart(Task[B, P, R]):
+    """Do ``task`` on a part of the client's images: on the ``share`` of each class that it holds back, or on the rest.
+
+    Of n images of a class floor(share n) are held back, the same ones for every task of an experiment.
+    """
+
+    task: Task[B, P, R]
+    share: float
+    held_back: bool = False
+    unit: ClassVar[str] = "step"
+
+    def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: B, own: P) -> R:
+        held = held_back(shard.labels.cpu().numpy(), self.share, context.config.seed, client_id)
+        rows = torch.from_numpy(np.flatnonzero(held == self.held_back)).to(shard.labels.device)
+        return self.task.run(context, Shard(shard.images[rows], shard.labels[rows]), client_id, broadcast, own)
+
+
+def held_back(labels: np.ndarray, share: float, seed: int, client_id: int) -> np.ndarray:
+    """Draw the images that a client holds back, bool [n], from the labels [n] of its training images."""
+    mask = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = numpy_stream(seed, "held back", client_id, int(label)).permutation(np.flatnonzero(labels == label))
+        mask[rows[: int(share * len(rows))]] = True
+    return mask
+
+
+@dataclass(frozen=True)
 class Round:
     """What the server sends to every client of a round: the global models, and the strategy's arrays."""
 
@@ -146,6 +174,29 @@ class TrainTask(Task[Round, ClientRound, Update]):
             raise RunError(what, round=self.round_num, client=client_id)
         message, state = objective.finish(model, int(metrics.pop("steps")))
         return Update(client_id, to_weights(model), len(shard), metrics, message, state)
+
+
+@dataclass(frozen=True)
+class ScoreTask(Task[tuple[Weights, ...], None, np.ndarray]):
+    """Score several models of the student's network on the client's images: float64 [models, 3].
+
+    Columns: images, right answers, and the sum of the cross-entropy in nats.
+    """
+
+    unit: ClassVar[str] = "batch"
+
+    def run(
+        self, context: ClientContext, shard: Shard, client_id: int, broadcast: tuple[Weights, ...], own: None
+    ) -> np.ndarray:
+        found = np.zeros((len(broadcast), 3))
+        data = ImageSet(shard.images.cpu().numpy(), shard.labels.cpu().numpy())
+        for number, weights in enumerate(broadcast):
+            model = context.classifier(weights).eval()
+            logits = logits_on(model, data, context.facts, context.device, context.config.runtime.precision)
+            losses = -torch.tensor(logits).double().log_softmax(1).numpy()[np.arange(len(data)), data.labels]
+            found[number] = len(data), (logits.argmax(1) == data.labels).sum(), losses.sum()
+            context.progress(number + 1, len(broadcast))
+        return found
 
 
 @dataclass(frozen=True)

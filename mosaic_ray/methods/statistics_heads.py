@@ -8,6 +8,7 @@ floors that generators have to beat. docs/algorithm.md 3.11, 3.12.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from ..distillation.class_statistics import PooledStatistics
     from ..federated.client_models import Federation, Models
     from ..federated.communication import Tally
-    from ..pipeline.context import Facts, RunContext
+    from ..pipeline.context import Facts, FailedClients, RunContext
     from ..pipeline.rounds import Warmup
     from ..storage.store import StageWriter
     from ..tracking.progress import StageProgress
@@ -131,32 +132,49 @@ def closing_head(config: ExperimentConfig) -> StatisticsHead | None:
 
 def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class: bool) -> PooledStatistics:
     """Return the class statistics of the clients with the student's network, pooled on the server."""
-    from ..distillation.class_statistics import ClassStatisticsTask, PooledStatistics, pool
-    from ..federated.communication import Tally, size_of
+    from ..distillation.class_statistics import PooledStatistics
+    from ..federated.communication import Tally
     from ..pipeline.context import FailedClients
 
-    federation, everyone = ctx.client_context.federation, ctx.config.partition.num_clients
-    clients = list(federation.groups[federation.student])
-
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
-        traffic, failed, parts = Tally(1, everyone), FailedClients(stage.name), []
-        for client_id in clients:
-            traffic.add("downlink", "weights", client_id, size_of(models[federation.student]))
-        task, size = ClassStatisticsTask(per_class), ctx.shards.sizes.__getitem__
-        answers = ctx.map(
-            task, clients, models, lambda k: None, failed_clients=failed, cost=size, units=len(clients)
-        )
-        for client_id, part in answers:
-            parts.append(part)
-            traffic.add("uplink", "class_statistics", client_id, size_of(part.arrays()))
-            progress.advance()
-        pooled = pool(parts, ctx.dataset.facts.num_classes, per_class=per_class)
+        traffic, failed = Tally(1, ctx.config.partition.num_clients), FailedClients(stage.name)
+        pooled = gather_statistics(ctx, models, per_class, traffic, failed, progress.advance)
         writer.add("pooled", vars(pooled))
         writer.add("communication", traffic.arrays())
         rows = [finding.to_json() for finding in failed.findings()]
         return {"communication": traffic.totals(), "findings": rows}
 
     return PooledStatistics(**ctx.find_or_compute(stage, compute).load("pooled"))
+
+
+def gather_statistics(
+    ctx: RunContext,
+    models: Models,
+    per_class: bool,
+    traffic: Tally,
+    failed: FailedClients,
+    advance: Callable[[], object] | None = None,
+) -> PooledStatistics:
+    """Collect class statistics from the clients with the student's network and pool them.
+
+    ``advance`` is called after each client, whose work is then one unit of the running stage.
+    """
+    from ..distillation.class_statistics import ClassStatisticsTask, pool
+    from ..federated.communication import size_of
+
+    federation = ctx.client_context.federation
+    clients, parts = list(federation.groups[federation.student]), []
+    for client_id in clients:
+        traffic.add("downlink", "weights", client_id, size_of(models[federation.student]))
+    task, size = ClassStatisticsTask(per_class), ctx.shards.sizes.__getitem__
+    units = len(clients) if advance else 0
+    answers = ctx.map(task, clients, models, lambda k: None, failed_clients=failed, cost=size, units=units)
+    for client_id, part in answers:
+        parts.append(part)
+        traffic.add("uplink", "class_statistics", client_id, size_of(part.arrays()))
+        if advance:
+            advance()
+    return pool(parts, ctx.dataset.facts.num_classes, per_class=per_class)
 
 
 def fit(ctx: RunContext, stage: Stage, weights: Weights, pooled: PooledStatistics, method: StatisticsHead) -> Weights:
@@ -175,7 +193,8 @@ def fit(ctx: RunContext, stage: Stage, weights: Weights, pooled: PooledStatistic
     return student
 
 
-def _messages(federation: Federation, counts: np.ndarray, tally: Tally, per_class: bool) -> None:
+def statistics_messages(federation: Federation, counts: np.ndarray, tally: Tally, per_class: bool) -> None:
+    """Add the student's model to every client with its network, and the class statistics back."""
     from ..federated.communication import size_of_entries
 
     entries = federation.entries(federation.student)
@@ -192,9 +211,9 @@ def _messages(federation: Federation, counts: np.ndarray, tally: Tally, per_clas
 
 def lda_head_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the global model to every client, and its class statistics with one scatter back."""
-    _messages(federation, counts, tally, per_class=False)
+    statistics_messages(federation, counts, tally, per_class=False)
 
 
 def ccvr_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the global model to every client, and its class statistics with a scatter of every class back."""
-    _messages(federation, counts, tally, per_class=True)
+    statistics_messages(federation, counts, tally, per_class=True)

@@ -21,7 +21,7 @@ from ..execution.backend import ClientBackend
 from ..execution.malloc import give_back
 from ..execution.server import Server
 from ..execution.watch import MapEvents
-from ..federated.client import ClientContext, Task
+from ..federated.client import ClientContext, OnPart, Task
 from ..storage.locks import Lease
 from ..storage.store import StageResult, StageWriter, Store
 from ..tracking.progress import StageProgress
@@ -116,6 +116,7 @@ class RunContext:
     findings: list[Finding] = field(default_factory=list)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     strict: bool = False
+    held_back: float = 0.0  # share of their images that clients leave out of all tasks
     _warned: set[Finding] = field(default_factory=set)
 
     @property
@@ -132,6 +133,12 @@ class RunContext:
         other = copy.copy(self)
         other.config, other.keys = config, dict(self.keys)
         other.client_context = ClientContext(config, self.dataset.facts, self.client_context.device)
+        return other
+
+    def holding_back(self, share: float) -> RunContext:
+        """Return this context for trials, in which clients hold a ``share`` of their images back from every task."""
+        other = copy.copy(self)
+        other.held_back = share
         return other
 
     def inputs(self) -> KeyInputs:
@@ -200,6 +207,7 @@ class RunContext:
         next failure raises its ``RunError``.
         """
         max_missing = self.failure_budget(len(clients)) if max_missing is None else max_missing
+        task = OnPart(task, self.held_back) if self.held_back else task
         inside = self.tracker.inside(f"{label} {task.unit}".strip(), len(clients), units)
 
         def hung(client_id: int, seconds: float) -> None:

@@ -102,6 +102,8 @@ class RoundsConfig:
     validation: ImageSet | None = None  # evaluated after every round
     after_round: AfterRound | None = None  # the method's own work on the server
     shared: SharedGenerators | None = None  # generators for rehearsal
+    weight: float = 0.0  # of its loss
+    send_generators: bool = True  # the clients do not have them yet
 
 
 @dataclass
@@ -167,12 +169,8 @@ def federated_rounds(
     elif rounds.send_counts:
         for client_id, counts in enumerate(ctx.shards.counts):
             now.traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
-    if rounds.shared is not None and checkpoint is None:
-        sizes = dict(zip(rounds.shared.clients, map(size_of, rounds.shared.weights), strict=True))
-        for client_id in range(config.partition.num_clients):
-            for owner, size in sizes.items():
-                if owner != client_id:
-                    now.traffic.add("downlink", "generators", client_id, size)
+    if rounds.shared is not None and rounds.send_generators and checkpoint is None:
+        send_generators(now.traffic, rounds.shared, config.partition.num_clients)
     for round_num in range(now.begun, rounds.num_rounds):
         asked = cohort_of(config, rounds.address, round_num)
         answered = answering(config, rounds.address, round_num, asked)
@@ -222,8 +220,9 @@ def _one_round(
         traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
         if now.server:
             traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
-    kind = TrainTask if rounds.shared is None else RehearsalTask
-    task = kind(rounds.address, round_num, rounds.plan)
+    task = TrainTask(rounds.address, round_num, rounds.plan)
+    if rounds.shared is not None:
+        task = RehearsalTask(rounds.address, round_num, rounds.plan, rounds.weight)
     start_models = Round(now.models, now.server, rounds.shared)
     for client_id, update in ctx.map(task, answered, start_models, own.__getitem__, failed_clients=now.failed):
         aggregator.add(update)
@@ -240,6 +239,15 @@ def _one_round(
             kept.append(update)
     now.models, now.server = aggregator.result(), aggregator.server_state()
     return kept, losses
+
+
+def send_generators(traffic: Tally, shared: SharedGenerators, num_clients: int) -> None:
+    """Count the bytes of every client's download of the others' generators."""
+    sizes = dict(zip(shared.clients, map(size_of, shared.weights), strict=True))
+    for client_id in range(num_clients):
+        for owner, size in sizes.items():
+            if owner != client_id:
+                traffic.add("downlink", "generators", client_id, size)
 
 
 def _collect_prototypes(ctx: RunContext, now: _Progress, clients: list[int], round_num: int) -> None:
@@ -362,8 +370,8 @@ class Warmup:
         return self.federation.submodel(client_id, self.models, self.indices(client_id))
 
 
-#: The streams of the warm-up's rounds, and of the closing ones.
-ADDRESS, CLOSING = "local", "closing"
+#: The streams of the warm-up's rounds, of the closing ones, and of all trials of a rehearsal weight.
+ADDRESS, CLOSING, TRIAL = "local", "closing", "trial"
 
 
 def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | None = None) -> Warmup:
@@ -385,23 +393,42 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
     return found
 
 
-def close(ctx: RunContext, stage: Stage, models: Models, shared: SharedGenerators | None = None) -> StageResult:
+def close(
+    ctx: RunContext, stage: Stage, models: Models, shared: SharedGenerators | None = None, weight: float = 0.0
+) -> StageResult:
     """Run the closing rounds (stage FT) from ``models``, the result of the stage that ``stage`` reads.
 
-    ``shared``: the generators that clients rehearse with.
+    ``shared``: the generators that clients rehearse with, if the ``weight`` of that loss is above zero.
     """
+    section = ctx.config.finetune
+    rounds = RoundsConfig(
+        stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), validation=validation_images(ctx),
+        exact_bn=_exact_bn(ctx.config, section.bn), shared=shared if weight else None, weight=weight,
+        send_generators=not ctx.config.rehearsal.candidates,
+    )  # fmt: skip
+    return _find_or_compute(ctx, stage, rounds, models)
+
+
+def try_rehearsal(
+    ctx: RunContext, stage: Stage, models: Models, shared: SharedGenerators, weight: float
+) -> StageResult:
+    """Run a few rounds like the closing ones, but without the images that clients hold back."""
+    section, exact = ctx.config.rehearsal, _exact_bn(ctx.config, ctx.config.finetune.bn)
+    rounds = RoundsConfig(
+        stage.name, TRIAL, section.trial_rounds, _closing_plan(ctx), exact_bn=exact,
+        shared=shared if weight else None, weight=weight, send_generators=False,
+    )  # fmt: skip
+    return _find_or_compute(ctx.holding_back(section.held_back), stage, rounds, models)
+
+
+def _closing_plan(ctx: RunContext) -> LocalTrainingConfig:
     section, warmup = ctx.config.finetune, ctx.config.warmup
     # statistics of full networks fit no partial-width one
     frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width
-    plan = LocalTrainingConfig(
+    return LocalTrainingConfig(
         section.local_steps, warmup.batch_size, section.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
         section.freeze_head, frozen,
     )  # fmt: skip
-    rounds = RoundsConfig(
-        stage.name, CLOSING, section.num_rounds, plan, validation=validation_images(ctx),
-        exact_bn=_exact_bn(ctx.config, section.bn), shared=shared,
-    )  # fmt: skip
-    return _find_or_compute(ctx, stage, rounds, models)
 
 
 def _exact_bn(config: ExperimentConfig, bn: str) -> bool:
@@ -434,12 +461,23 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
 
 def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the messages of the closing rounds."""
-    section, clients = federation.config.finetune, len(federation.classifiers)
+    section, rehearsal = federation.config.finetune, federation.config.rehearsal
     _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
-    if federation.config.rehearsal.weight:
-        size = generator_size(federation.config, federation.facts)
-        for k in range(clients):
-            tally.add("downlink", "generators", k, size, times=clients - 1)
+    if rehearsal.weight and not rehearsal.candidates:
+        add_generators(federation, tally)
+
+
+def add_generators(federation: Federation, tally: Tally) -> None:
+    """Add the others' generators to every client."""
+    size, clients = generator_size(federation.config, federation.facts), len(federation.classifiers)
+    for k in range(clients):
+        tally.add("downlink", "generators", k, size, times=clients - 1)
+
+
+def trial_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add the messages of one trial of a rehearsal weight."""
+    config = federation.config
+    _rounds_messages(federation, tally, TRIAL, config.rehearsal.trial_rounds, config.finetune.bn)
 
 
 def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rounds: int, bn: str) -> np.ndarray:

@@ -122,9 +122,12 @@ def _closing_knobs(inputs: KeyInputs) -> Knobs:
 
 
 def _rehearsing_knobs(inputs: KeyInputs) -> Knobs:
-    if not inputs.config.rehearsal.weight:
+    section = inputs.config.rehearsal
+    if not section.wanted:
         return _closing_knobs(inputs)
-    return _closing_knobs(inputs) | {"rehearsal": changed_knobs(inputs.config.rehearsal)}
+    # with candidates the stage that chooses one is upstream
+    without = ("weight",) if section.candidates else ("trial_rounds", "held_back")
+    return _closing_knobs(inputs) | {"rehearsal": changed_knobs(section, *without)}
 
 
 def closing(name: str, role: str, start: str) -> Stage:
@@ -135,13 +138,39 @@ def closing(name: str, role: str, start: str) -> Stage:
     own = name == "finetune"
 
     def upstream(config: ExperimentConfig) -> tuple[str, ...]:
-        return ("partition", start, *(("generators",) if own and config.rehearsal.weight else ()))
+        chosen = (CHOICE,) if config.rehearsal.candidates else ()
+        return ("partition", start, *(("generators", *chosen) if own and config.rehearsal.wanted else ()))
 
     return Stage(
         name, 3, _rehearsing_knobs if own else _closing_knobs, upstream=upstream, kind="rounds", role=role,
         total=lambda config: config.finetune.num_rounds,
         work=lambda config: _rounds_work(config, config.finetune.num_rounds, config.finetune.local_steps),
         messages="mosaic_ray.pipeline.rounds:closing_messages" if own else "",
+    )  # fmt: skip
+
+
+#: The stage that chooses the rehearsal weight.
+CHOICE = "rehearsal"
+
+
+def rehearsal_trials(config: ExperimentConfig, start: str) -> dict[float, Stage]:
+    """Return a stage of trial rounds for each weight of rehearsal that is tried, 0 first; none without candidates."""
+    weights = sorted({0.0, *config.rehearsal.candidates}) if config.rehearsal.candidates else []
+    return {weight: _trial(weight, start) for weight in weights}
+
+
+def _trial(weight: float, start: str) -> Stage:
+    def knobs(inputs: KeyInputs) -> Knobs:
+        section, found = inputs.config.rehearsal, _closing_knobs(inputs)
+        found["finetune"].pop("num_rounds", None)
+        without = ("weight", "candidates", *(() if weight else ("ratio", "classes")))
+        return found | {"rehearsal": changed_knobs(section, *without) | {"trial": weight}}
+
+    return Stage(
+        f"trial_{weight:g}", 1, knobs, upstream=("partition", start, *(("generators",) if weight else ())),
+        kind="rounds", total=lambda config: config.rehearsal.trial_rounds,
+        work=lambda config: _rounds_work(config, config.rehearsal.trial_rounds, config.finetune.local_steps),
+        messages="mosaic_ray.pipeline.rounds:trial_messages",
     )  # fmt: skip
 
 
@@ -164,14 +193,15 @@ def models_of(graph: Graph, keys: Mapping[str, str]) -> dict[str, str]:
     return {stage.role: keys[stage.name] for stage in graph if stage.role and stage.name in keys}
 
 
-def whole_graph(own: Graph, distils_in_rounds: bool = False, head: Graph = ()) -> Graph:
+def whole_graph(own: Graph, distils_in_rounds: bool = False, trials: Graph = (), head: Graph = ()) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's, of which the last makes the student.
 
+    ``trials``: stages that choose the weight of rehearsal.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
     """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
     student = own[-1].name if own else "warmup"
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
-    graph = (*first, *own, closing("finetune", "" if head else "final", student), *head, control)
+    graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control)
     return (*graph, _evaluate(graph))

@@ -60,8 +60,8 @@ def counted(stage: Stage, config: ExperimentConfig, work: Work) -> tuple[Like, i
     patterns = [*_COST.get(kind, ("model.*", "method")), *_RUNTIME]
     if stage.name == "warmup" and load("methods", config.method).after_round is not None:
         patterns.append("method")  # it works in every round
-    if stage.name == "finetune" and config.rehearsal.weight:
-        patterns.append("rehearsal.*")
+    if (stage.name == "finetune" and config.rehearsal.wanted) or stage.name.startswith("trial_"):
+        patterns += ["rehearsal.ratio", "rehearsal.classes"]
     same = tuple(
         (name, str(value)) for name, value in flatten(config).items()
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -7,6 +7,7 @@ from typing import Any
 from ..config.plugins import load
 from ..core.types import ROLES
 from ..methods.base import Method
+from ..methods.rehearsal_choice import choose_weight
 from ..methods.statistics_heads import closing_head
 from ..pipeline.context import RunContext
 from ..pipeline.evaluate import Model, evaluate
@@ -33,8 +34,8 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     student = distilled.student if distilled else warmup.weights
 
     # FT. closing federated rounds on real data; the control's are the same rounds without the method
-    shared = distilled.shared if distilled else None
-    closed = close(ctx, stages["finetune"], warmup.with_student(student), shared)
+    shared, start = distilled.shared if distilled else None, warmup.with_student(student)
+    closed = close(ctx, stages["finetune"], start, shared, choose_weight(ctx, stages, start, shared))
     head = closing_head(ctx.config)
     final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")
     control = close(ctx, stages["control"], plain.models).load("global")

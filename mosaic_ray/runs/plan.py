@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..config.plugins import load
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
+from ..methods.rehearsal_choice import choice_stages
 from ..methods.statistics_heads import closing_head
 from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
 from ..pipeline.stages import evaluated_key, models_of, whole_graph
@@ -21,7 +22,8 @@ def graph_of(config: ExperimentConfig) -> Graph:
     """Return the stages of a run of ``config``, in order."""
     method = load("methods", config.method)
     head = closing_head(config)
-    return whole_graph(method.stages, method.after_round is not None, head.stages if head else ())
+    trials = choice_stages(config, method.stages[-1].name if method.stages else "warmup")
+    return whole_graph(method.stages, method.after_round is not None, trials, head.stages if head else ())
 
 
 def stage_keys(

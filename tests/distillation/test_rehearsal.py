@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from safetensors.numpy import load_file
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.seeding import numpy_stream, seeded
+from mosaic_ray.data.transforms import normalise
 from mosaic_ray.distillation.rehearsal import SharedGenerators, allocate_draws, lacking_classes, rehearsal_images
-from mosaic_ray.federated.local_training import LocalTrainingConfig, Rehearsed, train_locally
+from mosaic_ray.federated.client import ClientContext, OnPart, ScoreTask, Task, held_back
+from mosaic_ray.federated.local_training import LocalTrainingConfig, Rehearsed, Shard, train_locally
+from mosaic_ray.methods.rehearsal_choice import best
 from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.generator import build_generator
 from mosaic_ray.models.state_dict import to_weights
@@ -126,6 +130,101 @@ def test_serial_and_ray_agree_bit_for_bit(tmp_path):
         assert_same(student(go(tmp_path / "ray", runtime__host="ray")), student(serial))
 
 
+#: A request that chooses the weight by trials.
+CHOICE = {"rehearsal__weight": 0.0, "rehearsal__candidates": (0.3, 1.0), "rehearsal__trial_rounds": 2}
+
+
+def test_a_client_holds_back_the_same_share_of_each_class_for_every_task():
+    labels = np.repeat([0, 1, 2], [40, 9, 19])
+    mask = held_back(labels, 0.1, 7, 3)
+    assert np.bincount(labels[mask], minlength=3).tolist() == [4, 0, 1]  # floor(0.1 n) of each class
+    assert np.array_equal(mask, held_back(labels, 0.1, 7, 3))
+    assert not np.array_equal(mask, held_back(labels, 0.1, 7, 4))
+    assert not np.array_equal(mask, held_back(labels, 0.1, 8, 3))
+
+
+@dataclass(frozen=True)
+class Seen(Task[None, None, np.ndarray]):
+    """Return the pixel sums of the images that the task sees."""
+
+    def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: None, own: None) -> np.ndarray:
+        return shard.images.float().sum((1, 2, 3)).numpy()
+
+
+def test_a_task_sees_either_the_held_back_images_or_the_others():
+    config, shard = override(TINY, ON), shard_of(stripes(60))
+    context = ClientContext(config, FACTS, CPU)
+    rest, back = (OnPart(Seen(), 0.2, held).run(context, shard, 1, None, None) for held in (False, True))
+    everything = Seen().run(context, shard, 1, None, None)
+    assert len(rest) and len(back) and sorted([*rest, *back]) == sorted(everything)
+
+
+def test_scores_are_counts_and_cross_entropy_by_brute_force():
+    config, shard = override(TINY, ON), shard_of(stripes(30))
+    context = ClientContext(config, FACTS, CPU)
+    with seeded(0, "score"):
+        models = tuple(to_weights(build_classifier(config.model, FACTS.num_classes, FACTS.channels, FACTS.image_size))
+                       for _ in range(2))  # fmt: skip
+    found = ScoreTask().run(context, shard, 0, models, None)
+    for row, weights in zip(found, models, strict=True):
+        model = context.classifier(weights).eval()
+        logits = model(normalise(shard.images, FACTS.mean, FACTS.std)).double()
+        assert row[:2].tolist() == [30, (logits.argmax(1) == shard.labels).sum()]
+        loss = torch.nn.functional.cross_entropy(logits, shard.labels, reduction="sum")
+        assert row[2] == pytest.approx(float(loss.detach()), rel=1e-5)
+
+
+def test_the_most_right_answers_win_then_the_lower_loss_then_the_smaller_weight():
+    assert best(np.array([[9, 5, 3.0], [9, 6, 8.0], [9, 4, 1.0]])) == 1
+    assert best(np.array([[9, 5, 3.0], [9, 5, 2.0]])) == 1
+    assert best(np.array([[9, 5, 2.0], [9, 5, 2.0]])) == 0
+
+
+def test_the_weight_is_chosen_by_held_back_images_and_the_bytes_are_counted(tmp_path):
+    chosen = go(tmp_path, **CHOICE)
+    assert chosen["communication"]["measured_over_predicted"] == 1
+    store = Store(str(tmp_path))
+    scores = store.get(chosen["stages"]["rehearsal"]["key"]).load("scores")["scores"]
+    images = sum(int(0.1 * n) for counts in chosen["label_counts"] for n in counts)
+    assert scores[:, 0].tolist() == [images] * 3 and images > 0
+    weight = (0.0, 0.3, 1.0)[best(scores)]
+    fixed = go(tmp_path, rehearsal__weight=weight)
+    assert_same(student(chosen), student(fixed))
+    assert fixed["stages"]["finetune"]["key"] != chosen["stages"]["finetune"]["key"]
+    sent = chosen["communication_bytes"]
+    assert sent["downlink"]["generators"] == 2 * sent["uplink"]["generators"]  # once, to two others
+    again = go(tmp_path, **CHOICE | {"rehearsal__candidates": (0.3,)})  # the trials are shared
+    assert {name for name, stage in again["stages"].items() if name.startswith("trial") and stage["cached"]} == {
+        "trial_0", "trial_0.3",
+    }  # fmt: skip
+
+
+def test_a_trial_leaves_the_held_back_images_out_of_training(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mosaic_ray.federated.client.train_locally", lambda model, shard, *a, **k: (
+        seen.append(len(shard)), {"loss": 1.0, "accuracy": 0.0, "steps": 1})[1])  # fmt: skip
+    counts = np.array(go(tmp_path, **CHOICE, warmup__num_rounds=1, finetune__num_rounds=1)["label_counts"])
+    sizes, less = counts.sum(1), (counts - (0.1 * counts).astype(int)).sum(1)
+    trials = [int(n) for n in [*less] * 2] * 3
+    assert seen == [*sizes, *trials, *sizes, *sizes]  # warm-up, three trials of two rounds, closing rounds, control
+
+
+@pytest.mark.parametrize("round_num", [0, 1])
+def test_a_killed_trial_resumes_with_the_same_numbers(tmp_path, round_num):
+    undisturbed = go(tmp_path / "whole", **CHOICE)
+    with interrupted(in_round=round_num, phase="trial"):
+        go(tmp_path / "killed", **CHOICE)
+    assert_same(student(go(tmp_path / "killed", **CHOICE)), student(undisturbed))
+
+
+@pytest.mark.ray
+def test_serial_and_ray_choose_alike(tmp_path):
+    serial = go(tmp_path / "serial", runtime__host="serial", **CHOICE)
+    with small_ray(2):
+        ray = go(tmp_path / "ray", runtime__host="ray", **CHOICE)
+    assert_same(student(ray), student(serial))
+
+
 @pytest.mark.parametrize(
     "knobs, line",
     [
@@ -136,6 +235,8 @@ def test_serial_and_ray_agree_bit_for_bit(tmp_path):
         ({"method": "fedavg", "rehearsal.weight": 1}, "method fedavg trains no generators"),
         ({"rehearsal.ratio": 0}, "rehearsal.ratio"),
         ({"finetune.head": "dlda"}, "finetune.head"),
+        ({"rehearsal.candidates": "[0.3]", "generator.family": "dcgan"}, "rehearsal.candidates = .0.3.: it needs gen"),
+        ({"rehearsal.candidates": "[0]"}, "rehearsal.candidates = .0.: it takes a list of numbers .* each above 0"),
     ],
 )
 def test_refusals(knobs, line):

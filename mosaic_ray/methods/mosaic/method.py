@@ -42,7 +42,7 @@ class Mosaic(Method):
         teacher = ctx.run(TEACHER, warmup, prototypes, generators)
         # KD. the student learns from the teacher on the generators' images
         student, held_out = ctx.run(DISTILL, warmup, prototypes, teacher, generators)
-        shared = generators.shared(ctx.shards.counts) if ctx.config.rehearsal.weight else None
+        shared = generators.shared(ctx.shards.counts) if ctx.config.rehearsal.wanted else None
         return Distilled(student, held_out, teacher, shared)
 
 
