@@ -73,9 +73,9 @@ def best(scores: np.ndarray) -> int:
 
 
 def score_trials(
-    ctx: RunContext, stage: Stage, models: Sequence[Models], shared: SharedGenerators
+    ctx: RunContext, stage: Stage, trials: Sequence[Models], shared: SharedGenerators
 ) -> np.ndarray:
-    """Return the scores of the trials' models on all held-back images, float64 [trials, 3] as in ``ScoreTask``.
+    """Return the scores of the models of ``trials`` on all held-back images, float64 [trials, 3] as in ``ScoreTask``.
 
     Where the closing rounds end with a new head, each trial's model gets such a head first, from statistics of the
     images that are not held back.
@@ -93,11 +93,11 @@ def score_trials(
         traffic, failed = Tally(1, everyone), FailedClients(stage.name)
         send_generators(traffic, shared, everyone)
         tried = []
-        for found in models:
-            weights = found[federation.student]
+        for models in trials:
+            weights = models[federation.student]
             if head is not None:
                 trial = ctx.holding_back(held_back)
-                pooled = gather_statistics(trial, found, head.per_class, traffic, failed)
+                pooled = gather_statistics(trial, models, head.per_class, traffic, failed)
                 matrix, bias = head.head(ctx, weights, pooled)
                 weights = weights | {"head.weight": matrix, "head.bias": bias}
             tried.append(weights)
