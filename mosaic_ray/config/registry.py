@@ -100,5 +100,9 @@ METHODS: dict[str, Entry] = {
         "ablation: the head trained on features drawn from one Gaussian a class (Luo et al. 2021)",
         "mosaic_ray.methods.statistics_heads:CCVR",
     ),
+    "rehearsal": Entry(
+        "Mosaic's generators for rehearsal in the closing rounds, without teacher and distillation",
+        "mosaic_ray.methods.rehearsal:REHEARSAL",
+    ),
     "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }

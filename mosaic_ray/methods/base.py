@@ -35,7 +35,10 @@ class Distilled:
 
 
 class Method:
-    """A method. The last of its ``stages`` makes the student (role "distilled"); without stages there is no student."""
+    """A method. The last of its ``stages`` with the role "distilled" makes the student.
+
+    Without such a stage the closing rounds begin at the warm-up's model.
+    """
 
     kind = "methods"
     #: The name under which its own knobs are set (``NAME.KNOB``), and under which results list it.

@@ -193,15 +193,20 @@ def models_of(graph: Graph, keys: Mapping[str, str]) -> dict[str, str]:
     return {stage.role: keys[stage.name] for stage in graph if stage.role and stage.name in keys}
 
 
+def student_of(own: Graph) -> str:
+    """Return the name of the stage that makes the student: of a method's stages ``own``, else the warm-up."""
+    return next((stage.name for stage in reversed(own) if stage.role == "distilled"), "warmup")
+
+
 def whole_graph(own: Graph, distils_in_rounds: bool = False, trials: Graph = (), head: Graph = ()) -> Graph:
-    """Return all stages of a run, in order: ``own`` are the method's, of which the last makes the student.
+    """Return all stages of a run, in order: ``own`` are the method's.
 
     ``trials``: stages that choose the weight of rehearsal.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
     """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
-    student = own[-1].name if own else "warmup"
+    student = student_of(own)
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
     graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control)
     return (*graph, _evaluate(graph))

@@ -12,7 +12,7 @@ from ..core.types import DataFacts
 from ..methods.rehearsal_choice import choice_stages
 from ..methods.statistics_heads import closing_head
 from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
-from ..pipeline.stages import evaluated_key, models_of, whole_graph
+from ..pipeline.stages import evaluated_key, models_of, student_of, whole_graph
 
 #: Stage -> its keys, as ``stage_keys`` gives them.
 Chain = Mapping[str, Sequence[str]]
@@ -22,7 +22,7 @@ def graph_of(config: ExperimentConfig) -> Graph:
     """Return the stages of a run of ``config``, in order."""
     method = load("methods", config.method)
     head = closing_head(config)
-    trials = choice_stages(config, method.stages[-1].name if method.stages else "warmup")
+    trials = choice_stages(config, student_of(method.stages))
     return whole_graph(method.stages, method.after_round is not None, trials, head.stages if head else ())
 
 

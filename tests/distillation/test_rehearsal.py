@@ -217,6 +217,18 @@ def test_a_killed_trial_resumes_with_the_same_numbers(tmp_path, round_num):
     assert_same(student(go(tmp_path / "killed", **CHOICE)), student(undisturbed))
 
 
+def test_the_method_rehearsal_is_mosaic_without_distillation(tmp_path):
+    weight = {"rehearsal__weight": 1.0, "finetune__head": "keep"}
+    alone = go(tmp_path, method="rehearsal", **weight)
+    assert not {"teacher", "distill"} & alone["stages"].keys()
+    assert alone["accuracy"].get("distilled") is None and alone["communication"]["measured_over_predicted"] == 1
+    # a student that distillation leaves as it was gives the same closing rounds
+    frozen = go(tmp_path, **weight, distill__lr=1e-30, distill__anchor_weight=0.0)
+    assert frozen["stages"]["generators"]["cached"]
+    for name, value in student(alone).items():
+        np.testing.assert_allclose(student(frozen)[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.ray
 def test_serial_and_ray_choose_alike(tmp_path):
     serial = go(tmp_path / "serial", runtime__host="serial", **CHOICE)
@@ -236,6 +248,7 @@ def test_serial_and_ray_choose_alike(tmp_path):
         ({"rehearsal.ratio": 0}, "rehearsal.ratio"),
         ({"finetune.head": "dlda"}, "finetune.head"),
         ({"rehearsal.candidates": "[0.3]", "generator.family": "dcgan"}, "rehearsal.candidates = .0.3.: it needs gen"),
+        ({"method": "rehearsal"}, "method rehearsal: it needs rehearsal.weight above 0"),
         ({"rehearsal.candidates": "[0]"}, "rehearsal.candidates = .0.: it takes a list of numbers .* each above 0"),
     ],
 )
