@@ -354,6 +354,11 @@ class Warmup:
         """theta_g of the student's architecture."""
         return self.models[self.federation.student]
 
+    @property
+    def head(self) -> Weights:
+        """The head of the student's architecture."""
+        return {name: value for name, value in self.weights.items() if name.startswith("head.")}
+
     def with_student(self, student: Weights) -> Models:
         """Return the global models with ``student`` in place of its architecture's."""
         return self.models | {self.federation.student: student}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 
 from ..config.fields import changed_knobs
 from ..config.plugins import identity, parts
@@ -121,13 +122,23 @@ def _closing_knobs(inputs: KeyInputs) -> Knobs:
     return _common(config) | {"finetune": changed_knobs(config.finetune, "head"), "warmup": warmup}
 
 
-def _rehearsing_knobs(inputs: KeyInputs) -> Knobs:
-    section = inputs.config.rehearsal
+def _student_knobs(inputs: KeyInputs, start: str) -> Knobs:
+    """Return the knobs of rounds that begin at the student's model, the result of the stage ``start``.
+
+    Where the head is made anew after the rounds, they begin with the warm-up's: large weights, such as LDA gives, would
+    damage the features.
+    """
+    anew = inputs.config.finetune.head != "keep" and start != "warmup"
+    return _closing_knobs(inputs) | ({"begins with": "the warm-up's head"} if anew else {})
+
+
+def _rehearsing_knobs(inputs: KeyInputs, start: str) -> Knobs:
+    section, found = inputs.config.rehearsal, _student_knobs(inputs, start)
     if not section.wanted:
-        return _closing_knobs(inputs)
+        return found
     # with candidates the stage that chooses one is upstream
     without = ("weight",) if section.candidates else ("trial_rounds", "held_back")
-    return _closing_knobs(inputs) | {"rehearsal": changed_knobs(section, *without)}
+    return found | {"rehearsal": changed_knobs(section, *without)}
 
 
 def closing(name: str, role: str, start: str) -> Stage:
@@ -141,8 +152,9 @@ def closing(name: str, role: str, start: str) -> Stage:
         chosen = (CHOICE,) if config.rehearsal.candidates else ()
         return ("partition", start, *(("generators", *chosen) if own and config.rehearsal.wanted else ()))
 
+    knobs = partial(_rehearsing_knobs, start=start) if own else _closing_knobs
     return Stage(
-        name, 3, _rehearsing_knobs if own else _closing_knobs, upstream=upstream, kind="rounds", role=role,
+        name, 3, knobs, upstream=upstream, kind="rounds", role=role,
         total=lambda config: config.finetune.num_rounds,
         work=lambda config: _rounds_work(config, config.finetune.num_rounds, config.finetune.local_steps),
         messages="mosaic_ray.pipeline.rounds:closing_messages" if own else "",
@@ -161,7 +173,7 @@ def rehearsal_trials(config: ExperimentConfig, start: str) -> dict[float, Stage]
 
 def _trial(weight: float, start: str) -> Stage:
     def knobs(inputs: KeyInputs) -> Knobs:
-        section, found = inputs.config.rehearsal, _closing_knobs(inputs)
+        section, found = inputs.config.rehearsal, _student_knobs(inputs, start)
         found["finetune"].pop("num_rounds", None)
         without = ("weight", "candidates", *(() if weight else ("ratio", "classes")))
         return found | {"rehearsal": changed_knobs(section, *without) | {"trial": weight}}

@@ -34,9 +34,9 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     student = distilled.student if distilled else warmup.weights
 
     # FT. closing federated rounds on real data; the control's are the same rounds without the method
-    shared, start = distilled.shared if distilled else None, warmup.with_student(student)
+    shared, head = distilled.shared if distilled else None, closing_head(ctx.config)
+    start = warmup.with_student(student | warmup.head if head else student)
     closed = close(ctx, stages["finetune"], start, shared, choose_weight(ctx, stages, start, shared))
-    head = closing_head(ctx.config)
     final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")
     control = close(ctx, stages["control"], plain.models).load("global")
 

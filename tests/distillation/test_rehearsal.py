@@ -217,6 +217,16 @@ def test_a_killed_trial_resumes_with_the_same_numbers(tmp_path, round_num):
     assert_same(student(go(tmp_path / "killed", **CHOICE)), student(undisturbed))
 
 
+def test_rounds_before_a_new_head_begin_with_the_warm_ups(tmp_path):
+    knobs = {"method": "lda_head", "rehearsal__weight": 0.0}
+    anew = go(tmp_path, **knobs)  # the student of lda_head has the warm-up's features
+    plain = go(tmp_path, **knobs | {"method": "fedavg"})
+    assert_same(student(anew), student(plain))
+    assert not np.array_equal(
+        student(go(tmp_path, **knobs, finetune__head="keep"))["head.weight"], student(anew)["head.weight"]
+    )
+
+
 def test_the_method_rehearsal_is_mosaic_without_distillation(tmp_path):
     weight = {"rehearsal__weight": 1.0, "finetune__head": "keep"}
     alone = go(tmp_path, method="rehearsal", **weight)

@@ -39,7 +39,7 @@ FOLLOWS = {
     "meta": AFTER_TEACHER,
     "distill": AFTER_DISTILL,
     "finetune": {"finetune", "control", "evaluate"},
-    "finetune.head": {"closing_statistics", "closing_head", "evaluate"},
+    "finetune.head": {"finetune", "closing_statistics", "closing_head", "evaluate"},
     "rehearsal": set(), "rehearsal.weight": {"finetune", "evaluate"},  # the rest only above weight 0
     "rehearsal.candidates": {"trial_0", "trial_0.5", "rehearsal", "finetune", "evaluate"},
     "runtime": set(), "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
@@ -79,6 +79,14 @@ def changed(before: dict, after: dict) -> set[str]:
 def test_a_stages_key_changes_with_what_it_depends_on_and_nothing_else(name):
     names = [named for named in FOLLOWS if name == named or name.startswith(f"{named}.")]
     assert changed(stage_keys(TINY), stage_keys(override(TINY, {name: another(name)}))) == FOLLOWS[max(names, key=len)]
+
+
+def test_rounds_before_a_new_head_do_not_follow_the_students_head():
+    anew = {"finetune.head": "lda_head"}
+    plain, own = (stage_keys(override(TINY, {"method": "fedavg"} | more)) for more in ({}, anew))
+    assert plain["finetune"] == own["finetune"] == own["control"]
+    plain, own = (stage_keys(override(TINY, {"method": "mosaic"} | more)) for more in ({}, anew))
+    assert plain["finetune"] != own["finetune"] and plain["control"] == own["control"]
 
 
 def test_kernels_that_sum_in_any_order_are_in_the_keys_of_gpus_alone():
