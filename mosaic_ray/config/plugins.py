@@ -108,6 +108,11 @@ def strategy_named(word: str) -> Any:
     return first.joined(others) if others else first
 
 
+def trains_generators(config: ExperimentConfig) -> bool:
+    """Return whether the method of ``config`` has the stage in which clients train generators."""
+    return any(stage.name == "generators" for stage in load("methods", config.method).stages)
+
+
 def section_of(config: ExperimentConfig, name: str, knobs: type[T]) -> T:
     """Return the knobs of the plug-in ``name`` as an instance of its dataclass, defaults filled in."""
     prefix = f"{name}."

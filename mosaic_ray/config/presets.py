@@ -1,7 +1,8 @@
 """Named starting points: scales (how much work) and algorithms (which switches), orthogonal to each other.
 
 The algorithm presets hold the switches of the authors' code (``reference``, its defects included), of the paper's
-text as far as it can be recovered (``paper``), and the switches that work best (``fixed``).
+text as far as it can be recovered (``paper``), repaired (``fixed``), and with rehearsal, which works best
+(``rehearsal``, docs/EXPERIMENTS.md).
 
 ``schedule`` is the rule by which every data set has two scales. Those of the data sets that ship bear their names:
 ``cifar100`` is the paper's scale, ``cifar100_small`` takes minutes on two cores. Others have ``large`` and ``small``.
@@ -65,8 +66,21 @@ REFERENCE: dict[str, Any] = PAPER | {
     "distill.student_bn": "frozen",
 }
 
+#: Closing rounds at a working step size in which clients rehearse, if their held-back images say that it helps.
+REHEARSAL: dict[str, Any] = {
+    "generator.family": "cvae",
+    "generator.latent_dim": 32,
+    "warmup.bn": "exact",
+    "finetune.num_rounds": 15,
+    "finetune.lr": 0.02,
+    "finetune.bn": "exact",
+    "finetune.head": "lda_head",
+    "rehearsal.candidates": (0.3, 1.0),
+}
+
 ALGORITHMS: dict[str, tuple[dict[str, Any], str]] = {
     "fixed": ({}, "what works: consistent teacher, guarded student (default)"),
+    "rehearsal": (REHEARSAL, "clients train on synthetic images of classes that they lack, where that helps"),
     "paper": (PAPER, "the paper's text, as far as it can be recovered"),
     "reference": (REFERENCE, "the authors' code, its defects included"),
 }

@@ -237,19 +237,14 @@ class RehearsalConfig:
         choices=("lacking", "all"),
     )  # fmt: skip
     candidates: tuple[float, ...] = knob(
-        (), "weights tried beside 0; clients' held-back images choose one, and weight counts for nothing", above=0.0
-    )
+        (), "weights tried beside 0: clients' held-back images choose one, in place of weight; a method without "
+        "generators has none to try", above=0.0,
+    )  # fmt: skip
     trial_rounds: int = knob(5, "rounds of each trial", low=1)
     held_back: float = knob(
         0.1, "share of each client's images of a class that judges the trials and is not trained on in them",
         above=0.0, high=0.5,
     )  # fmt: skip
-
-    @property
-    def wanted(self) -> bool:
-        """Return whether clients rehearse, or try to."""
-        return bool(self.weight or self.candidates)
-
 
 @dataclass(frozen=True)
 class RuntimeConfig:
@@ -287,7 +282,7 @@ class RuntimeConfig:
 @dataclass(frozen=True)
 class ExperimentConfig:
     method: str = knob("mosaic", "see `mosaic methods`; or module:object of your own")
-    algorithm: str = knob("fixed", "algorithm preset", choices=("fixed", "paper", "reference"))
+    algorithm: str = knob("fixed", "algorithm preset", choices=("fixed", "rehearsal", "paper", "reference"))
     seed: int = knob(0, "one seed for everything", low=0, high=2**31 - 6000)
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)

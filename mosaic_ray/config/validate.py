@@ -18,7 +18,7 @@ GAN_ONLY = {
 def check(config: ExperimentConfig) -> ExperimentConfig:
     """Raise ``RequestError`` where knobs contradict each other; return ``config``."""
     from .client_layout import any_partial_width
-    from .plugins import load, strategy_named
+    from .plugins import load, strategy_named, trains_generators
     from .registry import CLASSIFIERS, DATASET_PREFIXES, DATASETS, STRATEGIES
 
     def need(holds: object, message: str) -> None:
@@ -80,17 +80,14 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"generator.{'conditional = true' if config.generator.conditional else f'family = {config.generator.family}'}: "
         "the class that generator.drop_class0_bug leaves out could not be drawn",
     )
-    if config.rehearsal.wanted:
-        makes = [stage.name for stage in load("methods", config.method).stages]
-        knob = "candidates" if config.rehearsal.candidates else "weight"
+    rehearsal, trains = config.rehearsal, trains_generators(config)
+    for knob, value in (("weight", rehearsal.weight), ("candidates", rehearsal.candidates)):
+        asked = f"rehearsal.{knob} = {shown(value)}: it needs generators"
+        need(not value or trains or knob == "candidates", f"{asked}, and method {config.method} trains none")
         need(
-            "generators" in makes and config.generator.labelled,
-            f"rehearsal.{knob} = {shown(getattr(config.rehearsal, knob))}: it needs generators that take labels; "
-            + (
-                f"set generator.family=cvae or cgan, not {config.generator.family}" if "generators" in makes
-                else f"method {config.method} trains no generators"
-            ),
-        )  # fmt: skip
+            not value or not trains or config.generator.labelled,
+            f"{asked} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
+        )
     if config.generator.family == "cvae":
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(

@@ -26,7 +26,7 @@ class Rehearsal(Method):
     stages = (GENERATORS,)
 
     def check(self, config: ExperimentConfig) -> None:
-        if not config.rehearsal.wanted:
+        if not (config.rehearsal.weight or config.rehearsal.candidates):
             raise RequestError("method rehearsal: it needs rehearsal.weight above 0, or rehearsal.candidates")
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:

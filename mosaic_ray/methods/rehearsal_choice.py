@@ -53,13 +53,13 @@ def choose_weight(ctx: RunContext, stages: dict[str, Stage], models: Models, sha
     With candidates it is the one whose trial answers the most held-back images right. Equal counts are decided by the
     lower cross-entropy, and then by the smaller weight.
     """
-    section = ctx.config.rehearsal
-    if not section.candidates or shared is None:
-        return section.weight
+    trials = rehearsal_trials(ctx.config, "")
+    if shared is None or not trials:
+        return ctx.config.rehearsal.weight if shared else 0.0
     from ..pipeline.rounds import load_models, try_rehearsal
 
     tried = []
-    for weight, stage in rehearsal_trials(ctx.config, "").items():
+    for weight, stage in trials.items():
         result = try_rehearsal(ctx, stages[stage.name], models, shared, weight)
         tried.append((weight, load_models(ctx.client_context.federation, result)))
     weights = [weight for weight, _ in tried]

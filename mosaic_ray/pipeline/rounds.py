@@ -35,7 +35,7 @@ from ..tracking.progress import StageProgress
 from .context import Facts, FailedClients, RunContext
 from .evaluate import log_validation, table_of, validation_images
 from .graph import Stage
-from .stages import WARMUP
+from .stages import WARMUP, rehearses, weights_tried
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -409,7 +409,7 @@ def close(
     rounds = RoundsConfig(
         stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), validation=validation_images(ctx),
         exact_bn=_exact_bn(ctx.config, section.bn), shared=shared if weight else None, weight=weight,
-        send_generators=not ctx.config.rehearsal.candidates,
+        send_generators=not weights_tried(ctx.config),
     )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
 
@@ -466,9 +466,9 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
 
 def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the messages of the closing rounds."""
-    section, rehearsal = federation.config.finetune, federation.config.rehearsal
+    section = federation.config.finetune
     _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
-    if rehearsal.weight and not rehearsal.candidates:
+    if rehearses(federation.config) and not weights_tried(federation.config):
         add_generators(federation, tally)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from functools import partial
 
 from ..config.fields import changed_knobs
-from ..config.plugins import identity, parts
+from ..config.plugins import identity, parts, trains_generators
 from ..config.schema import ExperimentConfig
 from ..config.user_code import digest_of
 from ..storage.hashing import stage_key
@@ -134,10 +134,10 @@ def _student_knobs(inputs: KeyInputs, start: str) -> Knobs:
 
 def _rehearsing_knobs(inputs: KeyInputs, start: str) -> Knobs:
     section, found = inputs.config.rehearsal, _student_knobs(inputs, start)
-    if not section.wanted:
+    if not rehearses(inputs.config):
         return found
-    # with candidates the stage that chooses one is upstream
-    without = ("weight",) if section.candidates else ("trial_rounds", "held_back")
+    # with trials the stage that chooses a weight is upstream
+    without = ("weight",) if weights_tried(inputs.config) else ("trial_rounds", "held_back", "candidates")
     return found | {"rehearsal": changed_knobs(section, *without)}
 
 
@@ -149,8 +149,8 @@ def closing(name: str, role: str, start: str) -> Stage:
     own = name == "finetune"
 
     def upstream(config: ExperimentConfig) -> tuple[str, ...]:
-        chosen = (CHOICE,) if config.rehearsal.candidates else ()
-        return ("partition", start, *(("generators", *chosen) if own and config.rehearsal.wanted else ()))
+        chosen = (CHOICE,) if weights_tried(config) else ()
+        return ("partition", start, *(("generators", *chosen) if own and rehearses(config) else ()))
 
     knobs = partial(_rehearsing_knobs, start=start) if own else _closing_knobs
     return Stage(
@@ -165,10 +165,20 @@ def closing(name: str, role: str, start: str) -> Stage:
 CHOICE = "rehearsal"
 
 
+def weights_tried(config: ExperimentConfig) -> tuple[float, ...]:
+    """Return the weights of rehearsal that are tried, 0 first; none without candidates, or without generators."""
+    section = config.rehearsal
+    return tuple(sorted({0.0, *section.candidates})) if section.candidates and trains_generators(config) else ()
+
+
+def rehearses(config: ExperimentConfig) -> bool:
+    """Return whether clients rehearse in the closing rounds, or may choose to."""
+    return bool(config.rehearsal.weight or weights_tried(config))
+
+
 def rehearsal_trials(config: ExperimentConfig, start: str) -> dict[float, Stage]:
-    """Return a stage of trial rounds for each weight of rehearsal that is tried, 0 first; none without candidates."""
-    weights = sorted({0.0, *config.rehearsal.candidates}) if config.rehearsal.candidates else []
-    return {weight: _trial(weight, start) for weight in weights}
+    """Return the stage of trial rounds for each of ``weights_tried``."""
+    return {weight: _trial(weight, start) for weight in weights_tried(config)}
 
 
 def _trial(weight: float, start: str) -> Stage:

@@ -16,6 +16,7 @@ from ..config.resolve import flatten
 from ..config.schema import ExperimentConfig
 from ..data.load import known_facts
 from ..pipeline.graph import Stage, Work
+from ..pipeline.stages import rehearses
 from .earlier import EarlierRun
 from .plan import graph_of
 
@@ -60,7 +61,7 @@ def counted(stage: Stage, config: ExperimentConfig, work: Work) -> tuple[Like, i
     patterns = [*_COST.get(kind, ("model.*", "method")), *_RUNTIME]
     if stage.name == "warmup" and load("methods", config.method).after_round is not None:
         patterns.append("method")  # it works in every round
-    if (stage.name == "finetune" and config.rehearsal.wanted) or stage.name.startswith("trial_"):
+    if (stage.name == "finetune" and rehearses(config)) or stage.name.startswith("trial_"):
         patterns += ["rehearsal.ratio", "rehearsal.classes"]
     same = tuple(
         (name, str(value)) for name, value in flatten(config).items()

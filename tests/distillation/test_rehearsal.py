@@ -217,6 +217,13 @@ def test_a_killed_trial_resumes_with_the_same_numbers(tmp_path, round_num):
     assert_same(student(go(tmp_path / "killed", **CHOICE)), student(undisturbed))
 
 
+def test_a_method_without_generators_tries_no_weight():
+    candidates = {"method": "lda_head", "rehearsal.weight": 0.0, "rehearsal.candidates": (0.3, 1.0)}
+    assert stage_keys(override(TINY, ON | candidates)) == stage_keys(
+        override(TINY, ON | candidates | {"rehearsal.candidates": ()})
+    )
+
+
 def test_rounds_before_a_new_head_begin_with_the_warm_ups(tmp_path):
     knobs = {"method": "lda_head", "rehearsal__weight": 0.0}
     anew = go(tmp_path, **knobs)  # the student of lda_head has the warm-up's features
@@ -254,7 +261,7 @@ def test_serial_and_ray_choose_alike(tmp_path):
             {"generator.family": "dcgan", "rehearsal.weight": 1},
             "needs generators that take labels; set generator.family",
         ),
-        ({"method": "fedavg", "rehearsal.weight": 1}, "method fedavg trains no generators"),
+        ({"method": "fedavg", "rehearsal.weight": 1}, "rehearsal.weight = 1: it needs generators, and method fedavg"),
         ({"rehearsal.ratio": 0}, "rehearsal.ratio"),
         ({"finetune.head": "dlda"}, "finetune.head"),
         ({"rehearsal.candidates": "[0.3]", "generator.family": "dcgan"}, "rehearsal.candidates = .0.3.: it needs gen"),

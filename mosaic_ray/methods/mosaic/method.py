@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...core.types import DataFacts
+from ...pipeline.stages import rehearses
 from ..base import Distilled, Method
 from .graph import DISTILL, GENERATORS, PROTOTYPES, TEACHER
 
@@ -42,7 +43,7 @@ class Mosaic(Method):
         teacher = ctx.run(TEACHER, warmup, prototypes, generators)
         # KD. the student learns from the teacher on the generators' images
         student, held_out = ctx.run(DISTILL, warmup, prototypes, teacher, generators)
-        shared = generators.shared(ctx.shards.counts) if ctx.config.rehearsal.wanted else None
+        shared = generators.shared(ctx.shards.counts) if rehearses(ctx.config) else None
         return Distilled(student, held_out, teacher, shared)
 
 
