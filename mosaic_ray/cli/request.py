@@ -118,7 +118,7 @@ def grid_plan(words: Sequence[str]) -> SweepPlan:
 
 
 def compare_plan(methods: str) -> SweepPlan:
-    """Return a plan with one point for each METHOD, STRATEGY (with method fedavg) or METHOD+STRATEGY.
+    """Return a plan with one point for each METHOD, STRATEGY (with method fedavg) or METHOD+STRATEGY, and a ceiling.
 
     A method or strategy is named as in its knob; strategies joined by + combine.
     """
@@ -129,7 +129,9 @@ def compare_plan(methods: str) -> SweepPlan:
     strategies = [p["federation.strategy"] for p in points if "federation.strategy" in p]
     # where each point names its own, narrow widths need not suit the default one
     base = {"federation.strategy": strategies[0]} if len(strategies) == len(points) else {}
-    return SweepPlan(summary=f"methods side by side: {', '.join(words)}", points=points, base=base)
+    return SweepPlan(
+        summary=f"methods side by side: {', '.join(words)}", points=points, base={"runtime.ceiling": True} | base
+    )
 
 
 def _compared(word: str) -> dict[str, str]:

@@ -272,6 +272,9 @@ class RuntimeConfig:
     deterministic: bool = knob(True, "GPUs give the same bits in every run; off: faster (docs/RELIABILITY.md)")
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)
+    ceiling: bool = knob(
+        False, "report a linear probe of the warmed-up model too; it reads all clients' images, and no choice follows it"
+    )
 
     @property
     def gpu_share(self) -> float:

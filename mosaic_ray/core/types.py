@@ -20,8 +20,8 @@ STAGES = (
 
 Severity = Literal["info", "warning", "error"]
 
-#: The models that a run scores, in the order in which they are made.
-ROLES = ("initial", "teacher", "distilled", "final", "control")
+#: The models that a run scores, in the order in which they are made; "ceiling" reads all clients' images.
+ROLES = ("initial", "teacher", "distilled", "final", "control", "ceiling")
 
 
 @dataclass(frozen=True)

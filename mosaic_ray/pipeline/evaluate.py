@@ -82,7 +82,8 @@ def log_validation(ctx: RunContext, stage: str, step: int, key: str, model: Mode
 def _curve(ctx: RunContext, role: str) -> tuple[str, int]:
     """Return tag and step of a role's accuracy; steps are the federated rounds so far."""
     warmup, closing = ctx.config.warmup.num_rounds, ctx.config.finetune.num_rounds
-    tag = {"teacher": "teacher/accuracy", "control": "student/accuracy_control"}.get(role, "student/accuracy")
+    own = {"teacher": "teacher/accuracy"} | {name: f"student/accuracy_{name}" for name in ("control", "ceiling")}
+    tag = own.get(role, "student/accuracy")
     return tag, warmup + (closing if role in ("final", "control") else 0)
 
 

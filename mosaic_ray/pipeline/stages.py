@@ -19,6 +19,9 @@ from .graph import Graph, KeyInputs, Knobs, Stage, Work
 #: The version of ``evaluated_key``'s results.
 EVALUATED = 1
 
+#: The most images that the ceiling's linear probe is trained on.
+MOST_PROBED = 12_000
+
 
 def model_knobs(config: ExperimentConfig) -> Knobs:
     """Return the networks' knobs, and the digests of networks that are user code."""
@@ -118,7 +121,7 @@ CONTROL_WARMUP = _warmup("control_warmup")
 
 def _closing_knobs(inputs: KeyInputs) -> Knobs:
     config = inputs.config
-    warmup = changed_knobs(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr", "bn")
+    warmup = changed_knobs(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr", "lr_decay", "bn")
     return _common(config) | {"finetune": changed_knobs(config.finetune, "head"), "warmup": warmup}
 
 
@@ -196,6 +199,15 @@ def _trial(weight: float, start: str) -> Stage:
     )  # fmt: skip
 
 
+def ceiling(name: str = "ceiling", after: str = "warmup", role: str = "ceiling") -> Stage:
+    """Return the linear probe of the model of the stage ``after``. It sends nothing: a federation cannot compute it."""
+    return Stage(
+        name, 1, lambda inputs: {"images": MOST_PROBED, "seed": inputs.config.seed} | driver_knobs(inputs.config),
+        "mosaic_ray.pipeline.ceiling:probe", upstream=("partition", after), kind="ceiling", role=role, unit="fit",
+        work=lambda config: {"fits": 1},
+    )  # fmt: skip
+
+
 def evaluated_key(config: ExperimentConfig, partition: str, model: str, split: str) -> str:
     """Return the key of a model's accuracy on the images of ``split``; runs and stages that share a model share it."""
     knobs = {"split": split, "threads": config.runtime.driver_threads}
@@ -220,15 +232,19 @@ def student_of(own: Graph) -> str:
     return next((stage.name for stage in reversed(own) if stage.role == "distilled"), "warmup")
 
 
-def whole_graph(own: Graph, distils_in_rounds: bool = False, trials: Graph = (), head: Graph = ()) -> Graph:
+def whole_graph(
+    own: Graph, distils_in_rounds: bool = False, trials: Graph = (), head: Graph = (), probed: bool = False
+) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's.
 
     ``trials``: stages that choose the weight of rehearsal.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
+    ``probed``: with the ceiling.
     """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
     student = student_of(own)
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
     graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control)
+    graph = (*graph, *((ceiling(),) if probed else ()))
     return (*graph, _evaluate(graph))

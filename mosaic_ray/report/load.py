@@ -61,7 +61,7 @@ class RunReport:
         return self.summary.status or "unfinished"
 
     def accuracy(self, role: str) -> float | None:
-        """Return the test accuracy in [0, 1] of a role's model: initial, teacher, distilled, final or control."""
+        """Return the test accuracy in [0, 1] of a role's model: one of ``core.types.ROLES``."""
         return (self.summary.accuracy or {}).get(role)
 
     @property

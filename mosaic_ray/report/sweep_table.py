@@ -15,7 +15,7 @@ from rich.text import Text
 
 from ..config.fields import short_names, shown
 from ..sweeps.results import Point, Row, TrialResult, _rows
-from .tables import MOST_FINDINGS, _places, _seconds, _table
+from .tables import CEILING, MOST_FINDINGS, _places, _seconds, _table
 from .text import address
 
 #: Most configurations in a section of the closing table; results.csv has all.
@@ -90,6 +90,8 @@ class _SweepTable:
             seeds = max(len(point) for *_, points in sections for point in points)
             spread = f", mean {sign} sd of {seeds} seeds" if seeds > 1 else ""
             yield Text(f"percent{spread}; gain = final - control, all three on test images")
+            if any(row["accuracy_ceiling"] is not None for row in self.rows):
+                yield Text(CEILING)
             for title, knobs, points in sections:
                 yield from ("", Text(title, style="bold"), *_section(points, knobs, seeds, sign, options.max_width))
         if shared := shared_stages(self.rows):
@@ -124,10 +126,9 @@ def _section(points: list[Point], knobs: list[str], seeds: int, sign: str, width
     names = [point[0]["trial"].rpartition("s")[0] for point in first]
     fewer = [f"{name} {len(point)}" for name, point in zip(names, first, strict=True) if len(point) < seeds]
     names = [name if len(point) == seeds else f"{name}*" for name, point in zip(names, first, strict=True)]
-    sources = {"selection": "selection", "final": "accuracy_final", "control": "accuracy_control", "gain": "gain"}
     reached = {
         head: [mean_and_sd(point, column, "+" if head == "gain" else "", sign) for point in first]
-        for head, column in sources.items()
+        for head, column in measures(points).items()
     }
     short = short_names(knobs)
     columns = {short[knob]: [shown(point[0][knob]) for point in first] for knob in knobs} | reached
@@ -150,6 +151,13 @@ def _section(points: list[Point], knobs: list[str], seeds: int, sign: str, width
         yield Text(f"* seeds finished: {', '.join(fewer)} of {seeds}")
     if len(points) > MOST_POINTS:
         yield Text(f"and {len(points) - MOST_POINTS} more in results.csv")
+
+
+def measures(points: list[Point]) -> dict[str, str]:
+    """Return heading -> column of the measures in a table of configurations; the ceiling where a trial has one."""
+    found = {"selection": "selection", "final": "accuracy_final", "control": "accuracy_control", "gain": "gain"}
+    probed = any(row["accuracy_ceiling"] is not None for point in points for row in point)
+    return found | ({"ceiling": "accuracy_ceiling"} if probed else {})
 
 
 def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:

@@ -19,6 +19,9 @@ from ..runs.summary import CommunicationRecord, StageRecord, Summary
 #: Most findings in the closing table; summary.json has all.
 MOST_FINDINGS = 12
 
+#: What stands beside every ceiling.
+CEILING = "ceiling: reads all clients' images; not a federated method"
+
 SEVERITIES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
@@ -40,6 +43,8 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
     """
     summary = Summary.from_json(content)
     parts: list[RenderableType] = [_accuracy(summary), ""]
+    if (summary.accuracy or {}).get("ceiling") is not None:
+        parts.insert(1, Text(f"* {CEILING}"))
     if summary.stages:
         parts += [_stages(summary.stages), ""]
     if summary.communication_bytes:
@@ -63,6 +68,8 @@ def _accuracy(summary: Summary) -> Table:
         "final": "student after the closing rounds (final)",
         "control": f"{strategy} after the same rounds (control)",
     }
+    if values.get("ceiling") is not None:
+        rows["ceiling"] = "linear probe (ceiling)*"
     seed = "-" if summary.seed is None else summary.seed
     table = _table(f"{summary.method or 'run'}, seed {seed}", "test accuracy", "gain over control")
     final, control = values.get("final"), values.get("control")

@@ -44,6 +44,8 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     models: dict[str, Model] = {"initial": warmup.weights, "distilled": student, "final": final, "control": control}
     if distilled and distilled.teacher is not None:
         models["teacher"] = distilled.teacher
+    if "ceiling" in stages:
+        models["ceiling"] = ctx.run(stages["ceiling"], warmup.weights)
     keys = models_of(tuple(stages.values()), ctx.keys)
     reached = evaluate(ctx, stages["evaluate"], {role: (keys[role], models[role]) for role in ROLES if role in keys})
     return {

@@ -22,8 +22,8 @@ def graph_of(config: ExperimentConfig) -> Graph:
     """Return the stages of a run of ``config``, in order."""
     method = load("methods", config.method)
     head = closing_head(config)
-    trials = choice_stages(config, student_of(method.stages))
-    return whole_graph(method.stages, method.after_round is not None, trials, head.stages if head else ())
+    trials, in_rounds = choice_stages(config, student_of(method.stages)), method.after_round is not None
+    return whole_graph(method.stages, in_rounds, trials, head.stages if head else (), config.runtime.ceiling)
 
 
 def stage_keys(

@@ -270,7 +270,7 @@ def go(storage: Path, word: str, **knobs: Any) -> tuple[dict[str, Any], dict[str
 
 def test_a_whole_run_with_a_users_network(lab, tmp_path):
     summary, student = go(tmp_path, lab(NET))
-    assert set(summary["accuracy"]) == {"initial", "teacher", "distilled", "final", "control"}
+    assert set(summary["accuracy"]) == {"initial", "teacher", "distilled", "final", "control", "ceiling"}
     assert student["head.weight"].shape == (3, 8) and "trunk.conv.weight" in student
 
 

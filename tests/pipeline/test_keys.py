@@ -42,7 +42,8 @@ FOLLOWS = {
     "finetune.head": {"finetune", "closing_statistics", "closing_head", "evaluate"},
     "rehearsal": set(), "rehearsal.weight": {"finetune", "evaluate"},  # the rest only above weight 0
     "rehearsal.candidates": {"trial_0", "trial_0.5", "rehearsal", "finetune", "evaluate"},
-    "runtime": set(), "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
+    "runtime": set(), "runtime.ceiling": {"ceiling", "evaluate"},
+    "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
     "runtime.cpus_per_client": AFTER_PARTITION, "runtime.device": AFTER_PARTITION,
 }  # fmt: skip
 

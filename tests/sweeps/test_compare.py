@@ -51,8 +51,10 @@ def test_compare_takes_plugins(tmp_path, monkeypatch):
 
 
 def test_widths_are_allowed_where_every_point_names_its_strategy():
-    assert compare_plan("fedrolex,mosaic+fedrolex").base == {"federation.strategy": "fedrolex"}
-    assert compare_plan("fedrolex,mosaic").base == {}, "mosaic means the strategy that is configured"
+    assert compare_plan("fedrolex,mosaic+fedrolex").base == {
+        "federation.strategy": "fedrolex", "runtime.ceiling": True,
+    }  # fmt: skip
+    assert compare_plan("fedrolex,mosaic").base == {"runtime.ceiling": True}, "mosaic means the strategy that is configured"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ MOST_FINDINGS = 40
 _WHAT = {
     "final": "after the closing rounds", "control": "the same rounds, no distillation",
     "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
+    "ceiling": "linear probe; reads all clients' images, not a federated method",
 }  # fmt: skip
 
 

@@ -20,7 +20,8 @@ from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
 from ..figures.sweep import figures_of
 from ..load import SweepReport
-from ..sweep_table import ended, mean_and_sd, shared_stages
+from ..sweep_table import ended, mean_and_sd, measures, shared_stages
+from ..tables import CEILING
 from ..text import address, counted, duration, listed, percent, points
 from .blocks import FILE, Card, Page, Section, Table, Text
 
@@ -126,15 +127,17 @@ def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) ->
         f"Percent{spread}. Configurations are chosen by selection, which no test image enters; final, control and gain "
         "(final − control) are on test images, for reporting."
     )
+    if any("ceiling" in measures(there) for *_, there in best):
+        lead += f" {CEILING.capitalize()}."
     section = Section("Best configurations", lead)
     for title, knobs, there in best:
         short = short_names(knobs)
-        heads = ["configuration", *short.values(), "seeds", "selection", "final", "control", "gain"]
+        reached = measures(there)
+        heads = ["configuration", *short.values(), "seeds", *reached]
         rows = [
             [
                 point[0]["trial"].rpartition("s")[0], *(shown(point[0][name]) for name in knobs), str(len(point)),
-                *(mean_and_sd(point, column) for column in ("selection", "accuracy_final", "accuracy_control")),
-                mean_and_sd(point, "gain", "+"),
+                *(mean_and_sd(point, column, "+" if head == "gain" else "") for head, column in reached.items()),
             ]
             for point in there[:MOST_POINTS]
         ]  # fmt: skip
