@@ -72,6 +72,15 @@ class WarmupConfig:
     local_steps: int = knob(10, "optimiser steps per client and round", low=1)
     batch_size: int = knob(64, "images per step", low=1)
     lr: float = knob(0.01, "SGD learning rate", above=0.0)
+    lr_decay: float = knob(
+        1.0, "factor of the learning rate after each round: round r has lr * lr_decay^r", above=0.0, high=1.0
+    )
+    loss: str = knob(
+        "ce",
+        "clients' loss, in the closing rounds too: cross-entropy, or of logits adjusted by the log of the client's class "
+        "shares, which leaves out the classes that it lacks",
+        choices=("ce", "adjusted"),
+    )
     weight_decay: float = knob(1e-4, "SGD weight decay", low=0.0)
     momentum: float = knob(0.0, "SGD momentum, fresh each round", low=0.0, high=0.999)
     shuffle: bool = knob(True, "draw batches at random; off: fixed order (D8)")
@@ -211,6 +220,7 @@ class DistillConfig:
 class FinetuneConfig:
     num_rounds: int = knob(3, "closing federated rounds", low=0)
     lr: float = knob(1e-4, "SGD learning rate", above=0.0)
+    lr_decay: float = knob(1.0, "factor of the learning rate after each round", above=0.0, high=1.0)
     local_steps: int = knob(10, "optimiser steps per client and round", low=1)
     freeze_head: bool = knob(False, "keep the student's head fixed meanwhile")
     bn: str = knob(

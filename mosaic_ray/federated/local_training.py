@@ -43,6 +43,7 @@ class LocalTrainingConfig:
     shuffle: bool = True
     freeze_head: bool = False
     freeze_bn: bool = False
+    loss: str = "ce"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,12 @@ class Objective:
         return {}, {}
 
 
+def log_shares(labels: Tensor, num_classes: int) -> Tensor:
+    """Return log pi float32 [C] of the shares pi of each class in ``labels`` [n]; -inf for a class without labels."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    return (counts.double() / len(labels)).log().float()
+
+
 def batches(
     num_samples: int, batch_size: int, steps: int, *, offset: int = 0, generator: torch.Generator | None = None
 ) -> Iterator[Tensor]:
@@ -126,6 +133,8 @@ def train_locally(
     ``rehearsed``: synthetic images, which share each forward pass with the real ones and count in no figure.
 
     ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
+    With ``plan.loss`` = adjusted the loss sees the logits plus the log of the class shares of the shard (Menon et al.
+    2021): a class that it lacks is left out of the softmax, masked or not. Synthetic images' logits stay as they are.
     ``progress(done, total)`` is called after each step.
 
     A last mini-batch of one image is skipped if a batch norm would see a single value per channel. This happens only
@@ -146,6 +155,7 @@ def train_locally(
     trained = [p for p in model.parameters() if p.requires_grad]
     objective = objective or Objective()
     missing = torch.bincount(shard.labels, minlength=facts.num_classes) == 0 if masked else None
+    shift = log_shares(shard.labels, facts.num_classes) if plan.loss == "adjusted" else None
     optimiser = torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
     # dropout, where a network has it, draws from the global stream
     devices = [device] if device.type == "cuda" else []
@@ -172,7 +182,8 @@ def train_locally(
             logits = outputs[: len(rows)]
             if missing is not None:
                 logits = logits.masked_fill(missing, 0.0)
-            loss = objective.loss(model, logits.float(), labels)
+            adjusted = logits.float() if shift is None else logits.float() + shift
+            loss = objective.loss(model, adjusted, labels)
             if rehearsed is not None:
                 synthetic = outputs[len(rows) :].float()
                 extra = nn.functional.cross_entropy(synthetic, rehearsed.shard.labels[others])

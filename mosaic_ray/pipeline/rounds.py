@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -95,6 +95,7 @@ class RoundsConfig:
     address: str
     num_rounds: int
     plan: LocalTrainingConfig
+    lr_decay: float = 1.0  # the learning rate of round r is plan.lr * lr_decay^r
     keep_clients: bool = False
     prototype_rounds: int = 0
     send_counts: bool = False  # clients send their label counts once
@@ -220,9 +221,10 @@ def _one_round(
         traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
         if now.server:
             traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
-    task = TrainTask(rounds.address, round_num, rounds.plan)
+    plan = replace(rounds.plan, lr=rounds.plan.lr * rounds.lr_decay**round_num)
+    task = TrainTask(rounds.address, round_num, plan)
     if rounds.shared is not None:
-        task = RehearsalTask(rounds.address, round_num, rounds.plan, rounds.weight)
+        task = RehearsalTask(rounds.address, round_num, plan, rounds.weight)
     start_models = Round(now.models, now.server, rounds.shared)
     for client_id, update in ctx.map(task, answered, start_models, own.__getitem__, failed_clients=now.failed):
         aggregator.add(update)
@@ -383,10 +385,11 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
     """Run the federated rounds from the initial weights (stage W); ``after_round``: the method's work on the server."""
     config, section = ctx.config, ctx.config.warmup
     plan = LocalTrainingConfig(
-        section.local_steps, section.batch_size, section.lr, section.weight_decay, section.momentum, section.shuffle
-    )
+        section.local_steps, section.batch_size, section.lr, section.weight_decay, section.momentum, section.shuffle,
+        loss=section.loss,
+    )  # fmt: skip
     rounds = RoundsConfig(
-        stage.name, ADDRESS, section.num_rounds, plan, keep_clients=True, send_counts=True, after_round=after_round,
+        stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True, after_round=after_round,
         exact_bn=_exact_bn(config, section.bn),
         prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
     )  # fmt: skip
@@ -407,7 +410,7 @@ def close(
     """
     section = ctx.config.finetune
     rounds = RoundsConfig(
-        stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), validation=validation_images(ctx),
+        stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay, validation=validation_images(ctx),
         exact_bn=_exact_bn(ctx.config, section.bn), shared=shared if weight else None, weight=weight,
         send_generators=not weights_tried(ctx.config),
     )  # fmt: skip
@@ -420,7 +423,7 @@ def try_rehearsal(
     """Run a few rounds like the closing ones, but without the images that clients hold back."""
     section, exact = ctx.config.rehearsal, _exact_bn(ctx.config, ctx.config.finetune.bn)
     rounds = RoundsConfig(
-        stage.name, TRIAL, section.trial_rounds, _closing_plan(ctx), exact_bn=exact,
+        stage.name, TRIAL, section.trial_rounds, _closing_plan(ctx), ctx.config.finetune.lr_decay, exact_bn=exact,
         shared=shared if weight else None, weight=weight, send_generators=False,
     )  # fmt: skip
     return _find_or_compute(ctx.holding_back(section.held_back), stage, rounds, models)
@@ -432,7 +435,7 @@ def _closing_plan(ctx: RunContext) -> LocalTrainingConfig:
     frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width
     return LocalTrainingConfig(
         section.local_steps, warmup.batch_size, section.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
-        section.freeze_head, frozen,
+        section.freeze_head, frozen, warmup.loss,
     )  # fmt: skip
 
 

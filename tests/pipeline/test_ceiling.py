@@ -15,7 +15,7 @@ from trials import printed
 import mosaic_ray.data.load as datasets
 from mosaic_ray.config.resolve import override
 from mosaic_ray.pipeline import ceiling
-from mosaic_ray.pipeline.ceiling import DECAY, linear_probe
+from mosaic_ray.pipeline.ceiling import linear_probe
 from mosaic_ray.report.sweep_table import sweep_table
 from mosaic_ray.report.tables import CEILING, closing_table
 from mosaic_ray.runs import runner
@@ -51,11 +51,11 @@ def test_the_probe_is_the_minimum_of_its_loss(num_classes):
     x = torch.tensor((features - features.mean(0)) / deviation, dtype=torch.float64)
     v = torch.tensor(matrix * deviation, dtype=torch.float64, requires_grad=True)
     b = torch.tensor(bias + matrix @ features.mean(0), dtype=torch.float64, requires_grad=True)
-    loss = torch.nn.functional.cross_entropy(x @ v.T + b, torch.tensor(labels)) + DECAY / 2 * v.square().sum()
+    loss = torch.nn.functional.cross_entropy(x @ v.T + b, torch.tensor(labels)) + v.square().sum() / (2 * len(labels))
     loss.backward()
     assert float(v.grad.abs().max()) < 1e-4 and float(b.grad.abs().max()) < 1e-4
     if num_classes > 2:
-        other = LogisticRegression(C=1 / (DECAY * len(labels)), tol=1e-8, max_iter=1000).fit(x.numpy(), labels)
+        other = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(x.numpy(), labels)
         found = (features @ matrix.T + bias) - (features @ matrix.T + bias).mean(1, keepdims=True)
         np.testing.assert_allclose(found, other.decision_function(x.numpy()), atol=0.02)
 
