@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,12 +58,22 @@ def sweep(
 )  # fmt: skip
 @common_options("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "sets", "config", "host")
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="S,S,...", help=_SEEDS.format("method"))
+@click.option(
+    "--equal-compute", is_flag=True, help="Add fedavg with as many more rounds as the generators cost the clients."
+)
 @_AT_ONCE
 @run_options("strict_health", "dry_run", "calibrate")
-def compare(methods: str, seeds: str, max_concurrent: str | None, place: RunOptions, **typed: Any) -> None:
+def compare(
+    methods: str, seeds: str, equal_compute: bool, max_concurrent: str | None, place: RunOptions, **typed: Any
+) -> None:
     """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
     plan, has_gpus = compare_plan(methods), gpus_at(place.address)
-    _run(sweep_request("compare", typed, has_gpus, plan=plan, seeds=seeds, max_concurrent=max_concurrent), place)
+    request = sweep_request("compare", typed, has_gpus, plan=plan, seeds=seeds, max_concurrent=max_concurrent)
+    if equal_compute:
+        from ..runs.equal_compute import with_controls
+
+        request = replace(request, plan=replace(plan, points=with_controls(request.config, plan.points)))
+    _run(request, place)
 
 
 @click.command()
@@ -79,6 +90,7 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     from ..execution.devices import of_nodes
     from ..report.sweep_table import sweep_table
     from ..report.tables import work_table
+    from ..runs.equal_compute import control_labels
     from ..sweeps import runner
 
     if place.dry_run:
@@ -101,6 +113,7 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
             request, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
             strict_health=place.strict_health,
         )  # fmt: skip
-    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place)
+    labels = control_labels(request.plan.points, request.config.warmup.num_rounds) if request.space == "compare" else {}
+    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place, labels)
     print_result(place.as_json, outcome.as_dict(), table)
     outcome.raise_failures()

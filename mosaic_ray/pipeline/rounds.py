@@ -389,8 +389,8 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
         loss=section.loss,
     )  # fmt: skip
     rounds = RoundsConfig(
-        stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True, after_round=after_round,
-        exact_bn=_exact_bn(config, section.bn),
+        stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True,
+        after_round=after_round, exact_bn=_exact_bn(config, section.bn),
         prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
     )  # fmt: skip
     result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))

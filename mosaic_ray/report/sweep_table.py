@@ -23,15 +23,17 @@ MOST_POINTS = 10
 
 
 def sweep_table(
-    results: Iterable[TrialResult], conditions: Sequence[str], swept: Sequence[str], folder: str | None = None
-) -> RenderableType:
+    results: Iterable[TrialResult], conditions: Sequence[str], swept: Sequence[str], folder: str | None = None,
+    labels: Mapping[int, str] = {},
+) -> RenderableType:  # fmt: skip
     """Show the best configurations under each condition, the shared stages, the failures and the places of the files.
 
     ``swept``: dotted names of the knobs that differ; ``conditions`` (such as omega) are those among them that define
     the problem: the others are compared within each of their values. ``folder``: the sweep's, for TensorBoard.
+    ``labels``: points with a name of their own, by number.
     Print it with ``crop=False``: paths are never broken.
     """
-    return _SweepTable(_rows(results), conditions, swept, folder)
+    return _SweepTable(_rows(results), conditions, swept, folder, labels)
 
 
 def best_sections(
@@ -81,6 +83,7 @@ class _SweepTable:
     conditions: Sequence[str]
     swept: Sequence[str]
     folder: str | None
+    labels: Mapping[int, str]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         counts = ended(self.rows) or "none ended"
@@ -94,6 +97,7 @@ class _SweepTable:
                 yield Text(CEILING)
             for title, knobs, points in sections:
                 yield from ("", Text(title, style="bold"), *_section(points, knobs, seeds, sign, options.max_width))
+            yield from (Text(f"p{number:03}: {label}") for number, label in self.labels.items())
         if shared := shared_stages(self.rows):
             table = _table(*SHARED)
             for stage, computed, found, spent, saved in shared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+from dataclasses import replace
 
 import pytest
 from reports import Reader, make_sweep, write_run
@@ -17,6 +18,7 @@ from mosaic_ray.report.html import sweep as sweep_page
 from mosaic_ray.report.html.blocks import FILE
 from mosaic_ray.report.html.render import render
 from mosaic_ray.report.load import NotAvailable
+from mosaic_ray.runs.equal_compute import with_controls
 from mosaic_ray.sweeps.runner import prepare
 
 
@@ -177,6 +179,23 @@ def test_a_comparison_says_so_and_how_to_do_it_again(tmp_path):
     assert command[4:] == ["--config", "base.toml", "--name", "s", "--seeds", "0,1"]
     again = {"seed": None, "sets": (), "config": str(base)}
     assert prepare(sweep_request("compare", again, plan=compare_plan(command[3]), seeds="0,1")).plan_json == facts
+
+
+def test_a_control_with_equal_compute_is_named_and_asked_for_again(tmp_path):
+    words = {"seed": None, "sets": ()}
+    request = sweep_request("compare", words, plan=compare_plan("fedavg,mosaic"), seeds="0")
+    points = with_controls(request.config, request.plan.points)
+    more = points[2]["warmup.num_rounds"] - request.config.warmup.num_rounds
+    facts = prepare(replace(request, plan=replace(request.plan, points=points))).plan_json
+    results = [trial(number, 0, dict(point)) for number, point in enumerate(points)]
+    folder = make_sweep(tmp_path / "s", results, **facts)
+    page = sweep_page.sweep_page(load_sweep(folder), tmp_path)
+    texts = {text.title: text.body for section in page.sections for text in section.texts}
+    asked = ["mosaic", "compare", "--methods", "fedavg,mosaic", "--equal-compute", "--config", "base.toml"]
+    assert shlex.split(texts["Command"])[:7] == asked
+    [best] = [section for section in page.sections if section.title == "Best configurations"]
+    names = {row[0] for table in best.tables for row in table.rows}
+    assert names == {"p000", "p001", f"p002: fedavg, equal client compute (+{more} rounds)"} and more > 0
 
 
 def test_the_command_of_a_grid_names_its_values(tmp_path):

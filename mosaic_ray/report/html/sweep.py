@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from ...config.fields import short_names, shown
 from ...config.plugins import ALIASES
+from ...config.resolve import dotted
 from ...core.units import size
+from ...runs.equal_compute import control_labels
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
@@ -130,13 +132,15 @@ def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) ->
     if any("ceiling" in measures(there) for *_, there in best):
         lead += f" {CEILING.capitalize()}."
     section = Section("Best configurations", lead)
+    names = _controls(sweep.plan)
     for title, knobs, there in best:
         short = short_names(knobs)
         reached = measures(there)
         heads = ["configuration", *short.values(), "seeds", *reached]
         rows = [
             [
-                point[0]["trial"].rpartition("s")[0], *(shown(point[0][name]) for name in knobs), str(len(point)),
+                ": ".join(filter(None, [point[0]["trial"].rpartition("s")[0], names.get(point[0]["point"])])),
+                *(shown(point[0][name]) for name in knobs), str(len(point)),
                 *(mean_and_sd(point, column, "+" if head == "gain" else "") for head, column in reached.items()),
             ]
             for point in there[:MOST_POINTS]
@@ -179,9 +183,16 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
     return Section("Trials", lead, tables=[Table("All trials", heads, rows, left)] if rows else [])
 
 
+def _controls(plan: PlanFile) -> dict[int, str]:
+    """Return the controls with equal client compute in a `mosaic compare`, by number."""
+    rounds = dotted(plan.base or {}).get("warmup.num_rounds")
+    return control_labels(plan.points or [], rounds) if plan.space == "compare" and rounds is not None else {}
+
+
 def _compared(plan: PlanFile) -> list[str]:
     """Return the methods of a `mosaic compare`; empty for any other sweep."""
     names, tried = ("method", "federation.strategy", *ALIASES), plan.points or []
+    tried = [point for number, point in enumerate(tried) if number not in _controls(plan)]
     if plan.space != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
         return []
     return ["+".join(point[name] for name in names if name in point) for point in tried]
@@ -191,6 +202,7 @@ def _reproduce(sweep: SweepReport) -> Section:
     plan = sweep.plan
     methods = _compared(plan)
     what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan.space]
+    what += ["--equal-compute"] if _controls(plan) else []
     if plan.space == "--grid":
         what = ["sweep", *(f"--grid={name}={values}" for name, values in plan.knobs.items())]
     words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]

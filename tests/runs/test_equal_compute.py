@@ -1,0 +1,147 @@
+"""The control with equal client compute: counted operations against the real training code, rounds, and `compare`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cli_runner import ask, refusal
+from helpers import FACTS, TINY, shard_of, stripes
+from torch import nn
+from trials import printed, trial
+
+from mosaic_ray.cli.request import compare_plan
+from mosaic_ray.config.resolve import override
+from mosaic_ray.core.errors import RequestError
+from mosaic_ray.core.types import DataFacts
+from mosaic_ray.distillation import cvae_training, generator_training
+from mosaic_ray.federated.client import ClientContext, initial_weights
+from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
+from mosaic_ray.report.sweep_table import sweep_table
+from mosaic_ray.runs import equal_compute
+from mosaic_ray.runs.equal_compute import client_costs, control_labels, extra_rounds, operations, with_controls
+
+FAMILIES = [
+    {}, {"generator.family": "cgan"}, {"generator.family": "cvae"}, {"generator.discriminator": "shared_trunk"},
+    {"generator.lambda_e": 0.0, "generator.lambda_d": 0.0}, {"generator.tau": 0, "generator.ngf": 6},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("knobs", FAMILIES)
+def test_counted_steps_are_those_of_the_training_code(knobs, monkeypatch):
+    """What one more step of the real code, with real numbers, adds."""
+    config = override(TINY, knobs | {"partition.num_clients": 1, "model.width": 3})
+    context = ClientContext(config, FACTS, torch.device("cpu"))
+    weights, shard = initial_weights(context), shard_of(stripes(40))
+    for module in (generator_training, cvae_training):
+        monkeypatch.setattr(module, "snapshot_steps", lambda steps: ())
+    cvae = config.generator.family == "cvae"
+
+    def generator(steps: int) -> None:
+        section, model = override(config, {"generator.steps": steps}).generator, context.classifier(weights)
+        rest = (shard, section, FACTS, (0, 0), "fp32")
+        if cvae:
+            cvae_training.train_cvae(model, *rest)
+        else:
+            generator_training.train_generator(model, weights, *rest)
+
+    def local(steps: int) -> None:
+        plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.1)
+        train_locally(context.classifier(weights), shard, plan, FACTS, (0, "local", 0, 0), "fp32")
+
+    steps = [operations(lambda n=n, work=work: work(n)) for work in (generator, local) for n in (1, 2)]
+    assert client_costs(config, FACTS) == (steps[1] - steps[0], steps[3] - steps[2])
+
+
+def test_a_classifiers_step_by_hand():
+    """Forward, and gradients of weights and inputs; the images need none."""
+    model, macs = ClientContext(TINY, FACTS, torch.device("cpu")).classifier(), []
+
+    def count(module, inputs, output):
+        macs.append(output.numel() * module.weight[0].numel())
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(count)
+    model(torch.zeros(TINY.warmup.batch_size, 1, 8, 8))
+    assert client_costs(TINY, FACTS)[1] == TINY.partition.num_clients * 2 * (3 * sum(macs) - macs[0])
+
+
+def test_clients_of_several_networks_and_widths_are_added_up():
+    one, two = ({"partition.num_clients": n} for n in (1, 2))
+    whole = client_costs(override(TINY, one), FACTS)
+    narrow = {"federation.strategy": "heterofl", "federation.widths": (1.0, 0.5)}
+    found = client_costs(override(TINY, two | narrow), FACTS)
+    assert whole[0] < found[0] < 2 * whole[0] and whole[1] < found[1] < 2 * whole[1]
+    mixed = client_costs(override(TINY, two | {"model.classifiers": ("cnn", "resnet18")}), FACTS)
+    assert mixed[1] > 2 * whole[1]
+
+
+@pytest.mark.parametrize(
+    "steps, local, clients, cohort, rounds",
+    [(10, 5, 4, 0, 4), (11, 5, 4, 0, 5), (10, 5, 4, 2, 8), (10, 5, 4, 1, 16), (0, 5, 4, 0, 0), (1, 50, 4, 0, 1)],
+)
+def test_rounds_are_rounded_up_and_a_cohort_makes_them_cheaper(monkeypatch, steps, local, clients, cohort, rounds):
+    """A step of a generator costs as much as two steps of a classifier here."""
+    monkeypatch.setattr(equal_compute, "client_costs", lambda *_: (2 * clients * 1000, clients * 1000))
+    knobs = {"partition.num_clients": clients, "federation.cohort_size": cohort, "warmup.local_steps": local}
+    config = override(TINY, knobs | {"generator.steps": max(steps, 1)})
+    assert extra_rounds(config) == (rounds if steps else extra_rounds(override(config, {"generator.steps": 1})))
+
+
+@pytest.mark.parametrize(
+    "knobs, line",
+    [
+        ({"generator.epochs": 2}, r"generator\.epochs = 2: equal client compute"),
+        ({"generator.classifier_source": "fresh"}, r"generator\.classifier_epochs = 50: equal"),
+    ],
+)
+def test_steps_that_follow_from_the_images_are_refused(knobs, line):
+    with pytest.raises(RequestError, match=line):
+        extra_rounds(override(TINY, knobs))
+
+
+def test_the_count_is_a_function_of_the_configuration_alone(monkeypatch):
+    monkeypatch.setattr(equal_compute, "load_dataset", lambda config: pytest.fail("images were read"))
+    before = torch.random.get_rng_state()
+    config = override(TINY, {"data.name": "cifar10", "data.root": "nowhere", "model.width": 8})
+    first = extra_rounds(config)
+    client_costs.cache_clear()
+    assert first == extra_rounds(override(config, {"seed": 3, "runtime.device": "cuda"})) > 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+    facts = DataFacts("x", 10, 3, 16, (0.5,) * 3, (0.5,) * 3)
+    assert client_costs(config, facts) != client_costs(config, FACTS)
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def test_each_strategy_with_generators_gets_its_control(monkeypatch):
+    monkeypatch.setattr(equal_compute, "extra_rounds", lambda config: 7)
+    rounds = TINY.warmup.num_rounds
+    points = compare_plan("fedavg,mosaic,lda_head,mosaic+fedprox").points
+    found = with_controls(TINY, points)
+    assert found[:4] == points and found[4:] == (
+        {"method": "fedavg", "warmup.num_rounds": rounds + 7},
+        {"method": "fedavg", "federation.strategy": "fedprox", "warmup.num_rounds": rounds + 7},
+    )
+    text = "fedavg, equal client compute (+7 rounds)"
+    assert control_labels(found, rounds) == {4: text, 5: text}
+    assert control_labels(points, rounds) == {}
+    lines = printed(sweep_table([trial(4, knobs={"method": "fedavg"})], (), ("method",), None, {4: text}))
+    assert f"p004: {text}" in lines
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_the_command_adds_a_row():
+    words = ["compare", "--preset", "fmnist_small", "--dry-run", "--seeds", "0,1"]
+    plain, found = (ask(*words, *more).stdout for more in ([], ["--equal-compute"]))
+    assert "6 trials (3 points x 2 seeds)" in plain and "8 trials (4 points x 2 seeds)" in found
+    counted = [dict(re.findall(r"^(\w+) +\d+ +(\d+)", text, re.MULTILINE)) for text in (plain, found)]
+    assert [found["warmup"] for found in counted] == ["2", "4"]
+    steps = [int(re.search(r"^warmup.*rounds, ([\d,]+) local", text, re.MULTILINE)[1].replace(",", "")) for text in
+             (plain, found)]  # fmt: skip
+    # 400 steps of a GAN are the work of 715 steps of this network, so of 71.5 rounds of 10 steps
+    assert steps[1] - 2 * steps[0] == 2 * 72 * 10 * 10
+    assert "--equal-compute: none of --methods" in refusal(ask(*words, "--equal-compute", "--methods", "fedavg"))
