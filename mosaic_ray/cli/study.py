@@ -67,6 +67,21 @@ def meta_training(ctx: click.Context, seeds: str | None, place: RunOptions, **ty
     _run_study(ctx, "meta_training", seeds, place, typed, {})
 
 
+@experiment.command("generator-worth")
+@_PARTITIONED
+@_SEEDS
+@click.option(
+    "--equal-compute", is_flag=True, help="Add fedavg with as many more rounds as the generators cost the clients."
+)
+@run_options()
+@click.pass_context
+def generator_worth(
+    ctx: click.Context, seeds: str | None, equal_compute: bool, place: RunOptions, **typed: Any
+) -> None:
+    """Rehearse in the closing rounds with trained generators, untrained ones (a placebo) and none; compare in pairs."""
+    _run_study(ctx, "generator_worth", seeds, place, typed, {"equal_compute": equal_compute})
+
+
 def _run_study(
     ctx: click.Context, name: str, seeds: str | None, place: RunOptions, typed: ConfigOptions,
     options: Mapping[str, Any],

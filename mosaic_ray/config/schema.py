@@ -77,8 +77,8 @@ class WarmupConfig:
     )
     loss: str = knob(
         "ce",
-        "clients' loss, in the closing rounds too: cross-entropy, or of logits adjusted by the log of the client's class "
-        "shares, which leaves out the classes that it lacks",
+        "clients' loss, in the closing rounds too: cross-entropy, or that of logits adjusted by the log of a client's "
+        "class shares, which leaves out the classes that it lacks",
         choices=("ce", "adjusted"),
     )
     weight_decay: float = knob(1e-4, "SGD weight decay", low=0.0)
@@ -126,7 +126,7 @@ class GeneratorConfig:
     latent_dim: int = knob(100, "size of z", low=1)
     ngf: int = knob(64, "generator channels", low=1)
     ndf: int = knob(64, "discriminator channels", low=1)
-    steps: int = knob(800, "steps per client; unused when epochs > 0", low=1)
+    steps: int = knob(800, "steps per client; 0: the untrained network; unused when epochs > 0", low=0)
     epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
     batch_size: int = knob(64, "images per step", low=1)
     lr: float = knob(0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae", low=0.0)
@@ -283,7 +283,7 @@ class RuntimeConfig:
     eval_rounds: int = knob(5, "rounds between looks at the test set, for curves only; 0: never", low=0)
     eval_samples: int = knob(2000, "test images in those looks; the closing table uses all", low=1)
     ceiling: bool = knob(
-        False, "report a linear probe of the warmed-up model too; it reads all clients' images, and no choice follows it"
+        False, "report a linear probe of the warmed-up model; it reads all clients' images, and no choice follows it"
     )
 
     @property

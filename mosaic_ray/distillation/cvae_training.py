@@ -98,6 +98,6 @@ def train_cvae(
         generator, classifier, counts, config, facts, address, lambda done, total: progress(steps + done, steps + total)
     )
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
-    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken (a client with one image)
+    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken
     pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
     return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures, ("loss", "reconstruction", "kl"))

@@ -229,13 +229,15 @@ def train_generator(
         figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
         figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
-    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken (drop_class0_bug)
+    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken
     pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
     return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures)
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:
     """Return the steps after which snapshots are taken: geometric from a sixteenth of ``steps`` to ``steps``."""
+    if not steps:
+        return ()
     return tuple(np.unique(np.geomspace(max(1, steps // 16), steps, NUM_SNAPSHOTS).round().astype(int)).tolist())
 
 

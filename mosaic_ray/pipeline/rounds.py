@@ -410,9 +410,9 @@ def close(
     """
     section = ctx.config.finetune
     rounds = RoundsConfig(
-        stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay, validation=validation_images(ctx),
-        exact_bn=_exact_bn(ctx.config, section.bn), shared=shared if weight else None, weight=weight,
-        send_generators=not weights_tried(ctx.config),
+        stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay,
+        validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),
+        shared=shared if weight else None, weight=weight, send_generators=not weights_tried(ctx.config),
     )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
 

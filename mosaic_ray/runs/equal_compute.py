@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.plugins import load
+from ..config.plugins import trains_generators
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
@@ -30,15 +30,11 @@ if TYPE_CHECKING:
     from ..models.classifiers import Classifier
 
 
-def trains_generators(config: ExperimentConfig) -> bool:
-    """Return whether the method of ``config`` trains generators on the clients."""
-    return any(stage.name == "generators" for stage in load("methods", config.method).stages)
-
-
-def extra_rounds(config: ExperimentConfig) -> int:
+def extra_rounds(config: ExperimentConfig, facts: DataFacts | None = None) -> int:
     """Return the rounds of local training that cost the clients as much as their generators, rounded up.
 
-    All clients' costs are added up. A cohort makes a round cheaper. ``RequestError`` where the number of steps follows
+    All clients' costs are added up. A cohort makes a round cheaper. ``facts``: the images', where they are at hand;
+    those of a user's data may have to be read otherwise. ``RequestError`` where the number of steps follows
     from a client's images, or a network cannot be built without them.
     """
     section = config.generator
@@ -48,7 +44,8 @@ def extra_rounds(config: ExperimentConfig) -> int:
                 f"generator.{name} = {getattr(section, name)}: equal client compute needs a number of steps that does "
                 f"not follow from a client's images; set generator.{name}=0"
             )
-    generators, step = client_costs(config, known_facts(config.data) or load_dataset(config.data).facts)
+    facts = facts or known_facts(config.data) or load_dataset(config.data).facts
+    generators, step = client_costs(config, facts)
     asked = config.federation.cohort_size or config.partition.num_clients
     a_round = config.warmup.local_steps * step * asked / config.partition.num_clients
     return math.ceil(section.steps * generators / a_round)

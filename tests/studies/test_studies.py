@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cli_runner import ask, refusal
-from helpers import TASKS, TINY, stripes, stripes_dataset
+from helpers import FACTS, TASKS, TINY, shard_of, stripes, stripes_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +20,10 @@ import mosaic_ray.data.load as datasets
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.types import Dataset
+from mosaic_ray.distillation.client_tasks import GeneratorInput
 from mosaic_ray.distillation.experts import expert_weights
-from mosaic_ray.studies import generator_quality, meta_training, moe_weights
+from mosaic_ray.runs.plan import stage_keys
+from mosaic_ray.studies import generator_quality, generator_worth, meta_training, moe_weights
 from mosaic_ray.studies.harness import Study, as_csv, in_words, over_seeds, run_study
 from mosaic_ray.studies.moe_weights import compared, estimate, rank_correlations, total_variation
 
@@ -175,12 +178,93 @@ def test_meta_training_compares_its_arms(data, tmp_path, monkeypatch):
     assert run(meta_training.STUDY, config, tmp_path) == found
 
 
+# --- generator-worth -------------------------------------------------------------------------------------------------
+
+WORTH = {"generator.tau": 300, "finetune.num_rounds": 1, "prototypes.k": 2, "generator.steps": 3}
+
+
+def worth(storage: Path, seeds: tuple[int, ...] = (0,), equal_compute: bool = False, **knobs: Any) -> dict[str, Any]:
+    config = tiny(generator_worth.BASE, **(WORTH | {name.replace("__", "."): v for name, v in knobs.items()}))
+    options = {"equal_compute": equal_compute}
+    return run_study(generator_worth.STUDY, config, seeds, options, storage=str(storage), progress=False)
+
+
+@pytest.mark.parametrize("family", ["dcgan", "cgan", "cvae"])
+def test_a_generator_without_a_step_is_the_network_that_was_drawn(family):
+    """Apart from the shares of its labels, which a client knows before it trains."""
+    from mosaic_ray.core.seeding import seeded
+    from mosaic_ray.federated.client import ClientContext, initial_weights
+    from mosaic_ray.models.generator import build_generator
+    from mosaic_ray.models.state_dict import to_weights
+
+    found = {}
+    for steps in (0, 1):
+        config = override(TINY, {"generator.family": family, "generator.steps": steps})
+        context = ClientContext(config, FACTS, torch.device("cpu"))
+        start, shard = initial_weights(context), shard_of(stripes(40))
+        found[steps] = TASKS["generate"]().run(context, shard, 2, {"cnn": start}, GeneratorInput(start))
+    with seeded(config.seed, "generator/init", 2):
+        drawn = to_weights(build_generator(config.generator, FACTS.channels, FACTS.image_size, FACTS.num_classes))
+    same = [name for name in drawn if np.array_equal(drawn[name], found[0].weights[name])]
+    assert set(drawn) - set(same) <= {"label_cdf"} and len(same) > 3
+    assert not all(np.array_equal(drawn[name], found[1].weights[name]) for name in same)
+    assert found[0].curve == [] and found[0].progress["steps"].tolist() == [0]
+
+
+def test_generator_worth_compares_its_arms_in_pairs(data, tmp_path, monkeypatch):
+    from mosaic_ray.runs import runner
+    from mosaic_ray.runs.equal_compute import extra_rounds, label
+
+    found = worth(tmp_path, (0, 1), equal_compute=True)
+    more = extra_rounds(tiny(generator_worth.BASE, **WORTH), FACTS)
+    arms = [*generator_worth.ARMS, "floor", label(more)]
+    assert [row["arm"] for row in found["rows"]] == 2 * arms and more > 0
+    rows = {(row["seed"], row["arm"]): row for row in found["rows"]}
+    for seed in (0, 1):
+        for arm in arms:
+            for other, column in (("real only", "over_real"), ("placebo", "over_placebo")):
+                difference = rows[seed, arm]["accuracy"] - rows[seed, other]["accuracy"]
+                assert rows[seed, arm][column] == (None if arm == other else difference)
+    lines = {line["arm"]: line for line in found["summary"]}
+    differences = [rows[seed, "trained"]["over_placebo"] for seed in (0, 1)]
+    assert lines["trained"]["over_placebo"]["mean"] == pytest.approx(np.mean(differences))
+    assert lines["trained"]["over_placebo"]["sd"] == pytest.approx(np.std(differences, ddof=1))
+    assert lines["trained"]["over_placebo"]["seeds"] == 2
+
+    # each arm is an ordinary run, and shares its stages
+    forbid(monkeypatch, "train", "generate", "prototypes")
+    for arm, knobs in generator_worth.ARMS.items():
+        config = tiny(generator_worth.BASE, **(WORTH | knobs))
+        summary = runner.run(config, storage=str(tmp_path), progress=False)
+        assert summary["accuracy"]["final"] == rows[0, arm]["accuracy"]
+    floor = override(config, generator_worth.FLOOR | {"runtime.ceiling": True})
+    summary = runner.run(floor, storage=str(tmp_path), progress=False)
+    assert summary["accuracy"]["distilled"] == rows[0, "floor"]["accuracy"]
+    assert summary["accuracy"]["ceiling"] == rows[0, "floor"]["ceiling"]
+    again = worth(tmp_path, (0, 1), equal_compute=True)
+    assert again | {"keys": []} == found | {"keys": []} and set(again["keys"]) <= set(found["keys"])
+    folder = Path(found["paths"]["results"])
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert set(found["keys"]) <= {path.name for path in (tmp_path / "objects").iterdir()}
+
+
+def test_real_only_and_placebo_do_not_follow_the_trained_generators():
+    def keys(steps: int) -> dict[str, tuple[str, ...]]:
+        config = tiny(generator_worth.BASE, **(WORTH | {"generator.steps": steps}))
+        arms = generator_worth.arms(config, FACTS, {"equal_compute": False})
+        return {name: stage_keys(arm)["finetune"] for name, arm in arms.items()}
+
+    first, second = keys(2), keys(12)
+    assert {name for name in first if first[name] != second[name]} == {"trained"}
+    assert len(set(first.values())) == len(first) == 4
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
 def test_experiments_are_listed():
     shown = ask("experiment").stdout
-    assert all(name in shown for name in ("generator-quality", "moe-weights", "meta-training"))
+    assert all(name in shown for name in ("generator-quality", "moe-weights", "meta-training", "generator-worth"))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +281,11 @@ def test_experiments_are_listed():
         (("meta-training", "--set", "meta.init=prototype_head"), "meta.init = prototype_head"),
         (("meta-training", "--set", "meta.select=true"), "meta.select = true"),
         (("meta-training", "--set", "model.classifiers=[cnn,mobilenet]", "--clients", "4"), "meta.data = synthetic"),
+        (("generator-worth", "--set", "rehearsal.weight=0"), "needs rehearsal.weight above 0"),
+        (("generator-worth", "--set", "rehearsal.weight=0", "--set", "method=mosaic"), "weight = 0: the arms"),
+        (("generator-worth", "--set", "generator.steps=0"), "generator.steps = 0"),
+        (("generator-worth", "--set", "generator.family=dcgan"), "generators that take labels"),
+        (("generator-worth", "--equal-compute", "--set", "generator.epochs=1"), "generator.epochs = 1: equal client"),
         (("moe-weihgts",), 'unknown command "moe-weihgts"; did you mean "moe-weights"?'),
     ],
 )
