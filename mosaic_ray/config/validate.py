@@ -82,11 +82,11 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
     )
     rehearsal, trains = config.rehearsal, trains_generators(config)
     for knob, value in (("weight", rehearsal.weight), ("candidates", rehearsal.candidates)):
-        asked = f"rehearsal.{knob} = {shown(value)}: it needs generators"
-        need(not value or trains or knob == "candidates", f"{asked}, and method {config.method} trains none")
+        needs = f"rehearsal.{knob} = {shown(value)}: it needs generators"
+        need(not value or trains or knob == "candidates", f"{needs}, and method {config.method} trains none")
         need(
             not value or not trains or config.generator.labelled,
-            f"{asked} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
+            f"{needs} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
         )
     if config.generator.family == "cvae":
         without = changed_knobs(config.generator).keys() & GAN_ONLY
