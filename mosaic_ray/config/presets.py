@@ -30,6 +30,7 @@ PAPER: dict[str, Any] = {
     "meta.ema_bias_correction": False,
     "meta.select": False,
     "meta.patience": 0,
+    "distill.start": "global",
     "distill.lr": 1e-4,
     "distill.backbone_lr": 1e-4,
     "distill.gen_sampling": "uniform",

@@ -153,7 +153,17 @@ class PrototypesConfig:
     augment: bool = knob(False, "on augmented images (P1)")
     weighting: str = knob("size", "weight of a centroid in meta training (P4)", choices=("size", "uniform"))
     cap: int = knob(0, "centroids per class that are sent; 0: all (P2: the authors' code sends 10)", low=0)
-    held_out: float = knob(0.25, "share kept from training to score teacher and student", low=0.0, high=0.9)
+    held_out: float = knob(0.25, "share kept from training to choose head, teacher and student", low=0.0, high=0.9)
+    split: str = knob(
+        "halves",
+        "what is held out: centroids, or a share of each client's images of a class, which get centroids of their own",
+        choices=("cells", "halves"),
+    )
+
+    @property
+    def judging(self) -> float:
+        """Return the share of a class's images that a client keeps for choices; 0 where the server draws centroids."""
+        return self.held_out if self.split == "halves" else 0.0
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,10 @@ class MetaConfig:
 @dataclass(frozen=True)
 class DistillConfig:
     steps: int = knob(300, "distillation steps", low=0)
+    start: str = knob(
+        "refit", "the head that the student starts with: the global model's, or one re-fitted on prototypes",
+        choices=("global", "refit"),
+    )  # fmt: skip
     lr: float = knob(1e-3, "Adam learning rate of the head", above=0.0)
     backbone_lr: float = knob(0.0, "Adam learning rate below the head; 0 freezes it", low=0.0)
     samples_per_generator: int = knob(32, "synthetic images per generator and step, on average", low=1)

@@ -91,29 +91,30 @@ class Prototypes:
     """Centroids in feature space.
 
     vectors float32 [P, d]; labels int64 [P]; sizes float32 [P], the samples behind each centroid; clients int64 [P].
+    judges bool [P]: whether the samples are those that a client keeps for choices; None where no client keeps any.
     """
 
     vectors: np.ndarray
     labels: np.ndarray
     sizes: np.ndarray
     clients: np.ndarray
+    judges: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Prototypes:
         """Return the prototypes at ``rows``."""
-        return Prototypes(self.vectors[rows], self.labels[rows], self.sizes[rows], self.clients[rows])
+        return Prototypes(**{name: array[rows] for name, array in self.arrays().items()})
 
     def arrays(self) -> Weights:
         """Return the fields as arrays by name."""
-        return {"vectors": self.vectors, "labels": self.labels, "sizes": self.sizes, "clients": self.clients}
+        return {name: array for name, array in vars(self).items() if array is not None}
 
     @staticmethod
     def concatenate(parts: list[Prototypes]) -> Prototypes:
         """Join ``parts`` in order."""
-        names = ("vectors", "labels", "sizes", "clients")
-        return Prototypes(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in names})
+        return Prototypes(**{n: np.concatenate([getattr(p, n) for p in parts]) for n in parts[0].arrays()})
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.types import Prototypes
+from ..core.types import Prototypes, Weights
+from ..models.state_dict import head_of
 from .prototypes import prototype_weights
 
 FIT_STEPS, FIT_LR, PATIENCE = 1000, 1e-2, 200
@@ -22,6 +26,20 @@ def scores(logits: Tensor, prototypes: Prototypes) -> tuple[float, float]:
     return float(sizes @ right), float(sizes @ nn.functional.cross_entropy(logits, labels, reduction="none"))
 
 
+def descent(prototypes: Prototypes, start: tuple[np.ndarray, np.ndarray], weighting: str) -> Iterator[list[Tensor]]:
+    """Yield the head (V [C, d], b [C]) before each step of full-batch Adam on the weighted cross-entropy."""
+    vectors, labels = torch.tensor(prototypes.vectors), torch.tensor(prototypes.labels)
+    weights = torch.tensor(prototype_weights(prototypes, weighting))
+    head = [torch.tensor(part, requires_grad=True) for part in start]
+    optimiser = torch.optim.Adam(head, lr=FIT_LR)
+    while True:
+        yield [part.detach() for part in head]
+        optimiser.zero_grad()
+        losses = nn.functional.cross_entropy(vectors @ head[0].T + head[1], labels, reduction="none")
+        (weights * losses).mean().backward()
+        optimiser.step()
+
+
 def fit_head(
     kept: Prototypes, held_out: Prototypes, start: tuple[np.ndarray, np.ndarray], weighting: str
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
@@ -30,24 +48,32 @@ def fit_head(
     Uses full-batch Adam and returns the state of lowest cross-entropy on ``held_out`` (on ``kept`` if that is empty),
     ``start`` included. Draws no random numbers.
     """
-    vectors, labels = torch.tensor(kept.vectors), torch.tensor(kept.labels)
-    weights = torch.tensor(prototype_weights(kept, weighting))
     evaluated = held_out if len(held_out) else kept
     unseen = torch.tensor(evaluated.vectors)
-    head = [torch.tensor(part, requires_grad=True) for part in start]
-    optimiser = torch.optim.Adam(head, lr=FIT_LR)
-    best, best_step, best_loss = [p.detach().clone() for p in head], 0, float("inf")
-    for step in range(FIT_STEPS + 1):
+    best, best_step, best_loss = [torch.tensor(part) for part in start], 0, float("inf")
+    for step, head in zip(range(FIT_STEPS + 1), descent(kept, start, weighting), strict=False):
         if step % 5 == 0:
             loss = scores(unseen @ head[0].T + head[1], evaluated)[1]
             if loss < best_loss:
-                best, best_step, best_loss = [p.detach().clone() for p in head], step, loss
+                best, best_step, best_loss = [part.clone() for part in head], step, loss
             elif step - best_step >= PATIENCE:
                 break
-        optimiser.zero_grad()
-        losses = nn.functional.cross_entropy(vectors @ head[0].T + head[1], labels, reduction="none")
-        (weights * losses).mean().backward()
-        optimiser.step()
     accuracy = scores(unseen @ best[0].T + best[1], evaluated)[0]
     figures = {"steps": best_step, "held_out_loss": best_loss, "held_out_accuracy": accuracy}
     return best[0].numpy(), best[1].numpy(), figures
+
+
+def fit_heads(
+    kept: Prototypes, held_out: Prototypes, start: Weights, weighting: str
+) -> tuple[Weights, Weights, dict[str, float]]:
+    """Fit the head of the network ``start`` as ``fit_head`` does, then to all prototypes for as many steps.
+
+    Returns the head that has not seen ``held_out``, the head that has, and the figures of the former.
+    """
+    matrix, bias, figures = fit_head(kept, held_out, head_of(start), weighting)
+    trial = {"head.weight": matrix, "head.bias": bias}
+    if not len(held_out):
+        return trial, trial, figures
+    everything = descent(Prototypes.concatenate([kept, held_out]), head_of(start), weighting)
+    matrix, bias = (part.clone().numpy() for part in next(islice(everything, int(figures["steps"]), None)))
+    return trial, {"head.weight": matrix, "head.bias": bias}, figures

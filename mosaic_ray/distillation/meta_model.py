@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -138,7 +139,7 @@ def train_meta(
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
 ) -> tuple[Teacher, dict[str, float]]:
-    """Train on ``kept`` prototypes; returns the EMA copy (with ``select`` the best one on ``held_out``) and figures.
+    """Train on ``kept`` prototypes; returns the EMA copy (with ``select`` of lowest loss on ``held_out``) and figures.
 
     ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C]. ``progress(update, metrics)`` is called
     every 25 updates. Figures are the accuracy and loss of the returned teacher on ``held_out`` (on ``kept`` if that is
@@ -154,7 +155,7 @@ def train_meta(
     average = {name: value.clone() for name, value in start.items()}
     optimiser = torch.optim.Adam(teacher.parameters(), lr=config.lr)
     order = stream(seed, "meta", "batches")
-    best: tuple[float, float] | None = None
+    best = math.inf
     best_state, best_update = copy.deepcopy(averaged.state_dict()), 0
 
     def evaluate(update: int, loss: dict[str, float]) -> None:
@@ -163,8 +164,8 @@ def train_meta(
         averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
         accuracy, eval_loss = scores(teacher_logits(averaged, expert_logits, eval_features), evaluated)
         progress(update, {"held_out_accuracy": accuracy, "held_out_loss": eval_loss} | loss)
-        if not config.select or best is None or (accuracy, -eval_loss) > best:
-            best = (accuracy, -eval_loss)
+        if not config.select or not update or eval_loss < best:
+            best = eval_loss
             best_state, best_update = copy.deepcopy(averaged.state_dict()), update
 
     evaluate(0, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from ..config.schema import PrototypesConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Prototypes
 from ..data.transforms import augment, normalise
+from ..federated.communication import num_judging
 from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.state_dict import use_precision
@@ -75,13 +77,15 @@ def client_prototypes(
 ) -> Prototypes:
     """Compute one client's prototypes in the features of ``model``; ``address`` is (seed, round, client).
 
-    ``progress(done, total)`` counts batches of images, then classes.
+    ``progress(done, total)`` counts batches of images, then classes. With ``split`` = halves a share of each class's
+    images, the same in every round, gets centroids of its own, which judge what is fitted to the others.
     """
     seed, round_num, client_id = address
+    judging = judging_images(shard.labels.cpu().numpy(), config.judging, seed, client_id)
     if config.samples:
         draws = stream(seed, "prototypes", round_num, client_id)
         rows = torch.cat(list(batches(len(shard), 64, -(-config.samples // 64), generator=draws)))[: config.samples]
-        shard = Shard(shard.images[rows], shard.labels[rows])
+        shard, judging = Shard(shard.images[rows], shard.labels[rows]), judging[rows.numpy()]
     if config.augment:
         draws = stream(seed, "prototypes/augment", round_num, client_id)
         shard = Shard(augment(shard.images, facts.augmentations, draws), shard.labels)
@@ -94,27 +98,41 @@ def client_prototypes(
         progress(done, total + len(owned))
 
     features = extract_features(model, shard, facts, precision, progress=batch)
-    vectors, classes, sizes = [], [], []
+    parts = []
     for number, label in enumerate(owned, batches_done + 1):
-        centres, counts = centroids(features[labels == label], config.k)
-        sent = min(config.cap, len(centres)) if config.cap else len(centres)  # P2: the first, in arbitrary order
-        vectors.append(centres[:sent])
-        sizes.append(counts[:sent])
-        classes.append(np.full(sent, label, np.int64))
+        own = labels == label
+        if judging[own].all():  # possible where images are drawn
+            judging[own] = False
+        for judges in (False, True):
+            if (rows := np.flatnonzero(own & (judging == judges))).size:
+                vectors, sizes = (part[: config.cap or None] for part in centroids(features[rows], config.k))  # P2
+                labelled, sent = np.full(len(sizes), label, np.int64), np.full(len(sizes), client_id, np.int64)
+                marks = np.full(len(sizes), judges) if config.judging else None
+                parts.append(Prototypes(vectors, labelled, sizes, sent, marks))
         progress(number, batches_done + len(owned))
-    labels = np.concatenate(classes)
-    return Prototypes(np.concatenate(vectors), labels, np.concatenate(sizes), np.full(len(labels), client_id, np.int64))
+    return Prototypes.concatenate(parts)
+
+
+def judging_images(labels: np.ndarray, share: float, seed: int, client_id: int) -> np.ndarray:
+    """Return which of a client's images, by their ``labels`` [n], it keeps for choices: bool [n]."""
+    draws, judging = numpy_stream(seed, "prototypes/judging", client_id), np.zeros(len(labels), bool)
+    for label in np.unique(labels) if share else ():
+        rows = np.flatnonzero(labels == label)
+        judging[draws.permutation(rows)[: num_judging(len(rows), share)]] = True
+    return judging
 
 
 def split_held_out(prototypes: Prototypes, fraction: float, seed: int) -> tuple[Prototypes, Prototypes]:
-    """Return (kept, held out), with floor(fraction * n_c) of the n_c prototypes of each class held out.
+    """Return (kept, held out): those that judge are held out, or a share of all where clients marked none.
 
-    ``fraction`` in [0, 1), so every class keeps one. Prototypes of empty clusters (size 0) are dropped.
+    The share is floor(fraction * n_c) of the n_c prototypes of each class. ``fraction`` in [0, 1), so every class keeps
+    one. Prototypes of empty clusters (size 0) are dropped.
     """
     draws = numpy_stream(seed, "prototypes", "held-out")
     prototypes = prototypes.take(np.flatnonzero(prototypes.sizes > 0))
-    held = np.zeros(len(prototypes), bool)
-    for label in np.unique(prototypes.labels):
+    held = np.zeros(len(prototypes), bool) if prototypes.judges is None else prototypes.judges
+    prototypes = replace(prototypes, judges=None)
+    for label in np.unique(prototypes.labels) if not held.any() else ():
         rows = np.flatnonzero(prototypes.labels == label)
         held[draws.permutation(rows)[: int(fraction * len(rows))]] = True
     return prototypes.take(np.flatnonzero(~held)), prototypes.take(np.flatnonzero(held))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from ..core.types import DataFacts, Prototypes, Weights
 from ..federated.client import ClientContext
 from ..models.state_dict import to_weights, use_precision
 from .generator_training import allocate, classifier_view, load_generator, sample, sampling_shares
-from .linear_head import scores
+from .linear_head import fit_heads, scores
 from .losses import distillation_loss
 from .prototypes import prototype_weights, split_held_out
 from .teacher import MixedTeacher, TeacherState, build_teacher, shift
@@ -26,7 +26,11 @@ from .teacher import MixedTeacher, TeacherState, build_teacher, shift
 
 @dataclass(frozen=True)
 class DistillTask:
-    """All inputs of distillation, as arrays, so that they can be sent to Ray Train workers."""
+    """All inputs of distillation, as arrays, so that they can be sent to Ray Train workers.
+
+    ``student`` starts and ``teacher`` teaches without knowledge of the ``held_out`` prototypes, which choose the number
+    of steps. ``whole``: a student and a teacher for as many steps on all prototypes; None where none are held out.
+    """
 
     config: ExperimentConfig
     facts: DataFacts
@@ -36,6 +40,7 @@ class DistillTask:
     counts: np.ndarray  # int64 [K], images per generator and step
     kept: Prototypes
     held_out: Prototypes
+    whole: tuple[Weights, TeacherState | MixedTeacher] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,15 +98,38 @@ def distil(
 ) -> tuple[Weights, dict[str, float]]:
     """Train the student; returns its weights and figures, equal on all workers.
 
+    Held-out prototypes choose the number of steps (``guard``) and give the figures; the student that is returned takes
+    as many from its start on all prototypes.
+    """
+    weights, figures = train_student(task, device, dist, report, task.config.distill.steps)
+    if task.whole is not None:
+        student, teacher = task.whole
+        kept, none = Prototypes.concatenate([task.kept, task.held_out]), task.held_out.take(np.arange(0))
+        whole = replace(task, student=student, teacher=teacher, kept=kept, held_out=none, whole=None)
+        weights, _ = train_student(whole, device, dist, lambda step, metrics: None, int(figures["step"]), guard=False)
+    return weights, figures
+
+
+def train_student(
+    task: DistillTask,
+    device: torch.device,
+    dist: DistContext,
+    report: Callable[[int, dict[str, float]], None],
+    steps: int,
+    guard: bool = True,
+) -> tuple[Weights, dict[str, float]]:
+    """Train the student for ``steps`` steps, without a guard if the configuration or ``guard`` say so.
+
     The loss of a step is sum_i w_i (alpha T^2 KL + (1 - alpha) CE + beta JS)_i / sum_i w_i over the synthetic batch,
-    plus ``anchor_weight`` times the head's cross-entropy on prototypes. With ``guard`` the state that is best on
-    held-out prototypes is returned, the initial one included. Prototypes are features of the initial backbone, so they
-    measure only the head if the backbone is trained. ``report(step, metrics)`` is called every ``check_steps``.
+    plus ``anchor_weight`` times the head's cross-entropy on prototypes. With a guard the state of lowest cross-entropy
+    on held-out prototypes is returned, the initial one included. Prototypes are features of the initial backbone, so
+    they measure only the head if the backbone is trained. ``report(step, metrics)`` is called every ``check_steps``.
 
     Figures: ``improvement``, 1 minus the ratio of the mean losses (without anchor) of the last window of steps and the
     window before it; ``late_agreement``, share of the last window's images on which student and teacher agree.
     """
     config, distill = task.config, task.config.distill
+    guard = guard and distill.guard
     student = ClientContext(config, task.facts, device).classifier(task.student)
     student.train(distill.student_bn == "train")
     teacher = build_teacher(config, task.facts, task.teacher).to(device)
@@ -124,14 +152,13 @@ def distil(
 
     def score_head() -> tuple[float, float]:
         with torch.no_grad():
-            accuracy, loss = scores(student.head(eval_vectors), evaluated)
-        return accuracy, -loss
+            return scores(student.head(eval_vectors), evaluated)
 
-    best, best_step = score_head(), 0
-    entered, best_state = best, copy.deepcopy(student.state_dict())
+    entered, best_step = score_head(), 0
+    best, best_state = entered[1], copy.deepcopy(student.state_dict())
     seen = torch.zeros(task.facts.num_classes, device=device)
-    window, late = min(PLATEAU_WINDOW, distill.steps // 2), torch.zeros(4, device=device)
-    for step in range(1, distill.steps + 1):
+    window, late = min(PLATEAU_WINDOW, steps // 2), torch.zeros(4, device=device)
+    for step in range(1, steps + 1):
         images = batch_of(step)
         with torch.no_grad(), use_precision(config.runtime.precision, device):
             features = student.features(images).float() if shared else None
@@ -142,8 +169,8 @@ def distil(
         with use_precision(config.runtime.precision, device):
             logits = (student.head(features) if shared else student(images)).float()
         loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
-        if step > distill.steps - 2 * window:
-            last = int(step > distill.steps - window)
+        if step > steps - 2 * window:
+            last = int(step > steps - window)
             late[last] += loss.detach()
             if last:
                 late[2] += (logits.argmax(1) == target.argmax(1)).sum()
@@ -161,10 +188,10 @@ def distil(
                 dist.sum_(parameter.grad)
         optimiser.step()
         seen += torch.bincount(target.argmax(1), minlength=len(seen))
-        if step % distill.check_steps == 0 or step == distill.steps:
+        if step % distill.check_steps == 0 or step == steps:
             now = score_head()
-            if now > best:
-                best, best_step, best_state = now, step, copy.deepcopy(student.state_dict())
+            if now[1] < best:
+                best, best_step, best_state = now[1], step, copy.deepcopy(student.state_dict())
             agreement = (logits.argmax(1) == target.argmax(1)).float().mean() if len(logits) else torch.ones(())
             report(
                 step,
@@ -173,12 +200,12 @@ def distil(
             )
     dist.sum_(seen)
     dist.sum_(late)
-    if distill.guard:
+    if guard:
         student.load_state_dict(best_state)
     figures = {
         "held_out_before": entered[0],
         "held_out_after": score_head()[0],
-        "step": float(best_step if distill.guard else distill.steps),
+        "step": float(best_step if guard else steps),
         "class_coverage": float((seen / seen.sum().clamp(min=1) >= 0.1 / len(seen)).float().mean()),
     }
     if window >= PLATEAU_MIN_WINDOW:
@@ -228,8 +255,20 @@ def make_task(
     client_sizes: np.ndarray,
     prototypes: Prototypes,
 ) -> DistillTask:
-    """Assemble the inputs of distillation; the student starts as the global model."""
+    """Assemble the inputs of distillation.
+
+    The student starts as the global model, with ``distill.start`` = refit with the head at which the teacher of its
+    architecture starts, fitted here where that starts at random.
+    """
     shares = sampling_shares(config.distill.gen_sampling, client_sizes, generator_figures)
     counts = allocate(shares, config.distill.samples_per_generator * len(generators))
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
-    return DistillTask(config, facts, global_weights, teacher, generators, counts, kept, held_out)
+    student = whole = global_weights
+    if config.distill.start == "refit":
+        own = teacher.groups[teacher.student] if isinstance(teacher, MixedTeacher) else teacher
+        trial_head, head = own.trial.head, own.head
+        if not head:
+            trial_head, head, _ = fit_heads(kept, held_out, global_weights, config.prototypes.weighting)
+        student, whole = global_weights | trial_head, global_weights | head
+    again = (whole, teacher) if len(held_out) else None
+    return DistillTask(config, facts, student, teacher.trial, generators, counts, kept, held_out, again)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -22,7 +22,9 @@ class TeacherState:
     """A teacher as arrays. ``experts`` are the distinct ones: full models for ``meta.input = full``, else heads.
 
     ``index`` int64 [C] maps each class to its expert. The heads read the features of ``backbone``, of
-    architecture ``classifier`` (empty: the student's). ``meta`` is the state dict of ``Teacher``.
+    architecture ``classifier`` (empty: the student's). ``meta`` is the state dict of ``Teacher``; ``head`` the
+    re-fitted head that it starts at, empty where it starts at random. Both were trained on all prototypes.
+    ``trial_meta`` and ``trial_head`` are the same without the held-out ones, where these were added afterwards.
     """
 
     backbone: Weights
@@ -30,6 +32,14 @@ class TeacherState:
     index: np.ndarray
     meta: Weights
     classifier: str = ""
+    head: Weights = field(default_factory=dict)
+    trial_meta: Weights = field(default_factory=dict)
+    trial_head: Weights = field(default_factory=dict)
+
+    @property
+    def trial(self) -> TeacherState:
+        """Return the teacher that has not seen held-out prototypes."""
+        return replace(self, meta=self.trial_meta, head=self.trial_head) if self.trial_meta else self
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class MixedTeacher:
     groups: tuple[TeacherState, ...]
     shares: np.ndarray
     student: int
+
+    @property
+    def trial(self) -> MixedTeacher:
+        """Return the teacher that has not seen held-out prototypes."""
+        return replace(self, groups=tuple(group.trial for group in self.groups))
 
 
 def group_shares(counts: np.ndarray, groups: Sequence[Sequence[int]]) -> np.ndarray:

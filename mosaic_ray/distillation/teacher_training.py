@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.schema import ExperimentConfig
+from ..config.schema import ExperimentConfig, MetaConfig
 from ..core.errors import RunError
 from ..core.health import SINGLE_OWNER_BELOW
 from ..core.seeding import seeded, stream
@@ -19,7 +20,7 @@ from ..models.submodel import ChannelLayout
 from .experts import ClientWeights, effective_owners, expert_weights, form_experts, redundancy
 from .generator_training import classifier_view, draw, load_generator
 from .image_quality import domain_auc
-from .linear_head import fit_head, scores
+from .linear_head import fit_heads, scores
 from .meta_model import Teacher, gates, teacher_logits, train_meta
 from .prototypes import split_held_out
 from .teacher import TeacherState, head_logits, heads_only
@@ -120,8 +121,8 @@ def fit_teacher(
 ) -> tuple[TeacherState, dict[str, float]]:
     """Train the meta model of ``class_experts`` on the prototypes that are not held out; return it and figures.
 
-    With ``meta.data`` = synthetic or synthetic_vote it is trained on images of ``sources``; held-out prototypes still
-    select and evaluate it.
+    Held-out prototypes choose the number of updates and give the figures. It is then trained on all prototypes for as
+    many. With ``meta.data`` = synthetic or synthetic_vote it is trained on images of ``sources`` alone.
     """
     config, facts = context.config, context.facts
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
@@ -130,26 +131,40 @@ def fit_teacher(
         real, ensemble = kept, expert_mean_logits(context, experts, index)
         kept = synthetic_prototypes(context, global_weights, sources, ensemble, real)
         figures["domain_auc"] = domain_auc(real.vectors, kept.vectors, config.seed)
-    head = head_of(global_weights)
-    with seeded(config.seed, "init", "meta"):
-        teacher = Teacher(facts.num_classes, facts.num_classes, config.meta, head[0].shape[1])
+    own, weighting = head_of(global_weights), config.prototypes.weighting
     evaluated = held_out if len(held_out) else kept
-    student = torch.tensor(evaluated.vectors) @ torch.tensor(head[0]).T + torch.tensor(head[1])
+    student = torch.tensor(evaluated.vectors) @ torch.tensor(own[0]).T + torch.tensor(own[1])
     figures["student_held_out_accuracy"] = scores(student, evaluated)[0]
-    if teacher.skip is not None:
-        matrix, bias, fitted = fit_head(kept, held_out, head, config.prototypes.weighting)
-        with torch.no_grad():
-            teacher.skip.weight.copy_(torch.tensor(matrix))
-            teacher.skip.bias.copy_(torch.tensor(bias))
+
+    def trained(
+        head: Weights, meta: MetaConfig, kept: Prototypes, held_out: Prototypes, report: Callable[..., None]
+    ) -> tuple[Weights, dict[str, float]]:
+        with seeded(config.seed, "init", "meta"):
+            teacher = Teacher(facts.num_classes, facts.num_classes, meta, own[0].shape[1])
+        if teacher.skip is not None:
+            start = {name.removeprefix("head."): torch.tensor(value) for name, value in head.items()}
+            teacher.skip.load_state_dict(start)
+        logits = head_logits(experts, index)
+        made, found = train_meta(
+            teacher.to(context.device), logits, kept, held_out, meta, weighting, config.seed, report
+        )
+        return to_weights(made), found
+
+    trial_head, head = {}, {}
+    if config.meta.init == "prototype_head":
+        trial_head, head, fitted = fit_heads(kept, held_out, global_weights, weighting)
         figures |= {f"head_{name}": value for name, value in fitted.items()}
-    teacher, trained = train_meta(
-        teacher.to(context.device), head_logits(experts, index), kept, held_out, config.meta,
-        config.prototypes.weighting, config.seed, progress,
-    )  # fmt: skip
-    figures |= {f"meta_{name}": value for name, value in trained.items()}
+    meta, found = trained(trial_head, config.meta, kept, held_out, progress)
+    figures |= {f"meta_{name}": value for name, value in found.items()}
     figures |= {"num_experts": float(len(experts)), "num_prototypes": float(len(kept))}
     figures["num_held_out"] = float(len(held_out))
-    return TeacherState(global_weights, experts, index, to_weights(teacher)), figures
+    state = TeacherState(global_weights, experts, index, meta, head=trial_head)
+    if len(held_out) and config.meta.data == "prototypes":
+        everything, none = Prototypes.concatenate([kept, held_out]), held_out.take(np.arange(0))
+        as_many = replace(config.meta, updates=int(found["update"]), select=False)
+        meta, _ = trained(head, as_many, everything, none, lambda update, metrics: None)
+        state = replace(state, meta=meta, head=head, trial_meta=state.meta, trial_head=trial_head)
+    return state, figures
 
 
 def teach(
@@ -162,11 +177,11 @@ def teach(
     sources: Sources,
     *,
     report: Callable[[int, dict[str, float]], None],
-) -> tuple[Weights, dict[str, float], Weights]:
-    """Train a teacher and inspect it; return its meta model's weights, figures and arrays."""
+) -> tuple[TeacherState, dict[str, float], Weights]:
+    """Train a teacher and inspect it; return it (without its backbone and experts), figures and arrays."""
     state, figures = fit_teacher(context, global_weights, experts, index, prototypes, report, sources)
-    looked, arrays = inspect_teacher(context, state, counts, prototypes)
-    return state.meta, figures | looked, arrays
+    looked, arrays = inspect_teacher(context, state.trial, counts, prototypes)
+    return replace(state, backbone={}, experts=()), figures | looked, arrays
 
 
 def inspect_teacher(

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config.schema import PrototypesConfig
+
 #: The arrays of a message by name as (shape, dtype), without values.
 Entries = Mapping[str, tuple[Sequence[int], Any]]
 
@@ -104,22 +106,31 @@ class Tally:
         return Tally(1, num_clients, found)
 
 
-def num_prototypes(held: np.ndarray | int, k: int, cap: int = 0, sampled: bool = False) -> np.ndarray:
+def num_judging(held: np.ndarray | int, share: float) -> np.ndarray:
+    """Return how many of the ``held`` images of a class a client keeps for choices: never all, none of one image."""
+    return np.floor(share * np.asarray(held)).astype(np.int64)
+
+
+def num_prototypes(held: np.ndarray | int, section: PrototypesConfig) -> np.ndarray:
     """Return the number of prototypes for a class with ``held`` images: k if held >= k, else 1 (0 without images).
 
-    At most ``cap``, where that is not 0. ``sampled``: of images that are drawn, so that this is an upper bound.
+    At most ``cap``, where that is not 0. Images that are kept for choices have prototypes of their own, by the same
+    rule. Where ``samples`` are drawn this is an upper bound.
     """
-    held = np.asarray(held)
-    found = np.where((held >= k) | sampled, k, 1) * (held > 0)
-    return np.minimum(found, cap) if cap else found
+    kept = num_judging(held, section.judging)
+    found = [
+        np.where((part >= section.k) | (section.samples > 0), section.k, 1) * (part > 0) for part in (held - kept, kept)
+    ]
+    return np.asarray(sum(np.minimum(part, section.cap) if section.cap else part for part in found))
 
 
-def prototype_entries(count: int, feature_dim: int) -> Entries:
-    """Return the entries of a message of ``count`` prototypes: vectors, labels, cluster sizes and clients."""
-    return {
+def prototype_entries(count: int, feature_dim: int, judges: bool = False) -> Entries:
+    """Return the entries of a message of ``count`` prototypes: vectors, labels, cluster sizes, clients and judges."""
+    entries = {
         "vectors": ((count, feature_dim), np.float32), "labels": ((count,), np.int64),
         "sizes": ((count,), np.float32), "clients": ((count,), np.int64),
     }  # fmt: skip
+    return entries | ({"judges": ((count,), np.bool_)} if judges else {})
 
 
 def statistics_entries(entries: Entries, layers: Iterable[str]) -> Entries:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..tracking.progress import StageProgress
 
 REFIT = Stage(
-    "distill", 2, lambda inputs: {"distiller": "prototype_head", "split": prototype_split(inputs.config)},
+    "distill", 3, lambda inputs: {"distiller": "prototype_head", "split": prototype_split(inputs.config)},
     "mosaic_ray.methods.prototype_head:refit_head", upstream=("warmup", "prototypes"), role="distilled", unit="fit",
     work=lambda config: {"fits": 1},
 )  # fmt: skip
@@ -44,18 +44,20 @@ PROTOTYPE_HEAD = PrototypeHead()
 def refit_head(
     ctx: RunContext, stage: Stage, warmup: Warmup, prototypes: dict[str, Prototypes]
 ) -> tuple[Weights, float]:
-    """Return the global model with its head re-fitted, and its accuracy on held-out prototypes, which stop the fit."""
-    from ..distillation.linear_head import fit_head
+    """Return the global model with its head re-fitted on all prototypes, and an accuracy on held-out ones.
+
+    These choose the number of steps; the accuracy is that of the head which has not seen them.
+    """
+    from ..distillation.linear_head import fit_heads
     from ..distillation.prototypes import split_held_out
-    from ..models.state_dict import head_of
     from ..pipeline.evaluate import log_validation
 
     section, own = ctx.config.prototypes, prototypes[warmup.federation.student]
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         kept, held_out = split_held_out(own, section.held_out, ctx.config.seed)
-        matrix, bias, figures = fit_head(kept, held_out, head_of(warmup.weights), section.weighting)
-        writer.add("global", warmup.weights | {"head.weight": matrix, "head.bias": bias})
+        _, head, figures = fit_heads(kept, held_out, warmup.weights, section.weighting)
+        writer.add("global", warmup.weights | head)
         progress.advance(note=f"held-out prototypes {figures['held_out_accuracy']:.1%}")
         return {"figures": {name: float(value) for name, value in figures.items()}}
 

@@ -522,7 +522,7 @@ def add_prototypes(federation: Federation, counts: np.ndarray, tally: Tally, tim
     """Add each client's prototypes, ``times`` [K] times."""
     section = federation.config.prototypes
     for k, name in enumerate(federation.classifiers):
-        count = int(num_prototypes(counts[k], section.k, section.cap, sampled=bool(section.samples)).sum())
+        count = int(num_prototypes(counts[k], section).sum())
         feature_dim = federation.entries(name)["head.weight"][0][1]
-        message = size_of_entries(prototype_entries(count, feature_dim))
+        message = size_of_entries(prototype_entries(count, feature_dim, section.judging > 0))
         tally.add("uplink", "prototypes", k, message, times=int(times[k]))

@@ -52,13 +52,15 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
 
 def prototype_split(config: ExperimentConfig) -> Knobs:
     """Return the knobs that divide prototypes into kept and held out, and weigh them."""
-    making = ("k", "model", "rounds", "samples", "augment", "cap")  # these show in the prototypes themselves
+    making = ("k", "model", "rounds", "samples", "augment", "cap", "split")  # these show in the prototypes themselves
     return changed_knobs(config.prototypes, *making) | {"seed": config.seed} | driver_knobs(config)
 
 
 def prototype_knobs(config: ExperimentConfig) -> Knobs:
     """Return the knobs that prototypes are made with."""
-    return changed_knobs(config.prototypes, "held_out", "weighting")
+    section = config.prototypes
+    judging = {"judging": section.judging} if section.judging else {}
+    return changed_knobs(section, "held_out", "weighting", "split") | judging
 
 
 def driver_knobs(config: ExperimentConfig) -> Knobs:

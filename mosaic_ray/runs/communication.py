@@ -26,6 +26,9 @@ from .plan import graph_of
 #: Stages that a deployment would not run.
 COMPARISONS = ("control", "control_warmup")
 
+#: Images of a class that surely fill its k prototypes.
+MANY = 10**9
+
 #: FedRolex's own widths (Alam et al. 2022), assigned to clients in turn, where no client of a run is narrow.
 FEDROLEX_WIDTHS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
@@ -42,11 +45,11 @@ def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | N
     """Return the bytes that each client will send, from the configuration alone: nothing is trained or loaded.
 
     Cohorts and drop-outs are drawn as they will be; clients that fail are not foreseen. The number of prototypes
-    depends on the label counts [K, C]: without ``counts`` every client counts as one that fills every class's k.
+    depends on the label counts [K, C]: without ``counts`` every client counts as one with many images of every class.
     """
     clients = config.partition.num_clients
     federation, tally = Federation(config, facts), Tally(1, clients)
-    counts = np.full((clients, facts.num_classes), config.prototypes.k) if counts is None else counts
+    counts = np.full((clients, facts.num_classes), MANY) if counts is None else counts
     for stage in graph_of(config):
         if stage.messages:
             load_function(stage.messages)(federation, counts, tally)

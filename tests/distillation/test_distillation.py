@@ -12,6 +12,7 @@ from helpers import FACTS, TINY, assert_same, generate, make_teacher, prototypes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.types import Prototypes
+from mosaic_ray.distillation.linear_head import fit_heads
 from mosaic_ray.distillation.student_training import (
     Batcher,
     DistContext,
@@ -19,6 +20,7 @@ from mosaic_ray.distillation.student_training import (
     distil,
     make_task,
     sample_weights,
+    train_student,
 )
 from mosaic_ray.federated.client import ClientContext, initial_weights
 
@@ -102,7 +104,7 @@ def test_the_guard_returns_the_initial_student_if_none_is_better(task):
     }  # fmt: skip
     wild = dataclasses.replace(
         with_knobs(task, {"distill.lr": 50.0, "distill.anchor_weight": 0.0}),
-        student=perfect, teacher=dataclasses.replace(task.teacher, meta=contrary), held_out=held_out,
+        student=perfect, teacher=dataclasses.replace(task.teacher, meta=contrary), held_out=held_out, whole=None,
     )  # fmt: skip
     _, wrecked = distil(with_knobs(wild, {"distill.guard": False}), CPU, DistContext(), _quiet)
     assert (wrecked["held_out_before"], wrecked["step"]) == (1.0, TINY.distill.steps)
@@ -110,6 +112,70 @@ def test_the_guard_returns_the_initial_student_if_none_is_better(task):
     weights, figures = distil(wild, CPU, DistContext(), _quiet)
     assert (figures["held_out_before"], figures["held_out_after"], figures["step"]) == (1.0, 1.0, 0)
     assert_same(weights, perfect)
+
+
+def test_s10_the_guard_chooses_by_loss_and_not_by_accuracy(task, monkeypatch):
+    looks = iter([(0.5, 1.0), (0.9, 2.0), (0.4, 0.8), (0.8, 0.9), (1.0, 0.9)])
+    monkeypatch.setattr("mosaic_ray.distillation.student_training.scores", lambda *given: next(looks, (0.7, 0.7)))
+    knobs = {"distill.steps": 20, "distill.check_steps": 5}
+    _, figures = distil(with_knobs(task, knobs), CPU, DistContext(), _quiet)
+    assert (figures["step"], figures["held_out_before"], figures["held_out_after"]) == (10, 0.5, 0.7)
+
+
+@pytest.mark.parametrize("init", ["prototype_head", "random"])
+def test_s1_the_student_starts_at_the_head_that_the_teacher_starts_at(task, init):
+    """Where the teacher starts at random, the head is fitted for the student."""
+    config = override(TINY, {"meta.init": init, "meta.updates": 0})
+    weights, found = ClientContext(TINY, FACTS, CPU), Prototypes.concatenate([task.kept, task.held_out])
+    weights = initial_weights(weights)
+    found = dataclasses.replace(found, judges=np.arange(len(found)) >= len(task.kept))
+    counts = np.full((3, 3), 10)
+    teacher, _ = make_teacher(config, FACTS, weights, [(k, weights) for k in range(3)], counts, found, _quiet)
+    inputs = (FACTS, weights, teacher, task.generators, [{"coverage": 1.0, "owned_mass": 1.0}] * 3, np.ones(3), found)
+    started = make_task(config, *inputs)
+    trial, whole, _ = fit_heads(task.kept, task.held_out, weights, "size")
+    assert_same(started.student, weights | trial)
+    assert_same(started.whole[0], weights | whole)
+    assert started.whole[1] is teacher and started.teacher.trial_head == teacher.trial_head
+    if init == "prototype_head":
+        assert_same(started.teacher.meta, teacher.trial_meta)
+    as_paper = make_task(override(config, {"distill.start": "global"}), *inputs)
+    assert_same(as_paper.student, weights)
+    assert_same(as_paper.whole[0], weights)
+    student, figures = distil(with_knobs(started, {"distill.steps": 0}), CPU, DistContext(), _quiet)
+    assert_same(student, weights | whole)  # without a step it is what the method prototype_head makes
+    assert figures["step"] == 0
+
+
+def test_s1_a_student_that_starts_as_its_teacher_has_nothing_to_copy(task):
+    """The teacher is the re-fitted head: the soft loss and its gradient are 0, so that the head does not move."""
+    alone = {"distill.soft_weight": 1.0, "distill.anchor_weight": 0.0, "distill.guard": False}
+    head = {f"skip.{name}": task.student[f"head.{name}"] for name in ("weight", "bias")}
+    meta = task.teacher.meta | head | {"gain": np.zeros((), np.float32)}
+    teacher = dataclasses.replace(task.teacher, meta=meta)
+    same = with_knobs(dataclasses.replace(task, teacher=teacher, whole=None), alone)
+    losses = []
+
+    def note(step, metrics):
+        losses.append(metrics["loss"])
+
+    weights, _ = distil(same, CPU, DistContext(), note)
+    assert max(map(abs, losses)) < 1e-5
+    np.testing.assert_allclose(weights["head.weight"], task.student["head.weight"], atol=0.02)
+    distil(dataclasses.replace(same, student=task.teacher.backbone), CPU, DistContext(), note)
+    assert losses[-1] > 0.01
+
+
+def test_s9_the_student_takes_the_steps_that_were_chosen_again_on_all_prototypes(task):
+    chosen, figures = train_student(task, CPU, DistContext(), _quiet, 10)
+    student, teacher = task.whole
+    none, every = task.held_out.take(np.arange(0)), Prototypes.concatenate([task.kept, task.held_out])
+    whole = dataclasses.replace(task, student=student, teacher=teacher, kept=every, held_out=none, whole=None)
+    expected, _ = train_student(whole, CPU, DistContext(), _quiet, int(figures["step"]), guard=False)
+    found, found_figures = distil(task, CPU, DistContext(), _quiet)
+    assert_same(found, expected)
+    assert found_figures == figures
+    assert not np.array_equal(found["head.weight"], chosen["head.weight"])
 
 
 def test_balanced_weights_give_each_class_seen_the_same_say():

@@ -13,8 +13,9 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import MetaConfig
 from mosaic_ray.data.transforms import normalise
 from mosaic_ray.distillation.experts import distinct_experts, expert_weights, form_experts
+from mosaic_ray.distillation.linear_head import fit_heads
 from mosaic_ray.distillation.meta_model import MetaModel, Teacher, ema_update, ema_weights, token_size
-from mosaic_ray.distillation.prototypes import client_prototypes
+from mosaic_ray.distillation.prototypes import client_prototypes, split_held_out
 from mosaic_ray.distillation.teacher import TeacherState, build_teacher, head_logits
 from mosaic_ray.federated.aggregation import RunningAverage
 from mosaic_ray.federated.client import ClientContext, initial_weights
@@ -165,9 +166,31 @@ def make(config, seed: int = 0):
 
 def test_a_teacher_from_the_refitted_head_is_never_worse_held_out():
     _, _, figures, _, seen = make(TINY)
-    assert figures["meta_held_out_accuracy"] >= figures["head_held_out_accuracy"]
+    assert figures["meta_held_out_loss"] <= figures["head_held_out_loss"]
     assert seen[0] == 0
     assert seen[-1] == TINY.meta.updates
+
+
+def test_s9_the_teacher_starts_at_the_head_of_all_prototypes_once_its_updates_were_chosen():
+    """Without updates it is that head; the teacher by which choices are made has not seen the held-out ones."""
+    weights, state, figures, prototypes, _ = make(override(TINY, {"meta.updates": 0}))
+    kept, held_out = split_held_out(prototypes, TINY.prototypes.held_out, TINY.seed)
+    trial, whole, fitted = fit_heads(kept, held_out, weights, "size")
+    assert figures["head_held_out_loss"] == figures["meta_held_out_loss"] == fitted["held_out_loss"]
+    for teacher, head in ((state, whole), (state.trial, trial)):
+        assert_same(teacher.head, head)
+        assert np.array_equal(teacher.meta["skip.weight"], head["head.weight"])
+        assert np.array_equal(teacher.meta["skip.bias"], head["head.bias"])
+    assert not np.array_equal(trial["head.weight"], whole["head.weight"])
+    nothing = make(override(TINY, {"prototypes.held_out": 0.0}))[1]
+    assert nothing.trial is nothing
+
+
+def test_s10_the_meta_model_is_chosen_by_loss_and_not_by_accuracy(monkeypatch):
+    looks = iter([(0.5, 1.0), (0.9, 2.0), (0.4, 0.8), (0.8, 0.9), (1.0, 0.9)])
+    monkeypatch.setattr("mosaic_ray.distillation.meta_model.scores", lambda *given: next(looks, (0.0, 0.0)))
+    config = override(TINY, {"meta.updates": 100, "prototypes.held_out": 0.0})
+    assert make(config)[2]["meta_update"] == 50
 
 
 @pytest.mark.parametrize("init", ["random", "prototype_head"])

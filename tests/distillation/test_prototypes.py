@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from mosaic_ray.core.types import Prototypes
 from mosaic_ray.data.transforms import normalise
-from mosaic_ray.distillation.linear_head import fit_head, scores
+from mosaic_ray.distillation.linear_head import FIT_LR, fit_head, fit_heads, scores
 from mosaic_ray.distillation.prototypes import (
     centroids,
     client_prototypes,
     extract_features,
+    judging_images,
     prototype_weights,
     split_held_out,
 )
@@ -64,7 +65,8 @@ def test_a_class_with_fewer_samples_than_k_sends_its_mean():
     rows = np.concatenate([np.flatnonzero(data.labels == 0)[:2], np.flatnonzero(data.labels == 1)])
     model = CONTEXT.classifier(initial_weights(CONTEXT))
     found = client_prototypes(model, shard_of(data.take(rows)), TINY.prototypes, FACTS, (0, 0, 7), "fp32")
-    assert found.labels.tolist() == [0, 1, 1, 1, 1]
+    assert found.labels.tolist() == [0, 1, 1, 1, 1, 1]
+    assert found.judges.tolist() == [False] * 5 + [True]
     assert found.sizes.sum() == len(rows)
     assert set(found.clients) == {7}
 
@@ -72,8 +74,10 @@ def test_a_class_with_fewer_samples_than_k_sends_its_mean():
 def test_p2_the_authors_cap_sends_the_first_centres_alone():
     model, knobs = CONTEXT.classifier(initial_weights(CONTEXT)), TINY.prototypes
     shard = shard_of(stripes(60))
+    knobs = dataclasses.replace(knobs, held_out=0.0)
     every = client_prototypes(model, shard, knobs, FACTS, (0, 0, 0), "fp32")
     capped = client_prototypes(model, shard, dataclasses.replace(knobs, cap=2), FACTS, (0, 0, 0), "fp32")
+    assert every.judges is None
     assert len(every) == 12
     assert len(capped) == 6
     assert np.array_equal(capped.vectors[:2], every.vectors[:2])
@@ -117,3 +121,71 @@ def test_a_head_that_cannot_be_bettered_is_handed_back():
     matrix, _, figures = fit_head(kept, held, start, "uniform")
     assert figures["steps"] == 0
     assert not matrix.any()
+
+
+# --- centroids of their own for images that are held out (docs/algorithm.md, S9) -------------------------------------
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.sampled_from([0.0, 0.25, 0.5, 0.9]))
+@settings(max_examples=40)
+def test_a_share_of_each_class_judges_and_never_all_of_it(labels, share):
+    labels = np.array(labels)
+    judging = judging_images(labels, share, 3, 5)
+    for label in np.unique(labels):
+        own = labels == label
+        assert judging[own].sum() == int(share * own.sum()) < own.sum()
+    assert np.array_equal(judging, judging_images(labels, share, 3, 5))
+
+
+def test_s9_each_half_sends_centroids_of_its_own_images_alone():
+    model, knobs = CONTEXT.classifier(initial_weights(CONTEXT)), dataclasses.replace(TINY.prototypes, held_out=0.4)
+    data = stripes(60)
+    shard = shard_of(data.take(np.flatnonzero((data.labels > 0) | (np.arange(60) == 0))))  # one image of class 0
+    found = client_prototypes(model, shard, knobs, FACTS, (0, 0, 7), "fp32")
+    features, labels = extract_features(model, shard, FACTS, "fp32"), shard.labels.numpy()
+    judging = judging_images(labels, 0.4, 0, 7)
+    for label in (0, 1, 2):
+        for judges in (False, True):
+            rows = (labels == label) & (judging == judges)
+            mine = found.take(np.flatnonzero((found.labels == label) & (found.judges == judges)))
+            assert mine.sizes.sum() == rows.sum() == {0: (1, 0), 1: (12, 8), 2: (12, 8)}[label][judges]
+            if rows.any():
+                np.testing.assert_allclose(
+                    np.average(mine.vectors, axis=0, weights=mine.sizes), features[rows].mean(0), atol=1e-5
+                )
+    kept, held_out = split_held_out(found, 0.4, 0)
+    assert np.array_equal(kept.vectors, found.vectors[~found.judges]) and kept.judges is None
+    assert np.array_equal(held_out.vectors, found.vectors[found.judges]) and set(held_out.labels) == {1, 2}
+    other_round = client_prototypes(model, shard, knobs, FACTS, (0, 9, 7), "fp32")
+    assert np.array_equal(other_round.vectors, found.vectors)  # no image judges in one round and is fitted in another
+
+
+def test_a_class_of_which_only_judging_images_are_drawn_is_fitted_all_the_same():
+    model, shard = CONTEXT.classifier(initial_weights(CONTEXT)), shard_of(stripes(90))
+    for client in range(8):
+        knobs = dataclasses.replace(TINY.prototypes, held_out=0.9, samples=6)
+        found = client_prototypes(model, shard, knobs, FACTS, (0, 0, client), "fp32")
+        assert set(found.labels) == set(found.labels[~found.judges])
+        assert found.sizes.sum() == 6
+
+
+def test_s9_the_head_is_fitted_again_to_all_prototypes_for_the_steps_that_were_chosen():
+    kept, held = split_held_out(cloud(), 0.25, 0)
+    start = {"head.weight": np.zeros((3, 5), np.float32), "head.bias": np.zeros(3, np.float32)}
+    trial, whole, figures = fit_heads(kept, held, start, "size")
+    assert np.array_equal(trial["head.weight"], fit_head(kept, held, tuple(start.values()), "size")[0])
+    every = Prototypes.concatenate([kept, held])
+    weights, labels = torch.tensor(prototype_weights(every, "size")), torch.tensor(every.labels)
+    layer = torch.nn.Linear(5, 3)
+    torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.Adam(layer.parameters(), lr=FIT_LR)
+    assert 0 < figures["steps"] < 1000
+    for _ in range(figures["steps"]):
+        optimiser.zero_grad()
+        logits = layer(torch.tensor(every.vectors))
+        (weights * torch.nn.functional.cross_entropy(logits, labels, reduction="none")).mean().backward()
+        optimiser.step()
+    np.testing.assert_allclose(whole["head.weight"], layer.weight.detach().numpy(), atol=1e-3)
+    np.testing.assert_allclose(whole["head.bias"], layer.bias.detach().numpy(), atol=1e-3)
+    alone, again, _ = fit_heads(every, held.take(np.arange(0)), start, "size")
+    assert alone is again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from mosaic_ray.config.resolve import override, resolve
+from mosaic_ray.config.schema import PrototypesConfig
 from mosaic_ray.config.validate import check
 from mosaic_ray.core.types import DataFacts
-from mosaic_ray.distillation.prototypes import centroids
+from mosaic_ray.distillation.prototypes import centroids, judging_images
 from mosaic_ray.federated.client_models import Federation
 from mosaic_ray.federated.communication import (
     Size,
@@ -69,10 +71,17 @@ def test_an_empty_tally_is_nothing():
 
 
 @pytest.mark.parametrize("held, k, cap", [(0, 2, 0), (1, 2, 0), (2, 2, 0), (3, 2, 0), (3, 2, 1), (5, 1, 2), (4, 3, 2)])
-def test_as_many_prototypes_are_foreseen_as_k_means_makes(held, k, cap):
-    made = len(centroids(np.random.default_rng(0).normal(size=(held, 2)), k)[0]) if held else 0
-    assert num_prototypes(held, k, cap) == (min(made, cap) if cap else made)
-    assert num_prototypes(held, k, cap, sampled=True) >= num_prototypes(held, k, cap)
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_as_many_prototypes_are_foreseen_as_k_means_makes(held, k, cap, share):
+    section = PrototypesConfig(k, cap=cap, held_out=share)
+    labels = np.zeros(held, np.int64)
+    judging = judging_images(labels, share, 0, 0)
+    made = 0
+    for part in (int((~judging).sum()), int(judging.sum())):
+        sent = len(centroids(np.random.default_rng(0).normal(size=(part, 2)), k)[0]) if part else 0
+        made += min(sent, cap) if cap else sent
+    assert num_prototypes(held, section) == made
+    assert num_prototypes(held, dataclasses.replace(section, samples=64)) >= made
 
 
 # --- the paper's arithmetic (docs/algorithm.md 4.6) ------------------------------------------------------------------
@@ -128,6 +137,7 @@ RUNS = {
     "mixed": {"model.classifiers": ("cnn", "mobilenet", "cnn")},
     "partial": {"federation.cohort_size": 2, "federation.drop_rate": 0.3},
     "every round": {"prototypes.rounds": "all", "prototypes.cap": 2},
+    "centroids held out": {"prototypes.split": "cells"},
     "conditional": {"generator.conditional": True, "prototypes.model": "client"},
     "prototype_head": {"method": "prototype_head", "federation.optimiser": "heterofl", "federation.widths": (0.5, 1.0)},
     "fedavg without a warm-up": {"method": "fedavg", "warmup.num_rounds": 0},

@@ -65,7 +65,7 @@ PROTOTYPES = Stage(
 )  # fmt: skip
 
 TEACHER = Stage(
-    "teacher", 3, lambda inputs: {"meta": changed_knobs(inputs.config.meta), "split": prototype_split(inputs.config)},
+    "teacher", 4, lambda inputs: {"meta": changed_knobs(inputs.config.meta), "split": prototype_split(inputs.config)},
     f"{_HERE}.server:train_teacher",
     # generators matter where the meta model learns from their images
     upstream=lambda config: (
@@ -84,6 +84,6 @@ def _distill_knobs(inputs: KeyInputs) -> Knobs:
 
 
 DISTILL = Stage(
-    "distill", 2, _distill_knobs, f"{_HERE}.server:distill", upstream=("teacher", "generators"), role="distilled",
+    "distill", 3, _distill_knobs, f"{_HERE}.server:distill", upstream=("teacher", "generators"), role="distilled",
     unit="step", total=lambda config: config.distill.steps, work=lambda config: {"steps": config.distill.steps},
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from ...storage.store import StageResult, StageWriter
 from ...tracking.progress import StageProgress
 from .client_uploads import Generators, PrototypesOf
 
+#: Fields of ``TeacherState`` that are stored as they are, where they are not empty.
+TEACHER_PARTS = ("meta", "head", "trial_meta", "trial_head")
+
 
 def train_teacher(
     ctx: RunContext, stage: Stage, warmup: Warmup, prototypes: PrototypesOf, generators: Generators
@@ -36,7 +40,9 @@ def train_teacher(
             counts = group_counts(ctx.shards.counts, clients)
             state, found, arrays = _teach(ctx, warmup, prototypes[name], generators, name, clients, progress)
             prefix, owners = _prefix(federation, name, number), effective_owners(counts)
-            writer.add(f"{prefix}meta", state.meta)
+            for part in TEACHER_PARTS:
+                if getattr(state, part):
+                    writer.add(prefix + part, getattr(state, part))
             writer.add(f"{prefix}index", {"index": state.index})
             for place, expert in enumerate(state.experts):
                 writer.add(f"{prefix}expert_{place:04d}", expert)
@@ -97,10 +103,10 @@ def _teach(
     except ValueError as error:  # a class without an owner, where that is asked to be an error
         raise RunError(str(error)) from error
     synthetic = ctx.config.meta.data != "prototypes"
-    meta, figures, arrays = ctx.on_server(
+    state, figures, arrays = ctx.on_server(
         teach, backbone, experts, index, counts, prototypes, sources if synthetic else (), report=look
     )
-    return TeacherState(backbone, experts, index, meta), figures, arrays
+    return replace(state, backbone=backbone, experts=experts), figures, arrays
 
 
 def _prefix(federation: Federation, name: str, number: int) -> str:
@@ -111,7 +117,8 @@ def _prefix(federation: Federation, name: str, number: int) -> str:
 def _read_teacher(result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
     experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith(f"{prefix}expert_"))
     index = result.load(f"{prefix}index")["index"]
-    return TeacherState(backbone, experts, index, result.load(f"{prefix}meta"), name)
+    trained = {part: result.load(prefix + part) for part in TEACHER_PARTS if prefix + part in result.parts}
+    return TeacherState(backbone, experts, index, classifier=name, **trained)
 
 
 def distill(
