@@ -4,8 +4,8 @@ Descriptions of the paper report that training on synthetic data "degraded perfo
 the same meta model, the same random start and the same number of updates, and returns its last state: a re-fitted
 head (``meta.init``) and a selected state (``meta.select``) both use held-out prototypes, which the synthetic arms must
 not see. ``synthetic`` takes the labels of the classifier of the client that made the image, ``synthetic_vote`` the
-experts' vote. Compare the teacher's accuracy over the seeds; the distillation after it is the base's own and includes
-its anchor on prototypes.
+experts' vote. Compare the teacher's accuracy over the seeds; the distillation after it is the base's own: its student
+starts at, and is anchored on, prototypes.
 """
 
 from mosaic_ray.spaces import Choice, SweepPlan

@@ -213,6 +213,10 @@ class DistillConfig:
     soft_weight: float = knob(0.8, "alpha: weight of KL, with 1 - alpha on the hard label", low=0.0, high=1.0)
     js_weight: float = knob(1.0, "beta: weight of the Jensen-Shannon term", low=0.0)
     jsd: str = knob("true", "which divergence that term is (K1)", choices=("true", "bhattacharyya"))
+    label_weight: float = knob(
+        0.0, "share of the label that a generator was asked for in the target of its image; the rest is the teacher's",
+        low=0.0, high=0.99,
+    )  # fmt: skip
     student_bn: str = knob("frozen", "batch-norm statistics during distillation (K2)", choices=("frozen", "train"))
     anchor_weight: float = knob(1.0, "weight of the head's cross-entropy on prototypes", low=0.0)
     confidence: float = knob(0.0, "synthetic images below this teacher confidence are left out", low=0.0, high=1.0)
@@ -228,6 +232,16 @@ class DistillConfig:
     def train_workers(self) -> int:
         """Return ``workers``; 0 while it is ``auto``."""
         return 0 if isinstance(self.workers, str) else self.workers
+
+    @property
+    def moves_features(self) -> bool:
+        """Whether the student's features change, so that prototypes no longer describe them."""
+        return self.backbone_lr > 0 or self.student_bn == "train"
+
+    @property
+    def looks(self) -> int:
+        """Return how many states the guard compares, the first and the last included."""
+        return 1 + -(-self.steps // self.check_steps)
 
 
 @dataclass(frozen=True)

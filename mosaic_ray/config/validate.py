@@ -88,6 +88,11 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
             not value or not trains or config.generator.labelled,
             f"{needs} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
         )
+    need(
+        config.generator.labelled or not config.distill.label_weight,
+        f"distill.label_weight = {config.distill.label_weight:g}: generators of {config.generator.family} take no "
+        "labels; set generator.family=cvae or cgan",
+    )
     if config.generator.family == "cvae":
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(

@@ -125,6 +125,10 @@ PLATEAU = Rule(
     "distill.plateau", "distill", "warning", 0.01,
     "raise distill.lr, or let the backbone learn too (distill.backbone_lr); see the teacher's accuracy",
 )  # fmt: skip
+UNGUARDED = Rule(
+    "distill.unguarded", "distill", "warning", None,
+    "set partition.validation_fraction, so that clients' images choose the state, or distill.guard=false",
+)  # fmt: skip
 STUDENT_UNCHANGED = Rule("distill.guarded", "distill", "info", None, "see the teacher's and the generators' findings")
 
 # The limit is a time (runtime.client_timeout) and shows in no number: the same work gives the same result.
@@ -274,8 +278,12 @@ def distill_findings(figures: Figures, share_held: float) -> list[Finding]:
     if figures["step"] == 0:
         message = "no state on the way was better on held-out prototypes: the student that went in is handed back"
         found.append(STUDENT_UNCHANGED.finding(message, before))
+    if figures.get("unguarded"):
+        message = "the student's features moved and no validation images can choose its state: it is the last one"
+        found.append(UNGUARDED.finding(message, figures["step"]))
     lost = before - after
-    if lost > _threshold(FORGETTING):
+    worse = figures.get("held_out_loss_after", math.inf) > figures.get("held_out_loss_before", 0.0)
+    if lost > _threshold(FORGETTING) and worse:  # a guard by loss may hand back a slightly lower accuracy
         message = f"held-out prototypes fell from {before:.1%} to {after:.1%}"
         return [*found, FORGETTING.finding(message, lost)]
     improved, agreed = figures.get("improvement", 1.0), figures.get("late_agreement", 1.0)

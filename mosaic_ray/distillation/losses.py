@@ -125,6 +125,13 @@ def bhattacharyya(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return -((_log_softmax(p_logits) + _log_softmax(q_logits)) / 2).logsumexp(1)
 
 
+def with_asked_labels(teacher_logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """Return logits [B, C] of (1 - weight) softmax(teacher) + weight onehot(labels); ``weight`` in (0, 1)."""
+    log_p = _log_softmax(_full(teacher_logits)) + math.log1p(-weight)
+    asked = F.one_hot(labels, log_p.shape[1]).bool()
+    return torch.where(asked, torch.logaddexp(log_p, log_p.new_tensor(math.log(weight))), log_p)
+
+
 def distillation_loss(
     teacher_logits: Tensor,
     student_logits: Tensor,

@@ -68,7 +68,24 @@ def test_many_classes_have_more_local_steps():
     few, many = (resolve("large", shape=Shape(classes, 3, 32, 50_000)) for classes in (10, 11))
     assert (few.warmup.num_rounds, many.warmup.num_rounds, many.prototypes.k) == (341, 1041, 60)
     assert resolve("large+reference", shape=Shape(11, 3, 32)).distill.lr == 1e-5
-    assert resolve("large+reference", shape=Shape(11, 1, 28)).distill.steps == 300
+
+
+def test_r1_to_r5_the_authors_numbers_are_those_of_their_own_algorithms():
+    """docs/algorithm.md, section 9: prototypes, distillation and closing rounds of ``paper`` and ``reference``."""
+    for algorithm in ("paper", "reference"):
+        for scale in SCALES:
+            prototypes = resolve(f"{scale}+{algorithm}").prototypes
+            assert (prototypes.held_out, prototypes.weighting) == (0, "uniform"), scale
+        steps = {name: resolve(f"{name}+{algorithm}").distill.steps for name in ("mnist", "fmnist", "svhn", "cifar10")}
+        assert steps == {"mnist": 1500, "fmnist": 1500, "svhn": 2500, "cifar10": 2500}
+        for clients, local_steps in ((10, 20), (20, 10)):
+            config = resolve(f"cifar100+{algorithm}", sets={"partition.num_clients": str(clients)})
+            assert config.finetune.local_steps == config.warmup.local_steps == local_steps
+    samples = {name: resolve(f"{name}+reference").prototypes.samples for name in ("cifar10", "cifar100")}
+    assert samples == {"cifar10": 640, "cifar100": 1280}
+    ours = resolve("cifar100")
+    assert (ours.distill.steps, ours.finetune.local_steps, ours.prototypes.samples) == (300, 10, 0)
+    assert ours.prototypes.held_out > 0
 
 
 def work(preset: str, clients: int | None = None, **sets: str) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from helpers import FACTS, TINY, assert_same, generate, make_teacher, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
+from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Prototypes
 from mosaic_ray.distillation.linear_head import fit_heads
 from mosaic_ray.distillation.student_training import (
@@ -23,6 +24,9 @@ from mosaic_ray.distillation.student_training import (
     train_student,
 )
 from mosaic_ray.federated.client import ClientContext, initial_weights
+from mosaic_ray.federated.evaluation import logits_on
+from mosaic_ray.models.generator import build_generator
+from mosaic_ray.models.state_dict import to_weights
 
 CPU = torch.device("cpu")
 
@@ -53,12 +57,13 @@ def test_o29_a_uniform_batch_holds_m_images_of_every_generator(task):
     uniform = make_task(config, FACTS, task.student, task.teacher, task.generators, [{}] * 3, np.ones(3), task.kept)
     assert uniform.counts.tolist() == [5, 5, 5]
     batcher = Batcher(uniform, DistContext(), CPU)
-    images = batcher(1)
+    images, labels = batcher(1)
+    assert labels.shape == (0,)
     assert images.shape == (15, 1, 8, 8)
     assert not images.requires_grad
     assert all(p.grad is None for g in batcher.generators.values() for p in g.parameters())
-    assert torch.equal(images, batcher(1))
-    assert not torch.equal(images, batcher(2))
+    assert torch.equal(images, batcher(1)[0])
+    assert not torch.equal(images, batcher(2)[0])
 
 
 @pytest.mark.parametrize("backbone_lr", [0.0, 1e-4])
@@ -178,11 +183,63 @@ def test_s9_the_student_takes_the_steps_that_were_chosen_again_on_all_prototypes
     assert not np.array_equal(found["head.weight"], chosen["head.weight"])
 
 
+def test_s2_labels_that_were_asked_for_move_the_target_where_they_have_weight(task):
+    """Conditional generators asked for class 2 alone: with nearly all weight on labels the student names it."""
+    alone = {"generator.conditional": True, "distill.guard": False, "distill.anchor_weight": 0.0}
+    config = override(task.config, alone)
+    with seeded(0, "test", "generator"):
+        made = to_weights(build_generator(config.generator, 1, 8, 3))
+    made["label_cdf"] = np.array([0.0, 0.0, 1.0])
+    asked = dataclasses.replace(task, config=config, generators=(made,) * 3, whole=None)
+    seen = []
+    for weight in (0.0, 0.99):
+        knobs = {"distill.label_weight": weight, "distill.lr": 0.5}
+        student, _ = distil(with_knobs(asked, knobs), CPU, DistContext(), _quiet)
+        images, labels = Batcher(asked, DistContext(), CPU)(1)
+        assert set(labels.tolist()) == {2}
+        with torch.no_grad():
+            named = ClientContext(TINY, FACTS, CPU).classifier(student).eval()(images).argmax(1)
+        seen.append(float((named == 2).float().mean()))
+    assert seen[1] == 1 > seen[0]
+
+
+def test_s8_the_guard_judges_moving_features_by_validation_images(task):
+    """A wild backbone: its last state is worse on images, while the head on old features may look fine."""
+    wild = with_knobs(task, {"distill.backbone_lr": 1.0, "distill.lr": 1e-6, "distill.anchor_weight": 0.0})
+    wild = dataclasses.replace(wild, whole=None)
+
+    def loss_on_images(weights) -> float:
+        network = ClientContext(TINY, FACTS, CPU).classifier(weights).eval()
+        logits = torch.tensor(logits_on(network, images, FACTS, CPU))
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(images.labels)))
+
+    images = stripes(30, 9)
+    last, blind = distil(wild, CPU, DistContext(), _quiet)
+    assert (blind["unguarded"], blind["step"]) == (1, TINY.distill.steps)
+    assert loss_on_images(last) > loss_on_images(task.student)
+    chosen, figures = distil(dataclasses.replace(wild, validation=images), CPU, DistContext(), _quiet)
+    assert (figures["unguarded"], figures["step"]) == (0, 0)
+    assert_same(chosen, task.student)
+    frozen, _ = distil(dataclasses.replace(task, validation=images), CPU, DistContext(), _quiet)
+    assert_same(frozen, distil(task, CPU, DistContext(), _quiet)[0])  # features that stay are judged by prototypes
+
+
 def test_balanced_weights_give_each_class_seen_the_same_say():
     logits = torch.eye(3)[[0, 0, 0, 1]] * 10
     weights = sample_weights(logits, 0.0, True, DistContext())
     torch.testing.assert_close(weights, torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0]))
     assert sample_weights(logits, 0.0, False, DistContext()).tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("counts", [(40, 10, 1, 0), (100, 0, 0, 0), (9, 9, 9, 9), (60, 4, 4, 2)])
+def test_s7_no_image_counts_more_than_four_times_its_share(counts):
+    labels = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    weights = sample_weights(10 * torch.eye(4)[labels], 0.0, True, DistContext())
+    named = [count for count in counts if count]
+    equal = sum(named) / len(named)
+    for label, count in enumerate(counts):
+        total = float(weights[labels == label].sum())
+        assert total == pytest.approx(min(1.0, 4 * count / equal), rel=1e-5), "of a whole class's 1"
 
 
 def test_images_that_the_teacher_is_unsure_of_are_left_out():

@@ -13,7 +13,14 @@ from torch import nn
 from mosaic_ray.config.resolve import KNOBS
 from mosaic_ray.config.schema import DistillConfig
 from mosaic_ray.core.seeding import stream
-from mosaic_ray.distillation.losses import DIVERGENCES, bhattacharyya, distillation_loss, jensen_shannon, kl
+from mosaic_ray.distillation.losses import (
+    DIVERGENCES,
+    bhattacharyya,
+    distillation_loss,
+    jensen_shannon,
+    kl,
+    with_asked_labels,
+)
 
 # --- O16: divergences ------------------------------------------------------------------------------------------------
 
@@ -163,3 +170,12 @@ def test_distillation_of_extreme_logits_is_finite():
         loss, parts = distillation_loss(extremes(), student, DistillConfig(jsd=jsd, temperature=0.5))
         assert loss.isfinite() and all(part.isfinite() for part in parts.values())
         assert gradient(loss, student).isfinite().all()
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.5, 0.99])
+def test_s2_the_target_is_part_teacher_and_part_label(weight):
+    logits = torch.tensor([[2.0, -1.0, 0.5], [40.0, 0.0, -40.0]])
+    labels = torch.tensor([1, 2])
+    expected = (1 - weight) * logits.softmax(1) + weight * torch.eye(3)[labels]
+    torch.testing.assert_close(with_asked_labels(logits, labels, weight).softmax(1), expected)
+    torch.testing.assert_close(with_asked_labels(logits, labels, weight).exp().sum(1), torch.ones(2))

@@ -137,6 +137,7 @@ RUNS = {
     "mixed": {"model.classifiers": ("cnn", "mobilenet", "cnn")},
     "partial": {"federation.cohort_size": 2, "federation.drop_rate": 0.3},
     "every round": {"prototypes.rounds": "all", "prototypes.cap": 2},
+    "judged by clients": {"distill.backbone_lr": 1e-4, "partition.validation_fraction": 0.2, "distill.check_steps": 1},
     "centroids held out": {"prototypes.split": "cells"},
     "conditional": {"generator.conditional": True, "prototypes.model": "client"},
     "prototype_head": {"method": "prototype_head", "federation.optimiser": "heterofl", "federation.widths": (0.5, 1.0)},

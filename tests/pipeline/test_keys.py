@@ -34,7 +34,7 @@ FOLLOWS = {
     "warmup": AFTER_PARTITION, "warmup.checkpoint_rounds": set(),
     "generator": {"generators"} | AFTER_DISTILL,
     "prototypes": {"prototypes"} | AFTER_TEACHER,
-    "prototypes.held_out": AFTER_TEACHER, "prototypes.weighting": AFTER_TEACHER,
+    "prototypes.weighting": AFTER_TEACHER,
     "prototypes.rounds": AFTER_PARTITION,  # "all" has them made during the warm-up
     "meta": AFTER_TEACHER,
     "distill": AFTER_DISTILL,

@@ -86,4 +86,5 @@ def _distill_knobs(inputs: KeyInputs) -> Knobs:
 DISTILL = Stage(
     "distill", 3, _distill_knobs, f"{_HERE}.server:distill", upstream=("teacher", "generators"), role="distilled",
     unit="step", total=lambda config: config.distill.steps, work=lambda config: {"steps": config.distill.steps},
+    messages=f"{_HERE}.server:distill_messages",
 )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...config.schema import ExperimentConfig
 from ...core.errors import RunError
 from ...core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
 from ...core.types import Finding, Prototypes, Weights
@@ -15,8 +16,9 @@ from ...distillation.student_training import make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
 from ...distillation.teacher_training import class_experts, teach
 from ...federated.client_models import Federation, group_counts
+from ...federated.communication import Tally, size_of_entries
 from ...pipeline.context import Facts, RunContext, known
-from ...pipeline.evaluate import log_validation
+from ...pipeline.evaluate import log_validation, validation_images
 from ...pipeline.graph import Stage
 from ...pipeline.rounds import Warmup
 from ...storage.store import StageResult, StageWriter
@@ -139,6 +141,7 @@ def distill(
         task = make_task(
             config, ctx.dataset.facts, warmup.weights, teacher, generators.weights(), generators.figures,
             ctx.shards.sizes[generators.clients], prototypes[warmup.federation.student],
+            validation_images(ctx) if _judged_by_clients(config) else None,
         )  # fmt: skip
         if config.distill.train_workers:
             ctx.release()  # Train's workers need what idle actors hold
@@ -154,14 +157,34 @@ def distill(
         weights, figures, named, _ = ctx.distil(task, look)
         writer.add("global", weights)
         writer.add("diagnostics", {"synthetic_counts": named})
+        traffic = Tally(1, config.partition.num_clients)
+        distill_messages(warmup.federation, ctx.shards.counts, traffic)
+        writer.add("communication", traffic.arrays())
         for what in ("teacher_entropy", "teacher_confidence", "class_entropy", "shift"):
             tag = f"teacher/synthetic_{what.removeprefix('teacher_')}"
             progress.scalar(tag, config.distill.steps, figures[what])
         held = float((ctx.shards.counts.sum(0) > 0).mean())
         findings = [] if ctx.alarmed else distill_findings(figures, held)
-        return {"figures": known(figures), "findings": [f.to_json() for f in findings]}
+        found: Facts = {"figures": known(figures), "findings": [f.to_json() for f in findings]}
+        return found | {"communication": traffic.totals()}
 
     result = ctx.find_or_compute(stage, compute)
     student = result.load("global")
     log_validation(ctx, stage.name, config.distill.steps, result.key, student)
     return student, result.facts["figures"]["held_out_after"]
+
+
+def _judged_by_clients(config: ExperimentConfig) -> bool:
+    """Check whether clients' validation images choose the student's state."""
+    section = config.distill
+    return section.guard and section.moves_features and config.partition.validation_fraction > 0
+
+
+def distill_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+    """Add every state of the student to every client, and its loss on validation images back, where these choose."""
+    looks = federation.config.distill.looks if _judged_by_clients(federation.config) else 0
+    student = size_of_entries(federation.entries(federation.student))
+    loss = size_of_entries({"loss": ((), np.float64), "count": ((), np.int64)})
+    for k in range(len(counts)):
+        tally.add("downlink", "weights", k, student, times=looks)
+        tally.add("uplink", "validation", k, loss, times=looks)
