@@ -89,7 +89,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
             f"{needs} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
         )
     need(
-        config.generator.labelled or not config.distill.label_weight,
+        not trains or config.generator.labelled or not config.distill.label_weight,
         f"distill.label_weight = {config.distill.label_weight:g}: generators of {config.generator.family} take no "
         "labels; set generator.family=cvae or cgan",
     )
