@@ -16,14 +16,33 @@ from .prototypes import prototype_weights
 FIT_STEPS, FIT_LR, PATIENCE = 1000, 1e-2, 200
 
 
+#: A trained state replaces its start only if its loss is lower by so many standard errors of the difference. Held-out
+#: centroids are few, and easier than images, so that a more confident state often has a slightly lower loss by chance.
+SURE = 2.0
+
+
+def sample_losses(logits: Tensor, labels: np.ndarray) -> Tensor:
+    """Return the cross-entropy of each sample, float64 [P] on the CPU, of logits [P, C]."""
+    return nn.functional.cross_entropy(logits.detach().double().cpu(), torch.as_tensor(labels), reduction="none")
+
+
+def surely_lower(now: Tensor, start: Tensor, sizes: np.ndarray) -> bool:
+    """Check that the mean of losses ``now`` [P] is below that of ``start`` by more than ``SURE`` standard errors.
+
+    The errors are those of the mean of the paired differences, weighted by ``sizes`` [P].
+    """
+    shares = torch.as_tensor(sizes).double() / float(np.sum(sizes))
+    falls = start - now
+    mean = shares @ falls
+    return bool(mean > SURE * (shares**2 @ (falls - mean) ** 2).sqrt())
+
+
 def scores(logits: Tensor, prototypes: Prototypes) -> tuple[float, float]:
     """Return (accuracy in [0, 1], mean cross-entropy) of logits [P, C] on prototypes, weighted by cluster size."""
-    labels = torch.as_tensor(prototypes.labels)
     sizes = torch.as_tensor(prototypes.sizes).double()
     sizes = sizes / sizes.sum()
-    logits = logits.detach().double().cpu()
-    right = (logits.argmax(1) == labels).double()
-    return float(sizes @ right), float(sizes @ nn.functional.cross_entropy(logits, labels, reduction="none"))
+    right = (logits.detach().cpu().argmax(1) == torch.as_tensor(prototypes.labels)).double()
+    return float(sizes @ right), float(sizes @ sample_losses(logits, prototypes.labels))
 
 
 def descent(prototypes: Prototypes, start: tuple[np.ndarray, np.ndarray], weighting: str) -> Iterator[list[Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config.schema import MetaConfig
 from ..core.seeding import seeded, stream
 from ..core.types import Prototypes
-from .linear_head import scores
+from .linear_head import sample_losses, scores, surely_lower
 from .prototypes import prototype_weights
 
 #: Largest number of elements in one tensor of the meta model, 16 MiB of float32; there are tens of such tensors. It
@@ -139,7 +139,9 @@ def train_meta(
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
 ) -> tuple[Teacher, dict[str, float]]:
-    """Train on ``kept`` prototypes; returns the EMA copy (with ``select`` of lowest loss on ``held_out``) and figures.
+    """Train on ``kept`` prototypes; returns the EMA copy and figures.
+
+    With ``select`` it is the copy of lowest loss on ``held_out``; the first one unless another is ``surely_lower``.
 
     ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C]. ``progress(update, metrics)`` is called
     every 25 updates. Figures are the accuracy and loss of the returned teacher on ``held_out`` (on ``kept`` if that is
@@ -155,16 +157,21 @@ def train_meta(
     average = {name: value.clone() for name, value in start.items()}
     optimiser = torch.optim.Adam(teacher.parameters(), lr=config.lr)
     order = stream(seed, "meta", "batches")
-    best = math.inf
+    best, begun = math.inf, torch.empty(0)
     best_state, best_update = copy.deepcopy(averaged.state_dict()), 0
 
     def evaluate(update: int, loss: dict[str, float]) -> None:
-        nonlocal best, best_state, best_update
+        nonlocal best, best_state, best_update, begun
         decay, correct = config.ema, config.ema_bias_correction
         averaged.load_state_dict(ema_weights(average, start, decay, update, correct), strict=True)
-        accuracy, eval_loss = scores(teacher_logits(averaged, expert_logits, eval_features), evaluated)
+        answers = teacher_logits(averaged, expert_logits, eval_features)
+        accuracy, eval_loss = scores(answers, evaluated)
+        losses = sample_losses(answers, evaluated.labels)
+        if not update:
+            begun = losses
+        better = eval_loss < best and surely_lower(losses, begun, evaluated.sizes)
         progress(update, {"held_out_accuracy": accuracy, "held_out_loss": eval_loss} | loss)
-        if not config.select or not update or eval_loss < best:
+        if not config.select or not update or better:
             best = eval_loss
             best_state, best_update = copy.deepcopy(averaged.state_dict()), update
 

@@ -19,7 +19,7 @@ from ..federated.client import ClientContext
 from ..federated.evaluation import logits_on
 from ..models.state_dict import to_weights, use_precision
 from .generator_training import allocate, classifier_view, draw, load_generator, sampling_shares
-from .linear_head import fit_heads, scores
+from .linear_head import fit_heads, sample_losses, scores, surely_lower
 from .losses import distillation_loss, with_asked_labels
 from .prototypes import prototype_weights, split_held_out
 from .teacher import MixedTeacher, TeacherState, build_teacher, shift
@@ -137,8 +137,8 @@ def train_student(
 
     The loss of a step is sum_i w_i (alpha T^2 KL + (1 - alpha) CE + beta JS)_i / sum_i w_i over the synthetic batch,
     plus ``anchor_weight`` times the head's cross-entropy on prototypes. With a guard the state of lowest cross-entropy
-    on held-out prototypes is returned, the initial one included. ``report(step, metrics)`` is called every
-    ``check_steps``.
+    on held-out prototypes is returned; the initial one unless another is surely lower (``surely_lower``).
+    ``report(step, metrics)`` is called every ``check_steps``.
 
     Prototypes are features of the initial backbone. Where the features move they cannot choose, since the head may fit
     features that no longer exist: then clients' validation images do, and without any the last state is returned. That
@@ -171,20 +171,25 @@ def train_student(
     evaluated = task.held_out if len(task.held_out) else task.kept
     eval_vectors = torch.tensor(evaluated.vectors, device=device)
 
+    judges = task.validation if distill.moves_features else None
+    sizes = evaluated.sizes if judges is None else np.ones(len(judges))
+
     def score_head() -> tuple[float, float]:
         with torch.no_grad():
             return scores(student.head(eval_vectors), evaluated)
 
-    def choosing(loss_of_head: float) -> float:
-        mode, images = student.training, task.validation
-        if images is None or not distill.moves_features:
-            return loss_of_head
-        logits = logits_on(student.eval(), images, task.facts, device, config.runtime.precision)
+    @torch.no_grad()
+    def losses() -> Tensor:
+        """Return the losses that choose, one for each validation image or held-out prototype."""
+        if judges is None:
+            return sample_losses(student.head(eval_vectors), evaluated.labels)
+        mode = student.training
+        logits = logits_on(student.eval(), judges, task.facts, device, config.runtime.precision)
         student.train(mode)
-        return float(nn.functional.cross_entropy(torch.tensor(logits).double(), torch.tensor(images.labels)))
+        return sample_losses(torch.tensor(logits), judges.labels)
 
-    entered, best_step = score_head(), 0
-    best, best_state = choosing(entered[1]), copy.deepcopy(student.state_dict())
+    entered, best_step, begun = score_head(), 0, losses()
+    best, best_state = np.average(begun, weights=sizes), copy.deepcopy(student.state_dict())
     seen = torch.zeros(task.facts.num_classes, device=device)
     window, late = min(PLATEAU_WINDOW, steps // 2), torch.zeros(4, device=device)
     for step in range(1, steps + 1):
@@ -220,9 +225,10 @@ def train_student(
         optimiser.step()
         seen += torch.bincount(target.argmax(1), minlength=len(seen))
         if step % distill.check_steps == 0 or step == steps:
-            held = score_head()
-            if guard and (now := choosing(held[1])) < best:
-                best, best_step, best_state = now, step, copy.deepcopy(student.state_dict())
+            held, now = score_head(), losses()
+            mean = np.average(now, weights=sizes)
+            if guard and mean < best and surely_lower(now, begun, sizes):
+                best, best_step, best_state = mean, step, copy.deepcopy(student.state_dict())
             agreement = (logits.argmax(1) == target.argmax(1)).float().mean() if len(logits) else torch.ones(())
             report(
                 step,

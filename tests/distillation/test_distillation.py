@@ -121,7 +121,10 @@ def test_the_guard_returns_the_initial_student_if_none_is_better(task):
 
 def test_s10_the_guard_chooses_by_loss_and_not_by_accuracy(task, monkeypatch):
     looks = iter([(0.5, 1.0), (0.9, 2.0), (0.4, 0.8), (0.8, 0.9), (1.0, 0.9)])
-    monkeypatch.setattr("mosaic_ray.distillation.student_training.scores", lambda *given: next(looks, (0.7, 0.7)))
+    module = "mosaic_ray.distillation.student_training"
+    monkeypatch.setattr(f"{module}.scores", lambda *given: next(looks, (0.7, 0.7)))
+    losses = iter(torch.tensor([1.0, 2.0, 0.8, 0.9, 0.9, *[0.7] * 20]).double())
+    monkeypatch.setattr(f"{module}.sample_losses", lambda logits, labels: next(losses).expand(len(labels)))
     knobs = {"distill.steps": 20, "distill.check_steps": 5}
     _, figures = distil(with_knobs(task, knobs), CPU, DistContext(), _quiet)
     assert (figures["step"], figures["held_out_before"], figures["held_out_after"]) == (10, 0.5, 0.7)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mosaic_ray.core.types import Prototypes
 from mosaic_ray.data.transforms import normalise
-from mosaic_ray.distillation.linear_head import FIT_LR, fit_head, fit_heads, scores
+from mosaic_ray.distillation.linear_head import FIT_LR, fit_head, fit_heads, scores, surely_lower
 from mosaic_ray.distillation.prototypes import (
     centroids,
     client_prototypes,
@@ -189,3 +189,28 @@ def test_s9_the_head_is_fitted_again_to_all_prototypes_for_the_steps_that_were_c
     np.testing.assert_allclose(whole["head.bias"], layer.bias.detach().numpy(), atol=1e-3)
     alone, again, _ = fit_heads(every, held.take(np.arange(0)), start, "size")
     assert alone is again
+
+
+def test_a_loss_is_surely_lower_if_chance_would_hardly_make_it_so():
+    """Two standard errors of the paired differences: with equal sizes those of the textbook, by hand."""
+    start = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    falls = torch.tensor([0.1, 0.3, 0.1, 0.3], dtype=torch.float64)  # mean 0.2, error 0.1 / sqrt(4) = 0.05
+    assert surely_lower(start - falls, start, np.ones(4))
+    assert not surely_lower(start - falls + 0.101, start, np.ones(4))
+    assert surely_lower(start - falls + 0.099, start, np.ones(4))
+    assert not surely_lower(start, start, np.ones(4))
+    assert not surely_lower(start * np.nan, start, np.ones(4))
+    twice = np.array([2.0, 1.0]), torch.tensor([0.3, -0.1], dtype=torch.float64)
+    shares, mean = twice[0] / 3, float(twice[0] @ twice[1].numpy()) / 3
+    error = np.sqrt((shares**2 * (twice[1].numpy() - mean) ** 2).sum())
+    assert surely_lower(-twice[1], torch.zeros(2, dtype=torch.float64), twice[0]) == (mean > 2 * error)
+
+
+@given(st.integers(0, 200))
+@settings(max_examples=5)
+def test_chance_alone_is_seldom_taken_for_a_lower_loss(seed):
+    """Of 400 pairs of losses without a difference about 2.3 per cent pass, one side of two standard errors."""
+    draws = np.random.default_rng(seed)
+    start, now = torch.tensor(draws.exponential(size=(2, 400, 60)))
+    passed = sum(surely_lower(b, a, np.ones(60)) for a, b in zip(start, now, strict=True))
+    assert passed / 400 < 0.06
