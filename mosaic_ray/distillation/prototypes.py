@@ -130,7 +130,7 @@ def split_held_out(prototypes: Prototypes, fraction: float, seed: int) -> tuple[
     """
     draws = numpy_stream(seed, "prototypes", "held-out")
     prototypes = prototypes.take(np.flatnonzero(prototypes.sizes > 0))
-    held = np.zeros(len(prototypes), bool) if prototypes.judges is None else prototypes.judges
+    held = prototypes.judges if fraction and prototypes.judges is not None else np.zeros(len(prototypes), bool)
     prototypes = replace(prototypes, judges=None)
     for label in np.unique(prototypes.labels) if not held.any() else ():
         rows = np.flatnonzero(prototypes.labels == label)
