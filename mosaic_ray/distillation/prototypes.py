@@ -104,8 +104,9 @@ def client_prototypes(
         if judging[own].all():  # possible where images are drawn
             judging[own] = False
         for judges in (False, True):
-            if (rows := np.flatnonzero(own & (judging == judges))).size:
-                vectors, sizes = (part[: config.cap or None] for part in centroids(features[rows], config.k))  # P2
+            mine = own & (judging == judges)
+            if mine.any():  # P2: the first are sent, in arbitrary order
+                vectors, sizes = (part[: config.cap or None] for part in centroids(features[mine], config.k))
                 labelled, sent = np.full(len(sizes), label, np.int64), np.full(len(sizes), client_id, np.int64)
                 marks = np.full(len(sizes), judges) if config.judging else None
                 parts.append(Prototypes(vectors, labelled, sizes, sent, marks))

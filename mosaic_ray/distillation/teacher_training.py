@@ -150,7 +150,8 @@ def fit_teacher(
         )
         return to_weights(made), found
 
-    trial_head, head = {}, {}
+    trial_head: Weights = {}
+    head: Weights = {}
     if config.meta.init == "prototype_head":
         trial_head, head, fitted = fit_heads(kept, held_out, global_weights, weighting)
         figures |= {f"head_{name}": value for name, value in fitted.items()}
