@@ -73,7 +73,7 @@ REHEARSAL: dict[str, Any] = {
     "generator.family": "cvae",
     "generator.latent_dim": 32,
     "warmup.bn": "exact",
-    "finetune.num_rounds": 15,
+    "finetune.num_rounds": 30,
     "finetune.lr": 0.02,
     "finetune.bn": "exact",
     "finetune.head": "lda_head",
