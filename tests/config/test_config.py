@@ -76,7 +76,7 @@ def test_a_file_may_name_its_preset_and_algorithm():
         ({"meta.input": "full"}, r"meta\.init"),
         ({"generator.stage": "later"}, "before, after_warmup"),
         ({"runtime.cpus_per_client": "1.5"}, "whole number"),
-        ({"algorithm": "fixd"}, "fixed, paper, reference"),
+        ({"algorithm": "fixd"}, "fixed, rehearsal, paper, reference"),
     ],
 )  # fmt: skip
 def test_a_wrong_knob_is_named_with_what_it_may_be(sets, says):

@@ -240,7 +240,7 @@ def test_the_method_rehearsal_is_mosaic_without_distillation(tmp_path):
     assert not {"teacher", "distill"} & alone["stages"].keys()
     assert alone["accuracy"].get("distilled") is None and alone["communication"]["measured_over_predicted"] == 1
     # a student that distillation leaves as it was gives the same closing rounds
-    frozen = go(tmp_path, **weight, distill__lr=1e-30, distill__anchor_weight=0.0)
+    frozen = go(tmp_path, **weight, distill__start="global", distill__lr=1e-30, distill__anchor_weight=0.0)
     assert frozen["stages"]["generators"]["cached"]
     for name, value in student(alone).items():
         np.testing.assert_allclose(student(frozen)[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
