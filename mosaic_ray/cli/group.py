@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ..core import errors
 from ..core.errors import RequestError, RunError, neighbours
 
 
@@ -43,8 +44,8 @@ class CommandGroup(click.Group):
         """Parse the arguments, run the command and exit."""
         words = list(sys.argv[1:] if args is None else args)
         resumes = words[:1] in (["run"], ["sweep"], ["compare"], ["experiment"])
-        resume = f"; to resume: {shlex.join(resume_command(words))}" if resumes else ""
-        interrupts = _Interrupts(f"mosaic: interrupted{resume}")
+        errors.resume = f"to resume: {shlex.join(resume_command(words))}"
+        interrupts = _Interrupts(f"mosaic: interrupted{f'; {errors.resume}' if resumes else ''}")
         try:
             extra |= {"standalone_mode": False, "obj": words}
             status = super().main(words, prog_name or "mosaic", **extra) or 0

@@ -297,8 +297,8 @@ class RuntimeConfig:
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
     client_timeout: float = knob(
         0.0,
-        "seconds without a sign of life after which a client's process is killed and its work done again; 0: 20 times "
-        "the longest silence of this run, at least 120; -1: never",
+        "seconds without a sign of life after which the process of a client or of the server's work is killed and its "
+        "work done again; 0: 20 times the longest silence of this run, at least 120; -1: never",
         low=-1.0,
     )
     driver_threads: int = knob(

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+#: How to go on after a process that ends at once. The command line puts its own command here.
+resume = "the same command resumes"
+
 
 class RequestError(Exception):
     """A wrong request of the user: one line that names the option, knob or file, its value, and allowed values."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .types import Finding, Severity
 
@@ -136,6 +136,7 @@ HUNG_CLIENT = Rule(
     "client.hung", "any", "warning", None,
     "look at its machine; a larger runtime.client_timeout waits longer, -1 for ever",
 )  # fmt: skip
+HUNG_SERVER = replace(HUNG_CLIENT, code="server.hung")
 
 #: Steps in the window of the plateau rule, and the smallest window that it is applied to.
 PLATEAU_WINDOW, PLATEAU_MIN_WINDOW = 100, 10

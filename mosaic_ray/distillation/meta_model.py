@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config.schema import MetaConfig
 from ..core.seeding import seeded, stream
 from ..core.types import Prototypes
+from ..federated.local_training import no_progress
 from .linear_head import sample_losses, scores, surely_lower
 from .prototypes import prototype_weights
 
@@ -138,16 +139,17 @@ def train_meta(
     weighting: str,
     seed: int,
     progress: Callable[[int, dict[str, float]], None],
+    step: Callable[[int, int], None] = no_progress,
 ) -> tuple[Teacher, dict[str, float]]:
     """Train on ``kept`` prototypes; returns the EMA copy and figures.
 
     With ``select`` it is the copy of lowest loss on ``held_out``; the first one unless another is ``surely_lower``.
 
     ``expert_logits`` maps features [B, d] to the experts' logits [B, E, C]. ``progress(update, metrics)`` is called
-    every 25 updates. Figures are the accuracy and loss of the returned teacher on ``held_out`` (on ``kept`` if that is
-    empty), and of the end of training ``train_loss`` (median of the last ``RECENT`` updates) and
-    ``raw_held_out_accuracy`` (without averaging). Build ``teacher`` inside ``seeded``; batches and dropout draw from
-    their own addresses.
+    every 25 updates, ``step(update, of how many)`` after each. Figures are the accuracy and loss of the returned
+    teacher on ``held_out`` (on ``kept`` if that is empty), and of the end of training ``train_loss`` (median of the
+    last ``RECENT`` updates) and ``raw_held_out_accuracy`` (without averaging). Build ``teacher`` inside ``seeded``;
+    batches and dropout draw from their own addresses.
     """
     evaluated, device = held_out if len(held_out) else kept, teacher.meta.out.weight.device
     arrays = kept.vectors, kept.labels, prototype_weights(kept, weighting), evaluated.vectors
@@ -193,6 +195,7 @@ def train_meta(
             optimiser.step()
             recent = [*recent[1 - RECENT :], loss]
             ema_update(average, teacher, config.ema)
+            step(update, config.updates)
             if update % 25 == 0 or update == config.updates:
                 evaluate(update, {"loss": loss})
                 if config.select and config.patience and update - best_update >= config.patience:

@@ -17,6 +17,7 @@ from ..core.seeding import stream
 from ..core.types import DataFacts, ImageSet, Prototypes, Weights
 from ..federated.client import ClientContext
 from ..federated.evaluation import logits_on
+from ..federated.local_training import no_progress
 from ..models.state_dict import to_weights, use_precision
 from .generator_training import allocate, classifier_view, draw, load_generator, sampling_shares
 from .linear_head import fit_heads, sample_losses, scores, surely_lower
@@ -52,11 +53,15 @@ class DistillTask:
 
 @dataclass(frozen=True)
 class DistContext:
-    """Rank of this worker, number of workers, and an in-place sum of a tensor over all workers."""
+    """Rank of this worker, number of workers, and an in-place sum of a tensor over all workers.
+
+    ``progress(done, total)`` is called after each step.
+    """
 
     rank: int = 0
     size: int = 1
     sum_: Callable[[Tensor], object] = lambda tensor: None
+    progress: Callable[[int, int], None] = no_progress
 
 
 class Batcher:
@@ -223,6 +228,7 @@ def train_student(
                     parameter.grad = torch.zeros_like(parameter)
                 dist.sum_(parameter.grad)
         optimiser.step()
+        dist.progress(step, steps)
         seen += torch.bincount(target.argmax(1), minlength=len(seen))
         if step % distill.check_steps == 0 or step == steps:
             held, now = score_head(), losses()

@@ -146,7 +146,7 @@ def fit_teacher(
             teacher.skip.load_state_dict(start)
         logits = head_logits(experts, index)
         made, found = train_meta(
-            teacher.to(context.device), logits, kept, held_out, meta, weighting, config.seed, report
+            teacher.to(context.device), logits, kept, held_out, meta, weighting, config.seed, report, context.progress
         )
         return to_weights(made), found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import OutOfGpuMemory, RunError
 from .ray_internals import killed_for_memory
-from .watch import MapEvents, Watch
+from .watch import MapEvents, Watch, no_sign
 
 #: Seconds between two checks for new nodes, while clients wait for an actor.
 LOOK_SECONDS = 2.0
@@ -249,11 +249,8 @@ class ClientMap:
             hangs = self._hangs[client_id] = self._hangs.get(client_id, 0) + 1
             self._events.hung(client_id, seconds)
             if hangs >= self._max_failures:
-                raise RunError(
-                    f"no sign of life for {seconds:.0f} s, {hangs} times (runtime.client_timeout); the same command "
-                    "goes on from the last stored result, and --set runtime.client_timeout=-1 waits for ever",
-                    round=getattr(self._call[2], "round_num", None), client=client_id,
-                )  # fmt: skip
+                round_num = getattr(self._call[2], "round_num", None)
+                raise RunError(no_sign(seconds, hangs), round=round_num, client=client_id)
         self._again(client_id)
 
     def _is_behind(self, done: Any, actor: Any) -> bool:

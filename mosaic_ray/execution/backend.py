@@ -18,7 +18,7 @@ from .determinism import choose_kernels
 from .gpu_memory import CONTEXT_BYTES, is_out_of_memory
 from .malloc import give_back, keep_freed
 from .precision import device_of
-from .watch import IGNORED, SIGNS, MapEvents
+from .watch import IGNORED, SIGNS, MapEvents, Working
 
 if TYPE_CHECKING:
     from ..federated.client import Task
@@ -60,8 +60,11 @@ class ClientBackend(Protocol):
         """
         ...
 
-    def release(self) -> None:
-        """Give the actors' resources back until the next call of ``map``."""
+    def release(self, starved: OutOfGpuMemory | None = None) -> None:
+        """Give the actors' resources back until the next call of ``map``.
+
+        ``starved``: half as many clients share a GPU from then on, if there may be fewer.
+        """
 
     def close(self) -> None:
         """Give everything back."""
@@ -106,11 +109,13 @@ def run_task(
         raise RunError(f"{type(error).__name__}: {error}", round=round_num, client=client_id) from error
 
 
-#: A client's failure where no other client is on its GPU.
-TOO_LARGE = (
-    "out of GPU memory: lower warmup.batch_size, generator.batch_size, model.width or data.image_size, or set "
-    "runtime.device = cpu"
-)
+#: A client's failure where no other client is on its GPU, and that of the server's work.
+TOO_LARGE, SERVER_TOO_LARGE = (
+    f"out of GPU memory: lower {knobs}, model.width or data.image_size, or set runtime.device = cpu"
+    for knobs in (
+        "warmup.batch_size, generator.batch_size", "meta.batch_size, distill.samples_per_generator",
+    )
+)  # fmt: skip
 
 
 def take_device(share: float) -> str:
@@ -185,14 +190,14 @@ class SerialBackend:
             self.seconds += time.perf_counter() - began
             yield client_id, result
 
-    def release(self) -> None:
+    def release(self, starved: OutOfGpuMemory | None = None) -> None:
         """Hold nothing."""
 
     def close(self) -> None:
         """Hold nothing."""
 
 
-class ClientActor:
+class ClientActor(Working):
     """A Ray actor that runs tasks. It keeps nothing between calls, so any actor can do any client's work again.
 
     Tasks run in a thread of their own, made here, so that they use the heap that ``keep_freed`` set up.
@@ -207,7 +212,6 @@ class ClientActor:
         self._thread = ThreadPoolExecutor(1)
         self._thread.submit(torch.set_num_threads, 1).result()
         self._device = self._thread.submit(take_device, share).result()
-        self._now, self._polls, self._counts = ("", 0, 0), 0, True
 
     def ping(self) -> str:
         """Return Ray's id of the worker process, once the actor is up (again)."""
@@ -215,15 +219,6 @@ class ClientActor:
 
         found: str = ray.get_runtime_context().get_worker_id()
         return found
-
-    def progress(self) -> tuple[str, int, int]:
-        """Return the call in hand (Ray's id of the task; "": none), its steps done, and of how many (0: unknown).
-
-        The answer changes with every poll where the task counts no steps.
-        """
-        call, done, total = self._now
-        self._polls += 1
-        return (call, done, total) if self._counts else (call, self._polls, 0)
 
     def trim_memory(self) -> None:
         """Give freed memory back to the system."""
@@ -248,9 +243,9 @@ class ClientActor:
         call = str(ray.get_runtime_context().get_task_id())
 
         def note(done: int, total: int) -> None:
-            self._now = call, done, total
+            self.now = call, done, total
 
-        self._counts = bool(task.unit)
+        self.counts = bool(task.unit)
         note(0, 0)
         try:
             began, arrays = time.perf_counter(), ray.get(list(shard))
@@ -261,7 +256,7 @@ class ClientActor:
             result = self._thread.submit(work).result()
             return time.perf_counter() - began, result
         finally:
-            self._now = "", 0, 0
+            self.now = "", 0, 0
 
 
 def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[Any]:
@@ -320,9 +315,11 @@ class RayBackend:
         facts: DataFacts,
         shards: Callable[[int], ImageSet],
         make_pool: Callable[[], ActorPool],
+        halve: Callable[[OutOfGpuMemory], bool] = lambda error: False,
     ) -> None:
-        """``make_pool`` starts the actors."""
+        """``make_pool`` starts the actors; after ``halve`` half as many share a GPU, if there may be fewer."""
         self._config, self._facts, self._shards, self._make_pool = config, facts, shards, make_pool
+        self._halve = halve
         self._pool: ActorPool | None = None
         self._refs: dict[int, tuple[Any, Any]] = {}
         self._before = 0.0  # seconds of pools that were released
@@ -361,8 +358,10 @@ class RayBackend:
             if pool.is_up(actor):
                 actor.trim_memory.remote()
 
-    def release(self) -> None:
+    def release(self, starved: OutOfGpuMemory | None = None) -> None:
         """End the actors, unless other runs share them."""
+        if starved:
+            self._halve(starved)
         if self._pool:
             self._before += self._pool.seconds
             self._pool.close()

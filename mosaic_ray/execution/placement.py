@@ -16,7 +16,8 @@ from .actor_pool import PATIENCE_FOR_MACHINES, PATIENCE_SECONDS, ActorPool
 from .backend import ClientBackend, RayBackend, SerialBackend, start_hosts
 from .devices import halved, on_a_gpu
 from .ray_session import connect, hosts_beside_server, machines_to_come, nodes
-from .ray_train import Outcome, Report, distil_here, distil_on_ray
+from .ray_train import Outcome, distil_here, distil_on_ray
+from .reports import Report
 from .resource_plan import on_ray_gpus, server_needs
 from .server import Server
 
@@ -62,14 +63,18 @@ class Placement:
                 return []
             return start_hosts(needs, {"": max(0, wanted - have)})
 
-        def fewer(error: OutOfGpuMemory) -> list[Any]:
+        def halve(error: OutOfGpuMemory) -> bool:
             nonlocal now
             share = halved(needs["GPU"])
             if share == needs["GPU"]:
-                return []
+                return False
             needs["GPU"], now = share, override(config, {"runtime.gpus_per_client": share})
-            say(f"client {error.client}: out of GPU memory; going on with {on_a_gpu(share)}")
-            return start_hosts(needs, {"": hosts_beside_server(now, nodes(expect=True))})
+            who = "the server's work" if error.client is None else f"client {error.client}"
+            say(f"{who}: out of GPU memory; going on with {on_a_gpu(share)}")
+            return True
+
+        def fewer(error: OutOfGpuMemory) -> list[Any]:
+            return start_hosts(needs, {"": hosts_beside_server(now, nodes(expect=True))}) if halve(error) else []
 
         def own() -> ActorPool:
             connect(self.address)
@@ -83,7 +88,7 @@ class Placement:
                 patience_seconds=PATIENCE_FOR_MACHINES if to_come else PATIENCE_SECONDS,
             )  # fmt: skip
 
-        return RayBackend(config, facts, shards, own)
+        return RayBackend(config, facts, shards, own, halve)
 
     def server(self, config: ExperimentConfig) -> Server | None:
         """Return the worker for the server's work; None where that is this process."""
@@ -94,8 +99,15 @@ class Placement:
             server_needs(config), lambda: None if self.in_trial else connect(self.address), shared=self.in_trial
         )
 
-    def distil(self, task: DistillTask, report: Report, storage: str, on_server: Callable[..., Any]) -> Outcome:
-        """Return the distilled student. ``storage``: Ray Train's folder; ``on_server``: see ``RunContext``."""
+    def distil(
+        self,
+        task: DistillTask,
+        report: Report,
+        storage: str,
+        on_server: Callable[..., Any],
+        hung: Callable[[float], None],
+    ) -> Outcome:
+        """Return the distilled student. ``storage``: Ray Train's folder; the functions are those of ``RunContext``."""
         config = task.config
         without_train = config.runtime.host == "serial" or self.in_trial or on_ray_gpus(config)
         if without_train and not (config.distill.train_workers and config.runtime.host == "ray"):
@@ -103,4 +115,4 @@ class Placement:
             return outcome
         if not self.in_trial:
             connect(self.address)
-        return distil_on_ray(task, report, storage)
+        return distil_on_ray(task, report, storage, hung)

@@ -51,6 +51,19 @@ def _private(path: str) -> Any:
         raise _missing(f"{module} has no {names} ({error})") from None
 
 
+def own_processes() -> tuple[dict[str, int], str]:
+    """Return the pids of this driver's raylet and, where it runs here, of its cluster's GCS; and the folder of logs."""
+    import psutil
+
+    node, found = _private("ray._private.worker:_global_node"), {}
+    marks = {"raylet": node.raylet_socket_name, "gcs_server": f"--session-name={node.session_name}"}
+    for process in psutil.process_iter(["name", "cmdline", "pid"]):
+        mark = marks.get(process.info["name"])
+        if mark and any(mark in word for word in process.info["cmdline"] or ()):
+            found[process.info["name"]] = process.info["pid"]
+    return found, node.get_logs_dir_path()
+
+
 def memory_shares(memory: Memory) -> tuple[int, ...]:
     """Return the bytes for tasks and for the object store under a limit that Ray does not read; empty without one.
 

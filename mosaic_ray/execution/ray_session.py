@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import ExperimentConfig
+from ..core import errors
 from ..core.errors import RequestError
 from ..core.machine import memory, num_cpus
-from .ray_internals import auth_mode, memory_shares
+from . import ray_watch
+from .ray_internals import auth_mode, memory_shares, own_processes
 from .ray_preflight import TOKEN_PLACES, check_cluster
 from .resource_plan import HOST_BYTES, Node, on_ray_gpus
 
@@ -136,7 +142,39 @@ def connect(address: str = "local") -> Resources:
             raise RequestError(f"--address {address}: {what}") from None
         with contextlib.suppress(ValueError, TypeError):  # not the main thread; a handler that is not Python's
             signal.signal(signal.SIGTERM, on_term)  # Ray's own prints a stack and aborts
+        if hasattr(os, "pidfd_open"):  # Linux
+            _watch(own=address == "local")
     return all_resources()
+
+
+def _watch(own: bool) -> None:
+    """End this process in one line, with status 1, when its raylet dies, or the GCS of its ``own`` Ray.
+
+    Ray would end it too, at once or after a minute, without that line. Another cluster's GCS may be started again.
+    """
+    import ray
+
+    found, logs = own_processes()
+    watched = [f"{name}:{pid}" for name, pid in found.items() if own or name == "raylet"]
+    watcher = subprocess.Popen(
+        [sys.executable, "-IS", ray_watch.__file__, f" (its logs: {logs}); {errors.resume}", *watched],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
+    )  # fmt: skip
+
+    def goodbye() -> None:
+        with contextlib.suppress(OSError, ValueError):  # it ended before
+            watcher.stdin.write(b".")
+        watcher.wait()
+
+    def follow() -> None:
+        if watcher.stdout.read(1) and ray.is_initialized():
+            watcher.stdin.close()
+            watcher.wait()
+            os._exit(1)
+        goodbye()  # Ray was shut down
+
+    threading.Thread(target=follow, daemon=True).start()
+    atexit.register(goodbye)  # before Ray's own, which stops these processes
 
 
 def all_resources() -> Resources:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..core.errors import RunError
+from ..core.errors import OutOfGpuMemory, RunError
 from ..core.types import Weights
 from ..distillation.student_training import DistContext, DistillTask, distil, inspect_student
 from ..federated.client import ClientContext
+from .backend import SERVER_TOO_LARGE
 from .determinism import choose_kernels
+from .gpu_memory import is_out_of_memory
 from .malloc import keep_freed
+from .reports import MAX_FAILURES, PATIENCE_SECONDS, POLL_SECONDS, Report, ReportForwarder, ReportQueue, ignore
 from .resource_plan import on_ray_gpus, server_needs
+from .watch import SIGNS, Curve, no_sign
 
-Report = Callable[[int, Mapping[str, float]], None]
-Curve = list[tuple[int, dict[str, float]]]
 #: The student, figures, how often the teacher predicts each class (int64 [C]), and the curve.
 Outcome = tuple[Weights, dict[str, float], np.ndarray, Curve]
-
-#: Seconds between two reads of the reports of Train's workers.
-POLL_SECONDS = 1.0
-
-#: A worker group that lost a worker starts again this often; the loop is deterministic, so it ends the same.
-MAX_FAILURES = 3
 
 
 def _loop(task: DistillTask, device: torch.device, dist: DistContext, report: Report) -> Outcome:
@@ -50,66 +47,9 @@ def distil_here(context: ClientContext, task: DistillTask, *, report: Report) ->
     """Distil in this process, without Ray Train; restore torch's thread count afterwards."""
     threads = torch.get_num_threads()
     try:
-        return _loop(task, context.device, DistContext(), report)
+        return _loop(task, context.device, DistContext(progress=context.progress), report)
     finally:
         torch.set_num_threads(threads)
-
-
-class ReportQueue:
-    """Hold the reports of a worker until the driver, which waits for its end, reads them. A Ray actor."""
-
-    def __init__(self) -> None:
-        self._reports: Curve = []
-
-    def put(self, step: int, metrics: dict[str, float]) -> None:
-        self._reports.append((step, metrics))
-
-    def drain(self) -> Curve:
-        """Return all reports since the last call."""
-        reports, self._reports = self._reports, []
-        return reports
-
-
-class ReportForwarder:
-    """Forward each step's metrics exactly once, in order: live during training, the rest at the end."""
-
-    def __init__(self, report: Report, queue: Any) -> None:
-        self._report, self._queue, self._last, self._done = report, queue, -1, threading.Event()
-        self._failure: Exception | None = None
-
-    @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
-        """Forward reports while the block runs; raise an error of ``report`` at its end."""
-        thread = threading.Thread(target=self._poll, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._done.set()
-            thread.join()
-        if self._failure:
-            raise self._failure
-
-    def flush(self, curve: Curve) -> None:
-        """Forward the steps of ``curve`` that were not forwarded yet; a loop that was restarted repeats its steps."""
-        for step, metrics in curve:
-            if step > self._last:
-                self._report(step, metrics)
-                self._last = step
-
-    def _poll(self) -> None:
-        import ray
-
-        while not self._done.wait(POLL_SECONDS):
-            try:
-                reports = ray.get(self._queue.drain.remote())
-            except ray.exceptions.RayError:  # its node died: the curve comes at the end
-                return
-            try:
-                self.flush(reports)
-            except Exception as error:
-                self._failure = error
-                return
 
 
 def _worker(settings: dict[str, Any]) -> Outcome:
@@ -124,9 +64,19 @@ def _worker(settings: dict[str, Any]) -> Outcome:
     if context.get_world_size() > 1:
         dist = DistContext(context.get_world_rank(), context.get_world_size(), torch.distributed.all_reduce)
     report = settings.get("report") or (lambda step, metrics: None)
-    if settings.get("queue") and dist.rank == 0:
+    if settings.get("queue"):
         [queue] = settings["queue"]
-        report = queue.put.remote  # the answer is not waited for
+        own, signed = ray.get_runtime_context().current_actor, 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal signed
+            if time.monotonic() - signed > POLL_SECONDS:
+                signed = time.monotonic()
+                queue.sign.remote(own)  # the answer is not waited for
+
+        dist = replace(dist, progress=progress)
+        if dist.rank == 0:
+            report = queue.put.remote
     device = torch.device(settings["device"])
     if device.type == "cuda":  # Train shows a machine's workers all of its GPUs
         device = train.torch.get_device()
@@ -154,13 +104,13 @@ def worker_device(task: DistillTask) -> str:
     return "cuda" if on_ray_gpus(task.config) else "cpu"
 
 
-def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
+def distil_on_ray(task: DistillTask, report: Report, storage: str, hung: Callable[[float], None] = ignore) -> Outcome:
     """Distil in one ``TorchTrainer.fit()``: ``distill.workers`` workers, in process with 0.
 
     Workers run on any node: they write nothing into ``storage``, Ray Train's folder, which this node alone must reach.
     The outcome comes back through Ray's object store. Results do not depend on the number of workers beyond rounding:
     each draws its share of the generators' images and gradients are summed. A worker that dies costs the steps since
-    the start of the loop.
+    the start of the loop; so does one without a sign of life, which is killed, and ``hung(seconds)`` is called.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -169,12 +119,14 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
     workers, knobs = task.config.distill.train_workers, task.config.runtime
     device, each = worker_device(task), server_needs(task.config, workers)
     settings: dict[str, Any] = {"threads": knobs.driver_threads, "device": device}
+    queue: Any = None
     if workers == 0:
         settings |= {"task": task, "report": report}
     else:
         settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
-        settings["queue"] = [ray.remote(num_cpus=0)(ReportQueue).remote()]
-        forwarder = ReportForwarder(report, *settings["queue"])
+        queue = ray.remote(num_cpus=0, concurrency_groups={SIGNS: 1})(ReportQueue).remote()
+        settings["queue"] = [queue]
+    forwarder = ReportForwarder(report, knobs.client_timeout, hung)
     threads = torch.get_num_threads()
     trainer = TorchTrainer(
         _worker,  # type: ignore[arg-type] # declared as without a value, which Result.return_value then holds
@@ -191,13 +143,18 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str) -> Outcome:
         ),
     )
     try:
-        with forwarder.live() if workers else contextlib.nullcontext():
+        following = forwarder.live(queue, lambda: ray.get(queue.forget.remote(), timeout=PATIENCE_SECONDS))
+        with following if workers else contextlib.nullcontext():
             result = _fit(trainer)
     except RunError:
         raise
     except Exception as error:  # Train wraps the error of a worker
         failures = getattr(error, "worker_failures", None)
         cause = next(iter(failures.values())) if failures else error
+        if is_out_of_memory(getattr(cause, "_base_exc", cause)):
+            raise OutOfGpuMemory(SERVER_TOO_LARGE, stage="distill") from error
+        if forwarder.hangs > MAX_FAILURES:
+            raise RunError(no_sign(forwarder.silent, forwarder.hangs), stage="distill") from error
         line = next((ln for ln in reversed(str(cause).splitlines()) if ln.strip()), type(cause).__name__)
         raise RunError(f"distillation: {line.strip()}", stage="distill") from error
     finally:

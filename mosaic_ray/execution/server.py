@@ -6,20 +6,21 @@ alone, so Ray may do it again on another machine.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..config.schema import ExperimentConfig
-from ..core.errors import RunError
+from ..core.errors import OutOfGpuMemory, RunError
 from ..core.types import DataFacts
 from .actor_pool import PATIENCE_FOR_MACHINES, end, first_line
-from .backend import ship_by_value, take_device
+from .backend import SERVER_TOO_LARGE, ClientActor, ship_by_value
 from .determinism import choose_kernels
-from .malloc import keep_freed
-from .ray_train import MAX_FAILURES, Curve, Report, ReportForwarder, ReportQueue
+from .gpu_memory import is_out_of_memory
+from .reports import MAX_FAILURES, Report, ReportForwarder, ignore
+from .watch import SIGNS, Curve, no_sign
 
 if TYPE_CHECKING:
     from ..federated.client import ClientContext
@@ -35,39 +36,49 @@ class _Items:
     refs: list[Any]
 
 
-class ServerActor:
-    """A Ray actor that calls functions of the server. It keeps nothing between calls."""
+class ServerActor(ClientActor):
+    """A Ray actor that calls functions of the server. It keeps nothing between calls.
 
-    def __init__(self, gpu: bool) -> None:
-        import torch
-
-        keep_freed()
-        torch.set_num_threads(1)
-        self._device = take_device(float(gpu))  # of which it may use all: clients' memory is capped, its own is not
-
-    def ping(self) -> None:
-        """Answer once the actor is up."""
+    It may use all of its GPU: clients' memory is capped, its own is not.
+    """
 
     def call(
-        self, function: Callable[..., Any], config: ExperimentConfig, facts: DataFacts, args: Sequence[Any], queue: Any
+        self,
+        function: Callable[..., Any],
+        config: ExperimentConfig,
+        facts: DataFacts,
+        args: Sequence[Any],
+        report: bool,
     ) -> tuple[Any, Curve]:
-        """Return ``function``'s result and its reports, which also go to ``queue`` (None: it takes no ``report``)."""
+        """Return ``function``'s result and its reports, which the driver also reads meanwhile (if it takes ``report``).
+
+        Until the first report or step it is enough that the process answers.
+        """
         import ray
         import torch
 
         from ..federated.client import ClientContext
 
-        choose_kernels(config)
-        torch.set_num_threads(config.runtime.driver_threads)
-        given = [(ray.get(ref) for ref in arg.refs) if isinstance(arg, _Items) else arg for arg in args]
-        curve: Curve = []
+        curve = self.curve = []
+        self.counts = False
 
-        def report(step: int, metrics: Mapping[str, float]) -> None:
+        def note(step: int, metrics: Mapping[str, float]) -> None:
             curve.append((step, dict(metrics)))
-            queue.put.remote(step, dict(metrics))  # the answer is not waited for
+            self.step()
 
-        more = {"report": report} if queue is not None else {}
-        return function(ClientContext(config, facts, torch.device(self._device)), *given, **more), curve
+        def work() -> Any:
+            choose_kernels(config)
+            torch.set_num_threads(config.runtime.driver_threads)
+            given = [(ray.get(ref) for ref in arg.refs) if isinstance(arg, _Items) else arg for arg in args]
+            context = ClientContext(config, facts, torch.device(self._device), lambda done, total: self.step())
+            try:
+                return function(context, *given, **({"report": note} if report else {}))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise OutOfGpuMemory(SERVER_TOO_LARGE) from error
+                raise
+
+        return self._thread.submit(work).result(), curve
 
 
 class Server:
@@ -89,37 +100,49 @@ class Server:
         context: ClientContext,
         args: Sequence[Any],
         report: Report | None,
-        make_room: Callable[[], None],
+        make_room: Callable[[OutOfGpuMemory | None], None],
+        hung: Callable[[float], None] = ignore,
     ) -> Any:
         """Return ``function(context, *args)``, with ``report`` as a keyword where it is given; raise what it raises.
 
-        ``make_room`` ends the run's client actors.
+        ``make_room`` ends the run's client actors; with an error for lack of memory fewer share a GPU from then on. A
+        worker that dies is replaced, and the call done again; so is one without a sign of life, which is killed, and
+        ``hung(seconds)`` is called. Work that does not fit into the GPU's memory is done again once, after
+        ``make_room``; in a sweep it raises ``OutOfGpuMemory``.
         """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
         self._join()
         self._timer.cancel()
-        crowded = self._crowded()
+        crowded, starved, deaths = self._crowded(), self._shared, 0
         if crowded:
-            make_room()
+            make_room(None)
         ship_by_value(function, *args)
         sent = [_Items([ray.put(item) for item in arg]) if isinstance(arg, Iterator) else arg for arg in args]
-        queue = ray.remote(num_cpus=0)(ReportQueue).remote() if report else None
-        forwarder = ReportForwarder(report, queue) if report else None
-        try:
-            with self._lock:
-                actor = self._actor = self._actor or self._start()
-                call = actor.call.remote(function, context.config, context.facts, sent, queue)
-                with forwarder.live() if forwarder else contextlib.nullcontext():
-                    result, curve = ray.get(call)
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else RunError(first_line(error)) from error
-        except RayActorError as error:
-            self.release()
-            raise RunError(f"the process of the server's work died: {first_line(error)}") from error
-        if forwarder:
-            forwarder.flush(curve)
+        forwarder = ReportForwarder(report, context.config.runtime.client_timeout, hung)
+        while True:
+            try:
+                with self._lock:
+                    actor = self._actor = self._actor or self._start()
+                    call = actor.call.remote(function, context.config, context.facts, sent, report is not None)
+                    with forwarder.live(actor, partial(list, [actor])):
+                        result, curve = ray.get(call)
+                break
+            except RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, Exception) else RunError(first_line(error))
+                if starved or not isinstance(cause, OutOfGpuMemory):
+                    raise cause from error
+                starved = True
+                self.release()
+                make_room(cause)
+            except (RayActorError, ObjectLostError) as error:
+                self.release()
+                deaths += 1
+                if deaths > MAX_FAILURES:
+                    died = f"the process of the server's work died: {first_line(error)}"
+                    raise RunError(no_sign(forwarder.silent, deaths) if forwarder.hangs else died) from error
+        forwarder.flush(curve)
         if crowded:
             self.release()
         else:
@@ -149,10 +172,9 @@ class Server:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         actor: Any = ray.remote(
-            num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_restarts=MAX_FAILURES,
-            max_task_retries=MAX_FAILURES,
+            num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], concurrency_groups={SIGNS: 1},
             scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # type: ignore[arg-type] # not in a trial's own
-        )(ServerActor).remote(True)  # fmt: skip
+        )(ServerActor).remote(1.0)  # fmt: skip
         ping = actor.ping.remote()
         if not ray.wait([ping], timeout=PATIENCE_FOR_MACHINES)[0]:
             end([actor])

@@ -1,4 +1,4 @@
-"""Signs of life of the client actors at work: steps done, and how long an actor has been silent."""
+"""Signs of life of actors at work: steps done, and how long an actor has been silent."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-#: The concurrency group of ``ClientActor.progress``, which answers while a task runs.
+#: The concurrency group of ``Working.progress``, which answers while the work runs.
 SIGNS = "signs"
+
+Curve = list[tuple[int, dict[str, float]]]
 
 #: Seconds between two polls of an actor at work.
 POLL_SECONDS = 3.0
@@ -31,6 +33,43 @@ class MapEvents:
 
 
 IGNORED = MapEvents()
+
+
+class Working:
+    """The part of a Ray actor that answers while the actor works, in the concurrency group ``SIGNS``.
+
+    ``counts``: whether the work in hand counts its steps; if not, it is enough that the process answers. ``curve``: the
+    reports of the work in hand, with rising steps.
+    """
+
+    counts = True
+    curve: Curve
+    now, _polls = ("", 0, 0), 0
+
+    def progress(self) -> tuple[str, int, int]:
+        """Return the call in hand (Ray's id of the task; "": none), its steps done, and of how many (0: unknown).
+
+        The answer changes with every poll where the work counts no steps.
+        """
+        call, done, total = self.now
+        self._polls += 1
+        return (call, done, total) if self.counts else (call, self._polls, 0)
+
+    def step(self) -> None:
+        """Count a step, from the first one on."""
+        self.now, self.counts = ("", self.now[1] + 1, 0), True
+
+    def reports(self, after: int) -> Curve:
+        """Return the reports of steps behind ``after``."""
+        return [(step, metrics) for step, metrics in self.curve if step > after]
+
+
+def no_sign(seconds: float, times: int) -> str:
+    """Return why work is given up that hung ``times`` times, the last time for ``seconds``."""
+    return (
+        f"no sign of life for {seconds:.0f} s, {times} times (runtime.client_timeout); the same command goes on from "
+        "the last stored result, and --set runtime.client_timeout=-1 waits for ever"
+    )
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
-from ..core.health import HUNG_CLIENT, format_finding
+from ..core.health import HUNG_CLIENT, HUNG_SERVER, format_finding
 from ..core.types import Dataset, Finding, ImageSet
 from ..distillation.student_training import DistillTask
 from ..execution.actor_pool import ClientFailure
@@ -171,14 +171,20 @@ class RunContext:
         ``function`` stands at the top of a module, and its result depends on its arguments alone; ``context.device``
         is the device to compute on. An iterator among ``args`` is sent item by item. With ``report`` the function takes
         the keyword ``report``, and calls it with rising steps: report(step, metrics). ``progress``, which the context
-        passes on, is called in this process alone.
+        passes on, is called in this process alone. A worker that called ``report`` or ``context.progress`` and then
+        does not for ``runtime.client_timeout`` seconds is taken for hung.
         """
         more = {"report": report} if report else {}
         if self.server is None:
             context = replace(self.client_context, progress=progress) if progress else self.client_context
             return function(context, *args, **more)
-        found: R = self.server.call(function, self.client_context, args, report, self.backend.release)
+        found: R = self.server.call(function, self.client_context, args, report, self.backend.release, self.server_hung)
         return found
+
+    def server_hung(self, seconds: float) -> None:
+        """Record that a worker of the server's work gave no sign of life for ``seconds`` and was killed."""
+        message = f"its worker gave no sign of life for {seconds:.0f} s and was killed; the work is done again"
+        self.add_findings([HUNG_SERVER.finding(message, seconds, stage=self.tracker.stage_name)])
 
     def release(self) -> None:
         """Give the resources of client actors and of the server's worker back, until they are needed again."""

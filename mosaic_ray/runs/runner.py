@@ -243,7 +243,9 @@ def execute(
             ctx.warn_of(ctx.findings)
             if command:
                 tracker.text("run/command", f"    {shlex.join(command)}")
-            ctx.distil = lambda task, report: hosts.distil(task, report, store.where(f"{place}/train"), ctx.on_server)
+            ctx.distil = lambda task, report: hosts.distil(
+                task, report, store.where(f"{place}/train"), ctx.on_server, ctx.server_hung
+            )
             boards = TensorBoardImages(tracker, config, dataset, ctx.results, ctx.generators)
             boards.begin()
             tracker.before_stage = boards.catch_up

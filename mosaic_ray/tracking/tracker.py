@@ -83,6 +83,11 @@ class Tracker:
         self._stage = StageProgress(self, name, total, unit)
         return self._stage
 
+    @property
+    def stage_name(self) -> str:
+        """Return the name of the stage that began last; empty before the first."""
+        return self._stage.name if self._stage else ""
+
     def inside(self, unit: str, count: int = 1, units: float = 0.0) -> Inside:
         """Return a counter of steps for the stage that is running, see ``Inside``; it shows nothing between stages."""
         return Inside(self._stage if self._stage and self._stage.state == "running" else None, unit, count, units)

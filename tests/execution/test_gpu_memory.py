@@ -356,6 +356,25 @@ def test_with_one_client_a_gpu_it_is_that_clients_failure(two_gpus, monkeypatch)
 
 @pytest.mark.ray
 @on_ray
+def test_after_the_servers_work_ran_out_fewer_clients_share_a_gpu(two_gpus, monkeypatch):
+    monkeypatch.setattr(backend, "ClientActor", hungry(0.0))  # it checks its share
+    said: list[str] = []
+    config = override(ON_RAY, {"partition.num_clients": 2, "runtime.device": "cuda", "runtime.gpus_per_client": 0.25})
+    hosts = Placement().backend(config, FACTS, lambda client_id: stripes(3), said.append)
+    try:
+        hosts.release(OutOfGpuMemory("too large"))  # before clients were at work
+        for _ in range(2):
+            assert dict(hosts.map(Count(), range(2), 100, lambda k: k)) == {k: (k, 100 + k) for k in range(2)}
+            hosts.release(OutOfGpuMemory("too large"))
+    finally:
+        hosts.close()
+    assert [line for line in said if "memory" in line] == [
+        f"the server's work: out of GPU memory; going on with {count} a GPU" for count in ("2 clients", "1 client")
+    ]
+
+
+@pytest.mark.ray
+@on_ray
 def test_a_gpu_that_torch_cannot_use_says_so(two_gpus):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -364,8 +383,13 @@ def test_a_gpu_that_torch_cannot_use_says_so(two_gpus):
 
 @pytest.mark.ray
 @on_ray
-@pytest.mark.parametrize("needs, failed", [(0.5, False), (2.0, True)])
-def test_a_sweeps_trials_run_again_with_fewer_clients_a_gpu(two_gpus, monkeypatch, tmp_path, capsys, needs, failed):
+@pytest.mark.parametrize(
+    "needs, server_needs, failed",
+    [(0.5, 0.0, False), (2.0, 0.0, True), pytest.param(0.0, 0.5, False, marks=pytest.mark.slow)],
+)
+def test_a_sweeps_trials_run_again_with_fewer_clients_a_gpu(
+    two_gpus, monkeypatch, tmp_path, capsys, needs, server_needs, failed
+):
     monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
     monkeypatch.setattr("mosaic_ray.execution.ray_session.local_resources", lambda: Resources(4, 2, 8.0 * GIB))
     monkeypatch.setattr(devices, "measure", lambda *_, **how: [GpuFacts(GIB, 4 * GIB, False)])
@@ -376,6 +400,15 @@ def test_a_sweeps_trials_run_again_with_fewer_clients_a_gpu(two_gpus, monkeypatc
     class OnCPU(ServerActor):
         def __init__(self, gpu: bool) -> None:
             super().__init__(False)
+
+        def call(self, function, *rest):
+            import ray
+
+            def too_large(context, *inputs, **more):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+            held = ray.get_runtime_context().get_assigned_resources()["GPU"]
+            return super().call(too_large if held < server_needs else function, *rest)
 
     def pretended_trial(knobs, context):
         with pytest.MonkeyPatch.context() as patch:

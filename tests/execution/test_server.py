@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from helpers import FACTS, TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.resolve import override
-from mosaic_ray.core.errors import RunError
+from mosaic_ray.core.errors import OutOfGpuMemory, RunError
 from mosaic_ray.execution import ray_train, server
 from mosaic_ray.execution.backend import ClientActor
 from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT
@@ -117,6 +119,14 @@ def student(summary: dict[str, Any]) -> dict[str, np.ndarray]:
     return load_file(Path(summary["paths"]["run"]) / "student.safetensors")
 
 
+def is_gone(pid: int) -> bool:
+    """Whether the process ends; Ray sends SIGKILL some seconds after it was asked to."""
+    deadline = time.monotonic() + 120
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not psutil.pid_exists(pid)
+
+
 def gpu_node() -> str:
     import ray
 
@@ -124,7 +134,7 @@ def gpu_node() -> str:
     return found
 
 
-def no_room() -> None:
+def no_room(starved: OutOfGpuMemory | None) -> None:
     raise AssertionError("there is room enough")
 
 
@@ -251,6 +261,94 @@ def test_reports_come_while_the_function_runs_and_each_once(worker, tmp_path):
     assert heard == [(0, 2.0), (25, 1.0)]
 
 
+#: On a busy machine work may be silent for so long, too.
+TIMEOUT = replace(CONTEXT, config=override(CONTEXT.config, {"runtime.client_timeout": 10.0}))
+
+
+@pytest.mark.parametrize("kind", ["process", pytest.param("call", marks=pytest.mark.slow)])
+def test_a_worker_that_stops_is_killed_and_its_call_done_again(worker, tmp_path, kind):
+    """It stops in the middle, once: the process by SIGSTOP, or in a call that never returns."""
+    heard, hung, stopped = [], [], tmp_path / "stopped"
+
+    def stop(context, *, report):
+        report(0, {"loss": 2.0})
+        if not stopped.exists():
+            stopped.write_text(str(os.getpid()))
+            if kind == "process":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait()
+        context.progress(1, 2)
+        report(25, {"loss": 1.0})
+        return os.getpid()
+
+    pid = worker.call(stop, TIMEOUT, (), lambda step, metrics: heard.append(step), no_room, hung.append)
+    assert pid != int(stopped.read_text()) and is_gone(int(stopped.read_text()))
+    assert len(hung) == 1 and hung[0] > TIMEOUT.config.runtime.client_timeout
+    assert heard == [0, 25]
+
+
+@pytest.mark.slow
+def test_a_function_that_counts_nothing_is_waited_for_unless_its_process_stops(worker, tmp_path):
+    hung = []
+
+    def silent(context, stopped):
+        time.sleep(25)
+        if not stopped.exists():
+            stopped.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return "done"
+
+    assert worker.call(silent, TIMEOUT, (tmp_path / "a",), None, no_room, hung.append) == "done"
+    assert len(hung) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_always_stops_ends_the_run_in_one_line(worker, monkeypatch):
+    monkeypatch.setattr(server, "MAX_FAILURES", 1)
+
+    def stop(context):
+        context.progress(1, 2)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    with pytest.raises(RunError, match=r"^no sign of life for \d+ s, 2 times \(runtime\.client_timeout\); the same"):
+        worker.call(stop, TIMEOUT, (), None, no_room)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_work_that_does_not_fit_into_the_gpu_is_done_again_once_without_clients(worker, tmp_path, always):
+    """The clients' actors end, and fewer of them share a GPU from then on."""
+    rooms, tried = [], tmp_path / "tried"
+
+    def large(context):
+        with open(tried, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        if always or len(tried.read_text().split()) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return "done"
+
+    def go():
+        return worker.call(large, CONTEXT, (), None, rooms.append)
+
+    if always:
+        with pytest.raises(OutOfGpuMemory, match=r"^out of GPU memory: lower meta\.batch_size"):
+            go()
+    else:
+        assert go() == "done"
+    assert len(set(tried.read_text().split())) == 2  # processes: what the first one held is free
+    assert [type(error) for error in rooms] == [OutOfGpuMemory]
+
+
+def test_in_a_sweep_it_is_left_to_the_sweep(worker):
+    """Which runs the trial again, with fewer clients a GPU."""
+
+    def large(context):
+        raise RuntimeError("CUDA error: out of memory")
+
+    worker._shared = True
+    with pytest.raises(OutOfGpuMemory, match=r"^out of GPU memory"):
+        worker.call(large, CONTEXT, (), None, no_room)
+
+
 def test_an_idle_worker_gives_its_share_back(worker, monkeypatch):
     def pid(context):
         return os.getpid()
@@ -272,7 +370,7 @@ def test_where_nothing_is_free_the_clients_leave_first_and_the_worker_afterwards
     assert ray_up.get(hosts[0].ping.remote())
     while ray_up.available_resources().get("CPU", 0):
         time.sleep(0.05)
-    pid = worker.call(lambda context: os.getpid(), CONTEXT, (), None, lambda: ray_up.kill(hosts.pop()))
+    pid = worker.call(lambda context: os.getpid(), CONTEXT, (), None, lambda starved: ray_up.kill(hosts.pop()))
     assert not hosts
     while psutil.pid_exists(pid):
         time.sleep(0.05)

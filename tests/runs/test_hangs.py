@@ -1,4 +1,4 @@
-"""Clients that hang, by a real SIGSTOP or in a call that never returns; runs end with the bits of undisturbed ones."""
+"""Clients and the server's workers hang by a real SIGSTOP or in an endless call; runs end with the undisturbed bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RunError
+from mosaic_ray.execution import ray_train
 from mosaic_ray.execution.actor_pool import ActorPool
 from mosaic_ray.execution.backend import ClientActor, RayBackend, SerialBackend, start_hosts
 from mosaic_ray.execution.watch import MapEvents
@@ -179,3 +181,69 @@ def test_a_stopped_client_of_a_sweep_costs_each_trial_only_time(tmp_path, ray_up
     for point, result in zip(points, outcome.results, strict=True):
         alone = go(tmp_path / "serial", {"generator.lambda_d": point})
         assert_same(load_file(Path(outcome.place) / f"trials/{result.trial}/student.safetensors"), student(alone))
+
+
+# --- the server's work -----------------------------------------------------------------------------------------------
+
+
+def stopping_train(stopped: Path, rank: int, how: str) -> Any:
+    """Return Train's loop, which stops in its third step, once: the process by SIGSTOP, or in an endless call."""
+    worker = ray_train._worker
+
+    def train(settings):
+        from ray import train as context
+
+        from mosaic_ray.execution import ray_train as there
+
+        distil = there.distil
+
+        def stop(task, device, dist, report):
+            def progress(done, total):
+                dist.progress(done, total)
+                if done == 3 and not stopped.exists() and context.get_context().get_world_rank() == rank:
+                    stopped.write_text(str(os.getpid()))
+                    if how == "process":
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    threading.Event().wait()
+
+            return distil(task, device, replace(dist, progress=progress), report)
+
+        there.distil = stop
+        return worker(settings)
+
+    return train
+
+
+@pytest.mark.slow
+def test_a_train_worker_that_stops_costs_the_distillation_of_a_run(tmp_path, ray_up, monkeypatch, undisturbed_tiny):
+    monkeypatch.setattr(ray_train, "_worker", stopping_train(tmp_path / "stopped", 0, "process"))
+    there = go(tmp_path / "ray", RAY | {"distill.workers": 1})
+    assert is_gone((tmp_path / "stopped").read_text())
+    assert [f["stage"] for f in there["health"] if f["code"] == "server.hung"] == ["distill"]
+    assert_same(student(there), student(undisturbed_tiny))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, rank, how", [(1, 0, "call"), (2, 1, "process")])
+def test_a_train_worker_that_stops_costs_the_distillation(tmp_path, ray_up, monkeypatch, workers, rank, how):
+    """With two workers both are silent, since each waits for the other's gradients."""
+    tasks, hangs = [], []
+
+    def note(context, task, *, report):
+        tasks.append(task)
+        return ray_train.distil_here(context, task, report=report)
+
+    monkeypatch.setattr("mosaic_ray.execution.placement.distil_here", note)
+    go(tmp_path / "serial", {})
+    [task] = tasks
+    task = replace(task, config=override(task.config, RAY | {"distill.workers": workers}))
+
+    def distilled(steps):
+        return ray_train.distil_on_ray(task, lambda step, metrics: steps.append(step), str(tmp_path), hangs.append)
+
+    undisturbed = distilled(before := [])
+    monkeypatch.setattr(ray_train, "_worker", stopping_train(tmp_path / "stopped", rank, how))
+    disturbed = distilled(after := [])
+    assert is_gone((tmp_path / "stopped").read_text())
+    assert len(hangs) == 1 and before == after == [5, 10]
+    assert_same(disturbed[0], undisturbed[0])
