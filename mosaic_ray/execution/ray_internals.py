@@ -52,16 +52,20 @@ def _private(path: str) -> Any:
 
 
 def own_processes() -> tuple[dict[str, int], str]:
-    """Return the pids of this driver's raylet and, where it runs here, of its cluster's GCS; and the folder of logs."""
+    """Return the pids of this driver's raylet and, where it runs here, of its cluster's GCS; and the folder of logs.
+
+    Both are empty for a driver that uses Ray's client protocol.
+    """
     import psutil
 
-    node, found = _private("ray._private.worker:_global_node"), {}
-    marks = {"raylet": node.raylet_socket_name, "gcs_server": f"--session-name={node.session_name}"}
-    for process in psutil.process_iter(["name", "cmdline", "pid"]):
-        mark = marks.get(process.info["name"])
-        if mark and any(mark in word for word in process.info["cmdline"] or ()):
-            found[process.info["name"]] = process.info["pid"]
-    return found, node.get_logs_dir_path()
+    if (node := _private("ray._private.worker:_global_node")) is None:
+        return {}, ""
+    marks = {
+        "raylet": f"--raylet_socket_name={node.raylet_socket_name}", "gcs_server": f"--session-name={node.session_name}"
+    }  # fmt: skip
+    running = [process.info for process in psutil.process_iter(["name", "cmdline", "pid"])]
+    pids = {one["name"]: one["pid"] for one in running if marks.get(one["name"]) in (one["cmdline"] or ())}
+    return pids, node.get_logs_dir_path()
 
 
 def memory_shares(memory: Memory) -> tuple[int, ...]:

@@ -156,7 +156,9 @@ def _watch(own: bool) -> None:
 
     found, logs = own_processes()
     watched = [f"{name}:{pid}" for name, pid in found.items() if own or name == "raylet"]
-    watcher = subprocess.Popen(
+    if not watched:
+        return
+    watcher: Any = subprocess.Popen(
         [sys.executable, "-IS", ray_watch.__file__, f" (its logs: {logs}); {errors.resume}", *watched],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
     )  # fmt: skip

@@ -20,9 +20,9 @@ from .backend import SERVER_TOO_LARGE
 from .determinism import choose_kernels
 from .gpu_memory import is_out_of_memory
 from .malloc import keep_freed
-from .reports import MAX_FAILURES, PATIENCE_SECONDS, POLL_SECONDS, Report, ReportForwarder, ReportQueue, ignore
+from .reports import MAX_FAILURES, PATIENCE_SECONDS, POLL_SECONDS, QUEUE, Report, ReportForwarder, ReportQueue, ignore
 from .resource_plan import on_ray_gpus, server_needs
-from .watch import SIGNS, Curve, no_sign
+from .watch import Curve, no_sign
 
 #: The student, figures, how often the teacher predicts each class (int64 [C]), and the curve.
 Outcome = tuple[Weights, dict[str, float], np.ndarray, Curve]
@@ -124,7 +124,7 @@ def distil_on_ray(task: DistillTask, report: Report, storage: str, hung: Callabl
         settings |= {"task": task, "report": report}
     else:
         settings["ref"] = [ray.put(task)]  # in a list, so that it travels as a reference
-        queue = ray.remote(num_cpus=0, concurrency_groups={SIGNS: 1})(ReportQueue).remote()
+        queue = ray.remote(**QUEUE)(ReportQueue).remote()
         settings["queue"] = [queue]
     forwarder = ReportForwarder(report, knobs.client_timeout, hung)
     threads = torch.get_num_threads()

@@ -15,6 +15,9 @@ Report = Callable[[int, Mapping[str, float]], None]
 #: Seconds between two reads of the reports.
 POLL_SECONDS = 1.0
 
+#: Ray's options of a ``ReportQueue``.
+QUEUE: dict[str, Any] = {"num_cpus": 0, "concurrency_groups": {SIGNS: 1}}
+
 #: Seconds to wait for the queue of a worker that is to be killed.
 PATIENCE_SECONDS = 30.0
 

@@ -171,10 +171,11 @@ class Server:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        actor: Any = ray.remote(
-            num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], concurrency_groups={SIGNS: 1},
-            scheduling_strategy=PlacementGroupSchedulingStrategy(None),  # type: ignore[arg-type] # not in a trial's own
-        )(ServerActor).remote(1.0)  # fmt: skip
+        options: dict[str, Any] = {
+            "num_cpus": self._needs["CPU"], "num_gpus": self._needs["GPU"], "concurrency_groups": {SIGNS: 1},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(None),  # type: ignore[arg-type] # not a trial's own
+        }  # fmt: skip
+        actor: Any = ray.remote(**options)(ServerActor).remote(1.0)
         ping = actor.ping.remote()
         if not ray.wait([ping], timeout=PATIENCE_FOR_MACHINES)[0]:
             end([actor])

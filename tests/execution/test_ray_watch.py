@@ -58,8 +58,8 @@ def plan():
 """
 
 
-def command(what: str, storage: Path) -> list[str]:
-    words = [what, *SMALL, "--storage", str(storage), "--host", "ray", "--json"]
+def command(what: str, storage: Path, host: str) -> list[str]:
+    words = [what, *SMALL, "--storage", str(storage), "--host", host, "--json"]
     if what == "sweep":
         (space := storage.with_name("two.py")).write_text(SPACE)
         words += ["--space", str(space), "--max-concurrent", "1"]
@@ -71,7 +71,7 @@ def killed(what: str, storage: Path, victim: str, sign: str) -> list[str]:
     with (
         tempfile.TemporaryDirectory(prefix="mw", dir="/tmp", ignore_cleanup_errors=True) as folder,
         subprocess.Popen(
-            command(what, storage), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            command(what, storage, "ray"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1", "RAY_TMPDIR": folder},
         ) as process,
     ):  # fmt: skip
@@ -100,11 +100,12 @@ def killed(what: str, storage: Path, victim: str, sign: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_a_ray_that_dies_ends_the_command_in_one_line_and_the_same_command_resumes(tmp_path, what, victim, sign):
-    [line] = killed(what, tmp_path / "a", victim, sign)
+    [line] = killed(what, tmp_path / "ray", victim, sign)
     assert line.startswith(f"mosaic: error: Ray's {victim} on this machine died (its logs: ")
     assert f"; to resume: {sys.executable} -m mosaic_ray {what} " in line
     resumed, undisturbed = (
-        subprocess.run(command(what, tmp_path / folder), capture_output=True, text=True, check=True) for folder in "ab"
+        subprocess.run(command(what, tmp_path / host, host), capture_output=True, text=True, check=True)
+        for host in ("ray", "serial")
     )
     assert "warmup: round 1/6" in undisturbed.stderr or what == "sweep"
     assert "warmup: round 1/6" not in resumed.stderr
