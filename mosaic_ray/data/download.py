@@ -153,6 +153,19 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def _untar(archive: Path, folder: Path) -> None:
+    """Unpack a tar file into ``folder``; ``TarError`` where a member would be written elsewhere."""
+    with tarfile.open(archive) as opened:
+        if hasattr(tarfile, "data_filter"):
+            opened.extractall(folder, filter="data")
+            return
+        for member in opened:  # Python 3.11 before 3.11.4 has no filters
+            inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+            if not inside or not (member.isreg() or member.isdir()):
+                raise tarfile.TarError(f"{member.name}: neither a file nor a folder below the archive's own")
+            opened.extract(member, folder)
+
+
 def _unpack(archive: Path, first: Path, root: Path) -> None:
     """Unpack ``archive`` below ``root``: a .gz holds the file ``first``, other archives the folder of ``first``."""
     with bar(f"unpacking {archive.name}", 0), contextlib.ExitStack() as stack:
@@ -163,7 +176,10 @@ def _unpack(archive: Path, first: Path, root: Path) -> None:
             os.replace(beside, first)
             return
         beside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".unpacking-", dir=root)))
-        shutil.unpack_archive(archive, beside, filter=None if archive.suffix == ".zip" else "data")
+        if archive.suffix == ".zip":
+            shutil.unpack_archive(archive, beside)
+        else:
+            _untar(archive, beside)
         folder = root / first.relative_to(root).parts[0]
         if folder.exists():  # it lacks files, and may hold the user's own
             asides = (folder.with_name(f"{folder.name}.incomplete-{number}") for number in itertools.count(1))

@@ -95,7 +95,7 @@ def _run(context: StudyContext, config: ExperimentConfig, floor: bool) -> tuple[
 
     with context.run(config) as run:
         place = context.store.where("experiments/train")
-        run.distil = lambda task, report: context.hosts.distil(task, report, place, run.on_server)
+        run.distil = lambda task, report: context.hosts.distil(task, report, place, run.on_server, run.server_hung)
         accuracy = run_experiment(run)["accuracy"]
         if floor:
             found = {"accuracy": accuracy["distilled"], "ceiling": accuracy["ceiling"]}

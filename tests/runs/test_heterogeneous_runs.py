@@ -51,7 +51,7 @@ def test_a_run_with_narrow_clients_ends_and_repeats(tmp_path):
     summary, again = go(tmp_path / "a", knobs), go(tmp_path / "b", knobs)
     assert_same(student(summary), student(again))
     assert all(np.isfinite(value).all() for value in student(summary).values())
-    assert all(value is not None for value in summary["accuracy"].values())
+    assert {role for role, value in summary["accuracy"].items() if value is None} == {"ceiling"}  # not asked for
 
 
 @pytest.mark.parametrize("optimiser", ["fedrolex", "heterofl", "feddropout"])
