@@ -101,6 +101,17 @@ def assert_same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> No
         assert np.array_equal(left[name], right[name], equal_nan=True), name
 
 
+class Linear(torch.nn.Module):
+    """A network without batch norm, for which averaging and SGD commute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(64, 3)
+
+    def forward(self, images):
+        return self.head(images.flatten(1))
+
+
 @contextlib.contextmanager
 def interrupted(in_round: int, phase: str = "") -> Iterator[None]:
     """Interrupt the block as by Ctrl-C, at the first client's training in this round (of this phase, if given)."""

@@ -105,6 +105,11 @@ class OnPart(Task[B, P, R]):
     held_back: bool = False
     unit: ClassVar[str] = "step"
 
+    @property
+    def round_num(self) -> int | None:
+        """Return the round of ``task``, which failures name, if it has one."""
+        return getattr(self.task, "round_num", None)
+
     def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: B, own: P) -> R:
         held = held_back(shard.labels.cpu().numpy(), self.share, context.config.seed, client_id)
         rows = torch.from_numpy(np.flatnonzero(held == self.held_back)).to(shard.labels.device)

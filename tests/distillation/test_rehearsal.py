@@ -17,7 +17,7 @@ from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.seeding import numpy_stream, seeded
 from mosaic_ray.data.transforms import normalise
 from mosaic_ray.distillation.rehearsal import SharedGenerators, allocate_draws, lacking_classes, rehearsal_images
-from mosaic_ray.federated.client import ClientContext, OnPart, ScoreTask, Task, held_back
+from mosaic_ray.federated.client import ClientContext, OnPart, ScoreTask, Task, TrainTask, held_back
 from mosaic_ray.federated.local_training import LocalTrainingConfig, Rehearsed, Shard, train_locally
 from mosaic_ray.methods.rehearsal_choice import best
 from mosaic_ray.models.classifiers import build_classifier
@@ -157,6 +157,12 @@ def test_a_task_sees_either_the_held_back_images_or_the_others():
     rest, back = (OnPart(Seen(), 0.2, held).run(context, shard, 1, None, None) for held in (False, True))
     everything = Seen().run(context, shard, 1, None, None)
     assert len(rest) and len(back) and sorted([*rest, *back]) == sorted(everything)
+
+
+def test_a_failure_in_a_trial_names_its_round():
+    task = TrainTask("trial", 3, LocalTrainingConfig(1, 8, 0.05))
+    assert OnPart(task, 0.1).round_num == 3
+    assert OnPart(Seen(), 0.1).round_num is None
 
 
 def test_scores_are_counts_and_cross_entropy_by_brute_force():

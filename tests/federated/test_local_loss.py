@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, interrupted, shard_of, small_ray, stripes, stripes_dataset
+from helpers import FACTS, TINY, Linear, assert_same, interrupted, shard_of, small_ray, stripes, stripes_dataset
 from safetensors.numpy import load_file
-from torch import nn
 
 import mosaic_ray.data.load as datasets
 from mosaic_ray.config.resolve import override
@@ -24,15 +23,6 @@ from mosaic_ray.runs import runner
 CONTEXT = ClientContext(TINY, FACTS, torch.device("cpu"))
 QUICK = {"method": "fedavg", "warmup.num_rounds": 3, "warmup.checkpoint_rounds": 1, "runtime.eval_rounds": 0}
 ADJUSTED = QUICK | {"warmup.loss": "adjusted", "warmup.lr_decay": 0.5, "finetune.lr_decay": 0.25}
-
-
-class Linear(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(64, 3)
-
-    def forward(self, images):
-        return self.head(images.flatten(1))
 
 
 def some(*counts: int) -> ImageSet:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, stripes
+from helpers import FACTS, TINY, Linear, assert_same, shard_of, stripes
 from torch import nn
 
 from mosaic_ray.core.seeding import stream
@@ -18,17 +18,6 @@ from mosaic_ray.federated.local_training import LocalTrainingConfig, batches, tr
 from mosaic_ray.models.state_dict import to_weights
 
 CONTEXT = ClientContext(TINY, FACTS, torch.device("cpu"))
-
-
-class Linear(nn.Module):
-    """A network without batch norm, for which averaging and SGD commute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(64, 3)
-
-    def forward(self, images):
-        return self.head(images.flatten(1))
 
 
 def test_batches_cover_each_pass_once_and_never_straddle_it():
