@@ -71,6 +71,26 @@ STRATEGIES: dict[str, Entry] = {
         "control variates take out the clients' drift (Karimireddy et al. 2020)",
         "mosaic_ray.federated.strategies.scaffold:SCAFFOLD",
     ),
+    "fedbn": Entry(
+        "batch norms stay with the clients (Li, Jiang et al. 2021)", "mosaic_ray.federated.strategies.fedbn:FEDBN"
+    ),
+    "fedrs": Entry(
+        "restricted softmax: logits of missing classes scaled down (Li and Zhan 2021)",
+        "mosaic_ray.federated.strategies.fedrs:FEDRS",
+    ),
+    "fedlc": Entry(
+        "logits calibrated by a client's label counts (Zhang et al. 2022)",
+        "mosaic_ray.federated.strategies.fedlc:FEDLC",
+    ),
+    "moon": Entry(
+        "features pulled to the global model's, from the last local one's (Li, He and Song 2021)",
+        "mosaic_ray.federated.strategies.moon:MOON",
+    ),
+    "ditto": Entry(
+        "FedAvg, and a personal model at every client (Li, Hu et al. 2021)",
+        "mosaic_ray.federated.strategies.ditto:DITTO",
+    ),
+    "local": Entry("no averaging before the end: clients train alone", "mosaic_ray.federated.strategies.local:LOCAL"),
 }
 
 #: Networks by name; ``models.classifiers`` builds them.

@@ -161,17 +161,17 @@ class TrainTask(Task[Round, ClientRound, Update]):
         strategy = strategy_named(config.federation.strategy)
         weights = federation.submodel(client_id, broadcast.models, own.indices)
         model = context.client_classifier(client_id, strategy.receive(weights, own.state))
-        objective = strategy.objective(
-            LocalStart(
-                config, context.facts, client_id, self.round_num, self.plan, model, shard.labels, broadcast.server,
-                own.state,
-            )
+        start = LocalStart(
+            config, context.facts, client_id, self.round_num, self.plan, model, shard.labels, broadcast.server,
+            own.state,
         )  # fmt: skip
+        objective = strategy.objective(start)
         width = federation.widths[client_id] if config.federation.scaler else 1.0
         with scale_activations(model, width):
             metrics = train_locally(
                 model, shard, self.plan, context.facts, (config.seed, self.phase, self.round_num, client_id),
                 config.runtime.precision, masked=config.federation.masked, objective=objective,
+                adjust=strategy.adjust_logits(start),
                 rehearsed=self.rehearsed(context, shard, client_id, broadcast), progress=context.progress,
             )  # fmt: skip
         if not math.isfinite(metrics["loss"]):

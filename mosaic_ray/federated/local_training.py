@@ -59,7 +59,7 @@ class LocalStart:
     client_id: int
     round_num: int
     plan: LocalTrainingConfig
-    model: nn.Module
+    model: Classifier
     labels: Tensor
     server: Weights
     state: Weights
@@ -74,8 +74,20 @@ class Rehearsed:
     weight: float
 
 
+#: A change of the logits float32 [B, C] that a client's loss sees.
+LogitAdjustment = Callable[[Tensor], Tensor]
+
+
 class Objective:
     """The local objective of one client in one round: cross-entropy. Strategies override its methods."""
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return the logits [B', C] of a mini-batch; override it to keep ``images`` or features for ``loss``.
+
+        ``images`` [B', channels, H, W] are normalised, B' - B synthetic ones last (rehearsal).
+        """
+        logits: Tensor = model(images)
+        return logits
 
     def loss(self, model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of a mini-batch; ``logits`` [B, C] float32, ``labels`` int64 [B]."""
@@ -83,6 +95,9 @@ class Objective:
 
     def correct_gradients(self, model: nn.Module) -> None:
         """Change the gradients in place between the backward pass and the optimizer's step."""
+
+    def after_step(self, model: nn.Module, images: Tensor, labels: Tensor) -> None:
+        """Do the strategy's own work after a step on ``images`` [B, channels, H, W], normalised, and ``labels`` [B]."""
 
     def finish(self, model: nn.Module, num_steps: int) -> tuple[Weights, Weights]:
         """Return (arrays that are sent to the server, the client's new state) after ``num_steps`` steps were taken."""
@@ -113,6 +128,20 @@ def batches(
         yield order[place * batch_size : (place + 1) * batch_size]
 
 
+def prepare(model: Classifier, plan: LocalTrainingConfig) -> torch.optim.SGD:
+    """Set what ``plan`` trains of ``model``, and its modes; return a fresh optimizer of these parameters."""
+    model.train()
+    if plan.freeze_bn:  # statistics stay as they came; the affine parameters still learn
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+    model.requires_grad_(True)
+    if plan.freeze_head:
+        model.head.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+
+
 def train_locally(
     model: Classifier,
     shard: Shard,
@@ -123,6 +152,7 @@ def train_locally(
     *,
     masked: bool = False,
     objective: Objective | None = None,
+    adjust: LogitAdjustment | None = None,
     rehearsed: Rehearsed | None = None,
     progress: Callable[[int, int], None] = no_progress,
 ) -> dict[str, float]:
@@ -131,6 +161,8 @@ def train_locally(
     Returns the mean loss and accuracy over the images seen, and the number of steps taken.
 
     ``rehearsed``: synthetic images, which share each forward pass with the real ones and count in no figure.
+
+    ``adjust``: the strategy's change of the logits in the loss; those of synthetic images stay as they are.
 
     ``masked``: logits of classes that the shard lacks are zero in the loss (HeteroFL's masked cross-entropy).
     With ``plan.loss`` = adjusted the loss sees the logits plus the log of the class shares of the shard (Menon et al.
@@ -144,19 +176,10 @@ def train_locally(
     device = shard.images.device
     order = stream(seed, phase, round_num, client_id) if plan.shuffle else None
     draws = stream(seed, phase + "/augment", round_num, client_id)
-    model.train()
-    if plan.freeze_bn:  # statistics stay as they came; the affine parameters still learn
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-    model.requires_grad_(True)
-    if plan.freeze_head:
-        model.head.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = prepare(model, plan)
     objective = objective or Objective()
     missing = torch.bincount(shard.labels, minlength=facts.num_classes) == 0 if masked else None
     shift = log_shares(shard.labels, facts.num_classes) if plan.loss == "adjusted" else None
-    optimiser = torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
     # dropout, where a network has it, draws from the global stream
     devices = [device] if device.type == "cuda" else []
     total_loss, total_right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -178,11 +201,12 @@ def train_locally(
                 drawn = augment(rehearsed.shard.images[others], facts.augmentations, draws)
                 images = torch.cat([images, normalise(drawn, facts.mean, facts.std)])
             with use_precision(precision, device):
-                outputs = model(images)
+                outputs = objective.forward(model, images)
             logits = outputs[: len(rows)]
             if missing is not None:
                 logits = logits.masked_fill(missing, 0.0)
-            adjusted = logits.float() if shift is None else logits.float() + shift
+            adjusted = logits.float() if adjust is None else adjust(logits.float())
+            adjusted = adjusted if shift is None else adjusted + shift
             loss = objective.loss(model, adjusted, labels)
             if rehearsed is not None:
                 synthetic = outputs[len(rows) :].float()
@@ -192,6 +216,7 @@ def train_locally(
             loss.backward()
             objective.correct_gradients(model)
             optimiser.step()
+            objective.after_step(model, images[: len(rows)], labels)
             total_loss += loss.detach() * len(rows)
             total_right += (logits.detach().argmax(1) == labels).sum()
             seen += len(rows)

@@ -208,8 +208,9 @@ def _one_round(
     Returns the updates (empty unless the method reads them) and the losses of the clients that answered.
     """
     federation, traffic = ctx.client_context.federation, now.traffic
+    strategy, last = strategy_named(ctx.config.federation.strategy), rounds.num_rounds - 1
     start = RoundStart(federation, now.models, now.server, rounds.address, round_num, ctx.shards.counts)
-    aggregator = strategy_named(ctx.config.federation.strategy).aggregator(start)
+    aggregator = strategy.aggregator(start)
     kept: list[Update] = []
     losses: list[float] = []
 
@@ -218,7 +219,8 @@ def _one_round(
         indices = federation.indices(client_id, rounds.address, round_num)
         own[client_id] = ClientRound(indices, now.clients.get(client_id, {}))
         share = federation.submodel(client_id, now.models, indices)
-        traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
+        if strategy.every_round or round_num == 0:
+            traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
         if now.server:
             traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
     plan = replace(rounds.plan, lr=rounds.plan.lr * rounds.lr_decay**round_num)
@@ -232,10 +234,11 @@ def _one_round(
         now.losses[round_num, client_id] = losses[-1]
         if update.state:
             now.clients[client_id] = update.state
-        traffic.add("uplink", "weights", client_id, size_of(update.weights), round_num=round_num)
+        if strategy.every_round or round_num == last:
+            traffic.add("uplink", "weights", client_id, size_of(update.weights), round_num=round_num)
         if update.message:
             traffic.add("uplink", "strategy", client_id, size_of(update.message), round_num=round_num)
-        if rounds.keep_clients and round_num == rounds.num_rounds - 1:
+        if rounds.keep_clients and round_num == last:
             writer.add(f"client_{client_id:05d}", update.weights)
         if rounds.after_round is not None:
             kept.append(update)
@@ -369,6 +372,14 @@ class Warmup:
         """Return the channels of a client's model in the last round; None for a full-width client."""
         return self.federation.indices(client_id, ADDRESS, max(0, self.federation.config.warmup.num_rounds - 1))
 
+    def personal(self, client_id: int) -> Weights:
+        """Return a client's own model, of a strategy that has such models."""
+        part, config = f"{_STATE}{client_id:05d}", self.federation.config
+        state = self.result.load(part) if part in self.result.parts else {}
+        models, name = self.models, self.federation.classifiers[client_id]
+        found: Weights = strategy_named(config.federation.strategy).personal(models[name], state)
+        return found
+
     def client(self, client_id: int) -> Weights:
         """Load theta_k, as wide as the client is."""
         part = f"client_{client_id:05d}"
@@ -440,8 +451,12 @@ def _closing_plan(ctx: RunContext) -> LocalTrainingConfig:
 
 
 def _exact_bn(config: ExperimentConfig, bn: str) -> bool:
-    """Return whether rounds with the knob ``bn`` end with exact statistics; no others fit partial widths."""
-    return bn == "exact" or any_partial_width(config)
+    """Return whether rounds with the knob ``bn`` end with exact statistics; no others fit partial widths.
+
+    Nor do averages of running ones where a strategy keeps the clients' batch norms apart.
+    """
+    apart = bn == "running" and strategy_named(config.federation.strategy).exact_bn
+    return bn == "exact" or apart or any_partial_width(config)
 
 
 def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models: Models) -> StageResult:
@@ -507,7 +522,7 @@ def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rou
             sizes[maker] = tuple(map(size_of_entries, (federation.entries(*maker), down, up)))  # type: ignore[assignment]
         model, down_size, up_size = sizes[maker]
         for direction, extra, times in (("downlink", down_size, int(asked[k])), ("uplink", up_size, int(answered[k]))):
-            tally.add(direction, "weights", k, model, times=times)
+            tally.add(direction, "weights", k, model, times=times if strategy.every_round else min(times, 1))
             if extra.payload:
                 tally.add(direction, "strategy", k, extra, times=times)
         if _exact_bn(config, bn) and num_rounds:

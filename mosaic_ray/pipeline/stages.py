@@ -210,6 +210,14 @@ def ceiling(name: str = "ceiling", after: str = "warmup", role: str = "ceiling")
     )  # fmt: skip
 
 
+#: The evaluation of clients' own models, where the strategy has them.
+PERSONAL = Stage(
+    "personal", 1, lambda inputs: driver_knobs(inputs.config), "mosaic_ray.pipeline.personal:evaluate_personal",
+    upstream=("partition", "warmup"), unit="client", total=lambda config: config.partition.num_clients,
+    work=lambda config: {"models": config.partition.num_clients},
+)  # fmt: skip
+
+
 def evaluated_key(config: ExperimentConfig, partition: str, model: str, split: str) -> str:
     """Return the key of a model's accuracy on the images of ``split``; runs and stages that share a model share it."""
     knobs = {"split": split, "threads": config.runtime.driver_threads}
@@ -235,18 +243,23 @@ def student_of(own: Graph) -> str:
 
 
 def whole_graph(
-    own: Graph, distils_in_rounds: bool = False, trials: Graph = (), head: Graph = (), probed: bool = False
+    own: Graph,
+    distils_in_rounds: bool = False,
+    trials: Graph = (),
+    head: Graph = (),
+    probed: bool = False,
+    personal: bool = False,
 ) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's.
 
     ``trials``: stages that choose the weight of rehearsal.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
-    ``probed``: with the ceiling.
+    ``probed``: with the ceiling. ``personal``: with the evaluation of clients' own models.
     """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
     student = student_of(own)
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
     graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control)
-    graph = (*graph, *((ceiling(),) if probed else ()))
+    graph = (*graph, *((ceiling(),) if probed else ()), *((PERSONAL,) if personal else ()))
     return (*graph, _evaluate(graph))

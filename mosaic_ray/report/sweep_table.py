@@ -158,10 +158,14 @@ def _section(points: list[Point], knobs: list[str], seeds: int, sign: str, width
 
 
 def measures(points: list[Point]) -> dict[str, str]:
-    """Return heading -> column of the measures in a table of configurations; the ceiling where a trial has one."""
+    """Return heading -> column of the measures in a table of configurations.
+
+    The ceiling where a trial has one, and clients' own models on their own classes where the strategy has them.
+    """
     found = {"selection": "selection", "final": "accuracy_final", "control": "accuracy_control", "gain": "gain"}
     probed = any(row["accuracy_ceiling"] is not None for point in points for row in point)
-    return found | ({"ceiling": "accuracy_ceiling"} if probed else {})
+    own = any(row.get("personal_own") is not None for point in points for row in point)
+    return found | ({"ceiling": "accuracy_ceiling"} if probed else {}) | ({"personal": "personal_own"} if own else {})
 
 
 def _knobs(values: Mapping[str, Any], short: Mapping[str, str]) -> str:

@@ -73,6 +73,9 @@ def _accuracy(summary: Summary) -> Table:
     seed = "-" if summary.seed is None else summary.seed
     table = _table(f"{summary.method or 'run'}, seed {seed}", "test accuracy", "gain over control")
     final, control = values.get("final"), values.get("control")
+    if summary.personal_accuracy is not None:
+        rows["personal"] = "clients' own models after the warm-up, on own classes"
+        values = values | {"personal": summary.personal_accuracy.own}
     for key, label in rows.items():
         gain, value = "", values.get(key)
         if key == "final" and final is not None and control is not None:

@@ -30,6 +30,7 @@ _COST: dict[str, tuple[str, ...]] = {
     "partition": (),
     "evaluate": ("model.*",),
     "ceiling": ("model.*",),
+    "personal": ("model.*",),
     "rounds": ("model.*", "federation.strategy", "federation.widths", "warmup.batch_size"),
     "generator": ("model.*", *_GENERATOR, "generator.batch_size"),
     "teacher": ("model.*", "partition.num_clients", "meta.input", "meta.data", "meta.token_dim", "meta.feedforward",

@@ -46,10 +46,12 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
         models["teacher"] = distilled.teacher
     if "ceiling" in stages:
         models["ceiling"] = ctx.run(stages["ceiling"], warmup.weights)
+    personal = ctx.run(stages["personal"], warmup) if "personal" in stages else None
     keys = models_of(tuple(stages.values()), ctx.keys)
     reached = evaluate(ctx, stages["evaluate"], {role: (keys[role], models[role]) for role in ROLES if role in keys})
     return {
         "accuracy": {role: reached.facts["test"].get(role) for role in ROLES},
+        "personal_accuracy": personal,
         "validation_accuracy": reached.facts.get("validation"),
         "calibration": {r: {name: reached.facts[name][r] for name in ("nll", "ece")} for r in reached.facts["nll"]},
         "held_out_accuracy": distilled.held_out if distilled else None,

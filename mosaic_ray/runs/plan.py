@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config.plugins import load
+from ..config.plugins import load, strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
 from ..methods.rehearsal_choice import choice_stages
@@ -23,7 +23,9 @@ def graph_of(config: ExperimentConfig) -> Graph:
     method = load("methods", config.method)
     head = closing_head(config)
     trials, in_rounds = choice_stages(config, student_of(method.stages)), method.after_round is not None
-    return whole_graph(method.stages, in_rounds, trials, head.stages if head else (), config.runtime.ceiling)
+    personal = strategy_named(config.federation.strategy).personal_models
+    own_head = head.stages if head else ()
+    return whole_graph(method.stages, in_rounds, trials, own_head, config.runtime.ceiling, personal)
 
 
 def stage_keys(

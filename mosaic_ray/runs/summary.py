@@ -56,12 +56,26 @@ class CommunicationRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonalRecord:
+    """Accuracies of clients' own models after the warm-up, means over the clients.
+
+    ``own``: of ``clients`` [K], each on test images whose classes have the shares of the client's training images.
+    ``all``: on all test images alike.
+    """
+
+    own: Share
+    all: Share
+    clients: list[Share]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The content of summary.json; None where the run did not get so far, or an earlier version wrote the file.
 
     ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` describe a failure. Accuracies
     and calibration (NLL, ECE) are by role, ``communication_bytes`` [bytes] by direction and kind, ``label_counts``
     [clients, classes] counts training images, ``preset`` is the scale that the configuration began with.
+    ``personal_accuracy`` is there where the strategy has clients' own models.
     """
 
     status: str | None = None
@@ -73,6 +87,7 @@ class Summary:
     seed: int | None = None
     preset: str | None = None
     accuracy: dict[str, Share | None] | None = None
+    personal_accuracy: PersonalRecord | None = None
     validation_accuracy: dict[str, Share | None] | None = None
     selection: dict[str, Any] | None = None
     per_class_accuracy: dict[str, list[Share | None]] | None = None
@@ -94,6 +109,8 @@ class Summary:
             found["stages"] = {n: {k: v for k, v in row.items() if v is not None} for n, row in records.items()}
         if self.communication is not None:
             found["communication"] = dict(vars(self.communication))
+        if self.personal_accuracy is not None:
+            found["personal_accuracy"] = dict(vars(self.personal_accuracy))
         if self.health is not None:
             found["health"] = [finding.to_json() for finding in self.health]
         null = {"done": ("validation_accuracy",), "failed": ("stage", "round", "client")}.get(self.status or "", ())
@@ -131,6 +148,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         preset=config.preset or None,
         selection=selection,
         stages=from_json(dict[str, StageRecord], run.log),
+        personal_accuracy=from_json(PersonalRecord | None, results["personal_accuracy"]),
         communication_bytes=traffic,
         communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
         health=run.findings,

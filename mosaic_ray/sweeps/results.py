@@ -97,6 +97,9 @@ def _row(result: TrialResult) -> Row:
     row |= {f"error_{name}": summary.get(name) for name in ("stage", "round", "client")}
     for column, kind in (("accuracy", "accuracy"), ("validation", "validation_accuracy")):
         row |= {f"{column}_{role}": _finite((summary.get(kind) or {}).get(role)) for role in ROLES}
+    for name, value in (summary.get("personal_accuracy") or {}).items():
+        if name != "clients":
+            row[f"personal_{name}"] = _finite(value)
     final, control = row["accuracy_final"], row["accuracy_control"]
     row["gain"] = None if final is None or control is None else final - control
     selection = summary.get("selection") or {}

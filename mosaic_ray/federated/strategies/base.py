@@ -1,7 +1,7 @@
 """The contract of a federated strategy, and plain federated averaging.
 
-A strategy makes three independent choices: which channels of the model a client is sent, the client's local objective,
-and how updates become a model. Names joined by ``+`` in ``federation.strategy`` combine strategies that choose
+A strategy makes independent choices: which channels of the model a client is sent, the client's local objective, the
+logits that its loss sees, and how updates become a model. Names joined by ``+`` in ``federation.strategy`` combine strategies that choose
 different things: ``fedrolex+fedprox`` trains FedRolex's submodels with FedProx's objective.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...models.submodel import ChannelIndices, ChannelLayout
     from ..client_models import Models, RoundAggregator, RoundStart
     from ..communication import Entries
-    from ..local_training import LocalStart, Objective
+    from ..local_training import LocalStart, LogitAdjustment, Objective
 
 
 class Strategy:
@@ -37,6 +37,14 @@ class Strategy:
     knobs: type | None = None
     #: Whether clients may hold a part of the model (``federation.widths`` below 1).
     partial_widths: bool = False
+    #: Whether it needs whole models even beside a strategy that takes parts of them.
+    whole_models: bool = False
+    #: Whether models travel in every round; else down in the first one and up in the last.
+    every_round: bool = True
+    #: Whether running batch-norm statistics must not be averaged: rounds that would end so end with exact ones.
+    exact_bn: bool = False
+    #: Whether clients have models of their own, which ``personal`` returns and a run evaluates after the warm-up.
+    personal_models: bool = False
 
     def check(self, config: ExperimentConfig) -> None:
         """Raise ``RequestError`` where ``config`` asks for something that this strategy cannot do."""
@@ -65,6 +73,17 @@ class Strategy:
 
         return Objective()
 
+    def adjust_logits(self, start: LocalStart) -> LogitAdjustment | None:
+        """Return a function of the logits float32 [B, C] to those that a client's loss sees, or None: no change.
+
+        ``start.labels`` are the client's training labels.
+        """
+        return None
+
+    def personal(self, weights: Weights, state: Weights) -> Weights:
+        """Return a client's own model, from the global one of its network and its ``state`` after the last round."""
+        return weights
+
     def aggregator(self, start: RoundStart) -> RoundAggregator:
         """Return the object that adds the updates of one round, in client order, and makes new models of them."""
         from ..client_models import RoundAggregator
@@ -81,7 +100,9 @@ class Strategy:
 
 
 #: What one part of a combination may choose.
-_CHOICES = ("channel_indices", "initial_state", "receive", "objective", "aggregator", "messages")
+_CHOICES = (
+    "channel_indices", "initial_state", "receive", "objective", "adjust_logits", "personal", "aggregator", "messages",
+)  # fmt: skip
 
 
 class Combined(Strategy):
@@ -89,7 +110,11 @@ class Combined(Strategy):
 
     def __init__(self, parts: Sequence[Strategy]) -> None:
         self.name = "+".join(part.name for part in parts)
-        self.partial_widths = any(part.partial_widths for part in parts)
+        self.whole_models = any(part.whole_models for part in parts)
+        self.partial_widths = any(part.partial_widths for part in parts) and not self.whole_models
+        self.every_round = all(part.every_round for part in parts)
+        self.exact_bn = any(part.exact_bn for part in parts)
+        self.personal_models = any(part.personal_models for part in parts)
         self._parts = parts
         for choice in _CHOICES:
             owners = [part for part in parts if getattr(type(part), choice) is not getattr(Strategy, choice)]

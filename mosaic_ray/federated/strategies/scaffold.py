@@ -70,6 +70,7 @@ class Scaffold(Strategy):
     """FedAvg with control variates on the server and on every client."""
 
     name = "scaffold"
+    whole_models = True
 
     def check(self, config: ExperimentConfig) -> None:
         if config.warmup.momentum:

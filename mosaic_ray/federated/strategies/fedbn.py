@@ -1,0 +1,50 @@
+"""FedBN: batch norms stay with the clients.
+
+Li, Jiang, Zhang, Kamp and Dou, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021
+(docs/algorithm.md 3.3). A client begins a round with its own batch norms (scale, shift, running statistics, counter) as
+they were at the end of its last round; in its first round it has those that it was sent. All other entries are averaged
+as in FedAvg. Layers are found by type; the authors (med-air/FedBN, federated/fed_digits.py) look for "bn" in names.
+
+**The global model.** FedBN has none of its own. Here the server averages scales and shifts, too, and
+the statistics are measured: rounds with running statistics end with exact ones over all clients' images (3.6). Curves
+within the rounds show the averages of all entries. Clients send their batch norms for this, so bytes
+are FedAvg's and those of the exact statistics. The paper evaluates each client's own model, theta_g with the client's
+batch norms: ``personal_accuracy`` in summary.json. A network without batch norm is trained as in FedAvg.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ...core.types import Weights
+from ...models.state_dict import to_weights
+from ..local_training import LocalStart, Objective
+from .base import Strategy
+
+
+class KeptBatchNorms(Objective):
+    """Cross-entropy; the client keeps its batch norms."""
+
+    def finish(self, model: nn.Module, num_steps: int) -> tuple[Weights, Weights]:
+        norms = {path: part for path, part in model.named_modules() if isinstance(part, _BatchNorm)}
+        return {}, {f"{path}.{name}": value for path, part in norms.items() for name, value in to_weights(part).items()}
+
+
+class FedBN(Strategy):
+    """FedAvg of all entries but batch norms, which stay with the clients."""
+
+    name = "fedbn"
+    whole_models = exact_bn = personal_models = True
+
+    def receive(self, weights: Weights, state: Weights) -> Weights:
+        return weights | state
+
+    def objective(self, start: LocalStart) -> Objective:
+        return KeptBatchNorms()
+
+    def personal(self, weights: Weights, state: Weights) -> Weights:
+        return weights | state
+
+
+FEDBN = FedBN()
