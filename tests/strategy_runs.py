@@ -98,11 +98,11 @@ def same_on_ray(folder: Path, strategy: str, knobs: Mapping[str, Any] = {}) -> N
 
 
 def start_of(
-    context: ClientContext, images: ImageSet, model: Any, plan: LocalTrainingConfig, state: Weights = {}
+    context: ClientContext, images: ImageSet, model: Any, plan: LocalTrainingConfig, state: Weights | None = None
 ) -> tuple[LocalStart, Shard]:
     """The start of a client's local training on ``images``, and its shard."""
     shard = context.shard(images.images, images.labels)
-    return LocalStart(context.config, FACTS, 0, 0, plan, model, shard.labels, {}, dict(state)), shard
+    return LocalStart(context.config, FACTS, 0, 0, plan, model, shard.labels, {}, state or {}), shard
 
 
 def inputs(images: ImageSet) -> np.ndarray:

@@ -130,7 +130,7 @@ def measure_here(works: Sequence[ClientWork]) -> GpuFacts | None:
                 cuda.empty_cache()
                 cuda.reset_peak_memory_stats()
                 with contextlib.suppress(RunError):  # random images may make training diverge
-                    step()
+                    run_twice(step)
                 peak = max(peak, cuda.max_memory_reserved())
     except Exception as error:
         if is_out_of_memory(error):
@@ -139,6 +139,16 @@ def measure_here(works: Sequence[ClientWork]) -> GpuFacts | None:
     free, _ = cuda.mem_get_info()
     grown = max(0, total - free - bare - cuda.memory_reserved())  # kernels that were loaded meanwhile
     return GpuFacts(peak + min(bare, CONTEXT_BYTES) + grown, usable, bf16)
+
+
+def run_twice(step: Any) -> None:
+    """Run a function of ``steps_of``; where the client then keeps a state, run it with that too, as in later rounds."""
+    from ..federated.client import ClientRound
+
+    state = getattr(step(), "state", None)
+    if state:
+        *inputs, own = step.args
+        step.func(*inputs, ClientRound(own.indices, state))
 
 
 def steps_of(work: ClientWork, device: Any) -> Iterator[Any]:

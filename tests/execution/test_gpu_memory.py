@@ -30,13 +30,14 @@ from mosaic_ray.execution.gpu_memory import (
     largest,
     least_bytes,
     measure,
+    run_twice,
     steps_of,
     work_of,
 )
 from mosaic_ray.execution.placement import Placement
 from mosaic_ray.execution.ray_session import RAY_ENVIRONMENT, Resources
 from mosaic_ray.execution.server import ServerActor
-from mosaic_ray.federated.client import Task
+from mosaic_ray.federated.client import Task, TrainTask
 from mosaic_ray.storage.store import Store
 from mosaic_ray.sweeps import runner as sweep_runner
 from mosaic_ray.sweeps import tune as tuning
@@ -75,6 +76,20 @@ def test_every_kind_of_a_clients_work_runs_for_a_few_steps(knobs, kinds):
     assert [step.func.__self__.__class__.__name__ for step in steps] == kinds
     for step in steps:
         step()
+
+
+def test_a_client_that_keeps_a_state_trains_with_it_too(monkeypatch):
+    given, train = [], TrainTask.run
+
+    def watched(task, context, shard, client_id, broadcast, own):
+        given.append(sorted(own.state))
+        return train(task, context, shard, client_id, broadcast, own)
+
+    monkeypatch.setattr(TrainTask, "run", watched)
+    for strategy in ("fedavg", "moon"):
+        [step] = steps_of(work(method="fedavg", federation__strategy=strategy), torch.device("cpu"))
+        run_twice(step)
+    assert [bool(state) for state in given] == [False, False, True]
 
 
 def test_a_shard_is_larger_than_an_equal_share_but_no_larger_than_the_data():

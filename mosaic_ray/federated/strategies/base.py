@@ -1,8 +1,9 @@
 """The contract of a federated strategy, and plain federated averaging.
 
 A strategy makes independent choices: which channels of the model a client is sent, the client's local objective, the
-logits that its loss sees, and how updates become a model. Names joined by ``+`` in ``federation.strategy`` combine strategies that choose
-different things: ``fedrolex+fedprox`` trains FedRolex's submodels with FedProx's objective.
+logits that its loss sees, what it keeps, and how updates become a model. Names joined by ``+`` in
+``federation.strategy`` combine strategies that choose different things: ``fedrolex+fedprox`` trains FedRolex's
+submodels with FedProx's objective.
 """
 
 from __future__ import annotations

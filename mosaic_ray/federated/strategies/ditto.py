@@ -1,16 +1,15 @@
 """Ditto: beside FedAvg's model every client trains a personal one, which is kept near the global model.
 
 Li, Hu, Beirami and Smith, "Ditto: Fair and Robust Federated Learning Through Personalization", ICML 2021, algorithm 1
-(docs/algorithm.md 3.16). In a round with w_t as the model that it was sent, a client takes with its personal model v_k, on the mini-batches of
-its local training, the steps
+(docs/algorithm.md 3.17). A client that was sent w_t takes steps with its personal model v_k
 
     v = v - lr (g_k(v) + lambda (v - w_t))
 
-as the authors' code does (litian96/ditto, flearn/trainers_MTL/ditto.py). v_k begins at the model that the client is
-sent in its first round, which is theta_0 where all clients take part. Learning rate, momentum and weight decay are
-those of local training. The personal loss is the plain cross-entropy, whatever the other's is. The term
-runs over parameters; batch norm's statistics are the personal model's own. lambda = 1 is the value of the authors' scripts; the paper tunes it per
-task, and a client may choose from 0.1, 1 and 2.
+on the mini-batches of its local training, as in the authors' code (litian96/ditto, flearn/trainers_MTL/ditto.py). v_k
+begins at the first model that the client is sent, theta_0 where all clients take part. Learning rate, momentum and
+weight decay are those of local training; the loss is the plain cross-entropy, also where the other model has another.
+The term runs over parameters, and batch norm's statistics are the personal model's own. lambda = 1 is the value of the
+authors' scripts (run_fashion_clean_ditto_lam1.sh); their code can choose from 0.1, 1 and 2 for each client.
 
 **The global model** is FedAvg's bit for bit. The personal models after the warm-up are evaluated as
 ``personal_accuracy`` in summary.json. Nothing more is sent; a client keeps one more model and does twice the work.

@@ -2,14 +2,15 @@
 
 Li, Jiang, Zhang, Kamp and Dou, "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", ICLR 2021
 (docs/algorithm.md 3.3). A client begins a round with its own batch norms (scale, shift, running statistics, counter) as
-they were at the end of its last round; in its first round it has those that it was sent. All other entries are averaged
+they were at the end of its last round, and its first round with those that it is sent. All other entries are averaged
 as in FedAvg. Layers are found by type; the authors (med-air/FedBN, federated/fed_digits.py) look for "bn" in names.
 
-**The global model.** FedBN has none of its own. Here the server averages scales and shifts, too, and
-the statistics are measured: rounds with running statistics end with exact ones over all clients' images (3.6). Curves
-within the rounds show the averages of all entries. Clients send their batch norms for this, so bytes
-are FedAvg's and those of the exact statistics. The paper evaluates each client's own model, theta_g with the client's
-batch norms: ``personal_accuracy`` in summary.json. A network without batch norm is trained as in FedAvg.
+**The global model.** FedBN has none. Here clients send their batch norms, too, and the server averages scales and
+shifts. The statistics are measured: rounds with running statistics end with exact ones of all clients' images (3.6).
+Curves within the rounds show the average of all entries. The bytes are those of FedAvg and of the exact statistics.
+
+The paper evaluates each client's own model, the global one with the client's batch norms: ``personal_accuracy`` in
+summary.json. A network without batch norm is trained as in FedAvg.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """FedLC: logits are calibrated by the client's label counts, so that rare classes get a larger margin.
 
 Zhang, Li, Li, Xu, Wu, Ding and Wu, "Federated Learning with Label Distribution Skew via Logits Calibration", ICML 2022
-(docs/algorithm.md 3.14). The loss is the cross-entropy of f_c(x) - tau n_kc^(-1/4), a margin of tau (n_ky^(-1/4) -
-n_kc^(-1/4)) between the classes y and c. The paper's sum in the denominator leaves the right class out, which has no lower bound and
-is not FedAvg at tau = 0; here it has all classes, as in public implementations (makgyver/fluke). A class that the
-client lacks has an infinite margin: it is left out of the softmax, and its row of the head gets no gradient. The
-authors tune tau and released no code that was found; 1 is fluke's.
+(docs/algorithm.md 3.15). The loss is the cross-entropy of f_c(x) - tau n_kc^(-1/4): between the right class y and a
+class c lies a margin of tau (n_ky^(-1/4) - n_kc^(-1/4)). The paper's denominator leaves the right class out. Such a
+loss has no lower bound and is not FedAvg at tau = 0; here the sum has all classes, as in a public implementation
+(makgyver/fluke, fluke/algorithms/fedlc.py). A class that the client lacks has an infinite margin: it is left out of the
+softmax, and its row of the head gets no gradient. We found no release of the authors, who tune tau; 1 is our default.
 
-``fedlc.margin`` = shares adds tau log q_kc of the client's class shares instead: with tau = 1 it is the loss
-``warmup.loss`` = adjusted. Only the loss differs from FedAvg, so nothing more is sent or kept.
+``fedlc.margin`` = shares adds tau log q_kc instead, with the client's class shares q_kc. With tau = 1 this is the loss
+of ``warmup.loss`` = adjusted. Only the loss differs from FedAvg: nothing more is sent or kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .base import Strategy
 class FedLCKnobs:
     tau: float = knob(1.0, "strength of the calibration; 0: FedAvg", low=0.0)
     margin: str = knob(
-        "counts", "what logits are calibrated by: - n^(-1/4) of a client's label counts, or the log of its class shares",
+        "counts", "what calibrates logits: label counts, by - n^(-1/4), or the log of class shares",
         choices=("counts", "shares"),
     )  # fmt: skip
 
@@ -49,7 +49,9 @@ class FedLC(Strategy):
         if not own.tau:
             return None
         counts = torch.bincount(start.labels, minlength=start.facts.num_classes)
-        margins = -(counts.double() ** -0.25).float() if own.margin == "counts" else log_shares(start.labels, len(counts))
+        margins = (
+            -(counts.double() ** -0.25).float() if own.margin == "counts" else log_shares(start.labels, len(counts))
+        )
         shift = own.tau * margins
         return lambda logits: logits + shift
 

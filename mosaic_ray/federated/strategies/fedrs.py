@@ -1,10 +1,10 @@
 """FedRS: restricted softmax. The logits of classes that a client lacks are scaled down in its loss.
 
 Li and Zhan, "FedRS: Federated Learning with Restricted Softmax for Label Distribution Non-IID Data", KDD 2021
-(docs/algorithm.md 3.4). Here is the form of the paper: the factor is 1 for the classes that the client holds, and alpha
-for those that it lacks. The authors' release (lxcnju/FedRepo, algorithms/fedrs.py) has alpha + (1 - alpha) n_kc /
-max_c n_kc for every class, a head without bias, and clipped gradients; their grid of alpha is 0.9, 0.5, 0.1, of which
-the default is the middle. Only the loss differs from FedAvg, so nothing more is sent or kept.
+(docs/algorithm.md 3.4). This is the form of the paper: the factor is 1 for classes that the client holds, and alpha for
+those that it lacks. The authors' release (lxcnju/FedRepo, algorithms/fedrs.py) multiplies every class by alpha + (1 -
+alpha) n_kc / max_c n_kc, has a head without bias and clips gradients. The default of alpha is the middle of the
+authors' grid 0.9, 0.5, 0.1 (train_lab.py). Only the loss differs from FedAvg: nothing more is sent or kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class FedRS(Strategy):
 
     def check(self, config: ExperimentConfig) -> None:
         if config.warmup.loss != "ce":
-            raise RequestError(f"warmup.loss = {config.warmup.loss}: it leaves out the classes that fedrs scales; take ce")
+            raise RequestError(
+                f"warmup.loss = {config.warmup.loss}: it leaves out the classes that fedrs scales; take ce"
+            )
         if config.federation.masked:
             raise RequestError("federation.masked = true: it sets the logits to zero that fedrs scales; take false")
 

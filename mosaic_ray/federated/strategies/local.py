@@ -1,15 +1,15 @@
 """Local training: every client trains its own model alone. It is the floor of federated and of personal methods.
 
-A client begins at theta_0 and goes on from its own model in every round. Nothing is sent between the first
-round, in which it gets theta_0, and the last, after which it sends its model: the bytes are those of one round.
+A client begins at theta_0 and goes on from its own model in every round (docs/algorithm.md 3.18). Clients are sent
+theta_0 in the first round, and send their models after the last, so the bytes are those of one round.
 
-**The global model** is the average of the clients' models, weighted by their numbers of samples: one-shot averaging.
-One-shot methods (``method``) begin with this average and with the clients' models. Closing rounds start at
-the student and are local again, with one average after the last. The figure of local training itself is
-``personal_accuracy`` in summary.json, each client's model after the warm-up.
+**The global model** is the average of the clients' models after the last round, weighted by their numbers of samples.
+Methods begin with this average and with the clients' models, as one-shot methods do. Closing rounds start at the
+student and are local again. The figure of local training itself is ``personal_accuracy`` in summary.json: each
+client's own model after the warm-up.
 
-Every client has the same number of rounds, so cohorts and drop-outs are refused. A client whose work fails for good in a round
-(``federation.min_cohort``) misses that round's steps, and after the last one the average leaves it out.
+Every client has the same number of rounds, so cohorts and drop-outs are refused. A client whose work fails for good in
+a round (``federation.min_cohort``) misses the steps of that round; after the last one the average leaves it out.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """MOON: model-contrastive learning pulls a client's features to the global model's and away from its last local one's.
 
-Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021, equation 3 (docs/algorithm.md 3.15). The loss is the
+Li, He and Song, "Model-Contrastive Federated Learning", CVPR 2021, equation 3 (docs/algorithm.md 3.16). The loss is the
 cross-entropy plus mu times the mean of
 
     - log ( exp(sim(z, z_glob) / T) / (exp(sim(z, z_glob) / T) + exp(sim(z, z_prev) / T)) )
 
 with the cosine similarity of features of the model that is trained, of the one that the client was sent, and of its own
-model at the end of its last round. In a client's first round there is no such model, and the term is 0, as in the
-authors' code (QinbinLi/MOON, main.py). The two other models are in eval mode and get no gradient. mu = 1 and T = 0.5
-are the defaults of that code; the paper takes mu = 5 on CIFAR-10 and 1 on CIFAR-100 and Tiny-ImageNet. The authors add
-a projection head of two layers and contrast its outputs; here features are the inputs of the linear head, so that the network
-is that of all other strategies. A client keeps one more model, and a step has two more forward passes.
+at the end of its last round. In a client's first round there is no such model, and the term is 0, as in the authors'
+code (QinbinLi/MOON, main.py). The other two models are in eval mode and get no gradient. mu = 1 and T = 0.5 are the
+defaults of that code; the authors' example for CIFAR-10 has mu = 5. The authors add a projection head of two layers and
+contrast its outputs. Here features are the inputs of the linear head, so that the network is that of all other
+strategies. A client keeps one more model, and a step has two more forward passes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MoonKnobs:
 
 
 def contrast(z: Tensor, same: Tensor, other: Tensor, temperature: float) -> Tensor:
-    """Return the contrastive term: features ``z`` [B, d] are pulled to those of ``same``, away from those of ``other``."""
+    """Return the contrastive term, which pulls features ``z`` [B, d] to those of ``same``, away from ``other``'s."""
     similarity = [nn.functional.cosine_similarity(z, z2, dim=1) for z2 in (same, other)]
     return -(torch.stack(similarity, 1) / temperature).log_softmax(1)[:, 0].mean()
 

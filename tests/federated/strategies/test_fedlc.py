@@ -1,4 +1,4 @@
-"""FedLC (docs/algorithm.md 3.14)."""
+"""FedLC (docs/algorithm.md 3.15)."""
 
 from __future__ import annotations
 

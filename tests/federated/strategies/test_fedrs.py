@@ -76,7 +76,9 @@ def test_it_works_with(tmp_path, strategy, knobs):
     assert all(np.isfinite(value).all() for value in student(found).values())
     rest = "+".join(word for word in strategy.split("+") if word != "fedrs") or "fedavg"
     other = go(tmp_path, rest, skewed | knobs)
-    assert any(not np.array_equal(v, warmed_up(other).load("global")[n]) for n, v in warmed_up(found).load("global").items())
+    assert any(
+        not np.array_equal(v, warmed_up(other).load("global")[n]) for n, v in warmed_up(found).load("global").items()
+    )
     off = go(tmp_path, strategy, skewed | knobs | {"fedrs.alpha": 1.0})
     assert_same(student(off), student(other))
 

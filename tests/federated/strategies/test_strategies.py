@@ -85,6 +85,15 @@ def test_scaffolds_first_round_is_fedavgs_and_the_second_is_not(tmp_path):
         assert all(np.array_equal(left[name], right[name]) for name in left) is same
 
 
+def test_scaffold_with_zero_control_variates_is_fedavg_bit_for_bit(tmp_path, monkeypatch):
+    def nothing(self, model, num_steps):
+        zero = {name: np.zeros(value.shape, np.float32) for name, value in model.named_parameters()}
+        return zero, zero
+
+    monkeypatch.setattr("mosaic_ray.federated.strategies.scaffold.ControlledObjective.finish", nothing)
+    assert_same(student(go(tmp_path, federation__strategy="scaffold")), student(go(tmp_path)))
+
+
 def test_scaffolds_control_variates_by_hand(tmp_path):
     """c after one round is the mean over all clients of (w_t - y_k) / (I lr)."""
     found = go(tmp_path, federation__strategy="scaffold", warmup__num_rounds=1)
@@ -132,6 +141,10 @@ def test_scaffold_on_ray_agrees_bit_for_bit(tmp_path, ray_up):
             "warmup.momentum = 0.9: scaffold needs plain SGD",
         ),
         ({"federation.strategy": "fedprox", "federation.widths": (0.5,)}, "every width must be 1.0"),
+        (
+            {"federation.strategy": "heterofl+scaffold", "federation.widths": (1.0, 0.5)},
+            "heterofl+scaffold trains whole models, so every width must be 1.0",
+        ),
         ({"fedprox.mu": -1.0}, "fedprox.mu = -1.0: it takes a number at least 0"),
         ({"fedprox.nu": 1.0}, 'unknown knob "fedprox.nu"'),
     ],
