@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..config import plugins
 from ..config.presets import ALGORITHMS, GENERIC, SCALES, scale_named
 from ..config.registry import CLASSIFIERS
 from ..config.resolve import to_toml
@@ -124,11 +123,26 @@ def show(preset: str, **typed: Any) -> None:
 
 
 @mosaic.command()
-def methods() -> None:
-    """List the methods, the federated strategies and the networks, installed plug-ins too."""
-    titles = {"methods": "Methods", "strategies": "Federated strategies (join several by a plus)"}
-    for kind, title in titles.items():
-        listing(title, {name: entry.summary for name, entry in plugins.entries(kind).items()})
+@click.argument("name", required=False)
+@click.option("--bibtex", is_flag=True, help="Print the papers of NAME, or of all, as BibTeX.")
+def methods(name: str | None, bibtex: bool) -> None:
+    """List the methods and strategies with what each needs of its clients, and the networks; or describe NAME.
+
+    NAME is a method, a strategy or a plug-in, as in `mosaic compare --methods`. Installed plug-ins are listed, too.
+    """
+    from .methods import TITLES, bibtex_of, described, every, find, needs
+
+    found = every() if name is None else find(name)
+    if bibtex:
+        click.echo(bibtex_of(found))
+        return
+    if name is not None:
+        for entry in found:
+            listing(*described(entry))
+        return
+    for kind, title in TITLES.items():
+        rows = {entry.word: f"{entry.summary}. {needs(entry)}" for entry in found if entry.kind == kind}
+        listing(title, rows)
     listing("Networks", CLASSIFIERS)
     click.echo("mosaic run --method METHOD --set federation.strategy=STRATEGY --set model.classifier=NETWORK")
     click.echo("Your own: --method module:object or FILE.py:object, and the same for a strategy.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..core.about import About
 from ..pipeline.graph import Graph
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ class Method:
     version: int = 1
     #: A frozen dataclass of ``config.fields.knob`` fields, or None.
     knobs: type | None = None
+    #: What it needs of its clients and where it was published; None: nothing is declared.
+    about: About | None = None
     stages: Graph = ()
     #: The server's work after every round of the warm-up, for methods that distil in each (``AfterRound``), or None.
     after_round: AfterRound | None = None
@@ -66,6 +69,7 @@ class FedAvgOnly(Method):
     """Federated averaging (or another strategy) alone: the warm-up and the closing rounds."""
 
     name = "fedavg"
+    about = About(rounds="no rounds of its own")
 
 
 NONE = FedAvgOnly()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.about import About
 from ..pipeline.graph import Stage
 from ..pipeline.stages import prototype_split
 from .base import Distilled, Method
@@ -30,6 +31,7 @@ class PrototypeHead(Method):
     """The head re-fitted on prototypes."""
 
     name = "prototype_head"
+    about = About(rounds="once, after the warm-up", statistics="prototypes")
     stages = (PROTOTYPES, REFIT)
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.about import About
 from ..core.errors import RequestError
 from .base import Distilled, Method
 from .mosaic.graph import GENERATORS
@@ -23,6 +24,9 @@ class Rehearsal(Method):
     """Generators for rehearsal in the closing rounds."""
 
     name = "rehearsal"
+    about = About(
+        rounds="once, after the warm-up, and in the closing rounds", generators=True, label_counts="on the server"
+    )
     stages = (GENERATORS,)
 
     def check(self, config: ExperimentConfig) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..config.fields import knob
 from ..config.plugins import own_knobs, section_of
+from ..core.about import About, Paper
 from ..pipeline.graph import KeyInputs, Knobs, Stage
 from ..pipeline.stages import driver_knobs
 from .base import Distilled, Method
@@ -95,6 +96,10 @@ class StatisticsHead(Method):
 class LdaHead(StatisticsHead):
     """Linear discriminant analysis of all clients' features."""
 
+    about = About(
+        rounds="once, after the warm-up", statistics="class means and one scatter", label_counts="on the server"
+    )
+
     def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
         from ..distillation.class_statistics import lda_head
 
@@ -103,6 +108,14 @@ class LdaHead(StatisticsHead):
 
 class Ccvr(StatisticsHead):
     """Classifier calibration with virtual representations."""
+
+    about = About(
+        rounds="once, after the warm-up", statistics="class means and scatters", label_counts="on the server",
+        papers=(Paper(
+            "luo2021no", "No Fear of Heterogeneity: Classifier Calibration for Federated Learning with Non-IID Data",
+            "NeurIPS", 2021, "Mi Luo, Fei Chen, Dapeng Hu, Yifan Zhang, Jian Liang, Jiashi Feng", arxiv="2106.05001",
+        ),),
+    )  # fmt: skip
 
     def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
         from ..distillation.class_statistics import calibrate_head, draw_features

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...core.about import About, Paper
 from ...core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Strategy:
     version: int = 1
     #: A frozen dataclass of ``config.fields.knob`` fields, or None.
     knobs: type | None = None
+    #: What it needs of its clients and where it was published; None: nothing is declared.
+    about: About | None = None
     #: Whether clients may hold a part of the model (``federation.widths`` below 1).
     partial_widths: bool = False
     #: Whether it needs whole models even beside a strategy that takes parts of them.
@@ -138,6 +141,13 @@ class FedAvg(Strategy):
     """
 
     name = "fedavg"
+    about = About(
+        papers=(Paper(
+            "mcmahan2017communication", "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+            "AISTATS", 2017, "H. Brendan McMahan, Eider Moore, Daniel Ramage, Seth Hampson, Blaise Agüera y Arcas",
+            arxiv="1602.05629",
+        ),),
+    )  # fmt: skip
 
 
 FEDAVG = FedAvg()

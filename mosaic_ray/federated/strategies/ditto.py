@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...config.fields import knob
 from ...config.plugins import section_of
+from ...core.about import About, Paper
 from ...core.types import Weights
 from ...models.state_dict import load_weights, to_weights, use_precision
 from ..local_training import LocalStart, Objective, prepare
@@ -67,6 +68,13 @@ class Ditto(Strategy):
     """FedAvg, and a personal model at every client."""
 
     name = "ditto"
+    about = About(
+        state="a personal model",
+        papers=(Paper(
+            "li2021ditto", "Ditto: Fair and Robust Federated Learning Through Personalization", "ICML", 2021,
+            "Tian Li, Shengyuan Hu, Ahmad Beirami, Virginia Smith", arxiv="2012.04221",
+        ),),
+    )  # fmt: skip
     knobs = DittoKnobs
     whole_models = personal_models = True
 

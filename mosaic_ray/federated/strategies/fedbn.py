@@ -18,6 +18,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...core.about import About, Paper
 from ...core.types import Weights
 from ...models.state_dict import to_weights
 from ..local_training import LocalStart, Objective
@@ -36,6 +37,13 @@ class FedBN(Strategy):
     """FedAvg of all entries but batch norms, which stay with the clients."""
 
     name = "fedbn"
+    about = About(
+        statistics="batch-norm moments at the end", state="their batch norms",
+        papers=(Paper(
+            "li2021fedbn", "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", "ICLR", 2021,
+            "Xiaoxiao Li, Meirui Jiang, Xiaofei Zhang, Michael Kamp, Qi Dou", arxiv="2102.07623",
+        ),),
+    )  # fmt: skip
     whole_models = exact_bn = personal_models = True
 
     def receive(self, weights: Weights, state: Weights) -> Weights:

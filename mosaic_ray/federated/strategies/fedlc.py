@@ -20,6 +20,7 @@ import torch
 from ...config.fields import knob
 from ...config.plugins import section_of
 from ...config.schema import ExperimentConfig
+from ...core.about import About, Paper
 from ...core.errors import RequestError
 from ..local_training import LocalStart, LogitAdjustment, log_shares
 from .base import Strategy
@@ -38,6 +39,13 @@ class FedLC(Strategy):
     """FedAvg with calibrated logits; tau = 0 is FedAvg."""
 
     name = "fedlc"
+    about = About(
+        label_counts="at the client",
+        papers=(Paper(
+            "zhang2022federated", "Federated Learning with Label Distribution Skew via Logits Calibration", "ICML",
+            2022, "Jie Zhang, Zhiqi Li, Bo Li, Jianghe Xu, Shuang Wu, Shouhong Ding, Chao Wu", arxiv="2209.00189",
+        ),),
+    )  # fmt: skip
     knobs = FedLCKnobs
 
     def check(self, config: ExperimentConfig) -> None:

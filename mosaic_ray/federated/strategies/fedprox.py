@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...config.fields import knob
 from ...config.plugins import section_of
+from ...core.about import About, Paper
 from ..local_training import LocalStart, Objective
 from .base import Strategy
 
@@ -44,6 +45,13 @@ class FedProx(Strategy):
     """FedAvg with a proximal term in the local objective; mu = 0 is FedAvg."""
 
     name = "fedprox"
+    about = About(
+        papers=(Paper(
+            "li2020federated", "Federated Optimization in Heterogeneous Networks", "MLSys", 2020,
+            "Tian Li, Anit Kumar Sahu, Manzil Zaheer, Maziar Sanjabi, Ameet Talwalkar, Virginia Smith",
+            arxiv="1812.06127",
+        ),),
+    )  # fmt: skip
     knobs = FedProxKnobs
 
     def objective(self, start: LocalStart) -> Objective:

@@ -16,6 +16,7 @@ import torch
 from ...config.fields import knob
 from ...config.plugins import section_of
 from ...config.schema import ExperimentConfig
+from ...core.about import About, Paper
 from ...core.errors import RequestError
 from ..local_training import LocalStart, LogitAdjustment
 from .base import Strategy
@@ -30,6 +31,13 @@ class FedRS(Strategy):
     """FedAvg with the restricted softmax; alpha = 1 is FedAvg."""
 
     name = "fedrs"
+    about = About(
+        label_counts="at the client",
+        papers=(Paper(
+            "li2021fedrs", "FedRS: Federated Learning with Restricted Softmax for Label Distribution Non-IID Data",
+            "KDD", 2021, "Xin-Chun Li, De-Chuan Zhan", doi="10.1145/3447548.3467254",
+        ),),
+    )  # fmt: skip
     knobs = FedRSKnobs
 
     def check(self, config: ExperimentConfig) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ...config.plugins import load
 from ...config.schema import ExperimentConfig
+from ...core.about import About
 from ...core.errors import RequestError
 from ...core.types import Weights
 from ...models.state_dict import to_weights
@@ -36,6 +37,7 @@ class Local(Strategy):
     """No averaging before the end."""
 
     name = "local"
+    about = About(rounds="once, after the last round", state="their model")
     whole_models = personal_models = True
     every_round = False
 

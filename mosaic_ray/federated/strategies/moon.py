@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...config.fields import knob
 from ...config.plugins import section_of
+from ...core.about import About, Paper
 from ...core.types import Weights
 from ...models.state_dict import freeze, load_weights, to_weights
 from ..local_training import LocalStart, Objective
@@ -73,6 +74,13 @@ class Moon(Strategy):
     """FedAvg with a model-contrastive term in the local objective; mu = 0 is FedAvg."""
 
     name = "moon"
+    about = About(
+        state="their last model",
+        papers=(Paper(
+            "li2021model", "Model-Contrastive Federated Learning", "CVPR", 2021, "Qinbin Li, Bingsheng He, Dawn Song",
+            arxiv="2103.16257",
+        ),),
+    )  # fmt: skip
     knobs = MoonKnobs
     whole_models = True
 

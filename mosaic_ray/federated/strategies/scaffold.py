@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...config.schema import ExperimentConfig
+from ...core.about import About, Paper
 from ...core.errors import RequestError
 from ...core.types import Update, Weights
 from ..client_models import Models, RoundAggregator, RoundStart
@@ -70,6 +71,15 @@ class Scaffold(Strategy):
     """FedAvg with control variates on the server and on every client."""
 
     name = "scaffold"
+    about = About(
+        state="a control variate",
+        papers=(Paper(
+            "karimireddy2020scaffold", "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", "ICML", 2020,
+            "Sai Praneeth Karimireddy, Satyen Kale, Mehryar Mohri, Sashank J. Reddi, Sebastian U. Stich, "
+                "Ananda Theertha Suresh",
+            arxiv="1910.06378",
+        ),),
+    )  # fmt: skip
     whole_models = True
 
     def check(self, config: ExperimentConfig) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...core.about import About, Paper
 from ...core.seeding import numpy_stream
 from .base import Strategy
 
@@ -45,6 +46,13 @@ class HeteroFL(Submodel):
     """
 
     name = "heterofl"
+    about = About(
+        papers=(Paper(
+            "diao2021heterofl",
+            "HeteroFL: Computation and Communication Efficient Federated Learning for Heterogeneous Clients", "ICLR",
+            2021, "Enmao Diao, Jie Ding, Vahid Tarokh", arxiv="2010.01264",
+        ),),
+    )  # fmt: skip
 
     def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
         return np.arange(kept)
@@ -58,6 +66,12 @@ class FedRolex(Submodel):
     """
 
     name = "fedrolex"
+    about = About(
+        papers=(Paper(
+            "alam2022fedrolex", "FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model Extraction",
+            "NeurIPS", 2022, "Samiul Alam, Luyang Liu, Ming Yan, Mi Zhang", arxiv="2212.01548",
+        ),),
+    )  # fmt: skip
 
     def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
         return np.sort((round_num + np.arange(kept)) % size)
@@ -71,6 +85,12 @@ class FedDropout(Submodel):
     """
 
     name = "feddropout"
+    about = About(
+        papers=(Paper(
+            "caldas2018expanding", "Expanding the Reach of Federated Learning by Reducing Client Resource Requirements",
+            "", 2018, "Sebastian Caldas, Jakub Konečný, H. Brendan McMahan, Ameet Talwalkar", arxiv="1812.07210",
+        ),),
+    )  # fmt: skip
 
     def choose(self, size: int, kept: int, round_num: int, address: tuple[int, int, int]) -> np.ndarray:
         seed, *rest = address

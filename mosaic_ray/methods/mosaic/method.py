@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...config.schema import ExperimentConfig
+from ...core.about import About, Paper
 from ...core.errors import RequestError
 from ...core.types import DataFacts
 from ...pipeline.stages import rehearses
@@ -20,6 +21,18 @@ class Mosaic(Method):
     """Generators on the clients, class experts and a meta model on the server, a student taught by both."""
 
     name = "mosaic"
+    about = About(
+        rounds="once, after the warm-up", generators=True, statistics="prototypes", label_counts="on the server",
+        papers=(Paper(
+            "liu2025mosaic",
+            "Mosaic: Data-Free Knowledge Distillation via Mixture-of-Experts for Heterogeneous Distributed "
+                "Environments",
+            "", 2025,
+            "Junming Liu, Yanting Gao, Siyuan Meng, Yifei Sun, Aoqi Wu, Yufei Jin, Yirong Chen, Ding Wang, "
+                "Guosun Zeng",
+            arxiv="2505.19699",
+        ),),
+    )  # fmt: skip
     stages = (GENERATORS, PROTOTYPES, TEACHER, DISTILL)
 
     def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
