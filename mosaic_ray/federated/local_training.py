@@ -81,7 +81,7 @@ LogitAdjustment = Callable[[Tensor], Tensor]
 class Objective:
     """The local objective of one client in one round: cross-entropy. Strategies override its methods."""
 
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+    def forward(self, model: Classifier, images: Tensor) -> Tensor:
         """Return the logits [B', C] of a mini-batch; override it to keep ``images`` or features for ``loss``.
 
         ``images`` [B', channels, H, W] are normalised, B' - B synthetic ones last (rehearsal).

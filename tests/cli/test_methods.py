@@ -81,7 +81,7 @@ def test_bibtex():
         (["dito"], 'methods dito: unknown method or strategy; did you mean "ditto"?'),
         (["fedrs+mon"], 'methods fedrs+mon: unknown method or strategy; did you mean "moon"'),
         (["prototype_head", "--bibtex"], "methods prototype_head --bibtex: it declares no paper"),
-        (["nowhere.py:X"], "methods nowhere.py:X: No such file"),
+        (["nowhere.py:X"], "methods nowhere.py:X: nowhere.py: No such file"),
     ],
 )
 def test_bad_requests_are_one_line(words, says):

@@ -25,6 +25,7 @@ from ...config.fields import knob
 from ...config.plugins import section_of
 from ...core.about import About, Paper
 from ...core.types import Weights
+from ...models.classifiers import Classifier
 from ...models.state_dict import freeze, load_weights, to_weights
 from ..local_training import LocalStart, Objective
 from .base import Strategy
@@ -51,7 +52,7 @@ class ContrastiveObjective(Objective):
         self._last = freeze(load_weights(copy.deepcopy(start.model), start.state)) if start.state else None
         self._features: list[Tensor] = []
 
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+    def forward(self, model: Classifier, images: Tensor) -> Tensor:
         z = model.features(images)
         if self._last is not None:
             with torch.no_grad():
@@ -63,8 +64,8 @@ class ContrastiveObjective(Objective):
         found = super().loss(model, logits, labels)
         if self._last is None:
             return found
-        real = (features[: len(labels)].float() for features in self._features)
-        return found + self._own.mu * contrast(*real, self._own.temperature)
+        z, received, last = (features[: len(labels)].float() for features in self._features)
+        return found + self._own.mu * contrast(z, received, last, self._own.temperature)
 
     def finish(self, model: nn.Module, num_steps: int) -> tuple[Weights, Weights]:
         return {}, to_weights(model)

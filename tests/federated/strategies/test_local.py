@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import FACTS, TINY, assert_same, stripes, stripes_dataset
+from rich.console import Console
 from strategy_runs import QUICK, go, resumes, same_on_ray, student, warmed_up
 
 from mosaic_ray.config.resolve import override
@@ -20,6 +22,8 @@ from mosaic_ray.federated.evaluation import accuracy, logits_on
 from mosaic_ray.federated.local_training import LocalTrainingConfig
 from mosaic_ray.methods.base import FedAvgOnly
 from mosaic_ray.pipeline.personal import own_accuracy
+from mosaic_ray.report.sweep_table import measures
+from mosaic_ray.report.tables import closing_table
 from mosaic_ray.runs.summary import Summary
 from mosaic_ray.sweeps.results import TrialResult, results_table
 
@@ -120,6 +124,16 @@ def test_sweeps_have_columns_where_a_trial_has_personal_models(tmp_path):
     table = results_table(rows).to_pylist()
     assert [row["personal_own"] for row in table] == [None, rows[1].summary["personal_accuracy"]["own"]]
     assert "personal_own" not in results_table(rows[:1]).column_names
+    assert measures([table])["personal"] == "personal_own"
+    assert "personal" not in measures([results_table(rows[:1]).to_pylist()])
+
+
+def test_the_closing_table_shows_clients_own_models(tmp_path):
+    found = go(tmp_path, "local")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(closing_table(found))
+    [line] = [line for line in console.file.getvalue().splitlines() if "own models" in line]
+    assert line.split()[-2:] == [f"{100 * found['personal_accuracy']['own']:.1f}", "%"]
 
 
 @pytest.mark.parametrize(
