@@ -96,7 +96,8 @@ NARROW = {"federation__widths": [1.0, 0.5, 1.0]}
     "strategy, knobs",
     [
         ("fedavg", {}), ("fedprox", {}), ("scaffold", {}), ("fedrolex", NARROW), ("heterofl", NARROW),
-        ("feddropout", NARROW), ("heterofl", NARROW | {"federation__masked": True}),
+        ("feddropout", NARROW), ("heterofl", NARROW | {"federation__masked": True}), ("fedbn", {}), ("fedrs", {}),
+        ("fedlc", {}), ("moon", {}), ("ditto", {}), ("local", {}),
     ],
 )  # fmt: skip
 def test_a_client_trains_with_every_kind_of_strategy(device, strategy, knobs):
@@ -302,7 +303,7 @@ def test_a_teacher_and_a_student_twice_give_the_same_bits(device):
 def test_no_operation_lacks_a_deterministic_kernel():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for strategy in ("scaffold", "fedprox"):
+        for strategy in ("scaffold", "fedprox", "ditto"):
             trained("cuda", federation__strategy=strategy)
         generated("cuda", generator__tau=1000)
         _, task = taught("cuda")

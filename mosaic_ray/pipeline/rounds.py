@@ -451,12 +451,8 @@ def _closing_plan(ctx: RunContext) -> LocalTrainingConfig:
 
 
 def _exact_bn(config: ExperimentConfig, bn: str) -> bool:
-    """Return whether rounds with the knob ``bn`` end with exact statistics; no others fit partial widths.
-
-    Nor do averages of running ones where a strategy keeps the clients' batch norms apart.
-    """
-    apart = bn == "running" and strategy_named(config.federation.strategy).exact_bn
-    return bn == "exact" or apart or any_partial_width(config)
+    """Return whether rounds with the knob ``bn`` end with exact statistics; no others fit partial widths."""
+    return bn == "exact" or any_partial_width(config)
 
 
 def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models: Models) -> StageResult:

@@ -45,8 +45,6 @@ class Strategy:
     whole_models: bool = False
     #: Whether models travel in every round; else down in the first one and up in the last.
     every_round: bool = True
-    #: Whether running batch-norm statistics must not be averaged: rounds that would end so end with exact ones.
-    exact_bn: bool = False
     #: Whether clients have models of their own, which ``personal`` returns and a run evaluates after the warm-up.
     personal_models: bool = False
 
@@ -117,7 +115,6 @@ class Combined(Strategy):
         self.whole_models = any(part.whole_models for part in parts)
         self.partial_widths = any(part.partial_widths for part in parts) and not self.whole_models
         self.every_round = all(part.every_round for part in parts)
-        self.exact_bn = any(part.exact_bn for part in parts)
         self.personal_models = any(part.personal_models for part in parts)
         self._parts = parts
         for choice in _CHOICES:

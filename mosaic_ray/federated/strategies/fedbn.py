@@ -5,9 +5,9 @@ Li, Jiang, Zhang, Kamp and Dou, "FedBN: Federated Learning on Non-IID Features v
 they were at the end of its last round, and its first round with those that it is sent. All other entries are averaged
 as in FedAvg. Layers are found by type; the authors (med-air/FedBN, federated/fed_digits.py) look for "bn" in names.
 
-**The global model.** FedBN has none. Here clients send their batch norms, too, and the server averages scales and
-shifts. The statistics are measured: rounds with running statistics end with exact ones of all clients' images (3.6).
-Curves within the rounds show the average of all entries. The bytes are those of FedAvg and of the exact statistics.
+**The global model.** FedBN has none. Here clients send their batch norms, too, and the global model has the averages of
+all entries, as in FedAvg. ``warmup.bn`` and ``finetune.bn`` decide about its statistics, as for every strategy, so that
+rows of a table differ in the strategy alone. Exact ones (3.6) suit FedBN best, whose clients' statistics lie apart.
 
 The paper evaluates each client's own model, the global one with the client's batch norms: ``personal_accuracy`` in
 summary.json. A network without batch norm is trained as in FedAvg.
@@ -38,13 +38,13 @@ class FedBN(Strategy):
 
     name = "fedbn"
     about = About(
-        statistics="batch-norm moments at the end", state="their batch norms",
+        state="their batch norms",
         papers=(Paper(
             "li2021fedbn", "FedBN: Federated Learning on Non-IID Features via Local Batch Normalization", "ICLR", 2021,
             "Xiaoxiao Li, Meirui Jiang, Xiaofei Zhang, Michael Kamp, Qi Dou", arxiv="2102.07623",
         ),),
     )  # fmt: skip
-    whole_models = exact_bn = personal_models = True
+    whole_models = personal_models = True
 
     def receive(self, weights: Weights, state: Weights) -> Weights:
         return weights | state

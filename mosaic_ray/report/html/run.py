@@ -90,6 +90,8 @@ def _cards(run: RunReport) -> list[Card]:
     if run.gain is not None:
         cards.append(Card("gain over control", points(run.gain), "points of test accuracy, final − control"))
     cards += [Card(r, percent(run.accuracy(r)), what) for r, what in _WHAT.items() if run.accuracy(r) is not None]
+    if (own := run.summary.personal_accuracy) is not None:
+        cards.append(Card("clients' own", percent(own.own), "own models after the warm-up, on own classes; mean"))
     if run.summary.stages:
         frame = time_frame(run)
         cached = int((frame["state"] == "cached").sum())

@@ -22,6 +22,7 @@ from mosaic_ray.federated.evaluation import accuracy, logits_on
 from mosaic_ray.federated.local_training import LocalTrainingConfig
 from mosaic_ray.methods.base import FedAvgOnly
 from mosaic_ray.pipeline.personal import own_accuracy
+from mosaic_ray.report.html.render import write_report
 from mosaic_ray.report.sweep_table import measures
 from mosaic_ray.report.tables import closing_table
 from mosaic_ray.runs.summary import Summary
@@ -128,11 +129,13 @@ def test_sweeps_have_columns_where_a_trial_has_personal_models(tmp_path):
     assert "personal" not in measures([results_table(rows[:1]).to_pylist()])
 
 
-def test_the_closing_table_shows_clients_own_models(tmp_path):
+def test_the_closing_table_and_the_page_show_clients_own_models(tmp_path):
     found = go(tmp_path, "local")
     console = Console(file=io.StringIO(), width=100)
     console.print(closing_table(found))
     [line] = [line for line in console.file.getvalue().splitlines() if "own models" in line]
+    page = write_report(found["paths"]["run"], str(tmp_path / "page.html"))
+    assert "own models after the warm-up" in Path(page).read_text()
     assert line.split()[-2:] == [f"{100 * found['personal_accuracy']['own']:.1f}", "%"]
 
 
