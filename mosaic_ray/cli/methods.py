@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..config import plugins
 from ..config.fields import knobs_of, shown
 from ..config.user_code import load_object
-from ..core.about import Paper
+from ..core.about import About, Paper
 from ..core.errors import RequestError, neighbours
 
 #: Headings by kind.
@@ -54,9 +54,15 @@ def _loaded(kind: str, word: str, strict: bool = True) -> Found:
     return Found(kind, word, entry.summary if entry else word, found)
 
 
+def about_of(found: Found) -> About | None:
+    """Return what it declares about itself."""
+    about = getattr(found.object, "about", None)
+    return about if isinstance(about, About) else None
+
+
 def papers_of(found: Found) -> tuple[Paper, ...]:
     """Return the papers that it declares."""
-    about = getattr(found.object, "about", None)
+    about = about_of(found)
     return about.papers if about else ()
 
 
@@ -64,7 +70,7 @@ def needs(found: Found) -> str:
     """Return in one line what it needs of its clients."""
     if found.object is None:
         return "It does not load: `mosaic methods NAME` says why."
-    about = getattr(found.object, "about", None)
+    about = about_of(found)
     return about.summary() if about else "It declares no needs."
 
 
@@ -79,7 +85,7 @@ def bibtex_of(found: list[Found]) -> str:
 
 def described(found: Found) -> tuple[str, dict[str, str]]:
     """Return a title and rows: what it needs, its knobs, its papers."""
-    about, own = getattr(found.object, "about", None), found.object.knobs
+    about, own = about_of(found), found.object.knobs
     rows = {"summary": found.summary} | (about.rows() if about else {"needs": "not declared"})
     if found.kind == "strategies":
         rows["narrow clients"] = "yes" if found.object.partial_widths else "no, or beside a strategy that takes them"

@@ -93,7 +93,7 @@ def test_a_plug_in_is_described(tmp_path, monkeypatch):
     head = "from mosaic_ray.core.about import About\nfrom mosaic_ray.federated.strategies.base import Strategy\n"
     (tmp_path / "mine.py").write_text(
         head + 'class Mine(Strategy):\n    name = "mine"\n    about = About(state="a diary")\nMINE = Mine()\n'
-        'class Bare(Strategy):\n    name = "bare"\nBARE = Bare()\n'
+        'class Bare(Strategy):\n    name = "bare"\n    about = "words of its own"\nBARE = Bare()\n'
     )
     assert re.search("state +a diary", ask("methods", "mine.py:MINE").stdout)
     assert re.search("needs +not declared", ask("methods", "mine.py:BARE").stdout)
