@@ -1,7 +1,7 @@
-"""Every switch in which ``fixed`` (the defaults) and ``reference`` (the authors' code) differ, flipped one at a time.
+"""Every switch in which ``distilled`` (knobs at their defaults) and ``reference`` (the authors' code) differ, flipped.
 
-The points are read from ``presets.REFERENCE``, so a switch that is added there is flipped here. Point 0 is the base,
-which should be a ``fixed`` one.
+A point flips one switch; point 0 is the base. The points are read from ``presets.REFERENCE``, so a switch that is added
+there is flipped here.
 
 The knobs in ``BUDGETS`` are no switches and stay: numbers of updates and tries, and step sizes. lambda_e = 0 is a
 switch, since it turns the entropy loss off. ``COMPANY`` names knobs that change together with a switch. Either the
@@ -32,4 +32,5 @@ def plan() -> SweepPlan:
     return SweepPlan(
         summary=f"the base, then {len(points)} choices of the authors' code, one at a time",
         points=({}, *points),
+        base={"algorithm": "distilled"},
     )

@@ -16,4 +16,5 @@ def plan() -> SweepPlan:
             "generator.lambda_d": Choice((2.0, 5.0, 10.0)),
             "generator.lambda_i": Choice((5.0, 10.0, 15.0)),
         },
+        base={"algorithm": "distilled"},
     )

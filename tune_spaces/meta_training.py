@@ -16,6 +16,6 @@ def plan() -> SweepPlan:
     return SweepPlan(
         summary="meta model trained on prototypes, or on synthetic images with two kinds of label",
         knobs={"meta.data": Choice(("prototypes", "synthetic", "synthetic_vote"))},
-        base={"meta.init": "random", "meta.select": False},
+        base={"algorithm": "distilled", "meta.init": "random", "meta.select": False},
         seeds=(0, 1, 2),
     )

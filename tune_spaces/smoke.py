@@ -14,6 +14,6 @@ def plan() -> SweepPlan:
     return SweepPlan(
         summary="digits, 2 omegas x 3 weights of the diversity loss: 6 short trials, minutes on two cores",
         knobs={"partition.omega": Choice((0.1, 1.0)), "generator.lambda_d": Choice((2.0, 5.0, 10.0))},
-        preset="demo",
+        preset="demo+distilled",
         base={"generator.steps": 200, "meta.updates": 200, "distill.steps": 150},
     )

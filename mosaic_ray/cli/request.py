@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..config import plugins
-from ..config.presets import GENERIC, SCHEDULED, SHAPES, Shape, preset_words
+from ..config.presets import ALGORITHMS, GENERIC, SCHEDULED, SHAPES, Shape, preset_words
 from ..config.registry import DATASETS
 from ..config.resolve import KNOBS, check_value, read_toml, resolve
 from ..config.schema import DataConfig, ExperimentConfig
@@ -225,6 +225,8 @@ def parse_config(
     file = base | own
     preset = options.get("preset") or file.get("preset", "")
     file.pop("preset", None)
+    if isinstance(preset, str) and not ALGORITHMS.keys().isdisjoint(preset.split("+")) and "algorithm" not in own:
+        file.pop("algorithm", None)  # the base's
     root = str(knobs.get("data.root") or file.get("data.root") or "")
     for values in (file, knobs):
         if "data.name" in values:

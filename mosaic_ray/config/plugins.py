@@ -110,7 +110,7 @@ def strategy_named(word: str) -> Any:
 
 def trains_generators(config: ExperimentConfig) -> bool:
     """Return whether the method of ``config`` has the stage in which clients train generators."""
-    return any(stage.name == "generators" for stage in load("methods", config.method).stages)
+    return any(stage.name == "generators" for stage in load("methods", config.method).graph(config))
 
 
 def section_of(config: ExperimentConfig, name: str, knobs: type[T]) -> T:

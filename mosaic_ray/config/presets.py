@@ -1,8 +1,8 @@
 """Named starting points: scales (how much work) and algorithms (which switches), orthogonal to each other.
 
 The algorithm presets hold the switches of the authors' code (``reference``, its defects included), of the paper's
-text as far as it can be recovered (``paper``), repaired (``fixed``), and with rehearsal, which works best
-(``rehearsal``, docs/EXPERIMENTS.md).
+text as far as it can be recovered (``paper``), of the paper's path repaired (``distilled``), and of what works best
+(``fixed``: rehearsal in place of distillation; docs/EXPERIMENTS.md has the measurements).
 
 ``schedule`` is the rule by which every data set has two scales. Those of the data sets that ship bear their names:
 ``cifar100`` is the paper's scale, ``cifar100_small`` takes minutes on two cores. Others have ``large`` and ``small``.
@@ -69,20 +69,21 @@ REFERENCE: dict[str, Any] = PAPER | {
 }
 
 #: Closing rounds at a working step size in which clients rehearse, if their held-back images say that it helps.
-REHEARSAL: dict[str, Any] = {
+FIXED: dict[str, Any] = {
     "generator.family": "cvae",
     "generator.latent_dim": 32,
+    "distill.steps": 0,
     "warmup.bn": "exact",
     "finetune.num_rounds": 30,
     "finetune.lr": 0.02,
     "finetune.bn": "exact",
-    "finetune.head": "lda_head",
+    "finetune.head": "refit",
     "rehearsal.candidates": (0.3, 1.0),
 }
 
 ALGORITHMS: dict[str, tuple[dict[str, Any], str]] = {
-    "fixed": ({}, "what works: consistent teacher, guarded student (default)"),
-    "rehearsal": (REHEARSAL, "clients train on synthetic images of classes that they lack, where that helps"),
+    "fixed": (FIXED, "what works: clients rehearse synthetic images of classes that they lack (default)"),
+    "distilled": ({}, "the paper's path repaired: consistent teacher, guarded student"),
     "paper": (PAPER, "the paper's text, as far as it can be recovered"),
     "reference": (REFERENCE, "the authors' code, its defects included"),
 }
@@ -179,6 +180,14 @@ def _large(shape: Shape) -> dict[str, Any]:
     return knobs | {"warmup.num_rounds": 341 if shape.channels == 3 else 200}
 
 
+def _small_tuning(shape: Shape, knobs: Mapping[str, Any], clients: int) -> dict[str, dict[str, Any]]:
+    """Return fewer closing rounds of ``fixed`` where all would take more than ``PASSES`` passes over the images."""
+    images = (shape.images or CLIENTS * SHARD) / clients
+    seen = knobs.get("finetune.local_steps", FinetuneConfig.local_steps) * min(WarmupConfig.batch_size, images)
+    rounds = max(LEAST_ROUNDS, round(PASSES * images / seen))
+    return {"fixed": {"finetune.num_rounds": rounds}} if rounds < FIXED["finetune.num_rounds"] else {}
+
+
 def _tuning(shape: Shape, knobs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the authors' distillation, and their CIFAR-100 for more than 10 classes; ``knobs``: the schedule's.
 
@@ -207,6 +216,7 @@ _DEMO = Scale(
         "generator.latent_dim": 32,
         "runtime.eval_rounds": 1,
     },
+    {"fixed": {"finetune.num_rounds": 5}},  # digits are learnt to the end in more
 )
 
 
@@ -223,7 +233,8 @@ def scale_named(word: str, clients: int = CLIENTS, shape: Shape | None = None) -
     rounds = f", {knobs['warmup.num_rounds']} warm-up rounds" if large and own else ""
     work = f"ResNet-18{rounds} (a GPU's work)" if large else "a small network, minutes on two cores"
     title = DATASETS[name].summary.partition(":")[0] if own else "any data set, by its shape"
-    return Scale(f"{title}: {CLIENTS} clients, {work}", knobs, _tuning(shape, knobs) if large else {})
+    tuning = _tuning(shape, knobs) if large else _small_tuning(shape, knobs, clients)
+    return Scale(f"{title}: {CLIENTS} clients, {work}", knobs, tuning)
 
 
 #: Scales of any data set, by its shape.

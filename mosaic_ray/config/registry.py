@@ -105,7 +105,7 @@ CLASSIFIERS: dict[str, str] = {
 #: Methods by name; ``methods/base.py`` has their contract.
 METHODS: dict[str, Entry] = {
     "mosaic": Entry(
-        "generators, class experts and a meta model teach the student (arXiv 2505.19699)",
+        "generators for rehearsal, or with class experts and a meta model to teach the student (arXiv 2505.19699)",
         "mosaic_ray.methods.mosaic.method:MOSAIC",
     ),
     "prototype_head": Entry(
@@ -119,10 +119,6 @@ METHODS: dict[str, Entry] = {
     "ccvr": Entry(
         "ablation: the head trained on features drawn from one Gaussian a class (Luo et al. 2021)",
         "mosaic_ray.methods.statistics_heads:CCVR",
-    ),
-    "rehearsal": Entry(
-        "Mosaic's generators for rehearsal in the closing rounds, without teacher and distillation",
-        "mosaic_ray.methods.rehearsal:REHEARSAL",
     ),
     "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }

@@ -198,7 +198,9 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    steps: int = knob(300, "distillation steps", low=0)
+    steps: int = knob(
+        300, "distillation steps; 0: no teacher, and the closing rounds begin at the warm-up's model", low=0
+    )
     start: str = knob(
         "refit", "the head that the student starts with: the global model's, or one re-fitted on prototypes",
         choices=("global", "refit"),
@@ -259,8 +261,9 @@ class FinetuneConfig:
     )
     head: str = knob(
         "keep",
-        "the student's head after the closing rounds: as trained, or made anew from statistics of the new features",
-        choices=("keep", "lda_head", "ccvr"),
+        "the student's head after the closing rounds: as trained, or made anew from clients' statistics of the new "
+        "features; refit: as the method makes its head, else lda_head",
+        choices=("keep", "refit", "lda_head", "ccvr", "prototype_head"),
     )
 
 
@@ -323,7 +326,7 @@ class RuntimeConfig:
 @dataclass(frozen=True)
 class ExperimentConfig:
     method: str = knob("mosaic", "see `mosaic methods`; or module:object of your own")
-    algorithm: str = knob("fixed", "algorithm preset", choices=("fixed", "rehearsal", "paper", "reference"))
+    algorithm: str = knob("distilled", "algorithm preset", choices=("fixed", "distilled", "paper", "reference"))
     seed: int = knob(0, "one seed for everything", low=0, high=2**31 - 6000)
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)

@@ -97,7 +97,8 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(
             not without,
-            f"generator.{min(without, default='')}: only a GAN has it, and generator.family = cvae",
+            f"generator.{min(without, default='')}: only a GAN has it, and generator.family = cvae; take "
+            "generator.family=dcgan, or --algorithm distilled for the whole path of the paper",
         )
     need(cohort <= clients, f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)")
     least, asked = config.federation.min_cohort, cohort or clients

@@ -194,7 +194,7 @@ def steps_of(work: ClientWork, device: Any) -> Iterator[Any]:
 def _stages(config: ExperimentConfig) -> set[str]:
     from ..config.plugins import load
 
-    return {stage.name for stage in load("methods", config.method).stages}
+    return {stage.name for stage in load("methods", config.method).graph(config)}
 
 
 # --- estimated -------------------------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ class Method:
     #: The server's work after every round of the warm-up, for methods that distil in each (``AfterRound``), or None.
     after_round: AfterRound | None = None
 
+    def graph(self, config: ExperimentConfig) -> Graph:
+        """Return the stages of a run of ``config``: all, unless a knob leaves some out."""
+        return self.stages
+
     def check(self, config: ExperimentConfig) -> None:
         """Raise ``RequestError`` where ``config`` asks for something that this method cannot do."""
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..pipeline.graph import Graph, KeyInputs, Knobs, Stage
 from ..pipeline.stages import CHOICE, driver_knobs, rehearsal_trials
-from .statistics_heads import closing_head
+from .closing_head import closing_head
 
 if TYPE_CHECKING:
     from ..config.schema import ExperimentConfig
@@ -77,14 +77,13 @@ def score_trials(
 ) -> np.ndarray:
     """Return the scores of the models of ``trials`` on all held-back images, float64 [trials, 3] as in ``ScoreTask``.
 
-    Where the closing rounds end with a new head, each trial's model gets such a head first, from statistics of the
-    images that are not held back.
+    Where the closing rounds end with a new head, each trial's model gets such a head first, from images that are not
+    held back.
     """
     from ..federated.client import OnPart, ScoreTask
     from ..federated.communication import Tally, size_of
     from ..pipeline.context import FailedClients
     from ..pipeline.rounds import send_generators
-    from .statistics_heads import gather_statistics
 
     federation, everyone = ctx.client_context.federation, ctx.config.partition.num_clients
     held_back, head = ctx.config.rehearsal.held_back, closing_head(ctx.config)
@@ -96,10 +95,7 @@ def score_trials(
         for models in trials:
             weights = models[federation.student]
             if head is not None:
-                trial = ctx.holding_back(held_back)
-                pooled = gather_statistics(trial, models, head.per_class, traffic, failed)
-                matrix, bias = head.head(ctx, weights, pooled)
-                weights = weights | {"head.weight": matrix, "head.bias": bias}
+                weights = head.tried(ctx.holding_back(held_back), models, traffic, failed)
             tried.append(weights)
             progress.advance()
         clients = list(federation.groups[federation.student])
@@ -126,17 +122,16 @@ def score_trials(
 
 
 def messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add the others' generators, the statistics for each trial's head, each trial's model, and its scores."""
+    """Add the others' generators, what each trial's head is made from, each trial's model, and its scores."""
     from ..federated.communication import size_of_entries
     from ..pipeline.rounds import add_generators
-    from .statistics_heads import statistics_messages
 
     config = federation.config
     add_generators(federation, tally)
     head = closing_head(config)
     for _ in rehearsal_trials(config, ""):
         if head is not None:
-            statistics_messages(federation, counts, tally, head.per_class)
+            head.messages(federation, counts, tally)
         for k in federation.groups[federation.student]:
             tally.add("downlink", "weights", k, size_of_entries(federation.entries(federation.student)))
             tally.add("uplink", "scores", k, size_of_entries({"scores": ((3,), np.float64)}))

@@ -22,7 +22,6 @@ from ..pipeline.stages import driver_knobs
 from .base import Distilled, Method
 
 if TYPE_CHECKING:
-    from ..config.schema import ExperimentConfig
     from ..core.types import Weights
     from ..distillation.class_statistics import PooledStatistics
     from ..federated.client_models import Federation, Models
@@ -88,6 +87,16 @@ class StatisticsHead(Method):
         student: Weights = ctx.run(self.fit, models[ctx.client_context.federation.student], pooled, self)
         return student
 
+    def tried(self, ctx: RunContext, models: Models, traffic: Tally, failed: FailedClients) -> Weights:
+        """Return the same as ``renew`` within another stage, whose ``traffic`` counts the bytes."""
+        weights = models[ctx.client_context.federation.student]
+        matrix, bias = self.head(ctx, weights, gather_statistics(ctx, models, self.per_class, traffic, failed))
+        return weights | {"head.weight": matrix, "head.bias": bias}
+
+    def messages(self, federation: Federation, counts: np.ndarray, tally: Tally) -> None:
+        """Add the bytes of ``tried``."""
+        statistics_messages(federation, counts, tally, self.per_class)
+
     def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
         """Return the new head, V [C, d] and b [C]."""
         raise NotImplementedError
@@ -132,15 +141,9 @@ class Ccvr(StatisticsHead):
 LDA_HEAD = LdaHead("lda_head", False, LdaKnobs)
 CCVR = Ccvr("ccvr", True, CcvrKnobs)
 
-#: What makes a head after the closing rounds, by ``finetune.head``.
-CLOSING_HEADS = {
-    "lda_head": LdaHead("lda_head", False, LdaKnobs, "finetune"), "ccvr": Ccvr("ccvr", True, CcvrKnobs, "finetune"),
-}  # fmt: skip
-
-
-def closing_head(config: ExperimentConfig) -> StatisticsHead | None:
-    """Return what makes the student's head anew after the closing rounds, if anything does."""
-    return CLOSING_HEADS.get(config.finetune.head)
+#: Make the head after the closing rounds.
+CLOSING_LDA_HEAD = LdaHead("lda_head", False, LdaKnobs, "finetune")
+CLOSING_CCVR = Ccvr("ccvr", True, CcvrKnobs, "finetune")
 
 
 def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class: bool) -> PooledStatistics:

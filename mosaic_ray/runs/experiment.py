@@ -7,8 +7,8 @@ from typing import Any
 from ..config.plugins import load
 from ..core.types import ROLES
 from ..methods.base import Method
+from ..methods.closing_head import closing_head
 from ..methods.rehearsal_choice import choose_weight
-from ..methods.statistics_heads import closing_head
 from ..pipeline.context import RunContext
 from ..pipeline.evaluate import Model, evaluate
 from ..pipeline.partition import deal

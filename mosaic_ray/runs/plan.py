@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..config.plugins import load, strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
+from ..methods.closing_head import closing_head
 from ..methods.rehearsal_choice import choice_stages
-from ..methods.statistics_heads import closing_head
 from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
 from ..pipeline.stages import evaluated_key, models_of, student_of, whole_graph
 
@@ -21,11 +21,11 @@ Chain = Mapping[str, Sequence[str]]
 def graph_of(config: ExperimentConfig) -> Graph:
     """Return the stages of a run of ``config``, in order."""
     method = load("methods", config.method)
-    head = closing_head(config)
-    trials, in_rounds = choice_stages(config, student_of(method.stages)), method.after_round is not None
+    own, head = method.graph(config), closing_head(config)
+    trials, in_rounds = choice_stages(config, student_of(own)), method.after_round is not None
     personal = strategy_named(config.federation.strategy).personal_models
     own_head = head.stages if head else ()
-    return whole_graph(method.stages, in_rounds, trials, own_head, config.runtime.ceiling, personal)
+    return whole_graph(own, in_rounds, trials, own_head, config.runtime.ceiling, personal)
 
 
 def stage_keys(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 #: Defaults below --config and --set: one client, and a well trained classifier.
 BASE: dict[str, Any] = {
+    "algorithm": "distilled",
     "partition.num_clients": 1, "partition.sampler": "iid", "partition.validation_fraction": 0.2,
     "warmup.num_rounds": 30, "warmup.local_steps": 20, "runtime.eval_rounds": 0,
 }  # fmt: skip

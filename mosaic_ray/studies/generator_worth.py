@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config.plugins import trains_generators
-from ..config.presets import REHEARSAL
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..config.validate import check as check_config
@@ -32,9 +31,7 @@ if TYPE_CHECKING:
     from ..storage.store import StageResult
 
 #: Defaults below --config and --set: closing rounds that move the features, and no other use of the generators.
-BASE: dict[str, Any] = REHEARSAL | {
-    "method": "rehearsal", "rehearsal.candidates": (), "rehearsal.weight": 1.0, "runtime.eval_rounds": 0,
-}  # fmt: skip
+BASE: dict[str, Any] = {"rehearsal.candidates": (), "rehearsal.weight": 1.0, "runtime.eval_rounds": 0}
 
 #: Knobs of the arms; an untrained generator takes no step.
 REAL: dict[str, Any] = {"method": "fedavg", "rehearsal.weight": 0.0}

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 ARMS = ("prototypes", "synthetic", "synthetic_vote")
 #: Defaults below --config and --set: no arm may start from, or be selected by, prototypes.
-BASE: dict[str, Any] = {"meta.init": "random", "meta.select": False, "runtime.eval_rounds": 0}
+BASE: dict[str, Any] = {
+    "algorithm": "distilled", "meta.init": "random", "meta.select": False, "runtime.eval_rounds": 0,
+}  # fmt: skip
 
 
 def check(config: ExperimentConfig, dataset: Dataset, options: Mapping[str, Any]) -> None:

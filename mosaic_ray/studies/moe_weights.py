@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..federated.client import ClientContext
     from ..storage.store import StageResult
 
-BASE: dict[str, Any] = {}
+BASE: dict[str, Any] = {"algorithm": "distilled"}
 NUM_IMAGES = 2000
 
 

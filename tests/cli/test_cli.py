@@ -39,7 +39,7 @@ WRONG = [
     ("run --dataset parquet:", ["--dataset parquet:", "parquet:PATH"]),
     ("run --preset cifar", ["--preset cifar", '"cifar10"']),
     ("run --preset demo+papr", ["papr", '"paper"']),
-    ("run --algorithm fixd", ["--algorithm fixd", "fixed, rehearsal, paper, reference"]),
+    ("run --algorithm fixd", ["--algorithm fixd", "fixed, distilled, paper, reference"]),
     ("run --method mosiac", ["--method mosiac", '"mosaic"']),
     ("run --host rya", ["--host rya", "runtime.host", "ray, serial"]),
     ("run --omega abc", ["--omega abc", "partition.omega", "a number above 0"]),

@@ -33,7 +33,7 @@ def test_algorithms_and_scales_are_orthogonal():
 
 
 def test_layers_later_ones_win():
-    config = resolve("fmnist_small", file={"generator.lambda_e": 0.7, "seed": 3}, sets={"seed": "4"})
+    config = resolve("fmnist_small+distilled", file={"generator.lambda_e": 0.7, "seed": 3}, sets={"seed": "4"})
     assert (config.data.name, config.generator.lambda_e, config.seed) == ("fmnist", 0.7, 4)
 
 
@@ -76,7 +76,7 @@ def test_a_file_may_name_its_preset_and_algorithm():
         ({"meta.input": "full"}, r"meta\.init"),
         ({"generator.stage": "later"}, "before, after_warmup"),
         ({"runtime.cpus_per_client": "1.5"}, "whole number"),
-        ({"algorithm": "fixd"}, "fixed, rehearsal, paper, reference"),
+        ({"algorithm": "fixd"}, "fixed, distilled, paper, reference"),
     ],
 )  # fmt: skip
 def test_a_wrong_knob_is_named_with_what_it_may_be(sets, says):

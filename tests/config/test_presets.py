@@ -83,7 +83,7 @@ def test_r1_to_r5_the_authors_numbers_are_those_of_their_own_algorithms():
             assert config.finetune.local_steps == config.warmup.local_steps == local_steps
     samples = {name: resolve(f"{name}+reference").prototypes.samples for name in ("cifar10", "cifar100")}
     assert samples == {"cifar10": 640, "cifar100": 1280}
-    ours = resolve("cifar100")
+    ours = resolve("cifar100+distilled")
     assert (ours.distill.steps, ours.finetune.local_steps, ours.prototypes.samples) == (300, 10, 0)
     assert ours.prototypes.held_out > 0
 

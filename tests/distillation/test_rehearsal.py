@@ -240,9 +240,9 @@ def test_rounds_before_a_new_head_begin_with_the_warm_ups(tmp_path):
     )
 
 
-def test_the_method_rehearsal_is_mosaic_without_distillation(tmp_path):
+def test_without_distillation_the_closing_rounds_begin_at_the_warm_up(tmp_path):
     weight = {"rehearsal__weight": 1.0, "finetune__head": "keep"}
-    alone = go(tmp_path, method="rehearsal", **weight)
+    alone = go(tmp_path, distill__steps=0, **weight)
     assert not {"teacher", "distill"} & alone["stages"].keys()
     assert alone["accuracy"].get("distilled") is None and alone["communication"]["measured_over_predicted"] == 1
     # a student that distillation leaves as it was gives the same closing rounds
@@ -271,7 +271,7 @@ def test_serial_and_ray_choose_alike(tmp_path):
         ({"rehearsal.ratio": 0}, "rehearsal.ratio"),
         ({"finetune.head": "dlda"}, "finetune.head"),
         ({"rehearsal.candidates": "[0.3]", "generator.family": "dcgan"}, "rehearsal.candidates = .0.3.: it needs gen"),
-        ({"method": "rehearsal"}, "method rehearsal: it needs rehearsal.weight above 0"),
+        ({"distill.steps": 0}, "distill.steps = 0: .*; set rehearsal.weight above 0"),
         ({"rehearsal.candidates": "[0]"}, "rehearsal.candidates = .0.: it takes a list of numbers .* each above 0"),
     ],
 )

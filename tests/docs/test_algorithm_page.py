@@ -122,8 +122,9 @@ def test_every_knob_on_the_page_exists_and_takes_the_value_named():
 
 
 def test_the_table_of_presets_is_the_codes():
-    presets = {name: flatten(resolve(f"demo+{name}")) for name in ("fixed", "paper", "reference")}
-    rows = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \| ([A-Z\d.]+) \|$", PAGE, re.MULTILINE)
+    presets = {name: flatten(resolve(f"demo+{name}")) for name in ("fixed", "distilled", "paper", "reference")}
+    row = r"^\| `([\w.]+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \| `([^`]+)` \| ([A-Z\d.]+) \|$"
+    rows = re.findall(row, PAGE, re.MULTILINE)
     shown = {knob: tuple(check_value(knob, value, text=True) for value in values) for knob, *values, _ in rows}
     actual = {knob: tuple(knobs[knob] for knobs in presets.values()) for knob in KNOBS if knob != "algorithm"}
     assert shown == {knob: values for knob, values in actual.items() if len(set(values)) > 1}

@@ -55,6 +55,7 @@ def test_the_shipped_spaces_are_these():
         "lambdas_omega",
         "meta_training",
         "omega_ladder",
+        "rehearsal_omega",
         "smoke",
         "width_schemes",
     ]
@@ -112,9 +113,10 @@ def test_the_smoke_space_shares_all_but_generators_at_each_omega():
 @pytest.mark.parametrize("scale", sorted(SCALES))
 def test_the_ablation_flips_every_switch_of_the_reference_once(scale):
     """On every scale each point sets knobs of the base to the reference's values."""
-    first, *points = grid_points(load_space("ablation")[1])
+    plan = load_space("ablation")[1]
+    first, *points = grid_points(plan)
     assert first == {}
-    base = resolve(scale)
+    base = resolve(f"{scale}+{plan.base['algorithm']}")
     for point in points:
         config = check(override(base, point))
         assert all(flatten(base)[knob] != value == REFERENCE[knob] for knob, value in point.items())

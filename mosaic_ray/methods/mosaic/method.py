@@ -8,6 +8,7 @@ from ...config.schema import ExperimentConfig
 from ...core.about import About, Paper
 from ...core.errors import RequestError
 from ...core.types import DataFacts
+from ...pipeline.graph import Graph
 from ...pipeline.stages import rehearses
 from ..base import Distilled, Method
 from .graph import DISTILL, GENERATORS, PROTOTYPES, TEACHER
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Mosaic(Method):
-    """Generators on the clients, class experts and a meta model on the server, a student taught by both."""
+    """Generators on the clients, class experts and a meta model on the server, a student taught by both.
+
+    With ``distill.steps = 0`` there is no teacher: the generators serve rehearsal in the closing rounds alone, which
+    begin at the warm-up's model (docs/algorithm.md 1.10).
+    """
 
     name = "mosaic"
     about = About(
@@ -35,6 +40,16 @@ class Mosaic(Method):
     )  # fmt: skip
     stages = (GENERATORS, PROTOTYPES, TEACHER, DISTILL)
 
+    def graph(self, config: ExperimentConfig) -> Graph:
+        return self.stages if config.distill.steps else (GENERATORS,)
+
+    def check(self, config: ExperimentConfig) -> None:
+        if not config.distill.steps and not rehearses(config):
+            raise RequestError(
+                "distill.steps = 0: without distillation the generators serve rehearsal alone; set rehearsal.weight "
+                "above 0, or rehearsal.candidates"
+            )
+
     def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
         from ...models.classifiers import norm_depths
 
@@ -50,13 +65,15 @@ class Mosaic(Method):
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
         # G. every client trains a generator beside its frozen classifier
         generators = ctx.run(GENERATORS, warmup)
+        shared = generators.shared(ctx.shards.counts) if rehearses(ctx.config) else None
+        if not ctx.config.distill.steps:
+            return Distilled(warmup.weights, shared=shared)
         # Q. every client sends the prototypes of its classes
         prototypes = ctx.run(PROTOTYPES, warmup)
         # A, M. the server averages class experts, and trains the meta model that weighs their answers
         teacher = ctx.run(TEACHER, warmup, prototypes, generators)
         # KD. the student learns from the teacher on the generators' images
         student, held_out = ctx.run(DISTILL, warmup, prototypes, teacher, generators)
-        shared = generators.shared(ctx.shards.counts) if rehearses(ctx.config) else None
         return Distilled(student, held_out, teacher, shared)
 
 
