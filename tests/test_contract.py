@@ -228,15 +228,16 @@ ABSENT = {"federation.cohort_size": 4, "federation.drop_rate": 0.25, "federation
 #: Preset (None: the defaults alone) and knobs on top of it.
 CONFIGS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "defaults": (None, {}),
+    "fixed": ("demo+fixed", {}),
     "demo+paper": ("demo+paper", {}),
     "demo+reference": ("demo+reference", {}),
-    "narrow": ("demo", NARROW),
-    "mixed": ("demo", MIXED),
-    "conditional": ("demo", {"generator.conditional": True}),
-    "prototypes of all rounds": ("demo", {"prototypes.rounds": "all"}),
-    "absent clients": ("demo", ABSENT),
-    "fedavg": ("demo", {"method": "fedavg"}),
-    "prototype_head": ("demo", {"method": "prototype_head"}),
+    "narrow": ("demo+distilled", NARROW),
+    "mixed": ("demo+distilled", MIXED),
+    "conditional": ("demo+distilled", {"generator.conditional": True}),
+    "prototypes of all rounds": ("demo+distilled", {"prototypes.rounds": "all"}),
+    "absent clients": ("demo+distilled", ABSENT),
+    "fedavg": ("demo+distilled", {"method": "fedavg"}),
+    "prototype_head": ("demo+distilled", {"method": "prototype_head"}),
 }
 
 

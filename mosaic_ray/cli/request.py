@@ -220,8 +220,8 @@ def parse_config(
         knob = KNOB_OF_OPTION[name]
         if knobs.setdefault(knob, word) != word:
             raise RequestError(f"{_spelled(name, word)}: --set {knob}={knobs[knob]} says otherwise; give one of them")
-    if "data.name" in own | knobs:
-        base.pop("preset", None)
+    if "data.name" in own | knobs:  # the data set chooses the scale
+        base["preset"] = "+".join(word for word in base.get("preset", "").split("+") if word in ALGORITHMS)
     file = base | own
     preset = options.get("preset") or file.get("preset", "")
     file.pop("preset", None)

@@ -96,7 +96,8 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     if place.dry_run:
         found = runner.dry_run(request, place.storage, place.name, place.address, place.fresh, place.calibrate)
         trials = f"{found.points * found.seeds} trials ({found.points} points x {found.seeds} seeds)"
-        head = f"sweep {found.name}: space {found.space}, {found.search} search, {trials}"
+        head = f"sweep {found.name}: space {found.space}, {found.search} search, {trials}, "
+        head += f"algorithm {request.config.algorithm}"
         unknown = "its points depend on results, so the work is not known beforehand"
         work = [unknown] if found.work is None else ["", work_table(found.work)]
         work += ["", found.distinct] if found.distinct else []

@@ -271,7 +271,7 @@ def test_serial_and_ray_choose_alike(tmp_path):
         ({"rehearsal.ratio": 0}, "rehearsal.ratio"),
         ({"finetune.head": "dlda"}, "finetune.head"),
         ({"rehearsal.candidates": "[0.3]", "generator.family": "dcgan"}, "rehearsal.candidates = .0.3.: it needs gen"),
-        ({"distill.steps": 0}, "distill.steps = 0: .*; set rehearsal.weight above 0"),
+        ({"distill.steps": 0, "rehearsal.candidates": "[]"}, "distill.steps = 0: .*; set rehearsal.weight above 0"),
         ({"rehearsal.candidates": "[0]"}, "rehearsal.candidates = .0.: it takes a list of numbers .* each above 0"),
     ],
 )

@@ -167,7 +167,7 @@ def test_optuna_chooses_the_same_points_again(tmp_path, ray_up):
 BASE = {
     "partition.num_clients": 3, "warmup.num_rounds": 4, "generator.steps": 15, "generator.ngf": 4, "generator.ndf": 4,
     "distill.steps": 20, "meta.updates": 10, "meta.feedforward": 64, "meta.token_dim": 10, "meta.batch_size": 16,
-    "model.width": 4, "finetune.num_rounds": 2,
+    "model.width": 4, "finetune.num_rounds": 2, "algorithm": "distilled",
 }  # fmt: skip
 SPACE = f"""
 from mosaic_ray.spaces import Choice, SweepPlan

@@ -239,7 +239,7 @@ def test_an_optuna_sweep_resumes(trials):
     rows = read_results(PLACE / "results.parquet").to_pylist()
     assert [row["partition.omega"] for row in rows] == [0.01, 0.1, 1.0, 0.01, 0.1, 1.0, 0.01, 0.1]
     plan = load_space("lambdas_omega")[1]
-    base = parse_config(base=sweep_runner.SWEEP_BASE)
+    base = parse_config(base=sweep_runner.SWEEP_BASE | dict(plan.base))
     straight = prepare(SweepRequest(base, "x", plan, search="optuna", samples=8))
     for row in rows:
         trial = straight.search.next()
