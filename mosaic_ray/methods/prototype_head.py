@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core.about import About
-from ..pipeline.graph import Stage
+from ..pipeline.graph import Graph, Stage
 from ..pipeline.stages import prototype_knobs, prototype_split
 from .base import Distilled, Method
 from .mosaic.graph import PROTOTYPES
@@ -65,7 +65,7 @@ class ClosingPrototypeHead:
         f"{_HERE}:refit_head", upstream=("finetune", "closing_prototypes"), kind="prototype_head", role="final",
         unit="fit", work=lambda config: {"fits": 1},
     )  # fmt: skip
-    stages = (prototypes, fit)
+    stages: Graph = (prototypes, fit)
 
     def renew(self, ctx: RunContext, models: Models) -> Weights:
         found = ctx.run(self.prototypes, models)

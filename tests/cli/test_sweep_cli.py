@@ -304,7 +304,10 @@ def test_a_dry_run_names_optunas_version():
 
 
 def test_a_dry_run_of_a_grid():
-    words = ("--dry-run", "--grid", "partition.omega=0.1,1", "--grid", "distill.temperature=1,2,3", "--algorithm", "distilled")
+    words = (
+        "--dry-run", "--algorithm", "distilled", "--grid", "partition.omega=0.1,1", "--grid",
+        "distill.temperature=1,2,3",
+    )  # fmt: skip
     result = sweep(*words)
     assert (result.exit_code, result.stderr) == (0, "")
     assert "sweep grid-digits-" in result.stdout and "space --grid, grid search, 6 trials (6 points" in result.stdout
