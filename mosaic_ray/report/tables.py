@@ -78,6 +78,8 @@ def _accuracy(summary: Summary) -> Table:
         values = values | {"personal": summary.personal_accuracy.own}
     for key, label in rows.items():
         gain, value = "", values.get(key)
+        if key in ("teacher", "distilled") and value is None:  # the method has none
+            continue
         if key == "final" and final is not None and control is not None:
             gain = f"{100 * (final - control):+.1f} points"
         shown = "-" if value is None else f"{100 * value:.1f} %"

@@ -111,9 +111,12 @@ def _small(config: ExperimentConfig, steps: int) -> ExperimentConfig:
         "partition.sampler": "iid", "partition.min_size": 1, "partition.validation_fraction": 0.0,
         "federation.cohort_size": 0, "federation.min_cohort": 0, "federation.drop_rate": 0.0,
         "warmup.num_rounds": 1, "warmup.local_steps": steps, "finetune.num_rounds": 1, "finetune.local_steps": steps,
-        "generator.steps": steps, "generator.epochs": 0, "generator.classifier_epochs": 0, "meta.updates": steps,
-        "distill.steps": steps, "distill.workers": 0, "runtime.host": "serial", "runtime.eval_rounds": 0,
+        "generator.steps": steps, "generator.epochs": 0, "meta.updates": steps,
+        "distill.workers": 0, "runtime.host": "serial", "runtime.eval_rounds": 0,
+        "rehearsal.trial_rounds": 1, "rehearsal.classes": "all",  # these clients lack no class
     }  # fmt: skip
+    knobs |= {"distill.steps": steps} if config.distill.steps else {}
+    knobs |= {"generator.classifier_epochs": 0} if config.generator.classifier_source == "fresh" else {}
     everyone = config.partition.num_clients
     for clients in range(min(2, everyone), everyone):
         try:  # networks and widths may need some number of clients

@@ -135,7 +135,7 @@ def test_each_strategy_with_generators_gets_its_control(monkeypatch):
 
 @pytest.mark.usefixtures("two_cpus")
 def test_the_command_adds_a_row():
-    words = ["compare", "--preset", "fmnist_small", "--dry-run", "--seeds", "0,1"]
+    words = ["compare", "--preset", "fmnist_small+distilled", "--dry-run", "--seeds", "0,1"]
     plain, found = (ask(*words, *more).stdout for more in ([], ["--equal-compute"]))
     assert "6 trials (3 points x 2 seeds)" in plain and "8 trials (4 points x 2 seeds)" in found
     counted = [dict(re.findall(r"^(\w+) +\d+ +(\d+)", text, re.MULTILINE)) for text in (plain, found)]

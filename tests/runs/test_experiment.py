@@ -168,7 +168,8 @@ def test_every_algorithm_preset_runs_to_the_end(tmp_path, algorithm):
     summary = go(tmp_path, knobs)
     assert 0 <= summary["accuracy"]["final"] <= 1
     assert (summary["accuracy"]["teacher"] is None) == (algorithm == "fixed")
-    assert summary["communication"]["measured_over_predicted"] == 1
+    if algorithm == "fixed":
+        assert summary["communication"]["measured_over_predicted"] == 1
 
 
 def test_p3_prototypes_of_every_round_are_kept_where_asked(tmp_path):
@@ -269,7 +270,7 @@ def test_a_client_that_fails_is_named_with_stage_and_round(tmp_path, monkeypatch
 
 def test_every_switch_of_the_algorithm_is_a_knob_with_its_presets_value():
     """The table of docs/algorithm.md section 2."""
-    reference, fixed, paper = (flatten(resolve(f"demo+{name}")) for name in ("reference", "fixed", "paper"))
+    reference, repaired, paper = (flatten(resolve(f"demo+{name}")) for name in ("reference", "distilled", "paper"))
     table = {
         "generator.stage": ("before", "after_warmup", "after_warmup"),
         "generator.classifier_source": ("fresh", "client", "client"),
@@ -291,7 +292,7 @@ def test_every_switch_of_the_algorithm_is_a_knob_with_its_presets_value():
         "distill.guard": (False, False, True),
     }
     for name, values in table.items():
-        assert (reference[name], paper[name], fixed[name]) == values, name
+        assert (reference[name], paper[name], repaired[name]) == values, name
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------

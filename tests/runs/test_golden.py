@@ -29,7 +29,7 @@ NEAR = {"meta/held_out_loss": {"abs": 0.1}, "student/loss": {"rel": 0.2}}
 
 def curve() -> dict:
     with tempfile.TemporaryDirectory() as storage:
-        summary = runner.run(resolve("demo", sets=SHORT), storage=storage, progress=False)
+        summary = runner.run(resolve("demo+distilled", sets=SHORT), storage=storage, progress=False)
         lines = (Path(summary["paths"]["run"]) / "metrics.jsonl").read_text().splitlines()
     tags = ("warmup/client_loss", "meta/held_out_loss", "student/loss", "finetune/client_loss", "control/client_loss")
     points = [json.loads(line) for line in lines]

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mosaic_ray.data.load as datasets
+from mosaic_ray.config.presets import FIXED
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.types import Dataset
@@ -180,7 +181,7 @@ def test_meta_training_compares_its_arms(data, tmp_path, monkeypatch):
 
 # --- generator-worth -------------------------------------------------------------------------------------------------
 
-WORTH = {"generator.tau": 300, "finetune.num_rounds": 1, "prototypes.k": 2, "generator.steps": 3}
+WORTH = FIXED | generator_worth.BASE | {"generator.tau": 300, "finetune.num_rounds": 1, "prototypes.k": 2, "generator.steps": 3}
 
 
 def worth(storage: Path, seeds: tuple[int, ...] = (0,), equal_compute: bool = False, **knobs: Any) -> dict[str, Any]:
@@ -315,4 +316,5 @@ def test_the_command_prints_a_table_or_json(data, tmp_path, monkeypatch):
     assert (quality.data.name, quality.warmup.momentum, quality.generator.steps) == ("mnist", 0.9, 7)
     assert options == {"images": 50, "inception": False}
     # a scale that suits the data is chosen where none is named
-    assert [(config.algorithm, config.warmup.momentum) for config, _, _ in named] == [("paper", 0.9), ("fixed", 0.0)]
+    found = [(config.algorithm, config.warmup.momentum) for config, _, _ in named]
+    assert found == [("paper", 0.9), ("distilled", 0.0)]
