@@ -63,7 +63,8 @@ def counted(stage: Stage, config: ExperimentConfig, work: Work) -> tuple[Like, i
     patterns = [*_COST.get(kind, ("model.*", "method")), *_RUNTIME]
     if stage.name == "warmup" and load("methods", config.method).after_round is not None:
         patterns.append("method")  # it works in every round
-    if stage.name != "trial_0" and (stage.name.startswith("trial_") or (stage.name == "finetune" and rehearses(config))):
+    rehearsing = stage.name == "finetune" and rehearses(config)
+    if rehearsing or (stage.name.startswith("trial_") and stage.name != "trial_0"):
         patterns += ["rehearsal.ratio", "rehearsal.classes"]
     same = tuple(
         (name, str(value)) for name, value in flatten(config).items()

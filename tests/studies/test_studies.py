@@ -181,7 +181,9 @@ def test_meta_training_compares_its_arms(data, tmp_path, monkeypatch):
 
 # --- generator-worth -------------------------------------------------------------------------------------------------
 
-WORTH = FIXED | generator_worth.BASE | {"generator.tau": 300, "finetune.num_rounds": 1, "prototypes.k": 2, "generator.steps": 3}
+WORTH = FIXED | generator_worth.BASE | {
+    "generator.tau": 300, "finetune.num_rounds": 1, "prototypes.k": 2, "generator.steps": 3,
+}  # fmt: skip
 
 
 def worth(storage: Path, seeds: tuple[int, ...] = (0,), equal_compute: bool = False, **knobs: Any) -> dict[str, Any]:

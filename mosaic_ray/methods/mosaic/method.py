@@ -27,7 +27,8 @@ class Mosaic(Method):
 
     name = "mosaic"
     about = About(
-        rounds="once, after the warm-up", generators=True, statistics="prototypes", label_counts="on the server",
+        rounds="once, after the warm-up, and in the closing rounds", generators=True,
+        statistics="class statistics or prototypes", label_counts="on the server",
         papers=(Paper(
             "liu2025mosaic",
             "Mosaic: Data-Free Knowledge Distillation via Mixture-of-Experts for Heterogeneous Distributed "
