@@ -60,7 +60,7 @@ def test_one_is_described_with_knobs_and_papers():
 
 def test_the_list_says_what_each_needs():
     listed = " ".join(ask("methods").stdout.split())
-    assert "Clients send generators and class statistics or prototypes, label counts on the server; once, after" in listed
+    assert "Clients send generators and class statistics or prototypes, label counts on the server; once" in listed
     assert "Clients send nothing more, keep a personal model; every round." in listed
 
 
