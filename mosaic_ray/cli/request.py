@@ -28,6 +28,9 @@ ConfigOptions = Mapping[str, Any]
 HasGpus = Callable[[ExperimentConfig], bool]
 
 
+#: Refusals of `mosaic compare` by knob.
+COMPARED = {"partition.omega": "--omegas lists its values; give one of them"}
+
 #: One value of ``--grid``: commas inside brackets and quotes do not end it.
 _GRID_VALUE = re.compile(r"""(?:\[[^][]*\]|"[^"]*"|'[^']*'|[^,])+""")
 
@@ -76,7 +79,7 @@ def sweep_request(
             source = named if grid else f"space {named}"
             instead = f"give your values of it as --grid {knob}=A,B,... in place of --space, or another --space"
             if grid or named == "compare":
-                instead = "give one of them" if grid else "--methods names what to compare"
+                instead = "give one of them" if grid else COMPARED.get(knob, "--methods names what to compare")
             raise RequestError(f"{option}: {source} tries values of {knob} itself; {instead}")
     preset = {"preset": plan.preset} if plan.preset else {}
     config = parse_config(SWEEP_BASE | preset | dict(plan.base), has_gpus=has_gpus, **options)
@@ -117,10 +120,11 @@ def grid_plan(words: Sequence[str]) -> SweepPlan:
     return SweepPlan(summary=f"a grid over {', '.join(knobs)}", knobs=knobs)
 
 
-def compare_plan(methods: str) -> SweepPlan:
+def compare_plan(methods: str, omegas: str | None = None) -> SweepPlan:
     """Return a plan with one point for each METHOD, STRATEGY (with method fedavg) or METHOD+STRATEGY, and a ceiling.
 
-    A method or strategy is named as in its knob; strategies joined by + combine.
+    A method or strategy is named as in its knob; strategies joined by + combine. ``omegas``: 0.01,0.1 for all points at
+    each of these.
     """
     from ..sweeps.space import SweepPlan
 
@@ -129,18 +133,42 @@ def compare_plan(methods: str) -> SweepPlan:
     strategies = [p["federation.strategy"] for p in points if "federation.strategy" in p]
     # where each point names its own, narrow widths need not suit the default one
     base = {"federation.strategy": strategies[0]} if len(strategies) == len(points) else {}
+    if omegas is not None:
+        points = tuple({"partition.omega": omega, **point} for omega in _omegas(omegas) for point in points)
     return SweepPlan(
         summary=f"methods side by side: {', '.join(words)}", points=points, base={"runtime.ceiling": True} | base
     )
 
 
-def _compared(word: str) -> dict[str, str]:
+def _omegas(text: str) -> list[float]:
+    try:
+        found = [check_value("partition.omega", word, text=True) for word in text.split(",")]
+    except RequestError as error:
+        raise RequestError(f"--omegas {text}: {error}") from None
+    if len(set(found)) < len(found):
+        raise RequestError(f"--omegas {text}: it takes numbers, each once, such as 0.01,0.1")
+    return found
+
+
+def reference(methods: str, against: str | None) -> str:
+    """Return the name of the method that ``--against`` names, one of ``--methods``; empty where it is not given."""
+    from ..sweeps.space import point_name
+
+    if against is None:
+        return ""
+    point = _compared(against.strip(), "--against")
+    if point not in [_compared(word.strip()) for word in methods.split(",")]:
+        raise RequestError(f"--against {against}: it takes one of the methods that are compared, {methods}")
+    return point_name(point)
+
+
+def _compared(word: str, option: str = "--methods") -> dict[str, str]:
     """Return the knobs of a point: ``word`` is a method, strategies, or a method and strategies."""
     methods, strategies = plugins.entries("methods"), plugins.entries("strategies")
     first, plus, rest = word.partition("+")
     own = first in methods
     if ":" in first:
-        own = getattr(load_object(f"--methods {word}", first), "kind", "") == "methods"
+        own = getattr(load_object(f"{option} {word}", first), "kind", "") == "methods"
     if own and not plus:
         return {"method": first}
     method, strategy = (first, rest) if own else ("fedavg", word)
@@ -148,7 +176,7 @@ def _compared(word: str) -> dict[str, str]:
         if ":" in name:
             plugins.load("strategies", name)
         elif name not in strategies:
-            raise RequestError(f"--methods {word}: unknown method; {neighbours(word, {*methods, *strategies})}")
+            raise RequestError(f"{option} {word}: unknown method; {neighbours(word, {*methods, *strategies})}")
     return {"method": method, "federation.strategy": strategy}
 
 

@@ -10,11 +10,12 @@ import click
 from click.core import ParameterSource
 
 from .options import GRID, RunOptions, common_options, listing, print_plan, print_result, run_options, stdout_for_json
-from .request import compare_plan, gpus_at, sweep_request
+from .request import compare_plan, gpus_at, reference, sweep_request
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node
-    from ..sweeps.runner import SweepRequest
+    from ..report.comparison import Comparison
+    from ..sweeps.runner import Outcome, SweepRequest
 
 _SEEDS = "Repeat every {} with each of these seeds."
 _AT_ONCE = click.option("--max-concurrent", metavar="N", help="The most trials at once; as many as fit by default.")
@@ -61,14 +62,20 @@ def sweep(
 @click.option(
     "--equal-compute", is_flag=True, help="Add fedavg with as many more rounds as the generators cost the clients."
 )
+@click.option("--omegas", metavar="W,W,...", help="Compare at each of these values of --omega.")
+@click.option(
+    "--against", metavar="M", help="The method that differences are taken to.  [default: fedavg, or else the first]"
+)
 @_AT_ONCE
 @run_options("strict_health", "dry_run", "calibrate")
 def compare(
-    methods: str, seeds: str, equal_compute: bool, max_concurrent: str | None, place: RunOptions, **typed: Any
-) -> None:
-    """Run several methods on the same partitions: one table, mean and spread over the seeds; resumable."""
-    plan, has_gpus = compare_plan(methods), gpus_at(place.address)
+    methods: str, seeds: str, equal_compute: bool, omegas: str | None, against: str | None, max_concurrent: str | None,
+    place: RunOptions, **typed: Any,
+) -> None:  # fmt: skip
+    """Run several methods on the same partitions: one table with paired differences, for a paper; resumable."""
+    plan, has_gpus = compare_plan(methods, omegas), gpus_at(place.address)
     request = sweep_request("compare", typed, has_gpus, plan=plan, seeds=seeds, max_concurrent=max_concurrent)
+    request = replace(request, against=reference(methods, against))
     if equal_compute:
         from ..runs.equal_compute import with_controls
 
@@ -90,7 +97,6 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     from ..execution.devices import of_nodes
     from ..report.sweep_table import sweep_table
     from ..report.tables import work_table
-    from ..runs.equal_compute import control_labels
     from ..sweeps import runner
 
     if place.dry_run:
@@ -114,7 +120,21 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
             request, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
             strict_health=place.strict_health,
         )  # fmt: skip
-    labels = control_labels(request.plan.points, request.config.warmup.num_rounds) if request.space == "compare" else {}
-    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place, labels)
+    compared = _compared(request, outcome, place.storage) if request.space == "compare" else None
+    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place, compared)
     print_result(place.as_json, outcome.as_dict(), table)
     outcome.raise_failures()
+
+
+def _compared(request: SweepRequest, outcome: Outcome, storage: str) -> Comparison:
+    """Return the table of a comparison, and write its files beside the results."""
+    from ..report.comparison import compare
+    from ..report.export import files
+    from ..storage.store import Store
+    from ..sweeps.results import _rows
+
+    found = compare(_rows(outcome.results), request.plan.points, request.config, request.against)
+    store = Store(storage)
+    for name, data in files(found).items():
+        store.write(f"sweeps/{outcome.name}/{name}", data)
+    return found

@@ -25,6 +25,7 @@ from ..storage.store import OBJECTS, DamagedFile, StageResult, Store
 from ..sweeps.results import SCHEMA, read_results
 from ..sweeps.space import setting_knobs
 from ..sweeps.state import PlanFile
+from .comparison import Comparison, compare
 from .sweep_table import best_sections
 
 _METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
@@ -195,6 +196,16 @@ class SweepReport:
     def best(self) -> list[tuple[str, list[str], list[list[dict[str, Any]]]]]:
         """Return (title, knobs to show, configurations as rows of their finished trials, best first) by condition."""
         return best_sections(self.rows, self.conditions, self.swept)
+
+    @cached_property
+    def comparison(self) -> Comparison | None:
+        """Return the methods of a `mosaic compare` side by side; None for any other sweep."""
+        if self.plan.space != "compare" or not all("method" in point for point in self.plan.points or [{}]):
+            return None
+        config = None
+        with contextlib.suppress(RequestError):  # another version's
+            config = override(ExperimentConfig(), self.plan.base) if self.plan.base else None
+        return compare(self.rows, self.plan.points or [], config, self.plan.against or "")
 
     def trial_folder(self, name: str) -> Path:
         """Return the folder of one trial; ``RequestError`` where it has none."""

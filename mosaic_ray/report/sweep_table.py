@@ -24,16 +24,16 @@ MOST_POINTS = 10
 
 def sweep_table(
     results: Iterable[TrialResult], conditions: Sequence[str], swept: Sequence[str], folder: str | None = None,
-    labels: Mapping[int, str] = {},
+    instead: RenderableType | None = None,
 ) -> RenderableType:  # fmt: skip
     """Show the best configurations under each condition, the shared stages, the failures and the places of the files.
 
     ``swept``: dotted names of the knobs that differ; ``conditions`` (such as omega) are those among them that define
     the problem: the others are compared within each of their values. ``folder``: the sweep's, for TensorBoard.
-    ``labels``: points with a name of their own, by number.
+    ``instead``: what to show in place of the best configurations.
     Print it with ``crop=False``: paths are never broken.
     """
-    return _SweepTable(_rows(results), conditions, swept, folder, labels)
+    return _SweepTable(_rows(results), conditions, swept, folder, instead)
 
 
 def best_sections(
@@ -83,12 +83,14 @@ class _SweepTable:
     conditions: Sequence[str]
     swept: Sequence[str]
     folder: str | None
-    labels: Mapping[int, str]
+    instead: RenderableType | None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         counts = ended(self.rows) or "none ended"
         yield Text(f"configurations {len({row['point'] for row in self.rows})}, trials {len(self.rows)}: {counts}")
-        if sections := best_sections(self.rows, self.conditions, self.swept):
+        if self.instead is not None:
+            yield self.instead
+        elif sections := best_sections(self.rows, self.conditions, self.swept):
             sign = "+-" if options.ascii_only else "±"
             seeds = max(len(point) for *_, points in sections for point in points)
             spread = f", mean {sign} sd of {seeds} seeds" if seeds > 1 else ""
@@ -97,7 +99,6 @@ class _SweepTable:
                 yield Text(CEILING)
             for title, knobs, points in sections:
                 yield from ("", Text(title, style="bold"), *_section(points, knobs, seeds, sign, options.max_width))
-            yield from (Text(f"p{number:03}: {label}") for number, label in self.labels.items())
         if shared := shared_stages(self.rows):
             table = _table(*SHARED)
             for stage, computed, found, spent, saved in shared:

@@ -1,4 +1,4 @@
-"""The control with equal client compute: federated averaging with more rounds, as many as the generators cost.
+"""Clients' compute: of a whole run, and of the control that gets as many more rounds as the generators cost.
 
 The cost is counted, not timed: multiplications and additions of the convolutions and matrix products of one step, from
 the shapes of the networks alone (docs/algorithm.md 1.12). Nothing is computed and no image is read.
@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.plugins import trains_generators
+from ..config.plugins import load, parts, trains_generators
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..core.seeding import seeded
 from ..core.types import DataFacts
-from ..data.load import known_facts, load_dataset
+from ..data.load import known_facts, load_dataset, shape_of
+from ..pipeline.stages import rehearses
+from .plan import graph_of
 
 #: Values of knobs by dotted name.
 Point = Mapping[str, Any]
@@ -49,6 +52,78 @@ def extra_rounds(config: ExperimentConfig, facts: DataFacts | None = None) -> in
     asked = config.federation.cohort_size or config.partition.num_clients
     a_round = config.warmup.local_steps * step * asked / config.partition.num_clients
     return math.ceil(section.steps * generators / a_round)
+
+
+def client_steps(config: ExperimentConfig) -> float | None:
+    """Return what a run of ``config`` costs a client, in steps of plain local training: the mean over the clients.
+
+    Counted are local steps (with what a strategy adds to each), generators' steps, and for rehearsal the synthetic
+    images' part of a step, as if every client rehearsed. Passes over a client's images that train nothing (prototypes,
+    statistics, scores) are not. None where the count does not follow from the configuration: epochs of generators,
+    plug-ins' stages and objectives, rounds that train other networks, images of unknown shape.
+    """
+    from .communication import COMPARISONS
+
+    each, clients, total = _local_step(config), config.partition.num_clients, 0.0
+    # one count for all methods, seeds and omegas
+    same = replace(config, seed=0, method="fedavg", partition=replace(config.partition, omega=1.0))
+    try:
+        if each is None or (facts := _shape(config)) is None:
+            return None
+        generators, step = client_costs(same, facts)
+        synthetic = 0.0
+        if rehearses(config) and trains_generators(config):
+            synthetic = config.rehearsal.ratio * (1 + clients * _drawing(same, facts) / step)
+        for stage in graph_of(config):
+            work = {} if stage.name in COMPARISONS else stage.work(config)
+            if stage.compute and not stage.compute.startswith("mosaic_ray."):
+                return None
+            if stage.name == "generators":
+                if work.keys() != {"steps"}:
+                    return None
+                total += work["steps"] * generators / step
+            elif stage.kind in ("warmup", "rounds"):
+                rehearsed = synthetic if stage.kind == "rounds" and stage.name != "trial_0" else 0.0
+                answers = work.get("local steps", 0) * (1 - config.federation.drop_rate)
+                total += (each + rehearsed) * answers / clients
+            elif {"client rounds", "local steps"} & work.keys():
+                return None
+    except RequestError:
+        return None
+    return total
+
+
+def _local_step(config: ExperimentConfig) -> float | None:
+    """Return the operations of a local step under the strategy of ``config``, in those of plain training."""
+    from ..federated.strategies.base import Strategy
+
+    costs = [
+        1.0 if each.step_cost is None and type(each).objective is Strategy.objective else each.step_cost
+        for each in (load("strategies", word) for word in parts(config.federation.strategy))
+    ]
+    return None if None in costs else 1.0 + sum(cost - 1.0 for cost in costs)
+
+
+def _shape(config: ExperimentConfig) -> DataFacts | None:
+    """Return the shape of the images without decoding any, as far as a count needs it; None where it is not known."""
+    shape, data = shape_of(config.data), config.data
+    if shape is None or not (side := data.image_size or shape.side):
+        return None
+    return DataFacts("", shape.classes, data.channels or shape.channels, side, (), ())
+
+
+@lru_cache(maxsize=32)
+def _drawing(config: ExperimentConfig, facts: DataFacts) -> int:
+    """Return the operations of drawing one mini-batch of synthetic images."""
+    import torch
+
+    from ..models.generator import build_generator
+
+    knobs, count = config.generator, config.warmup.batch_size
+    with torch.device("meta"):
+        generator = build_generator(knobs, facts.channels, facts.image_size, facts.num_classes)
+        z, labels = torch.empty(count, knobs.latent_dim), torch.empty(count, dtype=torch.long)
+    return operations(lambda: generator(z, *((labels,) if knobs.labelled else ())))
 
 
 @lru_cache(maxsize=32)
@@ -144,12 +219,6 @@ def with_controls(config: ExperimentConfig, points: Sequence[Point]) -> tuple[Po
     if not controls:
         raise RequestError("--equal-compute: none of --methods trains generators on the clients")
     return (*points, *(control for i, control in enumerate(controls) if control not in controls[:i]))
-
-
-def control_labels(points: Sequence[Point], num_rounds: int) -> dict[int, str]:
-    """Return the names of the controls among the points of a comparison, by number; others have ``num_rounds``."""
-    rounds = {number: point["warmup.num_rounds"] for number, point in enumerate(points) if "warmup.num_rounds" in point}
-    return {number: label(found - num_rounds) for number, found in rounds.items()}
 
 
 def label(more: int) -> str:

@@ -171,10 +171,8 @@ def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
 
     Every trial holds the same experiment (knobs and metrics with their types), since TensorBoard reads only the first.
     """
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
     row, now = _row(result), time.time()
     number, text = api_pb2.DATA_TYPE_FLOAT64, api_pb2.DATA_TYPE_STRING
@@ -205,8 +203,16 @@ def hparams_file(result: TrialResult, swept: Sequence[str]) -> bytes:
     ]
     reached = {tag: row[column] for tag, column in HPARAM_METRICS.items() if row[column] is not None}
     summaries += [Summary.Value(tag=tag, simple_value=value) for tag, value in reached.items()]
-    file = io.BytesIO()
+    return event_file(Summary(value=summaries))
+
+
+def event_file(summary: Any) -> bytes:
+    """Return an event file of TensorBoard that holds one ``summary``."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file, now = io.BytesIO(), time.time()
     writer = RecordWriter(file)
     writer.write(Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
-    writer.write(Event(wall_time=now, summary=Summary(value=summaries)).SerializeToString())
+    writer.write(Event(wall_time=now, summary=summary).SerializeToString())
     return file.getvalue()

@@ -32,7 +32,10 @@ SCHEDULERS = ("fifo", "asha")
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """A sweep as requested. ``config`` is the base that points change, ``space`` the plan's name."""
+    """A sweep as requested. ``config`` is the base that points change, ``space`` the plan's name.
+
+    ``against``: the method that a comparison takes differences to; empty: the default.
+    """
 
     config: ExperimentConfig
     space: str
@@ -42,6 +45,7 @@ class SweepRequest:
     seeds: tuple[int, ...] = ()
     scheduler: str = "fifo"
     max_concurrent: int | None = None
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,7 @@ def prepare(request: SweepRequest, config: ExperimentConfig | None = None, there
         base=as_dict(request.config),
         optuna=optuna,
         preset=request.config.preset or None,
+        against=request.against or None,
     )
     chosen: Search = OptunaSearch(plan, samples, seeds, base, decide) if search == "optuna" else FixedTrials(trials)
     setting = setting_knobs(swept)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.plugins import load_named
+from ..config.plugins import ALIASES, load_named
 from ..config.presets import preset_knobs
 from ..config.resolve import KNOBS, check_value
 from ..config.user_code import load_object, users_code
@@ -242,6 +242,14 @@ def setting_knobs(names: Iterable[str]) -> tuple[str, ...]:
     Accuracies in two settings do not compare, so a best configuration is chosen within each.
     """
     return tuple(n for n in names if n.startswith(("data.", "partition.")) and n not in NOT_IN_SETTING)
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """Return the method of a comparison's point as ``mosaic compare --methods`` takes it, the shortest spelling."""
+    strategy = next((point[name] for name in ("federation.strategy", *ALIASES) if name in point), "")
+    if point["method"] == "fedavg" and strategy not in ("", "fedavg"):
+        return str(strategy)
+    return "+".join(filter(None, (point["method"], strategy)))
 
 
 def describe(domain: Choice | Range) -> str:

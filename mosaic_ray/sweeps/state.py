@@ -40,7 +40,8 @@ class PlanFile:
     """The request in plan.json, to which ``SweepState`` adds the session and the settled knobs.
 
     ``knobs`` are domains in words, ``points`` None where a search finds them, ``optuna`` the version that does.
-    ``preset`` is the scale that the base began with; names and comparisons of plans leave it out.
+    ``preset`` is the scale that the base began with, ``against`` a comparison's reference as it was typed; names and
+    comparisons of plans leave both out.
     """
 
     space: str
@@ -53,11 +54,11 @@ class PlanFile:
     base: dict[str, Any] | None = None
     optuna: str | None = None
     preset: str | None = None
+    against: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of plan.json, to which ``SweepState`` adds the session and the settled knobs."""
-        content = asdict(self)
-        return content if self.optuna else {name: value for name, value in content.items() if name != "optuna"}
+        return {n: value for n, value in asdict(self).items() if value or n not in ("optuna", "against")}
 
     @staticmethod
     def from_json(value: Any) -> PlanFile:
@@ -107,9 +108,9 @@ def plan_name(plan_json: Mapping[str, Any]) -> str:
     """Return the default name of a sweep. The same request gives the same name, so that the same command resumes.
 
     It depends neither on optuna's version (with another one ``SweepState.begin`` refuses to resume) nor on the name of
-    the preset, whose knobs are in the base.
+    the preset, whose knobs are in the base, nor on the reference of a comparison.
     """
-    plan_json = {name: value for name, value in plan_json.items() if name not in ("optuna", "preset")}
+    plan_json = {name: value for name, value in plan_json.items() if name not in ("optuna", "preset", "against")}
     space, data = plan_json["space"].lstrip("-").removesuffix(".py"), plan_json["base"]["data"]["name"]
     return request_name("sweep", 1, plan_json, plain(space), plain(data))
 
@@ -157,6 +158,9 @@ class SweepState:
                 f"--name {self.name}: that sweep has another plan ({'; '.join(differs[:MOST_DIFFERENCES])}{more}); "
                 "take another --name, or --fresh, which moves it aside"
             )
+        if old.pop("against", None) != (against := plan_json.get("against")):
+            more_of = {"against": against} if against else {}
+            self._write("plan.json", {**old, **more_of, "session": self.session, **self.settled})
 
     def finished(self, trial: Trial) -> dict[str, Any] | None:
         """Return the summary of a trial that need not run again; None for any other trial."""
@@ -224,7 +228,7 @@ class SweepState:
 def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of a plan one by one, points last: they often differ because another entry does."""
     parts = {name: plan.get(name) for name in ("base", "knobs", "points")}
-    flat = {name: value for name, value in plan.items() if name not in (*parts, "preset")}
+    flat = {name: value for name, value in plan.items() if name not in (*parts, "preset", "against")}
     points = parts["points"] if isinstance(parts["points"], list) else []
     flat |= dotted(parts["base"]) if isinstance(parts["base"], Mapping) else {}
     flat |= {f"space's {name}": value for name, value in dotted({"knobs": parts["knobs"]}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +19,10 @@ from mosaic_ray.core.types import DataFacts
 from mosaic_ray.distillation import cvae_training, generator_training
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
-from mosaic_ray.report.sweep_table import sweep_table
+from mosaic_ray.report.comparison import compare
 from mosaic_ray.runs import equal_compute
-from mosaic_ray.runs.equal_compute import client_costs, control_labels, extra_rounds, operations, with_controls
+from mosaic_ray.runs.equal_compute import client_costs, client_steps, extra_rounds, operations, with_controls
+from mosaic_ray.sweeps.results import _rows
 
 FAMILIES = [
     {}, {"generator.family": "cgan"}, {"generator.family": "cvae"}, {"generator.discriminator": "shared_trunk"},
@@ -126,11 +128,66 @@ def test_each_strategy_with_generators_gets_its_control(monkeypatch):
         {"method": "fedavg", "warmup.num_rounds": rounds + 7},
         {"method": "fedavg", "federation.strategy": "fedprox", "warmup.num_rounds": rounds + 7},
     )
-    text = "fedavg, equal client compute (+7 rounds)"
-    assert control_labels(found, rounds) == {4: text, 5: text}
-    assert control_labels(points, rounds) == {}
-    lines = printed(sweep_table([trial(4, knobs={"method": "fedavg"})], (), ("method",), None, {4: text}))
-    assert f"p004: {text}" in lines
+    table = compare(_rows([trial(4, knobs={"method": "fedavg"})]), found, TINY)
+    names = [method.name for method in table.sections[None]]
+    assert names == ["fedavg", "mosaic", "lda_head", "mosaic+fedprox", "fedavg (+7 rounds)", "fedprox (+7 rounds)"]
+    assert any("(+N rounds): as many more rounds" in line for line in printed(table, 200))
+    assert not any("(+N rounds)" in line for line in printed(compare([], points, TINY), 200))
+
+
+def test_a_clients_compute_is_that_of_its_stages(monkeypatch):
+    """A generator's step costs as much as two local steps, and a batch of synthetic images half of one."""
+    monkeypatch.setattr(equal_compute, "client_costs", lambda *_: (2 * 3000, 3000))
+    monkeypatch.setattr(equal_compute, "_drawing", lambda *_: 500)
+    knobs = {"partition.num_clients": 3, "data.name": "digits"}
+    base = override(TINY, knobs)
+    rounds, closing = 3 * 3, 2 * 3  # rounds of steps
+
+    def steps(**more):
+        return client_steps(override(base, {name.replace("__", "."): value for name, value in more.items()}))
+
+    assert steps(method="fedavg") == rounds + closing, "neither the control nor the ceiling counts"
+    assert steps(method="fedavg", runtime__ceiling=True) == steps(method="prototype_head") == rounds + closing
+    assert steps(method="mosaic") == rounds + closing + 2 * 6
+    rehearsing = {"rehearsal__weight": 1.0, "rehearsal__ratio": 0.5, "method": "mosaic"}
+    assert steps(**rehearsing) == pytest.approx(rounds + closing * (1 + 0.5 * 1.5) + 2 * 6)
+    tried = {"rehearsal__candidates": (0.3,), "rehearsal__trial_rounds": 4, "method": "mosaic"}
+    assert steps(**tried) == pytest.approx(rounds + closing * 2.5 + 2 * 6 + 4 * 3 * (1 + 2.5))
+    assert steps(method="fedavg", federation__cohort_size=2) == pytest.approx((rounds + closing) * 2 / 3)
+    assert steps(method="fedavg", federation__drop_rate=0.25) == pytest.approx((rounds + closing) * 0.75)
+    assert steps(method="fedavg", federation__strategy="scaffold", warmup__momentum=0.0) == rounds + closing
+    assert steps(method="mosaic", generator__epochs=1) is None, "it follows from a client's images"
+
+
+LAB = Path(__file__).parents[1] / "plugins/lab"
+
+
+def test_the_compute_of_a_plug_in_is_not_known(monkeypatch, tmp_path):
+    base = override(TINY, {"data.name": "digits", "method": "fedavg"})
+    assert client_steps(base) == 15
+    own = (LAB / "nearest_mean.py").read_text().replace('"nearest_mean"', '"own_mean"')
+    (tmp_path / "own.py").write_text(own)
+    assert client_steps(override(base, {"method": f"{tmp_path}/own.py:NEAREST_MEAN"})) is None
+    monkeypatch.setattr(equal_compute, "shape_of", lambda config: None)
+    assert client_steps(base) is None
+
+
+def test_drawing_a_batch_by_hand():
+    """Operations of one pass of the generator, counted layer by layer."""
+    from mosaic_ray.models.generator import build_generator
+
+    generator, macs = build_generator(TINY.generator, 1, 8, 3), []
+
+    def count(module, inputs, output):
+        transposed = isinstance(module, nn.ConvTranspose2d)
+        places, each = (inputs[0], module.weight[0]) if transposed else (output, module.weight[0])
+        macs.append(places.numel() * each.numel())
+
+    for module in generator.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.register_forward_hook(count)
+    generator(torch.zeros(TINY.warmup.batch_size, TINY.generator.latent_dim))
+    assert equal_compute._drawing(TINY, FACTS) == 2 * sum(macs) > 0
 
 
 @pytest.mark.usefixtures("two_cpus")

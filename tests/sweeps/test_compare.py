@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from cli_runner import ask, refusal
+from helpers import TINY, stripes_dataset
 
-from mosaic_ray.cli.request import compare_plan, sweep_request
+from mosaic_ray.cli.request import compare_plan, reference, sweep_request
+from mosaic_ray.config.resolve import to_toml
 from mosaic_ray.core.errors import RequestError
+from mosaic_ray.report.api import load_sweep
+from mosaic_ray.sweeps.results import read_results
 from mosaic_ray.sweeps.runner import prepare
 
 NARROW = "federation.widths=[1.0,0.5]"
@@ -68,6 +73,14 @@ def test_widths_are_allowed_where_every_point_names_its_strategy():
         (["--seeds", "0,x"], "--seeds 0,x"),
         (["--methods", "fedavg,mosaic", "--set", NARROW], "fedavg trains whole models"),
         (["--set", "method=mosaic"], "method"),
+        (["--omegas", "0.1,1", "--omega", "1"], "--omega 1: space compare tries values of partition.omega itself; --omegas"),
+        (["--omegas", "0.1,1", "--set", "partition.omega=1"], "--omegas lists its values; give one of them"),
+        (["--omegas", "0.1,x"], "--omegas 0.1,x: "),
+        (["--omegas", "0.1,0"], "--omegas 0.1,0: "),
+        (["--omegas", ""], "--omegas : "),
+        (["--omegas", "0.1,0.10"], "--omegas 0.1,0.10: it takes numbers, each once"),
+        (["--against", "mosiac"], '--against mosiac: unknown method; did you mean "mosaic"?'),
+        (["--against", "lda_head"], "--against lda_head: it takes one of the methods that are compared, fedavg,"),
     ],
 )
 @pytest.mark.usefixtures("two_cpus")
@@ -82,6 +95,56 @@ def test_seeds_share_one_partition_and_warm_up_between_methods():
     assert "9 trials (3 points x 3 seeds)" in result.stdout
     counted = dict(re.findall(r"^(\w+) +\d+ +(\d+)", result.stdout, re.MULTILINE))
     assert (counted["partition"], counted["warmup"], counted["generators"]) == ("3", "3", "15")
+
+
+@pytest.mark.usefixtures("two_cpus")
+def test_omegas_times_methods_share_one_partition_and_warm_up_an_omega_and_seed():
+    result = ask("compare", "--dry-run", "--omegas", "0.1, 1", "--seeds", "0,1")
+    assert result.exit_code == 0, result.stderr
+    assert "12 trials (6 points x 2 seeds)" in result.stdout
+    counted = dict(re.findall(r"^(\w+) +\d+ +(\d+)", result.stdout, re.MULTILINE))
+    assert (counted["partition"], counted["warmup"], counted["generators"]) == ("4", "4", "20")
+    assert [point["partition.omega"] for point in compare_plan("fedavg,mosaic", "0.1,1").points] == [0.1, 0.1, 1.0, 1.0]
+
+
+def test_the_reference_is_one_of_the_methods_in_any_spelling():
+    assert reference("fedavg,mosaic", None) == ""
+    assert reference("fedavg+fedrolex,mosaic", " fedrolex ") == reference("fedrolex,mosaic", "fedavg+fedrolex")
+    assert reference("fedrolex,mosaic+fedprox", "mosaic+fedprox") == "mosaic+fedprox"
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
+def test_a_comparison_writes_its_table_and_another_reference_resumes_it(tmp_path, monkeypatch, ray_up):
+    """Two methods at two omegas with two seeds: run, then asked for again with another reference."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    Path("tiny.toml").write_text(to_toml(TINY))
+    words = ["compare", "--methods", "prototype_head,fedavg", "--omegas", "0.3,3", "--seeds", "0,1", "--config", "tiny.toml"]
+    first = ask(*words, "--name", "n", "--max-concurrent", "2")
+    assert first.exit_code == 0, (first.stderr, first.exception)
+    folder = Path("mosaic_runs/sweeps/n")
+    assert {"table.md", "table.tex", "figure.pdf"} <= {path.name for path in folder.iterdir()}
+    rows = read_results(folder / "results.parquet").to_pylist()
+    assert [row["partition.omega"] for row in rows] == [0.3] * 4 + [3.0] * 4
+    finals = [row["accuracy_final"] for row in rows]
+    differences = [[100 * (a - b) for a, b in zip(finals[n : n + 2], finals[n + 2 : n + 4], strict=True)] for n in (0, 4)]
+    cells = [f"{fmean(two):+.1f} ± {stdev(two):.1f}" for two in differences]
+    page = (folder / "table.md").read_text()
+    assert [f"| {cell}" in page for cell in cells] == [True, True] and "vs fedavg" in page
+    assert [line for line in first.stdout.splitlines() if cells[0] in line and line.startswith("prototype_head")]
+
+    monkeypatch.setattr("mosaic_ray.sweeps.tune.run_trials", lambda *_, **__: pytest.fail("a trial was started"))
+    results = (folder / "results.csv").read_bytes()
+    again = ask(*words, "--name", "n", "--max-concurrent", "2", "--against", "prototype_head")
+    assert again.exit_code == 0, (again.stderr, again.exception)
+    opposite = [f"{-fmean(two):+.1f} ± {stdev(two):.1f}" for two in differences]
+    page = (folder / "table.md").read_text()
+    assert all(f"| {cell}" in page for cell in opposite) and "vs prototype\\_head" in page
+    assert (folder / "results.csv").read_bytes() == results
+    assert load_sweep(folder).comparison.against == "prototype_head"
+    assert ask(*words, "--name", "n", "--max-concurrent", "2").exit_code == 0
+    assert load_sweep(folder).comparison.against == "fedavg"
 
 
 def test_methods_over_narrow_clients_share_their_rounds():

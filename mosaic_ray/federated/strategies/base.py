@@ -47,6 +47,8 @@ class Strategy:
     every_round: bool = True
     #: Whether clients have models of their own, which ``personal`` returns and a run evaluates after the warm-up.
     personal_models: bool = False
+    #: Operations of a local step in those of plain training, where an own ``objective`` may change them; None: unknown.
+    step_cost: float | None = None
 
     def check(self, config: ExperimentConfig) -> None:
         """Raise ``RequestError`` where ``config`` asks for something that this strategy cannot do."""

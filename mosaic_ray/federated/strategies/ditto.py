@@ -76,6 +76,7 @@ class Ditto(Strategy):
         ),),
     )  # fmt: skip
     knobs = DittoKnobs
+    step_cost = 2.0
     whole_models = personal_models = True
 
     def objective(self, start: LocalStart) -> Objective:

@@ -45,6 +45,7 @@ class FedBN(Strategy):
         ),),
     )  # fmt: skip
     whole_models = personal_models = True
+    step_cost = 1.0
 
     def receive(self, weights: Weights, state: Weights) -> Weights:
         return weights | state

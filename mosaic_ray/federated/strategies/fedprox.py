@@ -53,6 +53,7 @@ class FedProx(Strategy):
         ),),
     )  # fmt: skip
     knobs = FedProxKnobs
+    step_cost = 1.0
 
     def objective(self, start: LocalStart) -> Objective:
         return ProximalObjective(start.model, section_of(start.config, self.name, FedProxKnobs).mu)

@@ -39,6 +39,7 @@ class Local(Strategy):
     name = "local"
     about = About(rounds="once, after the last round", state="their model")
     whole_models = personal_models = True
+    step_cost = 1.0
     every_round = False
 
     def check(self, config: ExperimentConfig) -> None:

@@ -83,6 +83,7 @@ class Moon(Strategy):
         ),),
     )  # fmt: skip
     knobs = MoonKnobs
+    step_cost = 5 / 3  # two more forward passes, each a third of a step
     whole_models = True
 
     def objective(self, start: LocalStart) -> Objective:

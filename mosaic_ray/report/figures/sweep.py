@@ -16,13 +16,12 @@ from matplotlib.ticker import FixedLocator, NullFormatter
 from ...config.fields import short_names, shown
 from ...config.resolve import KNOBS
 from ...core.types import ROLES
+from ..comparison import OMEGA, Comparison
 from ..load import NotAvailable, SweepReport
 from ..sweep_table import SHARED, shared_stages
 from ..text import counted, duration, listed, percent
 from .base import Drawing, ReportFigure
 from .style import OUTLINE, ROLE_LOOKS, SERIES, STEPS, WIDTH, axes, bar_axes, colour, in_percent, label_bars, label_ends
-
-OMEGA = "partition.omega"
 
 #: With more values than this no line joins them; more series share a colour.
 MOST_VALUES, MOST_SERIES = 8, len(SERIES)
@@ -132,6 +131,40 @@ def methods(sweep: SweepReport) -> Drawing:
         parts.append(f"{f'at {under} ' if under else ''}{labels[best]} is ahead with {mean:.1f}{spread} %")
     words = f"Final test accuracy: {'; '.join(parts)}. Ticks are seeds, bars one standard deviation."
     return Drawing(figure, means, words)
+
+
+@partial(ReportFigure, "comparison", "Methods side by side", wide=True)
+def compared(sweep: SweepReport) -> Drawing:
+    """Draw ``bars`` of a `mosaic compare`."""
+    if sweep.comparison is None or not len(sweep.done):
+        raise NotAvailable("no methods of a comparison have ended")
+    return bars(sweep.comparison)
+
+
+def bars(table: Comparison) -> Drawing:
+    """Draw every method's mean final accuracy as a bar, one standard deviation as its error; a group for each omega."""
+    names = list(dict.fromkeys(method.name for methods in table.sections.values() for method in methods))
+    step, frame = 0.8 / len(names), []
+    figure, over = axes(max(WIDTH, 0.8 + 0.28 * len(names) * len(table.sections)), 3.2 + 0.1 * len(names))
+    for place, (omega, methods) in enumerate(table.sections.items()):
+        for method in methods:
+            number = names.index(method.name)
+            frame.append({"omega": omega, "method": method.name, "mean": method.mean, "sd": method.sd})
+            x = place + (number - (len(names) - 1) / 2) * step
+            over.bar(
+                x, method.mean or 0.0, step, color=colour(SERIES[number % MOST_SERIES][0]), ec=colour("paper"),
+                hatch="///" if number >= MOST_SERIES else None, label=None if place else method.name,
+            )  # fmt: skip
+            if method.sd is not None:
+                over.errorbar(x, method.mean, method.sd, color=colour("ink"), capsize=2, elinewidth=1.2)
+    groups = [f"omega {shown(omega)}" if omega is not None else "" for omega in table.sections]
+    over.set_xticks(range(len(groups)), groups)
+    over.tick_params(axis="x", length=0)
+    over.set(ylabel="test accuracy, final model")
+    over.grid(axis="x", visible=False)
+    in_percent(over.yaxis)
+    figure.legend(loc="outside upper center", ncols=3)
+    return Drawing(figure, pd.DataFrame(frame), "Mean final test accuracy; bars' errors are one standard deviation.")
 
 
 @partial(ReportFigure, "ladder", "Accuracy against omega")
@@ -290,11 +323,13 @@ def figures_of(sweep: SweepReport) -> dict[str, list[ReportFigure]]:
         ReportFigure(f"response_{number}", f"Response to {knob}", partial(response, knob=knob))
         for number, knob in enumerate(name for name in numeric(sweep) if name != OMEGA)
     ]
-    return {"Comparison": [methods, ladder, *responses, parallel], "Cost": [sharing]}
+    side_by_side = [compared] if sweep.comparison else []
+    return {"Comparison": [*side_by_side, methods, ladder, *responses, parallel], "Cost": [sharing]}
 
 
 #: By name, for ``api.Sweep.plot``; ``response`` takes ``knob=``.
 PLOTS: Mapping[str, Callable[..., Figure]] = {
-    "methods": methods.plot, "ladder": ladder.plot, "response": ReportFigure("response", "", response).plot,
+    "comparison": compared.plot, "methods": methods.plot,
+    "ladder": ladder.plot, "response": ReportFigure("response", "", response).plot,
     "parallel": parallel.plot, "sharing": sharing.plot,
 }  # fmt: skip

@@ -14,12 +14,11 @@ from markupsafe import Markup
 
 from ...config.fields import short_names, shown
 from ...config.plugins import ALIASES
-from ...config.resolve import dotted
 from ...core.units import size
-from ...runs.equal_compute import control_labels
 from ...sweeps.results import Point
 from ...sweeps.space import list_spaces
 from ...sweeps.state import PlanFile
+from ..comparison import OMEGA, Comparison
 from ..figures.sweep import figures_of
 from ..load import SweepReport
 from ..sweep_table import ended, mean_and_sd, measures, shared_stages
@@ -33,8 +32,8 @@ MOST_POINTS, MOST_TRIALS = 20, 500
 
 def sweep_page(sweep: SweepReport, beside: Path) -> Page:
     """Return the page of ``sweep``, which may be unfinished; links are relative to the folder ``beside``."""
-    best = sweep.best() if sweep.rows and len(sweep.done) else []
-    sections = [_best(sweep, best)]
+    best = sweep.best() if sweep.rows and len(sweep.done) and not sweep.comparison else []
+    sections = [_methods(sweep.comparison) if sweep.comparison else _best(sweep, best)]
     if failed := [row for row in sweep.rows if row["status"] == "failed"]:
         sections.append(_failures(failed))
     sections += [Section(title).show(figures, sweep) for title, figures in figures_of(sweep).items()]
@@ -62,9 +61,37 @@ def _chosen(best: list[tuple[str, list[str], list[Point]]]) -> list[tuple[str, l
     return [(title, knobs, section[0]) for title, knobs, section in best if "best by" in title]
 
 
+def _leaders(table: Comparison) -> str:
+    """Return the methods with the highest mean under each condition."""
+    parts = []
+    for omega, methods in table.sections.items():
+        leading = [method for method in methods if method.name in table.best(omega)]
+        for method in leading[:1]:
+            over = f", {points(fmean(method.differences))} points over {table.against}" if method.differences else ""
+            under = f"at omega {shown(omega)} " if omega is not None else ""
+            names = listed([method.name for method in leading])
+            parts.append(f"{under}the highest mean is that of {names}: {percent(method.mean)} on test images{over}")
+    words = "; ".join(parts)
+    return f"{words[:1].upper()}{words[1:]}."
+
+
+def _methods(table: Comparison) -> Section:
+    if not table.seeds:
+        return Section("Methods", "Nothing to compare yet.")
+    section = Section("Methods", " ".join(table.caption))
+    for omega, methods in table.sections.items():
+        rows = [table.cells(method) for method in methods]
+        for method, row in zip(methods, rows, strict=True):
+            row[1] = Markup("<b>{}</b>").format(row[1]) if method.name in table.best(omega) else row[1]
+        section.tables.append(Table(table.title(omega) or "Final accuracy and cost", table.heads, rows))
+    return section
+
+
 def verdict(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> str:
     if not len(sweep.done):
         return "No trial has ended well yet." if sweep.rows else "No trial has ended yet."
+    if sweep.comparison:
+        return _leaders(sweep.comparison)
     parts = []
     for title, knobs, point in _chosen(best)[:3]:
         under, short = title.rpartition(", best by")[0], short_names(knobs)
@@ -132,14 +159,13 @@ def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) ->
     if any("ceiling" in measures(there) for *_, there in best):
         lead += f" {CEILING.capitalize()}."
     section = Section("Best configurations", lead)
-    names = _controls(sweep.plan)
     for title, knobs, there in best:
         short = short_names(knobs)
         reached = measures(there)
         heads = ["configuration", *short.values(), "seeds", *reached]
         rows = [
             [
-                ": ".join(filter(None, [point[0]["trial"].rpartition("s")[0], names.get(point[0]["point"])])),
+                point[0]["trial"].rpartition("s")[0],
                 *(shown(point[0][name]) for name in knobs), str(len(point)),
                 *(mean_and_sd(point, column, "+" if head == "gain" else "") for head, column in reached.items()),
             ]
@@ -183,26 +209,24 @@ def _trials(sweep: SweepReport, beside: Path) -> Section:
     return Section("Trials", lead, tables=[Table("All trials", heads, rows, left)] if rows else [])
 
 
-def _controls(plan: PlanFile) -> dict[int, str]:
-    """Return the controls with equal client compute in a `mosaic compare`, by number."""
-    rounds = dotted(plan.base or {}).get("warmup.num_rounds")
-    return control_labels(plan.points or [], rounds) if plan.space == "compare" and rounds is not None else {}
-
-
 def _compared(plan: PlanFile) -> list[str]:
-    """Return the methods of a `mosaic compare`; empty for any other sweep."""
+    """Return the words of the `mosaic compare` that made a plan; empty for any other sweep."""
     names, tried = ("method", "federation.strategy", *ALIASES), plan.points or []
-    tried = [point for number, point in enumerate(tried) if number not in _controls(plan)]
-    if plan.space != "compare" or not all({"method"} <= set(point) <= set(names) for point in tried):
+    controls = [point for point in tried if "warmup.num_rounds" in point]
+    tried = [point for point in tried if point not in controls]
+    if plan.space != "compare" or not all({"method"} <= set(point) <= {OMEGA, *names} for point in tried):
         return []
-    return ["+".join(point[name] for name in names if name in point) for point in tried]
+    methods = dict.fromkeys("+".join(point[name] for name in names if name in point) for point in tried)
+    words = ["--methods", ",".join(methods), *(["--equal-compute"] if controls else [])]
+    if omegas := dict.fromkeys(str(point[OMEGA]) for point in tried if OMEGA in point):
+        words += ["--omegas", ",".join(omegas)]
+    return words + (["--against", plan.against] if plan.against else [])
 
 
 def _reproduce(sweep: SweepReport) -> Section:
     plan = sweep.plan
     methods = _compared(plan)
-    what = ["compare", "--methods", ",".join(methods)] if methods else ["sweep", "--space", plan.space]
-    what += ["--equal-compute"] if _controls(plan) else []
+    what = ["compare", *methods] if methods else ["sweep", "--space", plan.space]
     if plan.space == "--grid":
         what = ["sweep", *(f"--grid={name}={values}" for name, values in plan.knobs.items())]
     words = ["mosaic", *what, "--config", "base.toml", "--name", sweep.name]
@@ -213,7 +237,7 @@ def _reproduce(sweep: SweepReport) -> Section:
         words += ["--seeds", ",".join(map(str, plan.seeds))]
     knobs = [f"{name}: {domain}" for name, domain in plan.knobs.items()]
     if methods:
-        knobs = [f"methods: {', '.join(methods)}"]
+        knobs = [f"methods: {', '.join(methods[1].split(','))}"]
     texts = [Text("Command", shlex.join(words)), Text("Plan", "\n".join(knobs) or "points listed by the space")]
     if plan.base is not None:
         base = ({"preset": plan.preset} if plan.preset else {}) | plan.base
