@@ -134,7 +134,7 @@ def compare_plan(methods: str, omegas: str | None = None) -> SweepPlan:
     # where each point names its own, narrow widths need not suit the default one
     base = {"federation.strategy": strategies[0]} if len(strategies) == len(points) else {}
     if omegas is not None:
-        points = tuple({"partition.omega": omega, **point} for omega in _omegas(omegas) for point in points)
+        points = tuple(point | {"partition.omega": omega} for omega in _omegas(omegas) for point in points)
     return SweepPlan(
         summary=f"methods side by side: {', '.join(words)}", points=points, base={"runtime.ceiling": True} | base
     )
@@ -162,7 +162,7 @@ def reference(methods: str, against: str | None) -> str:
     return point_name(point)
 
 
-def _compared(word: str, option: str = "--methods") -> dict[str, str]:
+def _compared(word: str, option: str = "--methods") -> dict[str, Any]:
     """Return the knobs of a point: ``word`` is a method, strategies, or a method and strategies."""
     methods, strategies = plugins.entries("methods"), plugins.entries("strategies")
     first, plus, rest = word.partition("+")

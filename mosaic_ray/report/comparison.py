@@ -130,19 +130,22 @@ class Comparison:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield a table for each omega, in two parts where its columns do not fit."""
         split = 1 + len(self.accuracies)
+        yield ""
         for omega, methods in self.sections.items():
             best = self.best(omega)
             rows = [[_plain(cell, options.ascii_only) for cell in self.cells(method)] for method in methods]
             heads = self.heads
             widths = [max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True)]
             parts = [slice(1, None)] if sum(widths) <= options.max_width + 2 else [slice(1, split), slice(split, None)]
-            yield from ("", Text(self.title(omega), style="bold")) if omega is not None else ("",)
+            if omega is not None:
+                yield Text(self.title(omega), style="bold")
             for part in parts:
                 table = _table(heads[0], *heads[part])
                 for row in rows:
                     table.add_row(Text(row[0]), *map(Text, row[part]), style="bold" if row[0] in best else "")
-                yield from (table, *([""] if part is not parts[-1] else []))
-        yield from ("", *(Text(_plain(line, options.ascii_only)) for line in self.caption))
+                yield table
+                yield ""
+        yield from (Text(_plain(line, options.ascii_only)) for line in self.caption)
 
 
 def _plain(text: str, ascii_only: bool) -> str:

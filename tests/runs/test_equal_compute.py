@@ -13,12 +13,15 @@ from torch import nn
 from trials import printed, trial
 
 from mosaic_ray.cli.request import compare_plan
+from mosaic_ray.config.plugins import strategy_named
+from mosaic_ray.config.registry import STRATEGIES
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.types import DataFacts
 from mosaic_ray.distillation import cvae_training, generator_training
 from mosaic_ray.federated.client import ClientContext, initial_weights
-from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
+from mosaic_ray.federated.local_training import LocalStart, LocalTrainingConfig, train_locally
+from mosaic_ray.models.state_dict import to_weights
 from mosaic_ray.report.comparison import compare
 from mosaic_ray.runs import equal_compute
 from mosaic_ray.runs.equal_compute import client_costs, client_steps, extra_rounds, operations, with_controls
@@ -170,6 +173,30 @@ def test_the_compute_of_a_plug_in_is_not_known(monkeypatch, tmp_path):
     assert client_steps(override(base, {"method": f"{tmp_path}/own.py:NEAREST_MEAN"})) is None
     monkeypatch.setattr(equal_compute, "shape_of", lambda config: None)
     assert client_steps(base) is None
+
+
+@pytest.mark.parametrize("name, cost", [("fedavg", 1), ("fedprox", 1), ("moon", 5 / 3), ("ditto", 2)])
+def test_the_cost_of_a_strategys_step_is_that_of_the_training_code(name, cost):
+    """A forward pass counts as a third of a step; the first layer's, which needs no gradient of images, is more."""
+    context = ClientContext(TINY, FACTS, torch.device("cpu"))
+    plan, shard = LocalTrainingConfig(2, TINY.warmup.batch_size, 0.1), shard_of(stripes(40))
+
+    def train(strategy) -> None:
+        model = context.classifier(initial_weights(context))
+        state = to_weights(model) if name == "moon" else {}
+        objective = strategy.objective(LocalStart(TINY, FACTS, 0, 1, plan, model, shard.labels, {}, state))
+        train_locally(model, shard, plan, FACTS, (0, "local", 1, 0), "fp32", objective=objective)
+
+    found = operations(lambda: train(strategy_named(name))) / operations(lambda: train(strategy_named("fedavg")))
+    assert found == pytest.approx(cost, rel=0.1)
+    assert equal_compute._local_step(override(TINY, {"federation.strategy": name})) == cost
+
+
+def test_the_compute_of_every_strategy_that_ships_is_known():
+    for name in STRATEGIES:
+        assert equal_compute._local_step(override(TINY, {"federation.strategy": name})) >= 1, name
+    pair = override(TINY, {"federation.strategy": "ditto+fedlc"})
+    assert equal_compute._local_step(pair) == 2
 
 
 def test_drawing_a_batch_by_hand():

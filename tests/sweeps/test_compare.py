@@ -73,8 +73,8 @@ def test_widths_are_allowed_where_every_point_names_its_strategy():
         (["--seeds", "0,x"], "--seeds 0,x"),
         (["--methods", "fedavg,mosaic", "--set", NARROW], "fedavg trains whole models"),
         (["--set", "method=mosaic"], "method"),
-        (["--omegas", "0.1,1", "--omega", "1"], "--omega 1: space compare tries values of partition.omega itself; --omegas"),
-        (["--omegas", "0.1,1", "--set", "partition.omega=1"], "--omegas lists its values; give one of them"),
+        (["--omegas", "0.1,1", "--omega", "1"], "--omega 1: space compare tries values of partition.omega itself"),
+        (["--omegas", "0.1,1", "--set", "partition.omega=1"], "; --omegas lists its values; give one of them"),
         (["--omegas", "0.1,x"], "--omegas 0.1,x: "),
         (["--omegas", "0.1,0"], "--omegas 0.1,0: "),
         (["--omegas", ""], "--omegas : "),
@@ -120,7 +120,8 @@ def test_a_comparison_writes_its_table_and_another_reference_resumes_it(tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
     Path("tiny.toml").write_text(to_toml(TINY))
-    words = ["compare", "--methods", "prototype_head,fedavg", "--omegas", "0.3,3", "--seeds", "0,1", "--config", "tiny.toml"]
+    words = ["compare", "--methods", "prototype_head,fedavg", "--omegas", "0.3,3", "--seeds", "0,1"]
+    words += ["--config", "tiny.toml"]
     first = ask(*words, "--name", "n", "--max-concurrent", "2")
     assert first.exit_code == 0, (first.stderr, first.exception)
     folder = Path("mosaic_runs/sweeps/n")
@@ -128,7 +129,7 @@ def test_a_comparison_writes_its_table_and_another_reference_resumes_it(tmp_path
     rows = read_results(folder / "results.parquet").to_pylist()
     assert [row["partition.omega"] for row in rows] == [0.3] * 4 + [3.0] * 4
     finals = [row["accuracy_final"] for row in rows]
-    differences = [[100 * (a - b) for a, b in zip(finals[n : n + 2], finals[n + 2 : n + 4], strict=True)] for n in (0, 4)]
+    differences = [[100 * (finals[n + s] - finals[n + 2 + s]) for s in (0, 1)] for n in (0, 4)]
     cells = [f"{fmean(two):+.1f} ± {stdev(two):.1f}" for two in differences]
     page = (folder / "table.md").read_text()
     assert [f"| {cell}" in page for cell in cells] == [True, True] and "vs fedavg" in page

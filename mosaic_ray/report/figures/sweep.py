@@ -155,7 +155,7 @@ def bars(table: Comparison) -> Drawing:
                 x, method.mean or 0.0, step, color=colour(SERIES[number % MOST_SERIES][0]), ec=colour("paper"),
                 hatch="///" if number >= MOST_SERIES else None, label=None if place else method.name,
             )  # fmt: skip
-            if method.sd is not None:
+            if method.mean is not None and method.sd is not None:
                 over.errorbar(x, method.mean, method.sd, color=colour("ink"), capsize=2, elinewidth=1.2)
     groups = [f"omega {shown(omega)}" if omega is not None else "" for omega in table.sections]
     over.set_xticks(range(len(groups)), groups)
