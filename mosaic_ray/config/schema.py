@@ -40,6 +40,9 @@ class PartitionConfig:
 class ModelConfig:
     classifier: str = knob("cnn", "network of clients and student; see `mosaic methods`, or module:function")
     classifiers: tuple[str, ...] = knob((), "networks of the clients, dealt in turn; none: all have model.classifier")
+    student: str = knob(
+        "", "a network that no client holds; after the closing rounds the server trains it with synthetic images"
+    )
     width: int = knob(16, "channels of the classifier's first block (resnet18: 64 is the standard)", low=1, high=512)
 
 
@@ -287,6 +290,18 @@ class RehearsalConfig:
         above=0.0, high=0.5,
     )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class StudentConfig:
+    steps: int = knob(1500, "steps of model.student", low=1)
+    batch_size: int = knob(64, "synthetic images per step", low=2)
+    lr: float = knob(0.05, "SGD learning rate at the start; it falls to 0 along a cosine", above=0.0)
+    label_weight: float = knob(
+        0.5, "weight of the label that a generator was asked for, against the final model's prediction", low=0.0,
+        high=1.0,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     host: str = knob("ray", "where clients run", choices=("ray", "serial"))
@@ -339,6 +354,7 @@ class ExperimentConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     #: Methods' and strategies' own knobs that differ from their defaults, as sorted (dotted name, value).
     extra: tuple[tuple[str, Any], ...] = ()

@@ -52,6 +52,22 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
             classifier in CLASSIFIERS or re.fullmatch(r"[\w.]+:\w+", classifier),
             f"model.classifier = {classifier}: unknown; {neighbours(classifier, [*CLASSIFIERS, 'module:function'])}",
         )
+    new = config.model.student
+    if new:
+        need(
+            new in CLASSIFIERS or re.fullmatch(r"[\w.]+:\w+", new),
+            f"model.student = {new}: unknown; {neighbours(new, [*CLASSIFIERS, 'module:function'])}",
+        )
+        need(
+            new not in (student, *mixed),
+            f"model.student = {new}: clients hold this network; name one that none of them holds",
+        )
+        shares = config.rehearsal.weight or config.rehearsal.candidates
+        need(
+            trains_generators(config) and config.generator.labelled and shares,
+            f"model.student = {new}: it learns from generators that take labels and are shared for rehearsal, and "
+            f"method {config.method} has none; take --method mosaic with generator.family=cvae or cgan and rehearsal",
+        )
     need(
         not mixed or clients % len(mixed) == 0,
         f"model.classifiers = {shown(mixed)}: {len(mixed)} networks for {clients} clients; name one for each, or a "

@@ -20,8 +20,8 @@ STAGES = (
 
 Severity = Literal["info", "warning", "error"]
 
-#: The models that a run scores, in the order in which they are made; "ceiling" reads all clients' images.
-ROLES = ("initial", "teacher", "distilled", "final", "control", "ceiling")
+#: The models that a run scores. "ceiling" reads all clients' images, "server_student" is a network no client holds.
+ROLES = ("initial", "teacher", "distilled", "final", "control", "ceiling", "server_student")
 
 
 @dataclass(frozen=True)

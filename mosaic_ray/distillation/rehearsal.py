@@ -62,6 +62,27 @@ def allocate_draws(
 
 
 @torch.no_grad()
+def draw_images(
+    config: ExperimentConfig,
+    facts: DataFacts,
+    shared: SharedGenerators,
+    places: np.ndarray,
+    labels: np.ndarray,
+    noise: torch.Generator,
+    device: torch.device,
+) -> Shard:
+    """Draw one image for each row of ``places`` (of a generator in ``shared``) and ``labels``, int64 [N] each."""
+    images = np.empty((len(labels), facts.channels, facts.image_size, facts.image_size), np.uint8)
+    for place in np.unique(places):
+        rows = np.flatnonzero(places == place)
+        generator = load_generator(config.generator, facts, shared.weights[place]).to(device)
+        z = torch.randn(len(rows), config.generator.latent_dim, generator=noise).to(device)
+        with use_precision(config.runtime.precision, device):
+            drawn = generator(z, torch.as_tensor(labels[rows], device=device))
+        images[rows] = to_pixels(drawn.float(), config.generator.gan_range, facts)
+    return Shard(torch.as_tensor(images, device=device), torch.as_tensor(labels, device=device))
+
+
 def rehearsal_images(
     config: ExperimentConfig,
     facts: DataFacts,
@@ -82,15 +103,7 @@ def rehearsal_images(
     if not len(labels):
         return None
     noise = stream(config.seed, phase + "/rehearsal/z", round_num, client_id)
-    images = np.empty((count, facts.channels, facts.image_size, facts.image_size), np.uint8)
-    for place in np.unique(places):
-        rows = np.flatnonzero(places == place)
-        generator = load_generator(config.generator, facts, shared.weights[place]).to(device)
-        z = torch.randn(len(rows), config.generator.latent_dim, generator=noise).to(device)
-        with use_precision(config.runtime.precision, device):
-            drawn = generator(z, torch.as_tensor(labels[rows], device=device))
-        images[rows] = to_pixels(drawn.float(), config.generator.gan_range, facts)
-    return Shard(torch.as_tensor(images, device=device), torch.as_tensor(labels, device=device))
+    return draw_images(config, facts, shared, places, labels, noise, device)
 
 
 def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:

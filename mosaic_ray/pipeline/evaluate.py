@@ -82,9 +82,10 @@ def log_validation(ctx: RunContext, stage: str, step: int, key: str, model: Mode
 def _curve(ctx: RunContext, role: str) -> tuple[str, int]:
     """Return tag and step of a role's accuracy; steps are the federated rounds so far."""
     warmup, closing = ctx.config.warmup.num_rounds, ctx.config.finetune.num_rounds
-    own = {"teacher": "teacher/accuracy"} | {name: f"student/accuracy_{name}" for name in ("control", "ceiling")}
+    beside = ("control", "ceiling", "server_student")
+    own = {"teacher": "teacher/accuracy"} | {name: f"student/accuracy_{name}" for name in beside}
     tag = own.get(role, "student/accuracy")
-    return tag, warmup + (closing if role in ("final", "control") else 0)
+    return tag, warmup + (closing if role in ("final", "control", "server_student") else 0)
 
 
 def evaluate(ctx: RunContext, stage: Stage, models: Mapping[str, tuple[str, Model]]) -> StageResult:

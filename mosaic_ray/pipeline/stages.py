@@ -27,7 +27,7 @@ def model_knobs(config: ExperimentConfig) -> Knobs:
     """Return the networks' knobs, and the digests of networks that are user code."""
     names = sorted({config.model.classifier, *config.model.classifiers})
     sources = {name: source for name in names if (source := digest_of(name, f"model.classifier = {name}"))}
-    return changed_knobs(config.model) | ({"sources": sources} if sources else {})
+    return changed_knobs(config.model, "student") | ({"sources": sources} if sources else {})
 
 
 def federation_knobs(config: ExperimentConfig) -> Knobs:
@@ -218,6 +218,23 @@ PERSONAL = Stage(
 )  # fmt: skip
 
 
+def server_student(after: str) -> Stage:
+    """Return the training of ``model.student`` on synthetic images, taught by the model of the stage ``after``."""
+
+    def knobs(inputs: KeyInputs) -> Knobs:
+        config = inputs.config
+        source = digest_of(config.model.student, f"model.student = {config.model.student}")
+        found = {"network": config.model.student, "width": config.model.width, "seed": config.seed}
+        found |= {"student": changed_knobs(config.student), "runtime": numbers_depend_on(config)}
+        return found | driver_knobs(config) | ({"source": source} if source else {})
+
+    return Stage(
+        "server_student", 1, knobs, "mosaic_ray.pipeline.server_student:train",
+        upstream=("partition", "generators", after), role="server_student", unit="fit",
+        work=lambda config: {"student steps": config.student.steps},
+    )  # fmt: skip
+
+
 def evaluated_key(config: ExperimentConfig, partition: str, model: str, split: str) -> str:
     """Return the key of a model's accuracy on the images of ``split``; runs and stages that share a model share it."""
     knobs = {"split": split, "threads": config.runtime.driver_threads}
@@ -247,19 +264,17 @@ def whole_graph(
     distils_in_rounds: bool = False,
     trials: Graph = (),
     head: Graph = (),
-    probed: bool = False,
-    personal: bool = False,
+    further: Graph = (),
 ) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's.
 
     ``trials``: stages that choose the weight of rehearsal.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
-    ``probed``: with the ceiling. ``personal``: with the evaluation of clients' own models.
+    ``further``: stages before the evaluation on which no other depends.
     """
     first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
     student = student_of(own)
     control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
-    graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control)
-    graph = (*graph, *((ceiling(),) if probed else ()), *((PERSONAL,) if personal else ()))
+    graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control, *further)
     return (*graph, _evaluate(graph))

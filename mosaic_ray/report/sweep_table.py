@@ -166,6 +166,8 @@ def measures(points: list[Point]) -> dict[str, str]:
     found = {"selection": "selection", "final": "accuracy_final", "control": "accuracy_control", "gain": "gain"}
     probed = any(row["accuracy_ceiling"] is not None for point in points for row in point)
     own = any(row.get("personal_own") is not None for point in points for row in point)
+    new = any(row["accuracy_server_student"] is not None for point in points for row in point)
+    found |= {"new network": "accuracy_server_student"} if new else {}
     return found | ({"ceiling": "accuracy_ceiling"} if probed else {}) | ({"personal": "personal_own"} if own else {})
 
 

@@ -68,6 +68,8 @@ def _accuracy(summary: Summary) -> Table:
         "final": "student after the closing rounds (final)",
         "control": f"{strategy} after the same rounds (control)",
     }
+    if values.get("server_student") is not None:
+        rows["server_student"] = "network that no client holds"
     if values.get("ceiling") is not None:
         rows["ceiling"] = "linear probe (ceiling)*"
     seed = "-" if summary.seed is None else summary.seed

@@ -31,6 +31,7 @@ _COST: dict[str, tuple[str, ...]] = {
     "evaluate": ("model.*",),
     "ceiling": ("model.*",),
     "personal": ("model.*",),
+    "server_student": ("model.*", *_GENERATOR, "student.batch_size"),
     "rounds": ("model.*", "federation.strategy", "federation.widths", "warmup.batch_size"),
     "generator": ("model.*", *_GENERATOR, "generator.batch_size"),
     "teacher": ("model.*", "partition.num_clients", "meta.input", "meta.data", "meta.token_dim", "meta.feedforward",

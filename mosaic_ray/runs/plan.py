@@ -12,7 +12,7 @@ from ..core.types import DataFacts
 from ..methods.closing_head import closing_head
 from ..methods.rehearsal_choice import choice_stages
 from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
-from ..pipeline.stages import evaluated_key, models_of, student_of, whole_graph
+from ..pipeline.stages import PERSONAL, ceiling, evaluated_key, models_of, server_student, student_of, whole_graph
 
 #: Stage -> its keys, as ``stage_keys`` gives them.
 Chain = Mapping[str, Sequence[str]]
@@ -23,9 +23,13 @@ def graph_of(config: ExperimentConfig) -> Graph:
     method = load("methods", config.method)
     own, head = method.graph(config), closing_head(config)
     trials, in_rounds = choice_stages(config, student_of(own)), method.after_round is not None
-    personal = strategy_named(config.federation.strategy).personal_models
-    own_head = head.stages if head else ()
-    return whole_graph(own, in_rounds, trials, own_head, config.runtime.ceiling, personal)
+    further = (
+        (ceiling(), config.runtime.ceiling),
+        (PERSONAL, strategy_named(config.federation.strategy).personal_models),
+        (server_student(head.fit.name if head else "finetune"), config.model.student),
+    )
+    wanted = tuple(stage for stage, asked in further if asked)
+    return whole_graph(own, in_rounds, trials, head.stages if head else (), wanted)
 
 
 def stage_keys(

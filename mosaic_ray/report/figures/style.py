@@ -49,7 +49,7 @@ def colour(role: str) -> str:
 #: Role of a model -> (role of its colour, marker).
 ROLE_LOOKS = {
     "initial": ("s6", "o"), "teacher": ("s3", "D"), "distilled": ("s4", "s"), "final": ("s1", "o"),
-    "control": ("s2", "^"), "ceiling": ("s5", "v"),
+    "control": ("s2", "^"), "ceiling": ("s5", "v"), "server_student": ("s7", "P"),
 }  # fmt: skip
 SERIES = tuple(zip(("s1", "s2", "s3", "s4", "s7", "s5", "s8", "s6"), "o^Dsv<>P", strict=True))
 

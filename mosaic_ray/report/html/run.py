@@ -29,6 +29,7 @@ _WHAT = {
     "final": "after the closing rounds", "control": "the same rounds, no distillation",
     "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
     "ceiling": "linear probe; reads all clients' images, not a federated method",
+    "server_student": "a network that no client holds, trained on synthetic images",
 }  # fmt: skip
 
 
