@@ -29,7 +29,7 @@ FOLLOWS = {
     "method": set(), "algorithm": set(), "seed": ALL,
     "data": ALL, "data.root": set(), "data.download": set(),
     "partition": ALL,
-    "model": AFTER_PARTITION, "federation": AFTER_PARTITION,
+    "model": AFTER_PARTITION, "model.student": {"server_student", "evaluate"}, "federation": AFTER_PARTITION,
     "federation.max_client_failures": set(),  # every client has to answer: see the test of those that may be left out
     "warmup": AFTER_PARTITION, "warmup.checkpoint_rounds": set(),
     "generator": {"generators"} | AFTER_DISTILL,
@@ -40,6 +40,7 @@ FOLLOWS = {
     "distill": AFTER_DISTILL,
     "finetune": {"finetune", "control", "evaluate"},
     "finetune.head": {"finetune", "closing_statistics", "closing_head", "evaluate"},
+    "student": set(),  # without model.student
     "rehearsal": set(), "rehearsal.weight": {"finetune", "evaluate"},  # the rest only above weight 0
     "rehearsal.candidates": {"trial_0", "trial_0.5", "rehearsal", "finetune", "evaluate"},
     "runtime": set(), "runtime.ceiling": {"ceiling", "evaluate"},
@@ -53,6 +54,7 @@ def another(name: str) -> object:
     value, meta = flatten(TINY)[name], KNOBS[name].metadata
     special = {
         "method": "mosaic", "distill.workers": 2, "runtime.cpus_per_client": 2.0, "model.classifiers": ("mobilenet",),
+        "model.student": "mobilenet",
         "federation.strategy": "fedrolex", "runtime.device": "cuda", "runtime.gpus_per_client": 0.5,
     }  # fmt: skip
     if name in special:
