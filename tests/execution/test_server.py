@@ -198,6 +198,32 @@ def test_one_gpu_is_enough_for_clients_and_server(tmp_path, monkeypatch, undistu
         assert_same(student(summary), student(undisturbed_tiny))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["teach", "logits_of"])
+def test_a_worker_that_stops_costs_a_run_only_time(tmp_path, monkeypatch, undisturbed_tiny, work):
+    """By a real SIGSTOP in the middle of the server's work; its process is killed, and the numbers are the same."""
+    pretend(monkeypatch, tmp_path / "log")
+    (stopped := tmp_path / "stopped").mkdir()
+
+    class Stopping(server.ServerActor):
+        def call(self, function, *rest):
+            if function.__name__ == work and not os.listdir(stopped):
+                (stopped / str(os.getpid())).touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return super().call(function, *rest)
+
+    monkeypatch.setattr("mosaic_ray.execution.server.ServerActor", Stopping)
+    more = {"runtime.client_timeout": 20.0, "distill.workers": 0}
+    with machines((2, 1)) as cluster:
+        summary = runner.run(
+            override(TINY, SHARE | more), storage=str(tmp_path / "run"), address=cluster.address, progress=False
+        )
+    [pid] = os.listdir(stopped)
+    assert is_gone(int(pid))
+    assert "server.hung" in {finding["code"] for finding in summary["health"]}
+    assert_same(student(summary), student(undisturbed_tiny))
+
+
 # --- one worker ------------------------------------------------------------------------------------------------------
 
 
