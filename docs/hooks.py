@@ -32,7 +32,11 @@ MODULES: dict[str, tuple[str, ...]] = {
         "pipeline.graph", "pipeline.context", "methods.base", "federated.strategies.base", "federated.client",
         "execution.backend", "config.plugins",
     ),
-    "Methods": ("methods.prototype_head", "methods.statistics_heads", "methods.mosaic.*"),
+    "Methods": (
+        "methods.prototype_head", "methods.statistics_heads", "methods.mosaic.*", "methods.server_side",
+        "methods.dense", "methods.co_boosting", "methods.fedftg", "methods.dfrd", "methods.fedcvae", "methods.fens",
+        "methods.centralised",
+    ),
     "Stages of every run": ("pipeline.stages", "pipeline.partition", "pipeline.rounds", "pipeline.evaluate"),
     "Distillation": ("distillation.*",),
     "Federated rounds": ("federated.*", "federated.strategies.*"),

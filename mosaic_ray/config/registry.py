@@ -120,5 +120,32 @@ METHODS: dict[str, Entry] = {
         "ablation: the head trained on features drawn from one Gaussian a class (Luo et al. 2021)",
         "mosaic_ray.methods.statistics_heads:CCVR",
     ),
+    "dense": Entry(
+        "images on which the clients' models agree and the student does not (Zhang et al. 2022)",
+        "mosaic_ray.methods.dense:DENSE",
+    ),
+    "co_boosting": Entry(
+        "DENSE with hard images and learnt weights of the clients' models (Dai et al. 2024)",
+        "mosaic_ray.methods.co_boosting:CO_BOOSTING",
+    ),
+    "fedftg": Entry(
+        "the server fine-tunes the model after every round, on a generator's images (Zhang et al. 2022)",
+        "mosaic_ray.methods.fedftg:FEDFTG",
+    ),
+    "dfrd": Entry(
+        "as FedFTG, with one ensemble and a memory of the generator (Luo et al. 2023)", "mosaic_ray.methods.dfrd:DFRD"
+    ),
+    "fedcvae": Entry(
+        "the server trains on labelled images of the clients' decoders (Heinbaugh et al. 2023)",
+        "mosaic_ray.methods.fedcvae:FEDCVAE",
+    ),
+    "fens": Entry(
+        "NOT DATA-FREE: the clients' models and a gate that their real images train (Allouah et al. 2024)",
+        "mosaic_ray.methods.fens:FENS",
+    ),
+    "centralised": Entry(
+        "NOT FEDERATED: an upper bound, trained on all images in one place",
+        "mosaic_ray.methods.centralised:CENTRALISED",
+    ),
     "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }

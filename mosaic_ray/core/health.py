@@ -52,6 +52,14 @@ IDLE_GPUS = Rule(
     "devices.idle_gpus", "warmup", "warning", 0, "leave runtime.device and runtime.gpus_per_client at auto"
 )
 
+NOT_FEDERATED = Rule(
+    "method.not_federated", "distill", "info", None,
+    "read it as an upper bound of federated methods, not as one of them",
+)  # fmt: skip
+NOT_DATA_FREE = Rule(
+    "method.not_data_free", "gate", "info", None, "compare it with methods that train on real images as well"
+)
+
 EMPTY_CLASS = Rule(
     "partition.empty_class", "partition", "warning", 0,
     "raise partition.omega or lower partition.num_clients and partition.validation_fraction; of a class that the data "

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ensembles import QUICK, tiny_knobs
 from helpers import FACTS, TINY, stripes_dataset
 
 from mosaic_ray.config.registry import DATASETS, METHODS
@@ -159,6 +160,7 @@ CASES = [
     {"generator.lambda_i": 0.0}, {"meta.data": "synthetic"}, {"federation.cohort_size": 2},
     {"generator.family": "cvae", "distill.steps": 0, "rehearsal.candidates": (1.0,), "finetune.head": "refit"},
     {"finetune.head": "prototype_head"},
+    *(tiny_knobs(method) for method in QUICK),
 ]  # fmt: skip
 
 
@@ -245,12 +247,15 @@ def test_omegas_and_seeds_share_nothing():
 def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_closing():
     rows = work_of([override(TINY, {"method": method}) for method in METHODS])
     assert {stage: (row.asked, row.unique) for stage, row in rows.items()} == {
-        "partition": (5, 1), "warmup": (5, 1), "generators": (3, 3), "prototypes": (2, 1), "teacher": (1, 1),
-        "class_statistics": (2, 2), "distill": (4, 4), "finetune": (5, 5), "control": (5, 0), "evaluate": (5, 5),
+        "partition": (12, 1), "warmup": (12, 3), "control_warmup": (2, 0), "generators": (6, 3), "prototypes": (2, 1),
+        "teacher": (1, 1), "class_statistics": (2, 2), "gate": (1, 1), "distill": (8, 8), "finetune": (12, 11),
+        "control": (12, 0), "evaluate": (12, 12),
     }  # fmt: skip
-    assert rows["distill"].work == {"steps": 10, "fits": 3}
+    pools, passes = 2 * 20 * (30 + 20), 5 * 63  # of DENSE and Co-Boosting; of FedCVAE
+    assert rows["distill"].work == {"steps": 10 + pools + passes, "fits": 3, "local steps": 3 * 3 * 3}
     assert rows["control"].work == {}
-    assert rows["evaluate"].work == {"models": 1 + 1 + 4 + 5}  # warm-up; teacher; students; closings, one the control's
+    # warm-ups; teachers; students; closings, one the control's
+    assert rows["evaluate"].work == {"models": 3 + 2 + 8 + 11}
     assert set(work_of([override(TINY, {"method": "fedavg"})])) == {
         "partition", "warmup", "finetune", "control", "evaluate",
     }  # fmt: skip

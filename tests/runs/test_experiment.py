@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ensembles import QUICK, tiny_knobs
 from helpers import FACTS, TASKS, TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
@@ -148,10 +149,10 @@ def test_a_damaged_result_is_logged_and_computed_again(tmp_path, tiny_in_storage
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_runs_and_its_control_is_the_same(tmp_path, method):
-    summary = go(tmp_path, {"method": method})
+    summary = go(tmp_path, tiny_knobs(method) if method in QUICK else {"method": method})
     reached = summary["accuracy"]
-    assert (reached["teacher"] is None) == (method != "mosaic")
-    assert (reached["distilled"] is None) == (method == "fedavg")
+    assert (reached["teacher"] is None) == (method not in ("mosaic", "fens"))
+    assert (reached["distilled"] is None) == (method in ("fedavg", "fedftg", "dfrd", "fens"))
     if method == "fedavg":
         assert reached["final"] == reached["control"]
     assert go(tmp_path, {"method": "fedavg"})["accuracy"]["control"] == reached["control"]
