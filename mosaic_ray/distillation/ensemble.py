@@ -275,7 +275,7 @@ def _invert(
     z = torch.randn(own.batch_size, own.latent_dim, generator=draws).to(context.device).requires_grad_()
     labels = torch.randint(facts.num_classes, (own.batch_size,), generator=draws)
     asked = labels.to(context.device)
-    groups = [{"params": list(generator.parameters())}, {"params": [z]}]
+    groups: list[dict[str, Any]] = [{"params": list(generator.parameters())}, {"params": [z]}]
     adam = torch.optim.Adam(groups, lr=own.generator_lr, betas=(0.5, 0.999))
     best, kept = np.inf, None
     for step in range(own.generator_steps):
@@ -305,7 +305,10 @@ class Game(Protocol):
     name: str
     product: bool  # of the labelled generator
     fresh: bool  # new optimizers in every turn, else in every round
-    ema: float  # decay of the generator's average over rounds; 0: none
+
+    @property
+    def ema(self) -> float:
+        """Decay of the generator's average over rounds; 0: none."""
 
     def generator_steps(self, knobs: Any, clients: int) -> int: ...
     def optimizer(self, knobs: Any, parameters: Any, round_num: int) -> torch.optim.Optimizer: ...
@@ -452,7 +455,8 @@ class GatedEnsemble(nn.Module):
         self.ensemble, self.gate = ensemble, gate
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.gate(self.ensemble(images).transpose(0, 1).flatten(1))
+        logits: Tensor = self.gate(self.ensemble(images).transpose(0, 1).flatten(1))
+        return logits
 
 
 @dataclass(frozen=True)

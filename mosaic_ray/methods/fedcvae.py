@@ -108,9 +108,7 @@ def learn(ctx: RunContext, stage: Stage, warmup: Warmup, generators: Generators)
     return student_of(ctx, stage, result)
 
 
-def draw_images(
-    context: ClientContext, decoders: list[tuple[int, Weights, int]], truncation: float
-) -> dict[str, Weights]:
+def draw_images(context: ClientContext, decoders: list[tuple[int, Weights, int]], truncation: float) -> Weights:
     """Draw images (uint8) and labels from ``decoders``: (client, weights, number of images).
 
     Entries of z are drawn by the inverse of the normal distribution cut off at -truncation and truncation.

@@ -134,7 +134,8 @@ def train_gate(ctx: RunContext, stage: Stage, warmup: Warmup) -> GatedEnsemble:
                 changes.append((change, int(ctx.shards.sizes[client_id])))
                 losses.append(loss)
                 traffic.add("uplink", "gate", client_id, message)
-            state = dict(zip(state, adam_on_server(*state.values(), changes, own.lr), strict=True))
+            moved = adam_on_server(state["gate"], state["first"], state["second"], changes, own.lr)
+            state = dict(zip(state, moved, strict=True))
             progress.scalar("fens/loss", number + 1, float(np.mean(losses)))
             progress.advance(note=f"loss {np.mean(losses):.3f}")
             if (number + 1) % 20 == 0 and number + 1 < own.rounds:
