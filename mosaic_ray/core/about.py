@@ -16,12 +16,14 @@ class Paper:
     authors: str
     arxiv: str = ""
     doi: str = ""
+    url: str = ""
 
     def citation(self) -> str:
         """Return the publication in one line."""
         places = [f"{self.venue} {self.year}" if self.venue else str(self.year)]
         places += [f"arXiv {self.arxiv}"] if self.arxiv else []
         places += [f"doi {self.doi}"] if self.doi else []
+        places += [self.url] if self.url else []
         return f'{self.authors}. "{self.title}". {", ".join(places)}'
 
     def bibtex(self) -> str:
@@ -31,6 +33,7 @@ class Paper:
         fields["year"] = str(self.year)
         fields |= {"eprint": self.arxiv, "archiveprefix": "arXiv"} if self.arxiv else {}
         fields |= {"doi": self.doi} if self.doi else {}
+        fields |= {"url": self.url} if self.url else {}
         lines = [f"  {name} = {{{value}}}" for name, value in fields.items()]
         return ",\n".join([f"@{'inproceedings' if self.venue else 'misc'}{{{self.key}", *lines]) + "\n}"
 
@@ -45,7 +48,7 @@ class About:
         statistics: what else they send that is computed from their images; "" for nothing.
         label_counts: where a client's label counts are used: at the client, or on the server; "" for nowhere.
         state: what a client keeps between rounds; "" for nothing.
-        data_free: whether real images stay at the clients.
+        data_free: whether real images stay at the clients and train nothing but their models.
         papers: where it was published.
     """
 
@@ -69,7 +72,7 @@ class About:
     def summary(self) -> str:
         """Return what is needed in one sentence."""
         sent = [*(["generators"] if self.generators else []), *filter(None, [self.statistics])]
-        sent += [] if self.data_free else ["real images"]
+        sent += [] if self.data_free or self.statistics else ["real images"]
         kept = f", keep {self.state}" if self.state else ""
         counts = f", label counts {self.label_counts}" if self.label_counts else ""
         return f"Clients send {' and '.join(sent) or 'nothing more'}{kept}{counts}; {self.rounds}."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..core.about import About
 from ..core.health import NOT_FEDERATED
 from ..pipeline.graph import KeyInputs, Knobs, Stage
 from ..pipeline.stages import driver_knobs, model_knobs, numbers_depend_on
@@ -52,6 +53,7 @@ class Centralised(Method):
     """Training on all images in one place: not federated."""
 
     name = "centralised"
+    about = About(rounds="once; it is not federated", data_free=False)
     stages = (POOLED,)
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:

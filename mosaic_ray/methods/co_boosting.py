@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config.fields import knob
+from ..core.about import About, Paper
 from .server_side import PoolKnobs, PoolMethod
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ class CoBoosting(PoolMethod):
     """Hard images, and an ensemble with learnt weights."""
 
     name = "co_boosting"
+    about = About(
+        rounds="no rounds of its own",
+        papers=(Paper(
+            "dai2024enhancing", "Enhancing One-Shot Federated Learning Through Data and Ensemble Co-Boosting", "ICLR",
+            2024, "Rong Dai, Yonggang Zhang, Ang Li, Tongliang Liu, Xun Yang, Bo Han", arxiv="2402.15070",
+        ),),
+    )  # fmt: skip
     knobs = CoBoostingKnobs
 
     def rule(self, config: ExperimentConfig) -> PoolRule:

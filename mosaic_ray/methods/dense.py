@@ -10,8 +10,8 @@ numbers of 256, 20 student steps an epoch where theirs is a pass over the pool.
 Where it differs from their code: the inversion loss is averaged over the clients' models, as in the paper, not summed;
 images are not cropped and flipped before the ensemble; the student does not update batch-norm statistics while images
 are made; with ``dense.start`` = global it begins at the warm-up's model, and at a network as drawn with ``random``, as
-theirs does; the last student counts, not the best on test images. Their 400 local epochs are the warm-up's knobs:
-``warmup.num_rounds=1`` with many ``warmup.local_steps`` is one-shot.
+theirs does; the last student counts, not the best on test images. Their 400 local epochs are the warm-up's knobs, and
+``federation.strategy=local`` makes it one-shot.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..core.about import About, Paper
 from .server_side import PoolKnobs, PoolMethod
 
 if TYPE_CHECKING:
@@ -37,6 +38,14 @@ class Dense(PoolMethod):
     """A generator and a student taught by the mean of the clients' logits."""
 
     name = "dense"
+    about = About(
+        rounds="no rounds of its own",
+        papers=(Paper(
+            "zhang2022dense", "DENSE: Data-Free One-Shot Federated Learning", "NeurIPS", 2022,
+            "Jie Zhang, Chen Chen, Bo Li, Lingjuan Lyu, Shuang Wu, Shouhong Ding, Chunhua Shen, Chao Wu",
+            arxiv="2112.12371",
+        ),),
+    )  # fmt: skip
     knobs = DenseKnobs
 
     def rule(self, config: ExperimentConfig) -> PoolRule:

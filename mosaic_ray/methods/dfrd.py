@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.fields import knob
 from ..config.plugins import section_of
+from ..core.about import About, Paper
 from .base import Method
 from .server_side import RoundKnobs, fine_tune
 
@@ -104,6 +105,13 @@ class Dfrd(Method):
     """A generator and the global model take turns after every round, with a memory of the generator."""
 
     name = "dfrd"
+    about = About(
+        label_counts="on the server",
+        papers=(Paper(
+            "luo2023dfrd", "DFRD: Data-Free Robustness Distillation for Heterogeneous Federated Learning", "NeurIPS",
+            2023, "Kangyang Luo, Shuai Wang, Yexuan Fu, Xiang Li, Yunshi Lan, Ming Gao", arxiv="2309.13546",
+        ),),
+    )  # fmt: skip
     knobs = DfrdKnobs
 
     def after_round(self, ctx: RunContext, finished: FinishedRound) -> tuple[Models, Weights]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..config.fields import knob
 from ..config.plugins import own_knobs, section_of
+from ..core.about import About, Paper
 from ..core.errors import RequestError
 from ..pipeline.graph import KeyInputs, Knobs, Stage
 from ..pipeline.stages import driver_knobs, rehearses
@@ -75,6 +76,14 @@ class FedCvae(Method):
     """The server learns from decoders' images and the labels that they were asked for."""
 
     name = "fedcvae"
+    about = About(
+        rounds="once, after the warm-up", generators=True, label_counts="on the server",
+        papers=(Paper(
+            "heinbaugh2023data",
+            "Data-Free One-Shot Federated Learning Under Very High Statistical Heterogeneity", "ICLR", 2023,
+            "Clare Elizabeth Heinbaugh, Emilio Luz-Ricca, Huajie Shao", url="https://openreview.net/forum?id=_hb4vM3jspB",
+        ),),
+    )  # fmt: skip
     knobs = FedCvaeKnobs
     stages = (GENERATORS, LEARN)
 

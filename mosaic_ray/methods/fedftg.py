@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.fields import knob
 from ..config.plugins import section_of
+from ..core.about import About, Paper
 from .base import Method
 from .server_side import RoundKnobs, fine_tune
 
@@ -98,6 +99,14 @@ class FedFtg(Method):
     """A generator and the global model take turns after every round."""
 
     name = "fedftg"
+    about = About(
+        label_counts="on the server",
+        papers=(Paper(
+            "zhang2022fine",
+            "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated Learning", "CVPR", 2022,
+            "Lin Zhang, Li Shen, Liang Ding, Dacheng Tao, Ling-Yu Duan", arxiv="2203.09249",
+        ),),
+    )  # fmt: skip
     knobs = FedFtgKnobs
 
     def after_round(self, ctx: RunContext, finished: FinishedRound) -> tuple[Models, Weights]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ..config.fields import knob
 from ..config.plugins import own_knobs, section_of
+from ..core.about import About, Paper
 from ..core.health import NOT_DATA_FREE
 from ..pipeline.graph import KeyInputs, Knobs, Stage
 from ..pipeline.stages import driver_knobs, numbers_depend_on
@@ -73,6 +74,15 @@ class Fens(Method):
     """The clients' models and a gate that real images train: not data-free."""
 
     name = "fens"
+    about = About(
+        rounds="in rounds of its own, after the warm-up", data_free=False,
+        statistics="changes of a gate that their real images train",
+        papers=(Paper(
+            "allouah2024revisiting", "Revisiting Ensembling in One-Shot Federated Learning", "NeurIPS", 2024,
+            "Youssef Allouah, Akash Dhasade, Rachid Guerraoui, Nirupam Gupta, Anne-Marie Kermarrec, Rafael Pinot, "
+            "Rafael Pires, Rishi Sharma", arxiv="2411.07182",
+        ),),
+    )  # fmt: skip
     knobs = FensKnobs
     stages = (GATE,)
 

@@ -25,7 +25,8 @@ def test_papers_are_those_of_the_page(kind, name):
         [line] = [line for line in PAGE.splitlines() if line.startswith("- ") and paper.title in line]
         assert line.startswith(f"- {paper.authors}. {paper.title}")
         assert str(paper.year) in line and paper.venue in line
-        assert paper.arxiv in line and paper.doi in line and (paper.arxiv or paper.doi)
+        places = (paper.arxiv, paper.doi, paper.url)
+        assert any(places) and all(place in line for place in places)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -35,7 +36,7 @@ def test_a_method_declares_what_its_stages_send(name):
     if method.about is None:
         return
     assert method.about.generators == ("generators" in stages)
-    assert bool(method.about.statistics) == bool(stages & {"prototypes", "class_statistics"})
+    assert bool(method.about.statistics) == bool(stages & {"prototypes", "class_statistics", "gate"})
     assert (method.about.rounds == "every round") == (method.after_round is not None)
 
 
