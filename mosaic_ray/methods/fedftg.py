@@ -103,8 +103,8 @@ class FedFtg(Method):
         label_counts="on the server",
         papers=(Paper(
             "zhang2022fine",
-            "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated Learning", "CVPR", 2022,
-            "Lin Zhang, Li Shen, Liang Ding, Dacheng Tao, Ling-Yu Duan", arxiv="2203.09249",
+            "Fine-tuning Global Model via Data-Free Knowledge Distillation for Non-IID Federated Learning",
+            "CVPR", 2022, "Lin Zhang, Li Shen, Liang Ding, Dacheng Tao, Ling-Yu Duan", arxiv="2203.09249",
         ),),
     )  # fmt: skip
     knobs = FedFtgKnobs
