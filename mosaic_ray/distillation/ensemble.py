@@ -42,7 +42,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, context: ClientContext, clients: Mapping[int, Weights]) -> None:
         super().__init__()
-        self.precision, self.device = context.config.runtime.precision, context.device
+        self.precision = context.config.runtime.precision
         self.models = nn.ModuleList()
         for client_id, weights in clients.items():
             model = freeze(context.client_classifier(client_id, weights))
@@ -53,7 +53,7 @@ class Ensemble(nn.Module):
 
     def of(self, place: int, images: Tensor) -> Tensor:
         """Return the logits float32 [B, C] of the model at ``place``."""
-        with use_precision(self.precision, self.device):
+        with use_precision(self.precision, images.device):
             logits: Tensor = self.models[place](images)
         return logits.float()
 
