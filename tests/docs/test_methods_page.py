@@ -37,7 +37,8 @@ COUNTED = ("fedavg", "dense", "co_boosting", "fedftg", "dfrd", "fedcvae", "fens"
 
 def config_of(method: str) -> ExperimentConfig:
     family = {"generator.family": "cvae"} if method == "fedcvae" else {}
-    return override(resolve("demo"), {"method": method, "runtime.precision": "fp32", "runtime.device": "cpu"} | family)
+    plain = {"runtime.precision": "fp32", "runtime.device": "cpu"}
+    return override(resolve("demo+distilled"), {"method": method} | plain | family)
 
 
 def test_every_method_is_on_the_page():
