@@ -45,7 +45,7 @@ def _knobs(inputs: KeyInputs) -> Knobs:
 POOLED = Stage(
     "distill", 1, _knobs, "mosaic_ray.methods.centralised:train", upstream=("partition",), kind="centralised",
     role="distilled", total=lambda config: config.warmup.num_rounds,
-    work=lambda config: {"local steps": config.warmup.num_rounds * _steps(config)},
+    work=lambda config: {"server steps": config.warmup.num_rounds * _steps(config)},
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def _knobs(inputs: KeyInputs) -> Knobs:
 GATE = Stage(
     "gate", 1, _knobs, "mosaic_ray.methods.fens:train_gate", upstream=("partition", "warmup"), kind="fens",
     role="teacher", total=lambda config: _own(config).rounds,
-    work=lambda config: {"client rounds": _own(config).rounds * config.partition.num_clients},
+    work=lambda config: {"gate steps": _own(config).rounds * _own(config).local_steps * config.partition.num_clients},
     messages="mosaic_ray.methods.fens:gate_messages",
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic_ray.config.plugins import load, trains_generators
+from mosaic_ray.config.plugins import load
 from mosaic_ray.config.registry import METHODS
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.config.schema import ExperimentConfig
@@ -19,12 +19,11 @@ from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.methods.dfrd import DfrdGame, DfrdKnobs
 from mosaic_ray.methods.fedcvae import FedCvaeKnobs, draw_images
 from mosaic_ray.methods.fedftg import FedFtgGame, FedFtgKnobs
-from mosaic_ray.methods.fens import FensKnobs
 from mosaic_ray.methods.server_side import PoolMethod
 from mosaic_ray.models.generator import build_generator
 from mosaic_ray.models.state_dict import to_weights
 from mosaic_ray.runs.communication import predicted
-from mosaic_ray.runs.equal_compute import client_costs, operations
+from mosaic_ray.runs.equal_compute import client_costs, client_steps, operations
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "METHODS.md").read_text(encoding="utf-8")
 ROWS = {
@@ -48,20 +47,6 @@ def test_every_method_is_on_the_page():
             first.setdefault(name, line)
     assert first.keys() >= set(METHODS)
     assert "not federated" in first["centralised"] and "not data-free" in first["fens"]
-
-
-def client_steps(method: str) -> int:
-    """SGD steps of a client: rounds, and the generator's steps in equal operations."""
-    config = config_of(method)
-    steps = sum(s.num_rounds * s.local_steps for s in (config.warmup, config.finetune))
-    if trains_generators(config):
-        generators, step = client_costs(config, known_facts(config.data))
-        steps += config.generator.steps * generators / step
-    if method == "fens":  # forward passes are a third of a step
-        own = FensKnobs()
-        images = min(own.images, 1437 // config.partition.num_clients) if own.images else 0
-        steps += config.partition.num_clients * images / config.warmup.batch_size / 3
-    return round(steps)
 
 
 def server_steps(method: str) -> int:
@@ -116,18 +101,10 @@ def test_client_steps_and_bytes_of_the_table():
         counts = np.full((config.partition.num_clients, facts.num_classes), 28)
         traffic = predicted(config, facts, counts)
         up, down = (round(traffic.by_client(way).mean() / 1000) for way in ("uplink", "downlink"))
-        assert [cell.replace(",", "") for cell in cells[:3]] == [str(client_steps(method)), str(up), str(down)], method
+        wanted = [f"{round(client_steps(config)):,}", f"{up:,}", f"{down:,}"]
+        assert cells[:3] == wanted, method
 
 
 @pytest.mark.parametrize("method", COUNTED)
 def test_server_steps_of_the_table(method):
     assert ROWS[method][3].replace(",", "") == str(server_steps(method))
-
-
-if __name__ == "__main__":
-    for name in COUNTED:
-        made = config_of(name)
-        seen = known_facts(made.data)
-        sent = predicted(made, seen, np.full((made.partition.num_clients, seen.num_classes), 28))
-        ways = [round(sent.by_client(way).mean() / 1000) for way in ("uplink", "downlink")]
-        print(f"| `{name}` | {client_steps(name):,} | {ways[0]:,} | {ways[1]:,} | {server_steps(name):,} |", flush=True)

@@ -252,7 +252,7 @@ def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_clo
         "control": (12, 0), "evaluate": (12, 12),
     }  # fmt: skip
     pools, passes = 2 * 20 * (30 + 20), 5 * 63  # of DENSE and Co-Boosting; of FedCVAE
-    assert rows["distill"].work == {"steps": 10 + pools + passes, "fits": 3, "local steps": 3 * 3 * 3}
+    assert rows["distill"].work == {"steps": 10 + pools + passes, "fits": 3, "server steps": 3 * 3 * 3}
     assert rows["control"].work == {}
     # warm-ups; teachers; students; closings, one the control's
     assert rows["evaluate"].work == {"models": 3 + 2 + 8 + 11}
