@@ -29,6 +29,7 @@ import numpy as np
 from ..core.machine import num_cpus
 from ..core.types import DataFacts, Dataset, ImageSet
 from .formats import brief
+from .image_decode import CHANGES
 from .progress import warn
 
 SPOT_BYTES = 12 << 20
@@ -73,6 +74,9 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
             f"{facts['name']}: {facts['left_out']} of {facts['listed']} images do not decode and are left out "
             f"(data.skip_bad): {', '.join(facts['left_out_first'])}{others}"
         )
+    for change, number in facts.get("changes", {}).items():
+        if number:
+            warn(f"{facts['name']}: {number} {CHANGES[change]}")
     mean, std = (facts["mean"], facts["std"]) if "mean" in facts or fixed is None else (fixed.mean, fixed.std)
     colour = fixed.augmentations if fixed else ("crop", "flip") if facts["coloured"] else ()
     content = [[facts["parts"][part][key] for key in ("shape", "blocks")] for part in PARTS]

@@ -28,7 +28,7 @@ from .progress import bar, warn
 from .specs import ImageFiles, Listing, spec_of
 
 #: Part of the copies' names; raise it when the format of copies or the decoding changes.
-VERSION = 1
+VERSION = 2
 _UNFINISHED = ".unfinished-"
 #: Tasks between two flushes to the disk, which shorten the last one.
 _FLUSH = 16
@@ -187,7 +187,7 @@ def _decode(
     blocks: dict[str, list[list[Any]]] = {part: [] for part in parts}
     kept = {part: np.ones(len(images.labels), bool) for part, images in parts.items()}
     bad: list[tuple[str, str]] = []  # name and reason
-    coloured = False
+    coloured, changes = False, dict.fromkeys(image_decode.CHANGES, 0)
     total = sum(map(len, kept.values()))
     with bar(f"decoding {name}", total) as advance, contextlib.closing(image_decode.run(tasks)) as answers:
         for number, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
@@ -201,6 +201,8 @@ def _decode(
             coloured |= answer["coloured"]
             if coloured and shape[0] == 1 and not config.channels:
                 return None
+            for change, number_of in answer["changes"].items():
+                changes[change] += number_of
             for index, reason in answer["bad"]:
                 bad.append((image_decode.place(task, index), reason))
                 kept[task["part"]][task["first"] + index] = False
@@ -221,6 +223,7 @@ def _decode(
     check_classes(name, labels["train"], labels["test"], listing.class_names)
     shown = [name for name, _ in bad[:3]]
     facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": shown, "parts": {}}
+    facts["changes"] = changes
     for part in parts:
         good = [[count, checksum] for _, count, checksum, _ in blocks[part] if count]
         _close_gaps(folder / f"{part}_images.npy", shape, blocks[part])

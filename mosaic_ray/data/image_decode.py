@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..core.errors import RequestError
 from ..core.machine import num_cpus
@@ -40,7 +40,16 @@ _FEW = 512
 
 #: Named formats only: some of Pillow's others start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
-_GREY = ("1", "L", "LA")
+_GREY = ("1", "L", "LA", "La", "I", "F")
+#: The tag of a photograph's orientation, and its values that lay the image on its side.
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)
+
+#: What ``plain`` changes in an image beyond its colours, by a word for the report.
+CHANGES = {
+    "deep": "16-bit grey images are scaled to 8 bits",
+    "transparent": "transparent images are drawn on white",
+    "turned": "images are turned as their orientation tag says",
+}
 
 #: ``{"files": [...]}``, or ``{"parquet": path, "group": row group, "column": name, "start": first row of it, "rows":
 #: how many, "row": the first one's number in the file}``; ``run`` adds further inputs of ``work``.
@@ -97,51 +106,84 @@ class WrongSize(Exception):
 def form(source: str | io.BytesIO) -> tuple[int, int, bool]:
     """Return height, width and whether the image has colours, from its header."""
     with Image.open(source, formats=_FORMATS) as image:
-        return image.height, image.width, image.mode not in _GREY
+        size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _SIDEWAYS else image.size
+        return size[1], size[0], _coloured(image)
 
 
-def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[bytes, bool]:
-    """Decode ``source`` to ``shape`` [C, H, W]; return bytes [H, W, C] and whether the image has colours.
+def _coloured(image: Image.Image) -> bool:
+    return image.mode not in _GREY and not image.mode.startswith("I;16")
+
+
+def plain(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """Return ``image`` upright, with 8 bits a channel and without transparency, and the ``CHANGES`` that this took.
+
+    16-bit grey values v become round(v / 257), so that 65,535 becomes 255 (Pillow's own conversion saturates at 255).
+    Transparent pixels show white. ``ValueError`` for grey values of 32 bits or with a fraction, which have no known
+    range.
+    """
+    changes = []
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image, changes = ImageOps.exif_transpose(image), ["turned"]
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image, np.int64)
+        if values.min() < 0 or values.max() > 65_535:
+            raise ValueError("grey values of 32 bits have no known range")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)), [*changes, "deep"]
+    if image.mode == "F":
+        raise ValueError("grey values with a fraction have no known range")
+    if image.has_transparency_data:
+        whole = image.convert("RGBA")
+        if whole.getextrema()[3][0] < 255:
+            grey = not _coloured(image)
+            drawn = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
+            return drawn.convert("L") if grey else drawn, [*changes, "transparent"]
+    return image, changes
+
+
+def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[bytes, bool, list[str]]:
+    """Decode ``source`` to ``shape`` [C, H, W]; return bytes [H, W, C], whether it has colours, and its ``CHANGES``.
 
     ``square``: the largest square in its middle is resized to that size (bilinear, antialiased); otherwise it must be
     of that size. Grey is replicated, colours become luma (ITU-R 601). Raises nearly anything where it is damaged.
     """
     channels, height, width = shape
     with Image.open(source, formats=_FORMATS) as image:
-        coloured = image.mode not in _GREY
-        if image.size != (width, height):
-            if not square:
-                raise WrongSize(image.height, image.width)
+        coloured, mode = _coloured(image), "RGB" if channels == 3 else "L"
+        if square and image.size != (width, height):
             # from the coarsest of a JPEG's own scales that is at least twice the size, as Pillow makes thumbnails
             image.draft(None, (2 * width, 2 * height))
-        mode = "RGB" if channels == 3 else "L"
-        drawn = image if image.mode == mode else image.convert(mode)
+        drawn, changes = plain(image)
+        if drawn.size != (width, height) and not square:
+            raise WrongSize(drawn.height, drawn.width)
+        drawn = drawn if drawn.mode == mode else drawn.convert(mode)
         if drawn.size != (width, height):
             side = min(drawn.size)
             left, top = (drawn.width - side) / 2, (drawn.height - side) / 2
             box = (left, top, left + side, top + side)
             drawn = drawn.resize((width, height), Image.Resampling.BILINEAR, box)
-        return drawn.tobytes(), coloured  # half the time of np.asarray
+        return drawn.tobytes(), coloured, changes  # half the time of np.asarray
 
 
 def work(task: Task) -> dict[str, Any]:
     """Decode the images of ``task`` into their rows of its array, and return a summary for the parent.
 
     ``blocks``, of ``block_rows`` images: the number of decoded images (they lie first), their CRC-32 and, if requested,
-    their ``tally``; ``bad``: indices and reasons of images that do not decode; ``wrong_size``: the first other size.
+    their ``tally``; ``bad``: indices and reasons of images that do not decode; ``wrong_size``: the first other size;
+    ``changes``: how many images each of ``CHANGES`` was made to.
     """
     channels, height, width = shape = task["shape"]
     size, rows = math.prod(shape), min(block_rows(shape), count(task))
-    found: dict[str, Any] = {"blocks": [], "bad": [], "coloured": False, "wrong_size": None}
+    found: dict[str, Any] = {"blocks": [], "bad": [], "coloured": False, "wrong_size": None, "changes": {}}
     images = np.empty((rows, height, width, channels), np.uint8)
     buffer, good = images.reshape(-1).data, 0
     with open(task["target"], "r+b") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about metadata: the user cannot fix them
         for index, source in enumerate(encoded(task)):
             try:
-                content, coloured = draw(source, shape, task["square"])
+                content, coloured, changes = draw(source, shape, task["square"])
                 buffer[good * size : (good + 1) * size] = content
                 found["coloured"] |= coloured
+                found["changes"] |= {change: found["changes"].get(change, 0) + 1 for change in changes}
                 good += 1
             except WrongSize as error:
                 found["wrong_size"] = [index, *error.args]

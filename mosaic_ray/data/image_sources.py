@@ -175,10 +175,24 @@ def parquet(config: DataConfig) -> ImageFiles:
 
     def listing() -> Listing:
         (train, names), (test, _) = (_of_parquet(paths) for paths in files.values())
-        num_classes = int(train.labels.max()) + 1
+        num_classes = _num_classes(config.name, train.labels, len(names))
         return Listing(train, test, names if len(names) >= num_classes else tuple(map(str, range(num_classes))))
 
     return ImageFiles(base, [path for paths in files.values() for path in paths], listing)
+
+
+def _num_classes(name: str, labels: np.ndarray, named: int) -> int:
+    """Return one more than the highest of ``labels``; ``RequestError`` where most numbers below it have no image.
+
+    ``named``: the number of classes that the file names, whose gaps are meant.
+    """
+    highest, there = int(labels.max()), len(np.unique(labels))
+    if highest >= max(named, 2 * there):
+        raise RequestError(
+            f"data.name = {name}: labels go up to {highest}, and only {there} of these numbers occur; number the "
+            f"classes from 0 to {there - 1}"
+        )
+    return highest + 1
 
 
 def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:

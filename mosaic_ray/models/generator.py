@@ -65,7 +65,8 @@ def check_image_size(image_size: int) -> None:
     """Raise ``RequestError`` unless there are a generator and a discriminator for this image size."""
     if image_size not in STAGES:
         raise RequestError(
-            f"data.image_size = {image_size}: generators draw {', '.join(map(str, STAGES))} pixels a side"
+            f"data.image_size = {image_size}: generators draw {', '.join(map(str, STAGES))} pixels a side; "
+            f"set data.image_size={min(STAGES, key=lambda side: (abs(side - image_size), side))}"
         )
 
 

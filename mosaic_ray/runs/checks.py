@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ..config.plugins import load
+from ..config.plugins import load, trains_generators
 from ..config.schema import ExperimentConfig
 from ..config.user_code import load_object
 from ..core.types import DataFacts
 from ..federated.client_models import Federation
 from ..models.classifiers import norm_depths
+from ..models.generator import check_image_size
 
 
 def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
@@ -19,5 +20,7 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
         load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name)
+    if trains_generators(config):
+        check_image_size(facts.image_size)
     load("methods", config.method).check_networks(config, facts)
     Federation(config, facts).check()
