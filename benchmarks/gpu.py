@@ -100,7 +100,7 @@ class Bench:
         from mosaic_ray.config.resolve import resolve
 
         knobs = {"runtime.device": "cuda", "runtime.gpus_per_client": 1.0, "runtime.precision": "bf16"}
-        return resolve("cifar10", sets=knobs | {"generator.epochs": 0, "generator.family": "dcgan"} | self.sizes.knobs)
+        return resolve("cifar10+distilled", sets=knobs | {"generator.epochs": 0, "generator.family": "dcgan"} | self.sizes.knobs)
 
     def with_knobs(self, **knobs: Any) -> Any:
         """``bench.with_knobs(generator__steps=5)``."""
@@ -459,7 +459,7 @@ def projection(rows: list[Row], bench: Bench) -> list[Row]:
     if absent := [what for what in needed if what not in figures]:
         return [Row("projection", "paper-scale CIFAR-10", status="skipped", note=f"not measured: {', '.join(absent)}")]
     (a_second, speedup), (generator, _), (update, _), (step, _) = (figures[what] for what in needed)
-    config = resolve("cifar10")
+    config = resolve("cifar10+distilled")
     work = {stage.name: stage.work(config) for stage in graph_of(config)}
     client_rounds = sum(work[name]["client rounds"] for name in ("warmup", "finetune", "control"))
     clients = config.partition.num_clients

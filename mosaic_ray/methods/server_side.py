@@ -18,8 +18,6 @@ from ..pipeline.stages import driver_knobs
 from .base import Distilled, Method
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
     from ..config.schema import ExperimentConfig
     from ..core.types import DataFacts
     from ..distillation.ensemble import Game, PoolRule, State
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from ..tracking.progress import StageProgress
 
 _HERE = "mosaic_ray.methods.server_side"
-T = TypeVar("T", bound="DataclassInstance")
+T = TypeVar("T")
 
 #: The parts of the server's state that a result holds; optimizers and images are in checkpoints alone.
 KEPT = {"global", "ensemble"}
@@ -81,7 +79,7 @@ class RoundKnobs(GeneratorKnobs):
 
 def settled(own: T) -> T:
     """Return knobs with ``bn`` = running where the student starts as drawn, with no statistics of images."""
-    return replace(own, bn="running") if own.start == "random" else own  # type: ignore[attr-defined]
+    return replace(own, bn="running") if own.start == "random" else own  # type: ignore[attr-defined, type-var]
 
 
 def needs_rounds(method: Method, config: ExperimentConfig) -> None:
