@@ -100,7 +100,8 @@ class Bench:
         from mosaic_ray.config.resolve import resolve
 
         knobs = {"runtime.device": "cuda", "runtime.gpus_per_client": 1.0, "runtime.precision": "bf16"}
-        return resolve("cifar10+distilled", sets=knobs | {"generator.epochs": 0, "generator.family": "dcgan"} | self.sizes.knobs)
+        knobs |= {"generator.epochs": 0, "generator.family": "dcgan"} | self.sizes.knobs
+        return resolve("cifar10+distilled", sets=knobs)
 
     def with_knobs(self, **knobs: Any) -> Any:
         """``bench.with_knobs(generator__steps=5)``."""

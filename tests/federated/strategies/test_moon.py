@@ -133,7 +133,10 @@ def test_it_works_with(tmp_path, strategy, knobs):
 
 
 def test_rehearsal_leaves_synthetic_images_out_of_the_term(tmp_path):
-    knobs = {"distill.steps": 0, "generator.family": "cvae", "rehearsal.weight": 1.0, "rehearsal.classes": "all"}
+    knobs = {
+        "method": "mosaic", "distill.steps": 0, "generator.family": "cvae", "rehearsal.weight": 1.0,
+        "rehearsal.classes": "all",
+    }  # fmt: skip
     off = go(tmp_path, "moon", knobs | {"moon.mu": 0.0})
     assert_same(student(off), student(go(tmp_path, "fedavg", knobs)))
     on = go(tmp_path, "moon", knobs)
