@@ -133,7 +133,7 @@ def plain(image: Image.Image) -> tuple[Image.Image, list[str]]:
         raise ValueError("grey values with a fraction have no known range")
     if image.has_transparency_data:
         whole = image.convert("RGBA")
-        if whole.getextrema()[3][0] < 255:
+        if np.asarray(whole.getchannel("A")).min() < 255:
             grey = not _coloured(image)
             drawn = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole).convert("RGB")
             return drawn.convert("L") if grey else drawn, [*changes, "transparent"]
