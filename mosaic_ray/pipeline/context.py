@@ -250,7 +250,7 @@ class RunContext:
         found, waited = self.get_or_wait(name, key)
         if isinstance(found, StageResult):
             result = found
-            self.tracker.replay(name, [[_own_tag(tag, name), *row] for tag, *row in result.facts["curve"]])
+            self.tracker.replay(name, [[own_tag(tag, name), *row] for tag, *row in result.facts["curve"]])
         else:
             with found:
                 try:
@@ -340,7 +340,7 @@ def _markdown(finding: Finding) -> str:
     return f"**{finding.severity}**, {finding.stage}{client}: {finding.message}.{advice}"
 
 
-def _own_tag(tag: str, stage: str) -> str:
+def own_tag(tag: str, stage: str) -> str:
     """Rename a tag to the current stage: student and control can share one cached result of closing rounds."""
     section, _, leaf = tag.partition("/")
     return f"{stage}/{leaf}" if {section, stage} == {"finetune", "control"} else tag

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from ..federated.static_batch_norm import pooled, with_statistics
 from ..models.submodel import ChannelIndices
 from ..storage.store import StageResult, StageWriter
 from ..tracking.progress import StageProgress
-from .context import Facts, FailedClients, RunContext
+from .context import Facts, FailedClients, RunContext, own_tag
 from .evaluate import log_validation, table_of, validation_images
 from .graph import Stage
 from .stages import WARMUP, rehearses, weights_tried
@@ -413,19 +414,36 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
 
 
 def close(
-    ctx: RunContext, stage: Stage, models: Models, shared: SharedGenerators | None = None, weight: float = 0.0
+    ctx: RunContext,
+    stage: Stage,
+    models: Models,
+    shared: SharedGenerators | None = None,
+    weight: float = 0.0,
+    same: StageResult | None = None,
 ) -> StageResult:
     """Run the closing rounds (stage FT) from ``models``, the result of the stage that ``stage`` reads.
 
     ``shared``: the generators that clients rehearse with, if the ``weight`` of that loss is above zero.
+    ``same``: the result of the same rounds under another name, which is copied in their place.
     """
     section = ctx.config.finetune
+    if same is not None:
+        result = ctx.find_or_compute(stage, partial(_copy, same, stage.name))
+        show_losses(ctx, stage.name, result.load("losses")["losses"])
+        return result
     rounds = RoundsConfig(
         stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay,
         validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),
         shared=shared if weight else None, weight=weight, send_generators=not weights_tried(ctx.config),
     )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
+
+
+def _copy(same: StageResult, stage: str, writer: StageWriter, progress: StageProgress) -> Facts:
+    for part in same.parts:
+        writer.add(part, same.load(part))
+    progress.resume([[own_tag(tag, stage), *row] for tag, *row in same.facts["curve"]], progress.total or 0)
+    return {name: fact for name, fact in same.facts.items() if name not in ("seconds", "client_seconds", "curve")}
 
 
 def try_rehearsal(

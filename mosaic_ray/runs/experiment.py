@@ -36,9 +36,12 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     # FT. closing federated rounds on real data; the control's are the same rounds without the method
     shared, head = distilled.shared if distilled else None, closing_head(ctx.config)
     start = warmup.with_student(student | warmup.head if head else student)
-    closed = close(ctx, stages["finetune"], start, shared, choose_weight(ctx, stages, start, shared))
+    weight = choose_weight(ctx, stages, start, shared)
+    equal = shared is not None and not weight and student is plain.weights  # the control's rounds are the same ones
+    same = close(ctx, stages["control"], plain.models) if equal else None
+    closed = close(ctx, stages["finetune"], start, shared, weight, same)
     final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")
-    control = close(ctx, stages["control"], plain.models).load("global")
+    control = (same or close(ctx, stages["control"], plain.models)).load("global")
 
     # the accuracy of each of them on test images
     models: dict[str, Model] = {"initial": warmup.weights, "distilled": student, "final": final, "control": control}

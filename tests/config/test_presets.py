@@ -64,7 +64,7 @@ def test_photographs_are_read_at_32_pixels(shape, side):
 
 def test_many_classes_have_more_local_steps():
     few, many = (resolve("small", shape=Shape(classes, 3, 32, 50_000)).warmup for classes in (10, 11))
-    assert (few.num_rounds, few.local_steps, many.num_rounds, many.local_steps) == (60, 10, 40, 20)
+    assert (few.num_rounds, few.local_steps, many.num_rounds, many.local_steps) == (60, 10, 30, 20)
     few, many = (resolve("large", shape=Shape(classes, 3, 32, 50_000)) for classes in (10, 11))
     assert (few.warmup.num_rounds, many.warmup.num_rounds, many.prototypes.k) == (341, 1041, 60)
     assert resolve("large+reference", shape=Shape(11, 3, 32)).distill.lr == 1e-5
@@ -102,7 +102,7 @@ def work(preset: str, clients: int | None = None, **sets: str) -> dict[str, floa
 def test_a_local_epoch_stays_as_long_where_clients_have_fewer_images():
     ten, twenty, hundred = (work("cifar100_small", clients) for clients in (10, 20, 100))
     assert ten == work("cifar100_small") and ten["warmup.local_steps"] == 20
-    assert list(twenty.values()) == [10, 5, 400, 64, 64, 16]
+    assert list(twenty.values()) == [10, 5, 200, 64, 64, 16]
     assert list(hundred.values()) == [LEAST_STEPS, LEAST_STEPS, LEAST_GENERATOR_STEPS, 64, 64, 3]
     assert work("cifar100_small", 5) == ten, "fewer and larger clients work as they do in the schedule"
     assert work("fmnist_small", 12) == work("fmnist_small") | {"distill.samples_per_generator": 27}
@@ -111,7 +111,7 @@ def test_a_local_epoch_stays_as_long_where_clients_have_fewer_images():
 
 
 def test_a_small_warm_up_ends_after_so_many_passes():
-    for name, clients, rounds in (("digits_small", 10, 11), ("cifar100_small", 100, 39), ("cifar10_small", 70, 56)):
+    for name, clients, rounds in (("digits_small", 10, 11), ("cifar100_small", 200, 20), ("cifar10_small", 70, 56)):
         knobs = resolve(name, sets={"partition.num_clients": str(clients)}).warmup
         assert knobs.num_rounds == rounds
         passes = rounds * knobs.local_steps * knobs.batch_size * clients / SHAPES[name.removesuffix("_small")].images
@@ -136,3 +136,11 @@ def test_a_recorded_preset_changes_neither_equality_nor_names():
     assert other == config and hash(other) == hash(config)
     assert default_name(other) == default_name(config)
     assert override(config, {"seed": 3}).preset == "cifar10_small"
+
+
+def test_fixed_does_less_where_images_have_colour():
+    grey, colour, distilled = (resolve(name) for name in ("fmnist_small", "cifar10_small", "cifar10_small+distilled"))
+    assert (grey.finetune.num_rounds, colour.finetune.num_rounds) == (30, 15)
+    assert (colour.generator.steps, distilled.generator.steps) == (400, 800)
+    many = resolve("cifar10_small", sets={"partition.num_clients": "1000"})
+    assert (many.finetune.num_rounds, many.generator.steps) == (10, LEAST_GENERATOR_STEPS)

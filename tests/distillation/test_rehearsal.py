@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,26 @@ def test_the_weight_is_chosen_by_held_back_images_and_the_bytes_are_counted(tmp_
     assert {name for name, stage in again["stages"].items() if name.startswith("trial") and stage["cached"]} == {
         "trial_0", "trial_0.3",
     }  # fmt: skip
+
+
+def test_with_weight_0_chosen_the_closing_rounds_are_the_controls_and_run_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic_ray.methods.rehearsal_choice.best", lambda scores: 0)
+    run = {**CHOICE, "distill__steps": 0, "partition__validation_fraction": 0.2, "runtime__eval_rounds": 1}
+    weightless = go(tmp_path / "alone", **run | {"rehearsal__candidates": ()})
+    ran = []
+    rounds = "mosaic_ray.pipeline.rounds.federated_rounds"
+    inner = sys.modules["mosaic_ray.pipeline.rounds"].federated_rounds
+    monkeypatch.setattr(rounds, lambda ctx, plan, *rest: (ran.append(plan.name), inner(ctx, plan, *rest))[1])
+    chosen = go(tmp_path / "chosen", **run)
+    assert ran == ["warmup", "trial_0", "trial_0.3", "trial_1", "control"]
+    assert_same(student(chosen), student(weightless))
+    assert chosen["communication"]["measured_over_predicted"] == 1
+    curves = {}
+    for line in (Path(chosen["paths"]["run"]) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        section, _, leaf = row["tag"].partition("/")
+        curves.setdefault(section, []).append((leaf, row["step"], row["value"]))
+    assert curves["finetune"] == curves["control"] and len(curves["finetune"]) > 2
 
 
 def test_a_trial_leaves_the_held_back_images_out_of_training(tmp_path, monkeypatch):

@@ -1,0 +1,191 @@
+"""What rehearsal gains as synthetic images get better: real images of other clients, blurred, in the generators' place.
+
+    python benchmarks/fidelity.py --preset cifar10_small --omega 0.1 --blur 0,1,2 --rounds 15 --storage ./fidelity
+
+The arm ``blur s`` draws, for each image that a client asks for, a real training image of that class from the client
+whose generator would draw it, blurred by a Gaussian of s pixels. So blur 0 is a perfect generator, an upper bound that
+no federation may use, and larger blurs are worse ones. ``generators`` are the preset's own, and ``real only`` has no
+such images. All arms share one warm-up and end with the same head. Accuracies are on test images, for reporting alone.
+
+``domain AUC``: how well a linear classifier tells the drawn images from real ones by the features of the warmed-up
+model (0.5: not at all). ``agreement``: the share that an LDA head on those features assigns to the class asked for;
+of real images themselves, blur 0, it assigns fewer than all.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+import torch
+
+from mosaic_ray.cli.request import parse_config
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ExperimentConfig
+from mosaic_ray.core.seeding import numpy_stream
+from mosaic_ray.core.types import Dataset
+from mosaic_ray.data.load import load_dataset
+from mosaic_ray.data.partition import partition, split_validation
+from mosaic_ray.data.transforms import normalise
+from mosaic_ray.distillation import rehearsal
+from mosaic_ray.distillation.image_quality import domain_auc
+from mosaic_ray.execution.placement import Placement
+from mosaic_ray.federated.local_training import Shard
+from mosaic_ray.models.classifiers import build_classifier
+from mosaic_ray.models.state_dict import freeze, load_weights
+from mosaic_ray.pipeline.partition import deal
+from mosaic_ray.pipeline.rounds import warm_up
+from mosaic_ray.runs import runner
+from mosaic_ray.storage.store import Store
+from mosaic_ray.tracking.tracker import Tracker
+
+MEASURED = 2_000  # images for domain AUC and agreement
+
+
+def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
+    """Return uint8 ``images`` [N, C, H, W] after a Gaussian blur of ``sigma`` pixels; the same for 0."""
+    if not sigma:
+        return images
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    size = 2 * int(np.ceil(3 * sigma)) + 1
+    return gaussian_blur(torch.from_numpy(images).float(), [size, size], [sigma, sigma]).round().byte().numpy()
+
+
+def shards_of(config: ExperimentConfig, data: Dataset) -> list[np.ndarray]:
+    """Return each client's rows of the training images, as the stage ``partition`` deals them."""
+    dealt = partition(data.train.labels, config.partition, config.seed, data.facts.num_classes)
+    return split_validation(data.train.labels, dealt, config.partition.validation_fraction, config.seed)[0]
+
+
+class RealImages:
+    """Draws real images in the place of ``rehearsal.draw_images``: those of the clients that are asked, blurred."""
+
+    def __init__(self, config: ExperimentConfig, data: Dataset, sigma: float) -> None:
+        images, labels = data.train.images, data.train.labels
+        self._images, self._sigma, self._seed = images, sigma, config.seed
+        self._rows = [
+            {int(label): rows[labels[rows] == label] for label in np.unique(labels[rows])}
+            for rows in shards_of(config, data)
+        ]
+
+    def __call__(
+        self, config: Any, facts: Any, shared: Any, places: np.ndarray, labels: np.ndarray, noise: torch.Generator,
+        device: torch.device,
+    ) -> Shard:  # fmt: skip
+        draws = numpy_stream(self._seed, "fidelity", int(torch.randint(2**31, (1,), generator=noise)))
+        rows = [
+            draws.choice(self._rows[shared.clients[place]][label])
+            for place, label in zip(places.tolist(), labels.tolist(), strict=True)
+        ]
+        images = blurred(np.ascontiguousarray(self._images[rows]), self._sigma)
+        return Shard(torch.as_tensor(images, device=device), torch.as_tensor(labels, device=device))
+
+
+@contextmanager
+def drawing(draw: Any) -> Iterator[list[Shard]]:
+    """Let clients of this process rehearse with images of ``draw``; collects what the first clients drew."""
+    seen: list[Shard] = []
+    inner = draw or rehearsal.draw_images
+
+    def watched(*inputs: Any) -> Shard:
+        shard = inner(*inputs)
+        if sum(map(len, seen)) < MEASURED:
+            seen.append(shard)
+        return shard
+
+    with mock.patch.object(rehearsal, "draw_images", watched):
+        yield seen
+
+
+class Judge:
+    """Measures drawn images by the features of the warmed-up model: how real they look, and whether they fit labels."""
+
+    def __init__(self, config: ExperimentConfig, data: Dataset, storage: Path) -> None:
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+        with (
+            Tracker(None, progress=False) as tracker,
+            runner.open_run(config, data, Store(str(storage)), tracker, Placement()) as run,
+        ):
+            deal(run)
+            weights = warm_up(run).weights
+        facts = data.facts
+        network = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size)
+        self._network, self._facts, self._seed = freeze(load_weights(network, weights)), facts, config.seed
+        rows = numpy_stream(config.seed, "fidelity", "judge").permutation(len(data.train))[: 10 * MEASURED]
+        features, self._labels = self._features(data.train.images[rows]), data.train.labels[rows]
+        self._real = features
+        self._head = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.01).fit(features, self._labels)
+
+    def _features(self, images: np.ndarray) -> np.ndarray:
+        parts = torch.tensor(images).split(500)
+        with torch.no_grad():
+            found = [self._network.features(normalise(p, self._facts.mean, self._facts.std)).numpy() for p in parts]
+        return np.concatenate(found)
+
+    def measure(self, shard: Shard) -> tuple[float, float]:
+        """Return domain AUC and agreement of drawn images with their labels; real ones are drawn to match."""
+        features, labels = self._features(shard.images.numpy()), shard.labels.numpy()
+        draws = numpy_stream(self._seed, "fidelity", "matched")
+        real = self._real[[draws.choice(np.flatnonzero(self._labels == label)) for label in labels.tolist()]]
+        agreement = float((self._head.predict(features) == labels).mean())
+        return domain_auc(real, features, self._seed), agreement
+
+
+@click.command()
+@click.option("--preset", default="fmnist_small", show_default=True)
+@click.option("--dataset", default=None, help="As for mosaic run.")
+@click.option("--omega", default=0.1, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--blur", default="0,1,2", show_default=True, help="Pixels; empty: none of these arms.")
+@click.option("--generators/--no-generators", default=True, show_default=True, help="The preset's own generators.")
+@click.option("--rounds", default=15, show_default=True, help="Closing rounds.")
+@click.option("--weight", default=1.0, show_default=True, help="Of the loss on synthetic images.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob.")
+@click.option("--storage", default="./fidelity", show_default=True, help="A folder; each arm has one below it.")
+def main(
+    preset: str, dataset: str | None, omega: float, seed: int, blur: str, generators: bool, rounds: int, weight: float,
+    sets: tuple[str, ...], storage: str,
+) -> None:  # fmt: skip
+    """Print a row for each arm as it ends."""
+    torch.set_num_threads(1)
+    knobs = {
+        "runtime.host": "serial", "runtime.device": "cpu", "runtime.precision": "fp32", "runtime.eval_rounds": 0,
+        "finetune.num_rounds": rounds, "rehearsal.candidates": (),
+    }  # fmt: skip
+    config = parse_config(preset=preset, dataset=dataset, omega=str(omega), seed=str(seed), sets=sets)
+    config = override(config, knobs)
+    data = load_dataset(config.data)
+    arms: dict[str, tuple[Any, dict[str, Any]]] = {"real only": (None, {"method": "lda_head"})}
+    for sigma in filter(None, blur.split(",")):
+        own = {"generator.steps": 0, "rehearsal.weight": weight}
+        arms[f"blur {sigma}"] = RealImages(config, data, float(sigma)), own
+    if generators:
+        arms["generators"] = None, {"rehearsal.weight": weight}
+
+    click.echo("| images | test accuracy | over real only | domain AUC | agreement |\n|---|---|---|---|---|")
+    base, floor, judge = Path(storage) / "real-only", 0.0, None
+    for name, (draw, own) in arms.items():
+        place = Path(storage) / name.replace(" ", "-")
+        if place != base and not place.exists():
+            shutil.copytree(base, place)  # the warm-up
+        with drawing(draw) as seen:
+            found = runner.run(override(config, own), storage=str(place), name=f"s{seed}-w{omega}")["accuracy"]["final"]
+        judge = judge or Judge(override(config, own), data, base)
+        floor = floor or found
+        quality = "– | –"
+        if seen:
+            auc, agreement = judge.measure(Shard(*map(torch.cat, zip(*seen, strict=True))))
+            quality = f"{auc:.2f} | {agreement:.1%}"
+        click.echo(f"| {name} | {found:.1%} | {100 * (found - floor):+.1f} | {quality} |")
+
+
+if __name__ == "__main__":
+    main()
