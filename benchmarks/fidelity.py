@@ -180,10 +180,13 @@ def main(
             found = runner.run(override(config, own), storage=str(place), name=f"s{seed}-w{omega}")["accuracy"]["final"]
         judge = judge or Judge(override(config, own), data, base)
         floor = floor or found
-        quality = "– | –"
+        kept, quality = place / f"quality-s{seed}-w{omega}.txt", "– | –"
         if seen:
-            auc, agreement = judge.measure(Shard(*map(torch.cat, zip(*seen, strict=True))))
-            quality = f"{auc:.2f} | {agreement:.1%}"
+            drawn = Shard(torch.cat([shard.images for shard in seen]), torch.cat([shard.labels for shard in seen]))
+            auc, agreement = judge.measure(drawn)
+            kept.write_text(f"{auc:.2f} | {agreement:.1%}")
+        if kept.exists():  # of this run, or of the one whose stored result this is
+            quality = kept.read_text()
         click.echo(f"| {name} | {found:.1%} | {100 * (found - floor):+.1f} | {quality} |")
 
 
