@@ -275,6 +275,10 @@ class RehearsalConfig:
     weight: float = knob(
         0.0, "weight of the loss on synthetic images in the student's closing rounds; 0: no rehearsal", low=0.0
     )
+    begins: str = knob(
+        "closing", "the rounds with rehearsal: the closing ones, or the warm-up's as well, for which generators are "
+        "trained first; also rehearsal.from", choices=("closing", "warmup"),
+    )  # fmt: skip
     ratio: float = knob(1.0, "synthetic images for each real one", above=0.0, high=16.0)
     classes: str = knob(
         "lacking", "classes drawn: those of which a client holds less than a tenth of an equal share, or all",

@@ -104,6 +104,15 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
             not value or not trains or config.generator.labelled,
             f"{needs} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
         )
+    early = f"rehearsal.begins = {rehearsal.begins}: "
+    need(
+        rehearsal.begins == "closing" or not trains or rehearsal.weight,
+        f"{early}the warm-up's rounds have rehearsal.weight, and it is 0; set it above 0",
+    )
+    need(
+        rehearsal.begins == "closing" or not trains or config.generator.stage == "before",
+        f"{early}generators are trained before the warm-up; set generator.stage=before",
+    )
     need(
         not trains or config.generator.labelled or not config.distill.label_weight,
         f"distill.label_weight = {config.distill.label_weight:g}: generators of {config.generator.family} take no "

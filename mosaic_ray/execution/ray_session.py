@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+
+#: How often Ray is started here: a busy machine may need longer than the time that Ray gives itself.
+MAX_STARTS = 3
 
 #: Where `ray up` leaves the cluster's file on its head.
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"
@@ -131,7 +134,7 @@ def connect(address: str = "local") -> Resources:
         on_term = signal.getsignal(signal.SIGTERM)
         try:
             with auth_mode(mode):
-                ray.init(address=address, **options)
+                _init(address, options)
         except Exception as error:  # Ray raises plain ones too
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             what = f"no Ray cluster answers there ({reason})"
@@ -145,6 +148,20 @@ def connect(address: str = "local") -> Resources:
         if hasattr(os, "pidfd_open"):  # Linux
             _watch(own=address == "local")
     return all_resources()
+
+
+def _init(address: str, options: Mapping[str, Any]) -> None:
+    """Start or join Ray; start it again, up to ``MAX_STARTS`` times, where it gave up its start after 30 seconds."""
+    import ray
+
+    for left in reversed(range(MAX_STARTS)):
+        try:
+            ray.init(address=address, **options)
+            return
+        except Exception as error:
+            if address != "local" or not left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 def _watch(own: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..pipeline.graph import Graph, KeyInputs, Knobs, Stage
-from ..pipeline.stages import CHOICE, driver_knobs, rehearsal_trials
+from ..pipeline.stages import CHOICE, driver_knobs, rehearsal_trials, rehearses_early
 from .closing_head import closing_head
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def score_trials(
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         traffic, failed = Tally(1, everyone), FailedClients(stage.name)
-        send_generators(traffic, shared, everyone)
+        if not rehearses_early(ctx.config):
+            send_generators(traffic, shared, everyone)
         tried = []
         for models in trials:
             weights = models[federation.student]
@@ -127,7 +128,8 @@ def messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     from ..pipeline.rounds import add_generators
 
     config = federation.config
-    add_generators(federation, tally)
+    if not rehearses_early(config):
+        add_generators(federation, tally)
     head = closing_head(config)
     for _ in rehearsal_trials(config, ""):
         if head is not None:

@@ -36,7 +36,7 @@ from ..tracking.progress import StageProgress
 from .context import Facts, FailedClients, RunContext, own_tag
 from .evaluate import log_validation, table_of, validation_images
 from .graph import Stage
-from .stages import WARMUP, rehearses, weights_tried
+from .stages import WARMUP, rehearses, rehearses_early, weights_tried
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -343,13 +343,22 @@ def quick_eval(ctx: RunContext, weights: Weights) -> float:
     return accuracy(table_of(ctx, weights, test))
 
 
+def last_channels(federation: Federation, client_id: int) -> ChannelIndices | None:
+    """Return the channels that a client holds in the last round of the warm-up; None for a full-width client."""
+    return federation.indices(client_id, ADDRESS, max(0, federation.config.warmup.num_rounds - 1))
+
+
 @dataclass(frozen=True)
 class Warmup:
-    """theta_g and theta_k after the warm-up; a client outside the last cohort has its submodel of theta_g."""
+    """theta_g and theta_k after the warm-up; a client outside the last cohort has its submodel of theta_g.
+
+    ``generators``: those that clients rehearsed with, of a method that trains them first.
+    """
 
     result: StageResult
     federation: Federation
     models: Models
+    generators: Any = None
 
     @property
     def key(self) -> str:
@@ -371,7 +380,7 @@ class Warmup:
 
     def indices(self, client_id: int) -> ChannelIndices | None:
         """Return the channels of a client's model in the last round; None for a full-width client."""
-        return self.federation.indices(client_id, ADDRESS, max(0, self.federation.config.warmup.num_rounds - 1))
+        return last_channels(self.federation, client_id)
 
     def personal(self, client_id: int) -> Weights:
         """Return a client's own model, of a strategy that has such models."""
@@ -393,8 +402,16 @@ class Warmup:
 ADDRESS, CLOSING, TRIAL = "local", "closing", "trial"
 
 
-def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | None = None) -> Warmup:
-    """Run the federated rounds from the initial weights (stage W); ``after_round``: the method's work on the server."""
+def warm_up(
+    ctx: RunContext,
+    stage: Stage = WARMUP,
+    after_round: AfterRound | None = None,
+    generators: Any = None,
+) -> Warmup:
+    """Run the federated rounds from the initial weights (stage W); ``after_round``: the method's work on the server.
+
+    ``generators``: what clients rehearse with in these rounds, as the method's stage returns it; None: nothing.
+    """
     config, section = ctx.config, ctx.config.warmup
     plan = LocalTrainingConfig(
         section.local_steps, section.batch_size, section.lr, section.weight_decay, section.momentum, section.shuffle,
@@ -404,10 +421,11 @@ def warm_up(ctx: RunContext, stage: Stage = WARMUP, after_round: AfterRound | No
         stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True,
         after_round=after_round, exact_bn=_exact_bn(config, section.bn),
         prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
+        shared=generators and generators.shared(ctx.shards.counts), weight=config.rehearsal.weight,
     )  # fmt: skip
     result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))
     federation = ctx.client_context.federation
-    found = Warmup(result, federation, load_models(federation, result))
+    found = Warmup(result, federation, load_models(federation, result), generators)
     if stage.role:
         log_validation(ctx, stage.name, section.num_rounds, found.key, found.weights)
     return found
@@ -434,7 +452,8 @@ def close(
     rounds = RoundsConfig(
         stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay,
         validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),
-        shared=shared if weight else None, weight=weight, send_generators=not weights_tried(ctx.config),
+        shared=shared if weight else None, weight=weight,
+        send_generators=not (weights_tried(ctx.config) or rehearses_early(ctx.config)),
     )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
 
@@ -492,6 +511,8 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
     for client_id in range(config.partition.num_clients):
         tally.add("uplink", "counts", client_id, size_of_entries({"counts": (counts.shape[1:], np.int64)}))
     collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds, config.warmup.bn)
+    if rehearses_early(config):
+        add_generators(federation, tally)
     if config.prototypes.rounds == "all":
         add_prototypes(federation, counts, tally, collected)
 
@@ -500,7 +521,7 @@ def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -
     """Add the messages of the closing rounds."""
     section = federation.config.finetune
     _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
-    if rehearses(federation.config) and not weights_tried(federation.config):
+    if rehearses(federation.config) and not (weights_tried(federation.config) or rehearses_early(federation.config)):
         add_generators(federation, tally)
 
 

@@ -106,9 +106,16 @@ def _method_rounds_knobs(inputs: KeyInputs) -> Knobs:
     return _warmup_knobs(inputs) | {"method": identity("methods", inputs.config.method, inputs.config)}
 
 
-def _warmup(name: str, knobs: Callable[[KeyInputs], Knobs] = _warmup_knobs, role: str = "") -> Stage:
+def _rehearsed_rounds_knobs(inputs: KeyInputs) -> Knobs:
+    section = changed_knobs(inputs.config.rehearsal, "begins", "candidates", "trial_rounds", "held_back")
+    return _warmup_knobs(inputs) | {"rehearsal": section}
+
+
+def _warmup(
+    name: str, knobs: Callable[[KeyInputs], Knobs] = _warmup_knobs, role: str = "", reads: tuple[str, ...] = ()
+) -> Stage:
     return Stage(
-        name, 3, knobs, upstream=("partition",), kind="warmup", role=role,
+        name, 3, knobs, upstream=("partition", *reads), kind="warmup", role=role,
         total=lambda config: config.warmup.num_rounds,
         work=lambda config: _rounds_work(config, config.warmup.num_rounds, config.warmup.local_steps),
         messages="mosaic_ray.pipeline.rounds:warmup_messages" if role else "",
@@ -119,6 +126,8 @@ WARMUP = _warmup("warmup", role="initial")
 #: The warm-up of a method that changes the global model after every round, and the plain one that its control needs.
 METHOD_WARMUP = _warmup("warmup", _method_rounds_knobs, role="initial")
 CONTROL_WARMUP = _warmup("control_warmup")
+#: The warm-up of clients that rehearse in it.
+REHEARSED_WARMUP = _warmup("warmup", _rehearsed_rounds_knobs, role="initial", reads=("generators",))
 
 
 def _closing_knobs(inputs: KeyInputs) -> Knobs:
@@ -143,7 +152,7 @@ def _rehearsing_knobs(inputs: KeyInputs, start: str) -> Knobs:
         return found
     # with trials the stage that chooses a weight is upstream
     without = ("weight",) if weights_tried(inputs.config) else ("trial_rounds", "held_back", "candidates")
-    return found | {"rehearsal": changed_knobs(section, *without)}
+    return found | {"rehearsal": changed_knobs(section, "begins", *without)}
 
 
 def closing(name: str, role: str, start: str) -> Stage:
@@ -181,6 +190,11 @@ def rehearses(config: ExperimentConfig) -> bool:
     return bool(config.rehearsal.weight or weights_tried(config))
 
 
+def rehearses_early(config: ExperimentConfig) -> bool:
+    """Return whether clients rehearse in the warm-up's rounds, too."""
+    return config.rehearsal.begins == "warmup" and trains_generators(config)
+
+
 def rehearsal_trials(config: ExperimentConfig, start: str) -> dict[float, Stage]:
     """Return the stage of trial rounds for each of ``weights_tried``."""
     return {weight: _trial(weight, start) for weight in weights_tried(config)}
@@ -190,7 +204,7 @@ def _trial(weight: float, start: str) -> Stage:
     def knobs(inputs: KeyInputs) -> Knobs:
         section, found = inputs.config.rehearsal, _student_knobs(inputs, start)
         found["finetune"].pop("num_rounds", None)
-        without = ("weight", "candidates", *(() if weight else ("ratio", "classes")))
+        without = ("begins", "weight", "candidates", *(() if weight else ("ratio", "classes")))
         return found | {"rehearsal": changed_knobs(section, *without) | {"trial": weight}}
 
     return Stage(
@@ -265,16 +279,22 @@ def whole_graph(
     trials: Graph = (),
     head: Graph = (),
     further: Graph = (),
+    early: bool = False,
 ) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's.
 
     ``trials``: stages that choose the weight of rehearsal.
+    ``early``: clients rehearse in the warm-up, which needs the generators first; its control needs one without.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
     A method that distils in every round changes the warm-up itself, so its control needs a warm-up without it.
     ``further``: stages before the evaluation on which no other depends.
     """
-    first = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
+    first: Graph = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
     student = student_of(own)
-    control = closing("control", "control", "control_warmup" if distils_in_rounds else "warmup")
+    if early:
+        before = tuple(stage for stage in own if stage.name == "generators")
+        first = (PARTITION, *before, REHEARSED_WARMUP, CONTROL_WARMUP)
+        own = tuple(stage for stage in own if stage.name != "generators")
+    control = closing("control", "control", "control_warmup" if distils_in_rounds or early else "warmup")
     graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control, *further)
     return (*graph, _evaluate(graph))

@@ -21,7 +21,7 @@ from ..core.errors import RequestError
 from ..core.seeding import seeded
 from ..core.types import DataFacts
 from ..data.load import known_facts, load_dataset, shape_of
-from ..pipeline.stages import rehearses
+from ..pipeline.stages import rehearses, rehearses_early
 from .plan import graph_of
 
 #: Values of knobs by dotted name.
@@ -83,7 +83,8 @@ def client_steps(config: ExperimentConfig) -> float | None:
                     return None
                 total += work["steps"] * generators / step
             elif stage.kind in ("warmup", "rounds"):
-                rehearsed = synthetic if stage.kind == "rounds" and stage.name != "trial_0" else 0.0
+                early = stage.name == "warmup" and rehearses_early(config)
+                rehearsed = synthetic if early or (stage.kind == "rounds" and stage.name != "trial_0") else 0.0
                 answers = work.get("local steps", 0) * (1 - config.federation.drop_rate)
                 total += (each + rehearsed) * answers / clients
             elif {"client rounds", "local steps"} & work.keys():

@@ -16,7 +16,7 @@ from ..config.resolve import flatten
 from ..config.schema import ExperimentConfig
 from ..data.load import known_facts
 from ..pipeline.graph import Stage, Work
-from ..pipeline.stages import rehearses
+from ..pipeline.stages import rehearses, rehearses_early
 from .earlier import EarlierRun
 from .plan import graph_of
 
@@ -65,6 +65,7 @@ def counted(stage: Stage, config: ExperimentConfig, work: Work) -> tuple[Like, i
     if stage.name == "warmup" and load("methods", config.method).after_round is not None:
         patterns.append("method")  # it works in every round
     rehearsing = stage.name == "finetune" and rehearses(config)
+    rehearsing |= stage.name == "warmup" and rehearses_early(config)
     if rehearsing or (stage.name.startswith("trial_") and stage.name != "trial_0"):
         patterns += ["rehearsal.ratio", "rehearsal.classes"]
     same = tuple(

@@ -13,7 +13,7 @@ from ..pipeline.context import RunContext
 from ..pipeline.evaluate import Model, evaluate
 from ..pipeline.partition import deal
 from ..pipeline.rounds import close, load_models, warm_up
-from ..pipeline.stages import models_of
+from ..pipeline.stages import models_of, rehearses_early
 from .plan import graph_of
 
 
@@ -25,8 +25,9 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     # P. deal the images to the clients
     deal(ctx)
 
-    # W. federated rounds: the global model and each client's own
-    warmup = warm_up(ctx, stages["warmup"], method.after_round)
+    # W. federated rounds: the global model and each client's own; generators come first where clients rehearse in them
+    early = ctx.run(stages["generators"], None) if rehearses_early(ctx.config) else None
+    warmup = warm_up(ctx, stages["warmup"], method.after_round, early)
     plain = warm_up(ctx, stages["control_warmup"]) if "control_warmup" in stages else warmup
 
     # the method teaches the student

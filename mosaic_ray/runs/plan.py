@@ -12,7 +12,16 @@ from ..core.types import DataFacts
 from ..methods.closing_head import closing_head
 from ..methods.rehearsal_choice import choice_stages
 from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
-from ..pipeline.stages import PERSONAL, ceiling, evaluated_key, models_of, server_student, student_of, whole_graph
+from ..pipeline.stages import (
+    PERSONAL,
+    ceiling,
+    evaluated_key,
+    models_of,
+    rehearses_early,
+    server_student,
+    student_of,
+    whole_graph,
+)
 
 #: Stage -> its keys, as ``stage_keys`` gives them.
 Chain = Mapping[str, Sequence[str]]
@@ -29,7 +38,7 @@ def graph_of(config: ExperimentConfig) -> Graph:
         (server_student(head.fit.name if head else "finetune"), config.model.student),
     )
     wanted = tuple(stage for stage, asked in further if asked)
-    return whole_graph(own, in_rounds, trials, head.stages if head else (), wanted)
+    return whole_graph(own, in_rounds, trials, head.stages if head else (), wanted, rehearses_early(config))
 
 
 def stage_keys(

@@ -15,6 +15,7 @@ from helpers import FACTS, TINY, assert_same, interrupted, shard_of, small_ray, 
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.resolve import override, resolve
+from mosaic_ray.config.validate import check
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.seeding import numpy_stream, seeded
 from mosaic_ray.data.transforms import normalise
@@ -243,6 +244,55 @@ def test_a_killed_trial_resumes_with_the_same_numbers(tmp_path, round_num):
     with interrupted(in_round=round_num, phase="trial"):
         go(tmp_path / "killed", **CHOICE)
     assert_same(student(go(tmp_path / "killed", **CHOICE)), student(undisturbed))
+
+
+EARLY = {"rehearsal__from": "warmup", "generator__stage": "before", "distill__steps": 0}
+
+
+def test_rehearsal_from_the_warm_up_on_comes_after_the_generators_and_the_control_has_none(tmp_path):
+    closing = go(tmp_path, **EARLY | {"rehearsal__from": "closing"})
+    early = go(tmp_path, **EARLY)
+    stages = list(early["stages"])
+    assert stages.index("generators") < stages.index("warmup") < stages.index("control_warmup")
+    assert early["communication"]["measured_over_predicted"] == 1
+    sent = early["communication_bytes"]
+    assert sent["downlink"]["generators"] == 2 * sent["uplink"]["generators"]  # once, to two others
+    keys = [{name: stage["key"] for name, stage in run["stages"].items()} for run in (early, closing)]
+    same = {name for name, key in keys[0].items() if keys[1].get(name) == key}
+    assert same == {"partition", "generators", "control"}
+    assert early["stages"]["control_warmup"]["key"] == closing["stages"]["warmup"]["key"]
+    assert early["accuracy"]["control"] == closing["accuracy"]["control"]
+    warm = {name: Store(str(tmp_path)).get(run["stages"]["warmup"]["key"]).load("global")
+            for name, run in (("early", early), ("closing", closing))}  # fmt: skip
+    assert any(not np.array_equal(warm["early"][name], warm["closing"][name]) for name in warm["early"])
+
+
+def test_early_rehearsal_with_a_weight_chosen_for_the_closing_rounds(tmp_path):
+    found = go(tmp_path, **EARLY, rehearsal__candidates=(0.3,), rehearsal__trial_rounds=1)
+    assert found["communication"]["measured_over_predicted"] == 1
+    sent = found["communication_bytes"]
+    assert sent["downlink"]["generators"] == 2 * sent["uplink"]["generators"]
+
+
+@pytest.mark.parametrize("more", [{}, {"federation__widths": (1.0, 0.5, 0.5), "federation__strategy": "fedrolex"}])
+def test_a_killed_warm_up_with_rehearsal_resumes_with_the_same_numbers(tmp_path, more):
+    undisturbed = go(tmp_path / "whole", **EARLY, **more)
+    with interrupted(in_round=1, phase="local"):
+        go(tmp_path / "killed", **EARLY, **more)
+    assert_same(student(go(tmp_path / "killed", **EARLY, **more)), student(undisturbed))
+
+
+@pytest.mark.parametrize(
+    "knobs, words",
+    [
+        ({"generator.stage": "after_warmup"}, "set generator.stage=before"),
+        ({"rehearsal.weight": 0.0, "rehearsal.candidates": (0.3,)}, "it is 0; set it above 0"),
+    ],
+)
+def test_early_rehearsal_needs_generators_before_the_warm_up_and_a_weight(knobs, words):
+    early = {name.replace("__", "."): value for name, value in EARLY.items()}
+    with pytest.raises(RequestError, match=words):
+        check(override(TINY, ON | early | knobs))
 
 
 def test_a_method_without_generators_tries_no_weight():

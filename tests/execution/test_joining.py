@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.execution import ray_internals, ray_preflight
+from mosaic_ray.execution import ray_internals, ray_preflight, ray_session
 from mosaic_ray.execution.ray_preflight import check_cluster
 from mosaic_ray.execution.ray_session import connect
 
@@ -258,3 +258,23 @@ def _of_session(folder: Path) -> list:
     import psutil
 
     return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize("failures, address", [(2, "local"), (3, "local"), (1, "127.0.0.1:1")])
+def test_a_ray_that_is_slow_to_start_here_is_started_again(monkeypatch, failures, address):
+    tried, slow = [], "The current node timed out during startup. This could happen because ..."
+
+    def init(**options):
+        tried.append(options["address"])
+        if tried.count(address) <= failures:
+            raise Exception(slow)  # Ray raises plain ones
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: tried.append("shutdown"))
+    if failures == 2:
+        ray_session._init(address, {})
+    else:
+        with pytest.raises(Exception, match="timed out during startup"):
+            ray_session._init(address, {})
+    starts = ["local", "shutdown", "local", "shutdown", "local"] if address == "local" else [address]
+    assert tried == starts

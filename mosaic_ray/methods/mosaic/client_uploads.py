@@ -20,7 +20,7 @@ from ...federated.client_models import Federation
 from ...federated.communication import Size, Tally, size_of, size_of_entries
 from ...pipeline.context import POLL_SECONDS, Facts, FailedClients, RunContext
 from ...pipeline.graph import Stage
-from ...pipeline.rounds import Warmup, add_prototypes
+from ...pipeline.rounds import Warmup, add_prototypes, last_channels
 from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
 from ...tracking.progress import StageProgress
@@ -96,8 +96,14 @@ class Generators:
         return SharedGenerators(self.weights(), tuple(self.clients), counts[self.clients])
 
 
-def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup) -> Generators:
-    """Train one generator on every client (stage G); each is stored as soon as it is there, and found again alone."""
+def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup | None) -> Generators:
+    """Train one generator on every client (stage G); each is stored as soon as it is there, and found again alone.
+
+    ``warmup``: None before it, where ``generator.stage`` is before.
+    """
+    if warmup is not None and warmup.generators is not None:
+        found_early: Generators = warmup.generators
+        return found_early
     began, before = time.perf_counter(), ctx.client_seconds
     keys = ctx.client_keys(stage)
     key = stage.joint_key(keys)
@@ -143,7 +149,7 @@ def uploaded(generators: Mapping[int, StageResult], num_clients: int) -> Tally:
 
 def _fill(
     ctx: RunContext,
-    warmup: Warmup,
+    warmup: Warmup | None,
     keys: Sequence[str],
     found: dict[int, StageResult],
     failed: FailedClients,
@@ -187,17 +193,17 @@ def _fill(
 
 
 def _computed(
-    ctx: RunContext, warmup: Warmup, keys: Sequence[str], clients: list[int], failed: FailedClients
+    ctx: RunContext, warmup: Warmup | None, keys: Sequence[str], clients: list[int], failed: FailedClients
 ) -> Iterator[tuple[int, StageResult]]:
     """Yield (k, its generator) of ``clients`` as they arrive, each stored."""
     knobs = ctx.config.generator
-    before = knobs.stage == "before"
-    start = initial_models(ctx.client_context) if before else warmup.models
+    warmup = None if knobs.stage == "before" else warmup
+    start = warmup.models if warmup else initial_models(ctx.client_context)
     federation = ctx.client_context.federation
 
     def own(client_id: int) -> GeneratorInput:
-        indices = warmup.indices(client_id)
-        weights = federation.submodel(client_id, start, indices) if before else warmup.client(client_id)
+        indices = last_channels(federation, client_id)
+        weights = warmup.client(client_id) if warmup else federation.submodel(client_id, start, indices)
         return GeneratorInput(weights, indices)
 
     arrivals = ctx.map(
