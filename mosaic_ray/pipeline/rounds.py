@@ -446,9 +446,7 @@ def close(
     """
     section = ctx.config.finetune
     if same is not None:
-        result = ctx.find_or_compute(stage, partial(_copy, same, stage.name))
-        show_losses(ctx, stage.name, result.load("losses")["losses"])
-        return result
+        return ctx.find_or_compute(stage, partial(_copy, same, stage.name))
     rounds = RoundsConfig(
         stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay,
         validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),

@@ -192,7 +192,8 @@ def rehearses(config: ExperimentConfig) -> bool:
 
 def rehearses_early(config: ExperimentConfig) -> bool:
     """Return whether clients rehearse in the warm-up's rounds, too."""
-    return config.rehearsal.begins == "warmup" and trains_generators(config)
+    early = config.rehearsal.begins == "warmup" and config.generator.stage == "before"
+    return early and config.rehearsal.weight > 0 and trains_generators(config)
 
 
 def rehearsal_trials(config: ExperimentConfig, start: str) -> dict[float, Stage]:

@@ -38,11 +38,10 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     shared, head = distilled.shared if distilled else None, closing_head(ctx.config)
     start = warmup.with_student(student | warmup.head if head else student)
     weight = choose_weight(ctx, stages, start, shared)
-    equal = shared is not None and not weight and student is plain.weights  # the control's rounds are the same ones
-    same = close(ctx, stages["control"], plain.models) if equal else None
-    closed = close(ctx, stages["finetune"], start, shared, weight, same)
+    closed = close(ctx, stages["finetune"], start, shared, weight)
     final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")
-    control = (same or close(ctx, stages["control"], plain.models)).load("global")
+    same = shared is not None and not weight and student is plain.weights  # the control's rounds are these
+    control = close(ctx, stages["control"], plain.models, same=closed if same else None).load("global")
 
     # the accuracy of each of them on test images
     models: dict[str, Model] = {"initial": warmup.weights, "distilled": student, "final": final, "control": control}

@@ -205,7 +205,7 @@ def test_a_run_records_its_schedule(monkeypatch):
 def test_a_sweep_records_its_schedule_but_is_not_named_after_it():
     found = prepare(sweep_request("omega_ladder", {"dataset": "cifar100"}, lambda _: False)).plan_json
     assert found["preset"] == "cifar100_small"
-    assert found["base"]["warmup"]["num_rounds"] == 40
+    assert found["base"]["warmup"]["num_rounds"] == 30
     assert plan_name(found) == plan_name(found | {"preset": None})
 
 

@@ -217,7 +217,7 @@ def test_with_weight_0_chosen_the_closing_rounds_are_the_controls_and_run_once(t
     inner = sys.modules["mosaic_ray.pipeline.rounds"].federated_rounds
     monkeypatch.setattr(rounds, lambda ctx, plan, *rest: (ran.append(plan.name), inner(ctx, plan, *rest))[1])
     chosen = go(tmp_path / "chosen", **run)
-    assert ran == ["warmup", "trial_0", "trial_0.3", "trial_1", "control"]
+    assert ran == ["warmup", "trial_0", "trial_0.3", "trial_1", "finetune"]
     assert_same(student(chosen), student(weightless))
     assert chosen["communication"]["measured_over_predicted"] == 1
     curves = {}
