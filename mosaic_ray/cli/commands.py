@@ -12,6 +12,7 @@ from ..config.presets import ALGORITHMS, GENERIC, SCALES, scale_named
 from ..config.registry import CLASSIFIERS
 from ..config.resolve import to_toml
 from ..core.errors import RequestError
+from ..core.text import visible
 from .data import data
 from .group import CommandGroup, resume_command
 from .options import (
@@ -22,6 +23,7 @@ from .options import (
     print_parts,
     print_plan,
     print_result,
+    refuse_idle_address,
     run_options,
     stdout_for_json,
 )
@@ -52,6 +54,7 @@ def mosaic() -> None:
 def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     """Run one experiment; the same command again resumes it."""
     config = parse_config(has_gpus=gpus_at(place.address), **typed)
+    refuse_idle_address(ctx, place, config.runtime.host)
     from ..report.tables import closing_table, work_table
     from ..runs import runner
 
@@ -157,9 +160,11 @@ def report(path: str, out: str | None) -> None:
     PATH is a run's, a sweep's or a trial's folder, or a storage that holds only one run or sweep. An unfinished or
     failed run is shown as far as it got.
     """
-    from ..report.html.render import write_report
+    from ..report.html.render import stdout_at, write_report
 
-    click.echo(write_report(path, out))
+    written = write_report(path, out)
+    if stdout_at(written) is None:
+        click.echo(visible(str(written)))
 
 
 @mosaic.command()
@@ -194,7 +199,8 @@ def doctor(
     worst = 0
     for finding in findings:
         mark = click.style(f"{finding.severity:<8}", fg=COLOURS[finding.severity])
-        click.echo(f"{mark} {finding.what}: {finding.found}" + (f"; {finding.fix}" if finding.fix else ""))
+        text = f"{finding.what}: {finding.found}" + (f"; {finding.fix}" if finding.fix else "")
+        click.echo(f"{mark} {visible(text)}")
         worst |= finding.severity == "problem"
     ctx.exit(worst)
 

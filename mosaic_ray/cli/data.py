@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from ..core.text import visible
 from .group import CommandGroup
 from .options import common_options, listing
-from .request import parse_config
+from .request import parse_age, parse_config
 
 
 @click.group(cls=CommandGroup)
@@ -51,3 +52,22 @@ def import_data(source: str, name: str, skip_bad: str | None, sets: tuple[str, .
     from ..data.catalog import import_dataset
 
     click.echo(import_dataset(source, name, knobs))
+
+
+@data.command("clean")
+@click.option(
+    "--older-than", default="30d", show_default=True, metavar="AGE",
+    help="Keep copies that were read since: 90s, 30m, 12h, 7d.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="List what would be removed; remove nothing.")
+@common_options("sets", "config")
+def clean_copies(older_than: str, dry_run: bool, sets: tuple[str, ...], config: str | None) -> None:
+    """Remove decoded copies of images that were not read for a while.
+
+    A run that needs a removed copy decodes the images again. Downloaded and imported data sets stay.
+    """
+    age, knobs = parse_age(older_than), parse_config(sets=sets, config=config).data
+    from ..data.catalog import clean
+
+    for line in clean(knobs, age, dry_run):
+        click.echo(visible(line, ""))

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import click
 
 from ..core import errors
 from ..core.errors import RequestError, RunError, neighbours
+from ..core.text import visible
+
+#: Options of which an empty value would mean that they are absent.
+WITHOUT_IT = ("address", "cluster", "config", "from", "out", "png", "preset", "space", "storage")
 
 
 class CommandGroup(click.Group):
     """A group that ends every failure in one line on standard error.
 
-    Exit status: 2 a wrong request, 1 a failed run, 130 interrupted.
+    Exit status: 2 a wrong request, 1 a failed run or a fault that nobody foresaw, 130 interrupted.
     """
 
     def resolve_command(
@@ -46,7 +55,9 @@ class CommandGroup(click.Group):
         resumes = words[:1] in (["run"], ["sweep"], ["compare"], ["experiment"])
         errors.resume = f"to resume: {shlex.join(resume_command(words))}"
         interrupts = _Interrupts(f"mosaic: interrupted{f'; {errors.resume}' if resumes else ''}")
+        unforeseen = None
         try:
+            _refuse_empty(words)
             extra |= {"standalone_mode": False, "obj": words}
             status = super().main(words, prog_name or "mosaic", **extra) or 0
         except click.ClickException as error:
@@ -57,16 +68,22 @@ class CommandGroup(click.Group):
             status = _complain("; ".join([str(error), *getattr(error, "__notes__", [])]), 1)
         except (click.Abort, KeyboardInterrupt):
             interrupts.told = True
-            click.echo(interrupts.line, err=True)
+            say(interrupts.line)
             status = 130
+        except Exception as error:
+            status, unforeseen = 1, error
+        if (full := _flush_stdout(unforeseen)) and status != 2:
+            status = _complain(f"standard output: {full}", status or 1)
+        elif unforeseen:
+            _complain(_kept(unforeseen), status)
         sys.exit(status)
 
 
 class _Interrupts:
     """The handler of Ctrl-C, of a scheduler's SIGTERM and of a terminal that closes (SIGHUP, unless under nohup).
 
-    The first one raises ``KeyboardInterrupt``. Another one, while the command tidies up, ends the process at once: with
-    ``line`` unless that was printed, and without a traceback.
+    The first one raises ``KeyboardInterrupt``. Another one, while the command tidies up, ends the process at once, and
+    those that it started: with ``line`` unless that was printed, and without a traceback.
     """
 
     def __init__(self, line: str) -> None:
@@ -81,13 +98,62 @@ class _Interrupts:
             self._came = True
             raise KeyboardInterrupt
         if not self.told:
-            os.write(2, f"{self.line}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"{self.line}\n".encode())
+        with contextlib.suppress(Exception):
+            import psutil
+
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
         os._exit(130)
 
 
 def _complain(message: str, status: int) -> int:
-    click.echo(f"mosaic: error: {' '.join(message.split())}", err=True)
+    say(f"mosaic: error: {visible(' '.join(message.split()))}")
     return status
+
+
+def say(line: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it
+        click.echo(line, err=True)
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Raise ``RequestError`` for an option with an empty value, as an unset variable of a shell leaves it."""
+    for option, value in pairwise([*words, "-"]):
+        name = re.fullmatch(r"--([\w-]+)(=?)", option)
+        if name and (name[2] or not value) and name[1] in WITHOUT_IT:
+            raise RequestError(f"--{name[1]} '': it is empty; give a value, or leave the option out")
+
+
+def _flush_stdout(earlier: Exception | None) -> str:
+    """Write what is left of standard output; return why that fails, empty if it does not or if its reader went away.
+
+    ``earlier``: an error that ended the command, and may have been that of a print.
+    """
+    try:
+        sys.stdout.flush()
+        prints = {frame.name for frame in traceback.extract_tb(earlier.__traceback__ if earlier else None)}
+        if isinstance(earlier, OSError) and prints & {"echo", "_write_buffer"}:  # of click, of rich
+            raise earlier
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # Python tries once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "" if error.errno == errno.EPIPE else os.strerror(error.errno or errno.EIO)
+    except (AttributeError, ValueError):  # it was closed
+        pass
+    return ""
+
+
+def _kept(error: Exception) -> str:
+    """Write the traceback of an ``error`` that nobody foresaw into a new folder; return a line that names the file."""
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    with contextlib.suppress(OSError, MemoryError):
+        path = os.path.join(tempfile.mkdtemp(prefix="mosaic-"), "error.log")
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+        what += f"; log: {path}"
+    return what
 
 
 def resume_command(words: Sequence[str]) -> list[str]:

@@ -6,15 +6,17 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
 from ..core.errors import RequestError
+from ..core.text import visible
 from .request import parse_address
 
 if TYPE_CHECKING:
@@ -114,19 +116,32 @@ def run_options(*more: str) -> Decorator:
     return decorate
 
 
+def refuse_idle_address(ctx: click.Context, place: RunOptions, host: str) -> None:
+    """Raise ``RequestError`` for a typed ``--address`` where no cluster is joined."""
+    typed = ctx.get_parameter_source("address") is ParameterSource.COMMANDLINE
+    if typed and host == "serial" and place.address != "local":
+        raise RequestError(f"--address {place.address}: runtime.host = serial joins no cluster; give one of them")
+
+
 def listing(title: str, rows: dict[str, str]) -> None:
     """Print names and their meaning in the layout of click's help."""
     formatter = click.HelpFormatter(width=80)
-    with formatter.section(title):
-        formatter.write_dl(list(rows.items()))
+    with formatter.section(visible(title, "")):
+        formatter.write_dl([(visible(name, ""), visible(words, "")) for name, words in rows.items()])
     click.echo(formatter.getvalue())
 
 
 def print_parts(*parts: Any) -> None:
     """Print tables and lines of text through rich, without markup; long paths are never broken."""
     from rich.console import Console
+    from rich.segment import Segment
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    class Screen(Console):
+        def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+            for text, style, control in super().render(*args, **options):
+                yield Segment(text if control else visible(text), style, control)
+
+    console = Screen(markup=False, emoji=False, highlight=False)
     for part in parts:
         console.print(part, crop=False, soft_wrap=isinstance(part, str))
 

@@ -368,6 +368,14 @@ def parse_count(option: str, text: str | None) -> int | None:
     return int(text)
 
 
+def parse_age(text: str) -> int:
+    """Return the seconds of ``--older-than``: a number and s, m, h or d."""
+    age = re.fullmatch("([0-9]{1,6})([smhd])", text)
+    if not age:
+        raise RequestError(f"--older-than {text}: it takes a number and s, m, h or d, such as 12h or 7d")
+    return int(age[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[age[2]]
+
+
 def parse_seeds(text: str | None, seed: int | None) -> tuple[int, ...]:
     """Return the seeds of ``0,1,2``; without a ``text`` the one ``seed`` that was typed, or none."""
     if text is None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import click
 
-from ..core.errors import RequestError
-from .group import CommandGroup
+from ..core.text import visible
+from .group import CommandGroup, say
 from .options import common_options, print_result
+from .request import parse_age
 
 if TYPE_CHECKING:
     from ..storage.store import Store
-
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @click.group(cls=CommandGroup)
@@ -48,15 +46,13 @@ def free_results(storage: str, older_than: str, dry_run: bool, as_json: bool) ->
     Results that a process computes right now stay. While runs are active in this storage, so do results that no
     finished run names. A run that needs a removed result computes it again.
     """
-    age = re.fullmatch("([0-9]{1,6})([smhd])", older_than)
-    if not age:
-        raise RequestError(f"--older-than {older_than}: it takes a number and s, m, h or d, such as 12h or 7d")
+    age = parse_age(older_than)
     opened = _open(storage)
     from ..report.store_tables import freed, freed_facts
     from ..runs.provenance import keys_used
     from ..storage.gc import collect_garbage
 
-    plan = collect_garbage(opened, keys_used, int(age[1]) * _UNITS[age[2]], dry_run=dry_run)
+    plan = collect_garbage(opened, keys_used, age, dry_run=dry_run)
     print_result(as_json, {"storage": opened.uri, **freed_facts(plan, dry_run)}, *freed(plan, dry_run))
 
 
@@ -78,4 +74,4 @@ def verify_results(ctx: click.Context, storage: str, as_json: bool) -> None:
 def _open(storage: str) -> Store:
     from ..storage.store import Store
 
-    return Store(storage, create=False, log=lambda text: click.echo(f"warning: {text}", err=True))
+    return Store(storage, create=False, log=lambda text: say(f"warning: {visible(text)}"))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .group import CommandGroup, resume_command
-from .options import RunOptions, common_options, print_result, run_options, stdout_for_json
+from .options import RunOptions, common_options, print_result, refuse_idle_address, run_options, stdout_for_json
 from .request import ConfigOptions, gpus_at, parse_config, parse_count, parse_seeds
 
 #: The default of --seeds.
@@ -90,6 +90,7 @@ def _run_study(
     chosen = parse_seeds(seeds, None) or SEEDS
     study = import_module(f"...studies.{name}", __name__)
     config = parse_config(study.BASE, has_gpus=gpus_at(place.address), **typed)
+    refuse_idle_address(ctx, place, config.runtime.host)
     from ..studies.harness import run_study, table
 
     with stdout_for_json(place.as_json):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 import tomllib
@@ -28,6 +29,12 @@ _WORDS = {
     Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
     AutoInt: "auto, or a whole number", AutoFloat: "auto, or a number",
 }  # fmt: skip
+
+#: Bound of every number that declares none: a larger one is a slip of the hand.
+MOST = 1e9
+
+#: Most characters of a refused value in a message.
+MOST_SHOWN = 200
 
 _BOUNDS = {"above": ("above", operator.gt), "low": ("at least", operator.ge), "high": ("at most", operator.le)}
 
@@ -114,7 +121,7 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
     if spec.type is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError
-        return float(value)
+        return float(value) + 0.0  # so that -0.0 is 0.0
     if spec.type is str or (spec.type == Widths and isinstance(value, str)):
         if not isinstance(value, str):
             raise ValueError
@@ -145,7 +152,7 @@ def _numeral(text: str) -> str:
 
 def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
     """Return ``value`` in the knob's type and range, else raise ``RequestError``. ``text``: strings are parsed."""
-    shown, meta = value if isinstance(value, str) else repr(value), spec.metadata
+    meta, sane = spec.metadata, ""
     try:
         found = _coerce(spec, value, text)
         if meta["choices"] and found not in meta["choices"] and not (meta["plug_in"] and ":" in found):
@@ -153,9 +160,21 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
         for number in (n for n in (found if isinstance(found, tuple) else (found,)) if not isinstance(n, str)):
             if not all(holds(number, meta[bound]) for bound, (_, holds) in _BOUNDS.items() if meta[bound] is not None):
                 raise ValueError
-    except (ValueError, OverflowError, tomllib.TOMLDecodeError):
-        raise RequestError(f"{spec.name} = {shown}: it takes {_wants(spec)}") from None
+            if meta["high"] is None and abs(number) > MOST:
+                sane = f", and no larger than {MOST:g}"
+                raise ValueError
+    except (ValueError, OverflowError, RecursionError):
+        raise RequestError(f"{spec.name} = {_as_given(spec, value, text)}: it takes {_wants(spec)}{sane}") from None
     return found
+
+
+def _as_given(spec: Knob, value: Any, text: bool) -> str:
+    """Return a refused value as it was given, cut short: text of a file that should be a number keeps its quotes."""
+    try:
+        words = value if isinstance(value, str) and (text or spec.type is str) else json.dumps(value, default=repr)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        words = "a huge value"
+    return words if len(words) <= MOST_SHOWN else f"{words[:MOST_SHOWN]}..."
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:

@@ -35,6 +35,9 @@ class KnobTable(dict[str, Knob]):
         return super().__contains__(name) or name in ALIASES or (isinstance(name, str) and find_knob(name) is not None)
 
 
+#: Most bytes of a file of knobs.
+MOST_TOML = 1_000_000
+
 KNOBS = KnobTable({knob.name: knob for knob in knobs_of(ExperimentConfig)})
 #: The sections of the package's own knobs.
 SECTIONS = tuple(f.name for f in dataclasses.fields(ExperimentConfig) if f.default_factory is not dataclasses.MISSING)
@@ -115,10 +118,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a user's TOML file as dotted knobs (and perhaps ``preset``)."""
     try:
         with open(path, "rb") as file:
-            return dotted(tomllib.load(file))
+            text = file.read(MOST_TOML + 1)
+        if len(text) > MOST_TOML:
+            raise RequestError(f"--config {path}: it is larger than {MOST_TOML:,} bytes, so it is no file of knobs")
+        return dotted(tomllib.loads(text.decode()))
     except OSError as error:
         raise RequestError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise RequestError(f"--config {path}: it is nested too deeply") from None
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
         raise RequestError(f"--config {path}: {error}") from None
 
 

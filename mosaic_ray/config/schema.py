@@ -73,7 +73,7 @@ class FederationConfig:
 class WarmupConfig:
     num_rounds: int = knob(30, "federated rounds", low=0)
     local_steps: int = knob(10, "optimiser steps per client and round", low=1)
-    batch_size: int = knob(64, "images per step", low=1)
+    batch_size: int = knob(64, "images per step", low=1, high=1_000_000)
     lr: float = knob(0.01, "SGD learning rate", above=0.0)
     lr_decay: float = knob(
         1.0, "factor of the learning rate after each round: round r has lr * lr_decay^r", above=0.0, high=1.0
@@ -126,12 +126,12 @@ class GeneratorConfig:
     drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
     gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
     conditional: bool = knob(False, "another way to ask for generator.family = cgan")
-    latent_dim: int = knob(100, "size of z", low=1)
-    ngf: int = knob(64, "generator channels", low=1)
-    ndf: int = knob(64, "discriminator channels", low=1)
+    latent_dim: int = knob(100, "size of z", low=1, high=1_000_000)
+    ngf: int = knob(64, "generator channels", low=1, high=4096)
+    ndf: int = knob(64, "discriminator channels", low=1, high=4096)
     steps: int = knob(800, "steps per client; 0: the untrained network; unused when epochs > 0", low=0)
     epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
-    batch_size: int = knob(64, "images per step", low=1)
+    batch_size: int = knob(64, "images per step", low=1, high=1_000_000)
     lr: float = knob(0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae", low=0.0)
     beta1: float = knob(0.5, "Adam beta1", low=0.0, high=0.9999)
     beta2: float = knob(0.999, "Adam beta2", low=0.0, high=0.99999)
@@ -186,12 +186,13 @@ class MetaConfig:
         "prototype_head", "start at random, or at a head re-fitted on prototypes", choices=("random", "prototype_head")
     )
     token_dim: int = knob(
-        0, "size of an expert's token; 0: ten per class, at most 200; -1: ten per class and as many heads", low=-1
-    )
-    feedforward: int = knob(2048, "hidden size of the transformer's feed-forward part", low=1)
+        0, "size of an expert's token; 0: ten per class, at most 200; -1: ten per class and as many heads",
+        low=-1, high=100_000,
+    )  # fmt: skip
+    feedforward: int = knob(2048, "hidden size of the transformer's feed-forward part", low=1, high=1_000_000)
     dropout: float = knob(0.2, "dropout", low=0.0, high=0.95)
     updates: int = knob(500, "optimiser updates", low=0)
-    batch_size: int = knob(128, "prototypes per update", low=1)
+    batch_size: int = knob(128, "prototypes per update", low=1, high=1_000_000)
     lr: float = knob(1e-3, "Adam learning rate", above=0.0)
     ema: float = knob(0.99, "decay of the averaged copy that teaches", low=0.0, high=0.99999)
     ema_bias_correction: bool = knob(True, "take the random start out of the average (M2)")
@@ -210,7 +211,7 @@ class DistillConfig:
     )  # fmt: skip
     lr: float = knob(1e-3, "Adam learning rate of the head", above=0.0)
     backbone_lr: float = knob(0.0, "Adam learning rate below the head; 0 freezes it", low=0.0)
-    samples_per_generator: int = knob(32, "synthetic images per generator and step, on average", low=1)
+    samples_per_generator: int = knob(32, "synthetic images per generator and step, on average", low=1, high=1_000_000)
     gen_sampling: str = knob(
         "quality", "share of each generator in a batch (K4)", choices=("uniform", "proportional", "quality")
     )
@@ -298,7 +299,7 @@ class RehearsalConfig:
 @dataclass(frozen=True)
 class StudentConfig:
     steps: int = knob(1500, "steps of model.student", low=1)
-    batch_size: int = knob(64, "synthetic images per step", low=2)
+    batch_size: int = knob(64, "synthetic images per step", low=2, high=1_000_000)
     lr: float = knob(0.05, "SGD learning rate at the start; it falls to 0 along a cosine", above=0.0)
     label_weight: float = knob(
         0.5, "weight of the label that a generator was asked for, against the final model's prediction", low=0.0,

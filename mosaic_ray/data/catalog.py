@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from ..core.errors import RequestError, neighbours
 from .download import download
 from .image_cache import FACTS, read_facts
 from .image_cache_build import import_as
-from .paths import DECODED, IMPORTED, data_root, imported_names, may_be_imported
+from .paths import DECODED, IMPORTED, data_root, imported_names, lock_folder, may_be_imported
 from .specs import is_plugin, spec_of
 
 
@@ -70,6 +72,24 @@ def fetch_dataset(name: str, config: DataConfig) -> str:
         return f"{name} is bundled; there is nothing to fetch"
     came = download(name, root)
     return f"{name}: {', '.join(came)} in {root}" if came else f"{name} is in {root} already"
+
+
+def clean(config: DataConfig, seconds: float, dry_run: bool = False) -> list[str]:
+    """Remove decoded copies that were not read for ``seconds``; return a line about each, and the sum."""
+    parent, word = data_root(config) / DECODED, "would remove" if dry_run else "removed"
+    if not parent.is_dir():
+        return [f"{parent}: no decoded copies"]
+    old, lines = [], []
+    with lock_folder(parent):
+        for folder in sorted(path for path in parent.iterdir() if path.is_dir() and not path.is_symlink()):
+            facts = folder / FACTS  # its time is that of the last reading
+            if time.time() - (facts if facts.is_file() else folder).stat().st_mtime >= seconds:
+                old.append(folder)
+                lines.append(f"{word} {folder.name}: {size_on_disk([folder])}")
+        lines.append(f"{word} {size_on_disk(old)} in {parent}")
+        for folder in [] if dry_run else old:
+            shutil.rmtree(folder, ignore_errors=True)
+    return lines
 
 
 def import_dataset(source: str, name: str, config: DataConfig) -> str:

@@ -64,6 +64,8 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
         raise Damaged(f"{folder / FACTS} is damaged")
     if places is not None and facts["stamp"] != stamp(places, facts["listed"]):
         return None
+    with contextlib.suppress(OSError):
+        os.utime(folder / FACTS)  # when it was last read, for `mosaic data clean`
     arrays = [_mapped(folder, part, facts["parts"][part]) for part in PARTS]
     if any(_stat(folder, part) != facts["parts"][part]["stat"] for part in PARTS):
         with contextlib.suppress(OSError):  # so that the next opening does not check all blocks

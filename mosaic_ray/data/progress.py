@@ -6,10 +6,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 
+from ..core.text import visible
+
 
 def warn(message: str) -> None:
     """Print a warning of one line on standard error."""
-    sys.stderr.write(f"mosaic: warning: {message}\n")
+    with contextlib.suppress(OSError):  # nobody reads it
+        sys.stderr.write(f"mosaic: warning: {visible(message)}\n")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -84,7 +85,7 @@ def _fields(path: str) -> Iterator[Check]:
         yield Check("schema", "problem", failed, "change the field that it names")
     elif failed:
         found = f"{path} describes its machines; its fields were not checked: {failed}"
-        by_hand = f"`{' '.join(command[:3])} -f {path}` checks them on a cluster with KubeRay"
+        by_hand = f"`{shlex.join([*command[:3], '-f', str(path)])}` checks them on a cluster with KubeRay"
         yield Check("schema", "ok", f"{found}; {by_hand}")
     elif not unknown:
         yield Check("schema", "ok", f"{path} is as the cluster's KubeRay takes it")
@@ -211,7 +212,8 @@ def _token(cluster: Cluster) -> Iterator[Check]:
         fix = f'file_mounts: {{"{TOKEN}": {TOKEN}}}'
         yield Check("token", "problem", "no file mount brings the token to the nodes", fix)
     elif token.is_file() and token.stat().st_mode & 0o077:
-        yield Check("token", "warning", f"{token} may be read by others on this machine", f"chmod 600 {token}")
+        fix = shlex.join(["chmod", "600", str(token)])
+        yield Check("token", "warning", f"{token} may be read by others on this machine", fix)
     elif token.is_file() and not bare:
         yield Check("token", "ok", "brought to every node, and asked of everyone")
 

@@ -226,6 +226,36 @@ def least_bytes(work: ClientWork) -> int:
     return int(max(2 * net.parameters + net.outputs // 2 for net in nets))
 
 
+def surely_taken(work: ClientWork) -> dict[str, tuple[tuple[str, ...], int]]:
+    """Return the knobs of each kind of a run's work that decide its memory, and bytes that it surely takes.
+
+    Counted are weights with gradients, Adam's moments where Adam trains them, half of the activations of a batch, and
+    images that are drawn at once; a batch of real images is no larger than ``work.samples``.
+    """
+    config, facts, stages = work.config, work.facts, _stages(work.config)
+    image, clients = 4 * facts.channels * facts.image_size**2, config.partition.num_clients
+    batch = min(config.warmup.batch_size, max(1, work.samples))
+    nets = [_classifier(config, facts, name, batch) for name in _names(config)]
+    found = {"warmup": (("model.width", "warmup.batch_size"), max(2 * n.parameters + n.outputs // 2 for n in nets))}
+    if "generators" in stages:
+        knobs = config.generator
+        made = _shapes_of_generator(knobs, facts.channels, facts.image_size)
+        moments, batches = (4, made.outputs // 2) if knobs.steps or knobs.epochs else (1, 0)
+        sizes = "generator.latent_dim", "generator.ngf"
+        found["generators"] = (*sizes, "generator.batch_size"), moments * made.parameters + batches
+        found["all clients' generators"] = (*sizes, "partition.num_clients"), clients * made.parameters
+    if "teacher" in stages:
+        meta = config.meta
+        weights = 4 * 2 * max(1, meta.token_dim) * meta.feedforward
+        found["teacher"] = ("meta.token_dim", "meta.feedforward"), 4 * weights if meta.updates else weights
+    if "distill" in stages:
+        drawn = config.distill.samples_per_generator * clients * image
+        found["distill"] = ("distill.samples_per_generator", "partition.num_clients"), drawn
+    if config.model.student:
+        found["server_student"] = ("student.batch_size",), config.student.batch_size * image
+    return found
+
+
 def largest(works: Sequence[ClientWork]) -> list[ClientWork]:
     """Return the works of a sweep with the largest estimates, one of those that differ only in what takes no memory."""
     found: dict[Any, ClientWork] = {}
@@ -265,12 +295,18 @@ def _generator_pair(config: ExperimentConfig, facts: DataFacts) -> _Shapes:
 @functools.lru_cache(maxsize=64)
 def _shapes_of_pair(knobs: Any, channels: int, image_size: int) -> _Shapes:
     from ..models.discriminator import build_discriminator
-    from ..models.generator import build_generator
 
-    one = _shapes(lambda: build_generator(knobs, channels, image_size), (knobs.batch_size, knobs.latent_dim))
+    one = _shapes_of_generator(knobs, channels, image_size)
     size = (knobs.batch_size, channels, image_size, image_size)
     other = _shapes(lambda: build_discriminator(knobs, channels, image_size), size)
     return _Shapes(one.parameters + other.parameters, one.outputs + other.outputs)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of_generator(knobs: Any, channels: int, image_size: int) -> _Shapes:
+    from ..models.generator import build_generator
+
+    return _shapes(lambda: build_generator(knobs, channels, image_size), (knobs.batch_size, knobs.latent_dim))
 
 
 def _shapes(build: Any, size: tuple[int, ...]) -> _Shapes:

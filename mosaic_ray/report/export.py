@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable
 
+from ..core.text import visible
 from ..sweeps.results import event_file
 from .comparison import Comparison
 
@@ -50,7 +51,7 @@ def markdown(table: Comparison) -> str:
 
 
 def _md(text: str) -> str:
-    return _MARKDOWN.sub(r"\\\1", text)
+    return _MARKDOWN.sub(r"\\\1", visible(text, ""))
 
 
 def _md_row(cells: Iterable[str]) -> str:
@@ -78,7 +79,7 @@ def latex(table: Comparison) -> str:
 
 def tex(text: str) -> str:
     """Return ``text`` with LaTeX's special characters escaped."""
-    return "".join(_TEX.get(character, character) for character in text)
+    return "".join(_TEX.get(character, character) for character in visible(text, ""))
 
 
 def _number(text: str, bold: bool = False) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from ..config.plugins import load_named
 from ..config.resolve import KNOBS, dotted, override, read_toml
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
+from ..core.text import visible
 from ..core.types import Weights
 from ..runs.provenance import client_keys, joint_keys
 from ..runs.summary import Summary
@@ -27,6 +28,7 @@ from ..sweeps.space import setting_knobs
 from ..sweeps.state import PlanFile
 from .comparison import Comparison, compare
 from .sweep_table import best_sections
+from .text import labels_of
 
 _METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
 
@@ -35,12 +37,13 @@ class NotAvailable(LookupError):
     """Raised for data that a run or sweep does not have; the message gives the reason."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunReport:
     """A run or a trial of a sweep, which may be unfinished.
 
     ``summary`` is the content of summary.json (empty before there is one), ``config`` the knobs by section, ``metrics``
     a frame [stage, tag, step, value], ``label_counts`` int64 [clients, classes] or None, ``command`` the command line.
+    ``class_names`` [classes] are there where they are more than numbers.
     Methods read the store when they are called and raise ``NotAvailable`` with the reason where a result is missing.
     """
 
@@ -50,11 +53,32 @@ class RunReport:
     metrics: pd.DataFrame
     label_counts: np.ndarray | None
     command: str | None
-    store: Store | None = field(repr=False)
+    store: Store | None
+    class_names: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        reached = {role: value for role, value in (self.summary.accuracy or {}).items() if value is not None}
+        clients = "" if self.label_counts is None else f"{len(self.label_counts)} clients, "
+        return "\n".join([
+            f"{type(self).__name__} {visible(self.name, '')}: {self.status}",
+            f"  method    {self.summary.method or self.knob('method')}, seed {self.summary.seed}",
+            f"  data      {self.knob('data.name')}, {clients}{self.knob('partition.sampler')} sampler",
+            *(f"  accuracy  {role} {value:.4f}" for role, value in reached.items()),
+            f"  folder    {visible(str(self.folder), '')}",
+        ])  # fmt: skip
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def class_labels(self) -> dict[int, str]:
+        """Return each class's name with its number behind it; empty where classes have numbers alone."""
+        return dict(enumerate(labels_of(self.class_names)))
+
+    def class_label(self, label: int) -> str:
+        """Return a class's number, behind its name if it has one of its own."""
+        return self.class_labels.get(label, str(label))
 
     @property
     def status(self) -> str:
@@ -164,7 +188,7 @@ class RunReport:
         return StageResult(self.store, f"{OBJECTS}/{key}", manifest)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepReport:
     """A sweep, which may be unfinished: ``results`` has a row per trial (``sweeps.results.SCHEMA``).
 
@@ -175,9 +199,14 @@ class SweepReport:
     folder: Path
     plan: PlanFile
     results: pd.DataFrame
-    rows: list[dict[str, Any]] = field(repr=False)
+    rows: list[dict[str, Any]]
     swept: tuple[str, ...]
     conditions: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        ended = ", ".join(f"{count} {status}" for status, count in self.results["status"].value_counts().items())
+        head = f"{type(self).__name__} {visible(self.name, '')}: {len(self.rows)} trials ({ended})"
+        return f"{head}\n  swept   {', '.join(self.swept)}\n  folder  {visible(str(self.folder), '')}"
 
     @property
     def name(self) -> str:
@@ -264,9 +293,10 @@ def read_run(path: str | Path) -> RunReport:
     toml = folder / "config.toml"
     config = summary.config or (read_toml(toml) if toml.is_file() else {})
     above = next((above for above in list(folder.parents)[:4] if (above / OBJECTS).is_dir()), None)
+    counts = _label_counts(folder, summary)
     return RunReport(
-        folder, summary, config, _metrics(folder / "metrics.jsonl"), _label_counts(folder, summary),
-        read_text(folder / "command.txt"), Store(above, create=False) if above else None,
+        folder, summary, config, _metrics(folder / "metrics.jsonl"), counts, read_text(folder / "command.txt"),
+        Store(above, create=False) if above else None, () if counts is None else _class_names(folder, counts.shape[1]),
     )  # fmt: skip
 
 
@@ -349,3 +379,11 @@ def _label_counts(folder: Path, summary: Summary) -> np.ndarray | None:
     if counts.ndim != 2 or not counts.size or (counts < 0).any():
         raise RequestError(f"{folder}: its label counts are no table of whole numbers, clients by classes")
     return counts
+
+
+def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
+    """Return the names of a run's classes; none where it kept none, or numbers alone."""
+    names = _json(folder / "label_counts.json").get("class_names")
+    if not isinstance(names, list) or len(names) != num_classes or names == [str(c) for c in range(num_classes)]:
+        return ()
+    return tuple(map(str, names))

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from ..core.text import visible
 from ..core.units import size
 from ..runs.provenance import UNNAMED
 from ..storage.gc import Entry, Garbage, Inventory, Plan, Verdict
@@ -32,7 +33,8 @@ def listing(holdings: Inventory) -> list[RenderableType | str]:
         first = entries[0]
         name = first.key if len(entries) == 1 else f"{first.stage}-... ({len(entries)} of them)"
         when = datetime.fromtimestamp(max(entry.modified for entry in entries)).strftime("%Y-%m-%d %H:%M")
-        table.add_row(Text(name), size(_bytes(entries)), when, Text(_whose(first, users)))
+        whose = visible(_whose(first, users), "")
+        table.add_row(Text(visible(name, "")), size(_bytes(entries)), when, Text(whose))
     return [table, "", _totals(holdings)] if rows else ["no results"]
 
 
@@ -88,7 +90,7 @@ def freed(plan: Plan, dry_run: bool) -> list[RenderableType | str]:
     if plan.free:
         table = _table(word, "size", words="why")
         for item in plan.free:
-            table.add_row(Text(f"{item.what} {item.name}"), size(item.size), Text(item.why))
+            table.add_row(Text(visible(f"{item.what} {item.name}", "")), size(item.size), Text(item.why))
         parts += [table, ""]
     parts.append(f"{word} {size(_bytes(plan.free))} in {counted(len(plan.free), 'place')}")
     parts += [f"stays: {_sum(entries, 'result')}: {why}" for why, entries in _sorted(plan)]
@@ -123,5 +125,5 @@ def verdict(found: Verdict) -> list[RenderableType | str]:
         return [f"{checked}: all sound"]
     table = _table("damaged", words="why")
     for folder, why in found.damaged.items():
-        table.add_row(Text(folder), Text(why))
+        table.add_row(Text(visible(folder, "")), Text(visible(why, "")))
     return [table, "", f"{checked}: {len(found.damaged):,} damaged; a run that needs one computes it again"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,10 +142,10 @@ def _health(findings: list[Finding]) -> list[RenderableType]:
 
 
 def _places(paths: Mapping[str, str]) -> list[RenderableType]:
-    lines = [("files", "{}", paths.get("run")), ("curves", "tensorboard --logdir {}", paths.get("tensorboard"))]
-    return [
-        Text(f"{what:<8}{shape.format(path)}", no_wrap=True, overflow="ignore") for what, shape, path in lines if path
-    ]
+    lines = [("files", paths.get("run", ""))]
+    if board := paths.get("tensorboard"):
+        lines.append(("curves", shlex.join(["tensorboard", "--logdir", board])))
+    return [Text(f"{what:<8}{text}", no_wrap=True, overflow="ignore") for what, text in lines if text]
 
 
 def partition_table(counts: np.ndarray) -> RenderableType:

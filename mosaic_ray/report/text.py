@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.text import visible
+
 #: Most names in a list; the others are counted.
 MOST_NAMED = 6
 
@@ -38,6 +40,12 @@ def listed(names: Sequence[object]) -> str:
     if len(words) > MOST_NAMED:
         return f"{', '.join(words[:MOST_NAMED])} and {len(words) - MOST_NAMED} more"
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def labels_of(class_names: Sequence[str]) -> list[str]:
+    """Return each class's label: its name, cut short, and its number."""
+    names = (visible(name, "") for name in class_names)
+    return [f"{name if len(name) <= 20 else name[:19] + '…'} ({c})" for c, name in enumerate(names)]
 
 
 def address(stage: str | None, round: int | None, client: int | None) -> str:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from ..config.fields import shown
 from ..config.plugins import load, trains_generators
+from ..config.resolve import flatten
 from ..config.schema import ExperimentConfig
 from ..config.user_code import load_object
+from ..core.errors import RequestError
+from ..core.machine import memory
 from ..core.types import DataFacts
+from ..core.units import size
+from ..execution.devices import settle
+from ..execution.gpu_memory import surely_taken, work_of
+from ..execution.ray_session import Resources
 from ..federated.client_models import Federation
 from ..models.classifiers import norm_depths
 from ..models.generator import check_image_size
@@ -24,3 +34,37 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
         check_image_size(facts.image_size)
     load("methods", config.method).check_networks(config, facts)
     Federation(config, facts).check()
+
+
+def check_memory(config: ExperimentConfig, facts: DataFacts, samples: int, there: Resources) -> None:
+    """Raise ``RequestError`` where the shapes of one stage surely need more memory than there is.
+
+    Compared with all memory of the cluster, or of this machine if that is more. Work on GPUs is not checked.
+    ``samples``: training images, 0 if unknown.
+    """
+    there_is = max(there.memory, memory().total)
+    if not there.memory or settle(config, there).runtime.device != "cpu":
+        return
+    try:
+        taken = surely_taken(work_of(config, facts, samples))
+    except Exception:  # a network of the user's own that has no shapes without memory
+        return
+    for stage, (knobs, needs) in taken.items():
+        if needs > there_is:
+            values = flatten(config)
+            named = ", ".join(f"{knob} = {shown(values[knob])}" for knob in knobs)
+            raise RequestError(
+                f"{named}: {stage} would take {size(needs, 'GiB')} of memory at least, and there are "
+                f"{size(there_is, 'GiB')}; give a smaller number"
+            )
+
+
+def check_owned(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray) -> None:
+    """Raise ``RequestError`` where a class expert has no owner and that is to be an error.
+
+    ``counts``: training images, int [clients, classes].
+    """
+    for clients in Federation(config, facts).groups.values() if config.meta.expert_fallback == "error" else ():
+        lacking = np.flatnonzero(counts[list(clients)].sum(axis=0) == 0)
+        if len(lacking):
+            raise RequestError(f"meta.expert_fallback = error: no client holds class {lacking[0]}; take global")

@@ -14,6 +14,7 @@ from ..pipeline.evaluate import Model, evaluate
 from ..pipeline.partition import deal
 from ..pipeline.rounds import close, load_models, warm_up
 from ..pipeline.stages import models_of, rehearses_early
+from .checks import check_owned
 from .plan import graph_of
 
 
@@ -23,7 +24,9 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     stages = {stage.name: stage for stage in graph_of(ctx.config)}
 
     # P. deal the images to the clients
-    deal(ctx)
+    shards = deal(ctx)
+    if "teacher" in stages:
+        check_owned(ctx.config, ctx.dataset.facts, shards.counts)
 
     # W. federated rounds: the global model and each client's own; generators come first where clients rehearse in them
     early = ctx.run(stages["generators"], None) if rehearses_early(ctx.config) else None

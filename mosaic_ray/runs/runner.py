@@ -22,6 +22,7 @@ from ..config.schema import DataConfig, ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.health import device_findings
 from ..core.serialization import from_json
+from ..core.text import visible
 from ..core.types import Dataset, Finding, Weights
 from ..storage.filesystem import write_whole
 from ..storage.hashing import plain, request_name
@@ -120,8 +121,11 @@ def look_at_devices(
     from ..execution.devices import with_measurement
     from ..execution.gpu_memory import work_of
     from ..tracking.tracker import Tracker
+    from .checks import check_memory
 
     works = [work_of(c, datasets[c.data].facts, len(datasets[c.data].train)) for c in configs]
+    for work in works:
+        check_memory(work.config, work.facts, len(datasets[work.config.data].train), there)
     with Tracker(None, progress=False) as tracker:
         return with_measurement(there, works, address, tracker.say)
 
@@ -131,10 +135,14 @@ def estimate_devices(configs: Sequence[ExperimentConfig], there: Resources) -> R
     from ..data.load import known_facts
     from ..execution.devices import with_estimate
     from ..execution.gpu_memory import work_of
+    from .checks import check_memory
 
+    facts = {config.data: known_facts(config.data) for config in configs}
+    for config in configs:
+        if (known := facts[config.data]) is not None:
+            check_memory(config, known, 0, there)
     if there.gpus < 1:
         return there
-    facts = {config.data: known_facts(config.data) for config in configs}
     return with_estimate(there, [work_of(c, known, 0) for c in configs if (known := facts[c.data])])
 
 
@@ -263,7 +271,8 @@ def execute(
         summary["paths"] = {"run": store.where(place), "tensorboard": store.where(f"{place}/tensorboard")}
         if finish:
             finish(folder, summary)
-        write_whole(folder / "label_counts.json", json.dumps({"label_counts": summary["label_counts"]}).encode())
+        counts = {"label_counts": summary["label_counts"], "class_names": list(dataset.class_names)}
+        write_whole(folder / "label_counts.json", json.dumps(counts).encode())
         write_whole(folder / "student.safetensors", save(student))
         write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     except (RequestError, KeyboardInterrupt):
@@ -287,9 +296,11 @@ def check_name(name: str | None, below: str) -> None:
     """``RequestError`` unless ``name`` (None: to be chosen here) can name a folder."""
     if name is None:
         return
-    if not name or name in {".", ".."} or set(name) & set("/\\\0") or len(os.fsencode(name)) > MAX_NAME:
+    named, unfit = visible(name, ""), {".", ".."}
+    if not name or name in unfit or set(name) & set("/\\") or named != name or len(os.fsencode(name)) > MAX_NAME:
         raise RequestError(
-            f"--name {name}: it names a folder below {below}/, so it has 1 to {MAX_NAME} bytes and holds no / or \\"
+            f"--name {named}: it names a folder below {below}/, so it has 1 to {MAX_NAME} bytes and holds no / or \\, "
+            "and no control character"
         )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from ..config.resolve import as_dict, override, to_toml, without_share
 from ..config.schema import ExperimentConfig
 from ..core.seeding import stream
+from ..core.text import csv_cell
 from ..core.types import Dataset, Weights
 from ..storage.hashing import plain, request_name, stage_key
 
@@ -202,6 +203,7 @@ def as_csv(rows: Sequence[Row]) -> str:
         line: Row = {}
         for name, value in row.items():
             line |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+        line = {name: csv_cell(value) if isinstance(value, str) else value for name, value in line.items()}
         flat.append(line)
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(name for line in flat for name in line)), lineterminator="\n")

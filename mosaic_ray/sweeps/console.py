@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..core.text import visible
 from ..tracking.progress import Quiet, clock, is_terminal
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class SweepView:
             return
         from rich.text import Text
 
-        line = Text(f"{mark}: {text}", style="yellow") if mark else Text(text)
+        line = Text(visible(f"{mark}: {text}"), style="yellow") if mark else Text(visible(text))
         self._live.console.print(line, soft_wrap=True)
 
     def seconds_left(self) -> float | None:

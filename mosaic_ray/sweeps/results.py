@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from ..config.plugins import ALIASES
 from ..config.resolve import KNOBS, dotted
 from ..core.errors import RequestError
+from ..core.text import csv_cell
 from ..core.types import ROLES, STAGES
 
 #: The metrics in TensorBoard's HParams view, and the column of each.
@@ -137,8 +138,12 @@ def results_table(results: Iterable[TrialResult]) -> pa.Table:
 
 def results_files(table: pa.Table) -> dict[str, bytes]:
     """Return the content of results.csv and results.parquet."""
-    as_csv, as_parquet = pa.BufferOutputStream(), pa.BufferOutputStream()
-    pc.write_csv(table, as_csv)
+    shown, as_csv, as_parquet = table, pa.BufferOutputStream(), pa.BufferOutputStream()
+    for place, column in enumerate(table.schema):
+        if pa.types.is_string(column.type):
+            cells = [None if cell is None else csv_cell(cell) for cell in table[place].to_pylist()]
+            shown = shown.set_column(place, column, pa.array(cells, column.type))
+    pc.write_csv(shown, as_csv)
     pq.write_table(table, as_parquet, write_page_checksum=True)
     return {"results.csv": as_csv.getvalue().to_pybytes(), "results.parquet": as_parquet.getvalue().to_pybytes()}
 

@@ -5,12 +5,15 @@ A display shows a live row for each stage on a terminal, plain lines elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TextIO
+
+from ..core.text import visible
 
 #: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
 Scalar = list[Any]
@@ -170,8 +173,9 @@ class Quiet:
     advance = resume = inside = end = cached = begin
 
     def say(self, text: str, mark: str) -> None:
-        self.stream.write((f"{mark}: " if mark else "") + text + "\n")
-        self.stream.flush()
+        with contextlib.suppress(OSError):  # its reader went away; the run goes on
+            self.stream.write(visible(f"{mark}: {text}\n" if mark else f"{text}\n"))
+            self.stream.flush()
 
     def close(self) -> None:
         pass
@@ -224,7 +228,7 @@ class Live(Quiet):
                 super().__init__(Column(no_wrap=True, overflow="ellipsis", **layout))
 
             def render(self, task: Task) -> Text:
-                return Text(self.words(task.fields["stage"]))
+                return Text(visible(self.words(task.fields["stage"]), ""))
 
         super().__init__(stream)
         self.console = Console(file=stream, force_terminal=True)
@@ -268,7 +272,7 @@ class Live(Quiet):
         from rich.text import Text
 
         style = {"warning": "yellow", "error": "red"}.get(mark, "")
-        self.console.print(Text(f"{mark}: {text}" if mark else text, style=style), soft_wrap=True)
+        self.console.print(Text(visible(f"{mark}: {text}" if mark else text), style=style), soft_wrap=True)
 
     def close(self) -> None:
         self.progress.stop()

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from ..core.errors import RunError
+from ..core.text import visible
 from .progress import Inside, Scalar, StageProgress, display_on
 
 
@@ -151,8 +152,9 @@ class Tracker:
         return [tag, step, kept]
 
     def _to_board(self, method: str, *args: Any, **options: Any) -> None:
-        """Call a method of TensorBoard's writer, if there is one."""
+        """Call a method of TensorBoard's writer, if there is one; its first argument may be a tag."""
         if self._board:
+            args = tuple(visible(word, "") if isinstance(word, str) else word for word in args[:1]) + args[1:]
             with self._writing():
                 getattr(self._board, method)(*args, **options)
 

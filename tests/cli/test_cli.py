@@ -98,7 +98,7 @@ def test_a_wrong_option_is_refused_in_one_line(words, parts):
         ("[warmup\nlr = 1", "line 1"),
         ("[warmup]\nlr = 1e", "line 2"),
         ("[warmpu]\nlr = 0.1", '"warmup.lr"'),
-        ("[warmup]\nlr = 'fast'", "warmup.lr = fast"),
+        ("[warmup]\nlr = 'fast'", 'warmup.lr = "fast"'),
         ("[warmup]\nlr = -0.5", "above 0"),
         ("warmup = 3", "warmup"),
         ("preset = 'dmeo'", '"demo"'),

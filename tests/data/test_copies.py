@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from layouts import load, refused, write_classes, write_folder
 
+from mosaic_ray.config.schema import DataConfig
 from mosaic_ray.data import image_cache, image_cache_build, image_decode
+from mosaic_ray.data.catalog import clean
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,22 @@ def test_images_are_decoded_once_for_each_size_and_the_arrays_may_be_written_to(
     small = load(tmp_path, name, image_size=16)
     assert load(tmp_path, name, image_size=16).identity == small.identity != first.identity
     assert len(decodings) == 2
+
+
+def test_clean_removes_copies_that_nobody_read_for_a_while(tmp_path, name, decodings):
+    load(tmp_path, name)
+    config = DataConfig(root=str(tmp_path))
+    os.utime(only_copy(tmp_path) / "facts.json", (0, 0))
+    load(tmp_path, name)  # reads it, so it is young again
+    assert clean(config, 3600) == [f"removed 0.0 MB in {tmp_path / 'decoded'}"]
+    os.utime(only_copy(tmp_path) / "facts.json", (0, 0))
+    [line, _] = clean(config, 3600, dry_run=True)
+    assert line.startswith(f"would remove {only_copy(tmp_path).name}: ")
+    assert len(clean(config, 3600)) == 2 and not list((tmp_path / "decoded").iterdir())
+    assert len(decodings) == 1
+    load(tmp_path, name)
+    assert len(decodings) == 2
+    assert clean(DataConfig(root=str(tmp_path / "absent")), 0) == [f"{tmp_path}/absent/decoded: no decoded copies"]
 
 
 def test_an_identity_is_that_of_the_images_wherever_they_lie(tmp_path):

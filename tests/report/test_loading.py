@@ -40,6 +40,16 @@ def test_a_run_reads_back(tmp_path):
     assert steps.tolist() == [5, 10] and images.shape == (2, 4, 1, 8, 8)
 
 
+def test_what_is_loaded_prints_as_a_few_lines(tmp_path):
+    run = repr(load_run(make_run(tmp_path)))
+    assert run.count("\n") < 12 and len(run) < 1000
+    for part in ("Run one: done", "mosaic, seed 0", "digits, 3 clients", "final 0.8125", str(tmp_path)):
+        assert part in run
+    make_sweep(tmp_path / "sweeps" / "two")
+    sweep = repr(load_sweep(tmp_path / "sweeps" / "two"))
+    assert sweep.count("\n") < 5 and len(sweep) < 1000 and "Sweep two: " in sweep and "done" in sweep
+
+
 def test_importing_the_package_stays_light():
     code = (
         "import sys, mosaic_ray\n"

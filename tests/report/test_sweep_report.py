@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -104,6 +105,13 @@ def test_failed_and_stopped_trials_have_rows_too() -> None:
     assert first["cached_warmup"] is None and first["waited_seconds"] is None and first["health"] is None
     assert rows[1]["status"] == "stopped" and rows[1][LAMBDA_E] is None
     assert rows[2][LAMBDA_E] == 2.0, "a trial without a configuration still has its swept knobs"
+
+
+def test_text_in_the_csv_is_no_formula_and_numbers_stay_numbers() -> None:
+    table = results_table([failed(2, error="=cmd|' /C calc'!A0\x1b", stage="warmup"), trial(0, final=-0.5)])
+    rows = list(csv.DictReader(io.StringIO(results_files(table)["results.csv"].decode())))
+    assert rows[1]["error"] == r"'=cmd|' /C calc'!A0\x1b" and rows[0]["accuracy_final"] == "-0.5"
+    assert table["error"].to_pylist()[1].endswith("\x1b")  # parquet keeps it
 
 
 def test_values_that_are_not_finite_are_null() -> None:

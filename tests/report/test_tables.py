@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,12 @@ def test_closing_table_shows_gain_cost_health_and_places():
     assert f"files   {path}" in lines
     assert f"curves  tensorboard --logdir {path}tensorboard" in lines
     assert max(len(line) for line in lines if path not in line) <= 80
+
+
+def test_the_command_for_curves_is_quoted():
+    lines = lines_of(closing_table(SUMMARY | {"paths": {"tensorboard": "/my runs/it's"}}))
+    [line] = [line for line in lines if line.startswith("curves")]
+    assert shlex.split(line) == ["curves", "tensorboard", "--logdir", "/my runs/it's"]
 
 
 def test_closing_table_leaves_out_missing_parts():

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import mosaic_ray
@@ -104,11 +106,12 @@ def test_interrupted_by_a_user_or_a_scheduler_it_names_the_command_that_resumes(
 
 
 TIDIES_UP = """
-import os, signal, time
+import os, signal, subprocess, time
 from mosaic_ray.cli.group import CommandGroup
 group = CommandGroup("mosaic")
 @group.command()
 def run():
+    open("child", "w").write(str(subprocess.Popen(["sleep", "60"], stdout=-3, stderr=-3).pid))
     try:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
@@ -129,3 +132,9 @@ def test_a_second_interrupt_while_the_command_tidies_up_is_quiet(tmp_path):
     assert ended.returncode == 130, ended.stderr
     [line] = ended.stderr.splitlines()
     assert line.startswith("mosaic: interrupted; to resume: ") and line.endswith(" command.py run")
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):
+        if not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.1)
+    raise AssertionError("a process that the command started lives on")

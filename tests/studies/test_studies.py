@@ -103,6 +103,7 @@ def test_summary_over_seeds():
 
 def test_csv_gives_lists_a_column_each():
     assert as_csv([{"seed": 0, "s": [0.5, None]}, {"seed": 1, "t": "x"}]) == "seed,s_0,s_1,t\n0,0.5,,\n1,,,x\n"
+    assert as_csv([{"arm": "=1", "gain": -0.5}]) == "arm,gain\n'=1,-0.5\n"
 
 
 # --- whole studies ---------------------------------------------------------------------------------------------------

@@ -28,13 +28,14 @@ def partition(run: RunReport) -> Drawing:
         raise NotAvailable("the run ended before its partition, or keeps no label counts")
     sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
     largest = {"classes": held, "largest class": counts.argmax(axis=1)}
-    frame = pd.DataFrame(counts if counts.shape[1] <= MOST_COLUMNS else largest)
+    frame = pd.DataFrame(counts if counts.shape[1] <= MOST_COLUMNS else largest).rename(columns=run.class_labels)
+    frame = frame.replace({"largest class": run.class_labels}).assign(images=sizes).rename_axis("client")
     words = (
         f"{counted(len(counts), 'client')} hold {sizes.min():,} to {sizes.max():,} training images of {held.min()} to "
         f"{held.max()} of {counted(counts.shape[1], 'class', 'classes')}; "
         f"{skew_in_words(skew(counts), counts.shape[1])}. Colour is the share of the client's images."
     )
-    return Drawing(partition_figure(counts), frame.assign(images=sizes).rename_axis("client"), words)
+    return Drawing(partition_figure(counts, names=[*run.class_labels.values()]), frame, words)
 
 
 @partial(ReportFigure, "coverage", "Generators' coverage")

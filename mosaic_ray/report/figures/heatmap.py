@@ -19,6 +19,7 @@ from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
+from ..text import labels_of
 from .style import STEPS, beside, colour, style
 
 #: With more rows or columns than this, not every one has a label and no cell its number.
@@ -83,11 +84,14 @@ def heat_map(
 
 
 @style()
-def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)) -> Figure:
+def partition_figure(
+    counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0), names: Sequence[str] = ()
+) -> Figure:
     """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
 
     The colour is the share of the client's samples, on a root scale from 0 to 1 that is the same in every figure; a
-    class without samples stays blank. ``least``: the least width and height of the map [inches].
+    class without samples stays blank. ``least``: the least width and height of the map [inches]. ``names`` [C] label
+    few classes.
     """
     num_clients, num_classes = counts.shape
     sizes = counts.sum(axis=1)
@@ -97,6 +101,8 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
     figure = Figure((width + 1.45, height + 0.75), layout="constrained")
     table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
     heat_map(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None, "client")
+    if names and num_classes <= MOST_COLUMNS:
+        table.set_xticks(range(num_classes), names, rotation=40, ha="right", rotation_mode="anchor")
     bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
     bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
@@ -112,10 +118,8 @@ def partition_figure(counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0)
 @style()
 def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
     """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] that are no numbers label few."""
-    figure, num_classes = partition_figure(np.asarray(counts), (4.2, 3.0)), np.shape(counts)[1]
-    if num_classes <= MOST_COLUMNS and list(class_names) not in ([], [str(c) for c in range(num_classes)]):
-        named = [f"{name if len(name) <= 20 else name[:19] + '…'} ({c})" for c, name in enumerate(class_names)]
-        figure.axes[0].set_xticks(range(num_classes), named, rotation=40, ha="right", rotation_mode="anchor")
+    own = list(class_names) != [str(c) for c in range(np.shape(counts)[1])]
+    figure = partition_figure(np.asarray(counts), (4.2, 3.0), labels_of(class_names) if own else ())
     text = f"{title}\ncolour: share of the client's images (root scale)"
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(13 * figure.get_figwidth()))]
     figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))

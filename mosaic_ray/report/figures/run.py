@@ -125,9 +125,10 @@ def per_class(run: RunReport) -> Drawing:
         in_percent(over.yaxis)
     else:
         over.set(ylabel="class", xlim=(0, 1.0), ylim=(len(frame) - 0.5, -0.5))
-        over.set_yticks(range(len(frame)))
+        over.set_yticks(range(len(frame)), [run.class_label(c) for c in frame.index])
     in_percent(over.xaxis)
     figure.legend(loc="outside upper center", ncols=3, handletextpad=0.3, columnspacing=1.2)
+    frame = frame.rename(index=run.class_labels)
     if not {"initial", "final"} <= set(frame):
         return Drawing(figure, frame, f"Accuracy of each of the {counted(len(frame), 'class', 'classes')}.")
     change = (frame["final"] - frame["initial"]).dropna()
@@ -155,13 +156,17 @@ def confusion(run: RunReport, role: str = "final") -> Drawing:
     wrong = np.where(np.eye(count, dtype=bool), 0, table)
     order = np.argsort(-wrong, axis=None, kind="stable")
     mistakes = [(int(i) // count, int(i) % count, wrong.flat[i]) for i in order if wrong.flat[i] > 0]
-    frame = pd.DataFrame(table).rename_axis("true class")
+    frame = pd.DataFrame(table).rename(index=run.class_labels, columns=run.class_labels).rename_axis("true class")
     if many:
-        frame = pd.DataFrame(mistakes[:MOST_COLUMNS], columns=["true class", "taken for", "images"])
+        named = [(run.class_label(t), run.class_label(p), images) for t, p, images in mistakes[:MOST_COLUMNS]]
+        frame = pd.DataFrame(named, columns=["true class", "taken for", "images"])
+    elif run.class_names:
+        over.set_yticks(range(count), [run.class_label(c) for c in range(count)])
     words = f"The {role} model is right on {int(np.trace(table)):,} of {counted(int(table.sum()), 'test image')}"
     if mistakes:
         t, p, images = mistakes[0]
-        words += f"; most often it takes class {t} for {p} ({images:,} of {table[t].sum():,})"
+        taken = f"class {run.class_label(t)} for {run.class_label(p)}"
+        words += f"; most often it takes {taken} ({images:,} of {table[t].sum():,})"
     return Drawing(figure, frame, f"{words}.")
 
 

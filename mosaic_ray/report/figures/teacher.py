@@ -24,7 +24,8 @@ def synthetic_classes(run: RunReport) -> Drawing:
         raise NotAvailable("the teacher was shown no synthetic images")
     share = counts / counts.sum()
     frame, (figure, over) = pd.DataFrame({"images": counts, "share": share}).rename_axis("class"), axes()
-    over.bar(frame.index, share, 0.7, color=colour("s3"))
+    frame = frame.rename(index=run.class_labels)
+    over.bar(range(len(frame)), share, 0.7, color=colour("s3"))
     over.axhline(1 / len(frame), color=colour("muted"), lw=1, ls=(0, (3, 3)))
     over.set(xlabel="class", ylabel="share of synthetic images", xlim=(-0.6, len(frame) - 0.4))
     over.set_xticks(_numbers(len(frame), MOST_COLUMNS))
@@ -32,10 +33,10 @@ def synthetic_classes(run: RunReport) -> Drawing:
     in_percent(over.yaxis)
     lacks = "it names every class at least once in a hundred"
     if missed := np.flatnonzero(share < 0.01).tolist():
-        lacks = f"under 1 % it names class {listed(missed)}"
+        lacks = f"under 1 % it names class {listed([run.class_label(c) for c in missed])}"
     words = (
-        f"In a batch of {counts.sum():,} synthetic images the teacher names class {share.argmax()} most "
-        f"({percent(share.max())}); {lacks}. Dashed: an even share."
+        f"In a batch of {counts.sum():,} synthetic images the teacher names class "
+        f"{run.class_label(int(share.argmax()))} most ({percent(share.max())}); {lacks}. Dashed: an even share."
     )
     return Drawing(figure, frame, words)
 
@@ -48,7 +49,8 @@ def expert_weights(run: RunReport) -> Drawing:
     alone = np.flatnonzero((np.exp(entropy) < SINGLE_OWNER_BELOW) & (table.max(axis=0) > 0)).tolist()
     if alone:
         come = "comes" if len(alone) == 1 else "come"
-        text = f"{len(alone)} {come} almost entirely from one client (class {listed(alone)})."
+        names = listed([run.class_label(c) for c in alone])
+        text = f"{len(alone)} {come} almost entirely from one client (class {names})."
     else:
         text = f"none comes from one client alone; the heaviest weight is {percent(float(table.max()))}."
     words = f"Of {counted(table.shape[1], 'class expert')}, {text}"

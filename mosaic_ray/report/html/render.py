@@ -5,13 +5,18 @@ The same input files give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 from importlib.resources import files as package_files
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from jinja2 import Environment, StrictUndefined
 
 from ... import __version__
 from ...core.errors import RequestError
+from ...core.text import visible
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
 from ..figures.style import PALETTE
@@ -27,10 +32,29 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
         raise RequestError(f"--out {out}: it is a folder; name a file")
     made = render(folder, target.parent)
     try:
-        write_whole(target, made.encode())
+        _write(target, made.encode())
     except OSError as error:
         raise RequestError(f"--out {target}: {reason(error)}; name a file in a folder that can be written") from None
     return target
+
+
+def _write(target: Path, page: bytes) -> None:
+    """Write ``page`` into a file, a new one in place of an old one; into a link, a device or a pipe itself."""
+    if not target.is_symlink() and (target.is_file() or not target.exists()):
+        write_whole(target, page)
+    elif (stdout := stdout_at(target)) is not None:  # a second descriptor of a file would begin at its start
+        stdout.write(page)
+        stdout.flush()
+    else:
+        target.write_bytes(page)
+
+
+def stdout_at(target: Path) -> BinaryIO | None:
+    """Return standard output if ``target`` is that."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if os.path.samestat(target.stat(), os.fstat(sys.stdout.fileno())):
+            return sys.stdout.buffer
+    return None
 
 
 def render(path: str | Path, beside: Path | None = None) -> str:
@@ -40,7 +64,13 @@ def render(path: str | Path, beside: Path | None = None) -> str:
 
     kind, folder = find(path)
     page = run_page(read_run(folder)) if kind == "run" else sweep_page(read_sweep(folder), beside or folder)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+    def shown(value: Any) -> Any:
+        return visible(value) if type(value) is str else value  # not markup
+
+    environment = Environment(
+        autoescape=True, finalize=shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["whole"] = lambda words: words.replace(" %", "\N{NO-BREAK SPACE}%")
     template = environment.from_string(package_files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(page=page, palette=PALETTE, version=__version__) + "\n"

@@ -161,7 +161,7 @@ def _held(run: RunReport, client_id: int) -> str:
     assert run.label_counts is not None
     row = run.label_counts[client_id]
     most = [int(c) for c in np.argsort(-row, kind="stable") if row[c]]
-    text = ", ".join(f"{c} ({row[c]:,})" for c in most[:3])
+    text = ", ".join(f"{run.class_label(c)}: {row[c]:,}" if run.class_names else f"{c} ({row[c]:,})" for c in most[:3])
     return f"class {text}" + (f" and {len(most) - 3} more" if len(most) > 3 else "")
 
 

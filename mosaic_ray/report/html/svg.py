@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ...core.text import visible
 from ..figures.style import _ROLE_OF, style
 
 
@@ -20,7 +21,7 @@ def inline_svg(figure: Figure, name: str, wide: bool = False) -> str:
     out = io.StringIO()
     with style():
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
-    root = ElementTree.fromstring("".join(out.getvalue().partition("<svg")[1:]))
+    root = ElementTree.fromstring(visible("".join(out.getvalue().partition("<svg")[1:])))
     for parent in list(root.iter()):  # no metadata, no styles for the whole page, no backgrounds of figure and axes
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "style"):
