@@ -236,7 +236,8 @@ def surely_taken(work: ClientWork) -> dict[str, tuple[tuple[str, ...], int]]:
     image, clients = 4 * facts.channels * facts.image_size**2, config.partition.num_clients
     batch = min(config.warmup.batch_size, max(1, work.samples))
     nets = [_classifier(config, facts, name, batch) for name in _names(config)]
-    found = {"warmup": (("model.width", "warmup.batch_size"), max(2 * n.parameters + n.outputs // 2 for n in nets))}
+    trained = max(2 * net.parameters + net.outputs // 2 for net in nets)
+    found: dict[str, tuple[tuple[str, ...], int]] = {"warmup": (("model.width", "warmup.batch_size"), trained)}
     if "generators" in stages:
         knobs = config.generator
         made = _shapes_of_generator(knobs, facts.channels, facts.image_size)
