@@ -75,6 +75,7 @@ def same_results(left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
     assert_same(student(left), student(right))
     assert_same(parts(left), parts(right))
     assert left.get("personal_accuracy") == right.get("personal_accuracy")
+    assert left["client_accuracy"] == right["client_accuracy"]
     assert left["communication"]["measured_over_predicted"] == right["communication"]["measured_over_predicted"] == 1
 
 

@@ -257,6 +257,9 @@ class FinetuneConfig:
     lr_decay: float = knob(1.0, "factor of the learning rate after each round", above=0.0, high=1.0)
     local_steps: int = knob(10, "optimiser steps per client and round", low=1)
     freeze_head: bool = knob(False, "keep the student's head fixed meanwhile")
+    adapt_steps: int = knob(
+        0, "optimiser steps by which each client adapts the final model, for reporting alone; 0: none", low=0
+    )
     bn: str = knob(
         "frozen",
         "batch-norm statistics in the closing rounds: those that prototypes and head were made with, running ones, or "

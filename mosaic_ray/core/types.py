@@ -15,7 +15,8 @@ Weights = dict[str, np.ndarray]
 
 #: The stages that results have columns for, in the order in which they run. A method may add its own.
 STAGES = (
-    "partition", "warmup", "generators", "prototypes", "teacher", "distill", "finetune", "control", "evaluate",
+    "partition", "warmup", "generators", "prototypes", "teacher", "distill", "finetune", "control", "own_models",
+    "evaluate",
 )  # fmt: skip
 
 Severity = Literal["info", "warning", "error"]

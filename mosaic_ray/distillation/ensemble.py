@@ -46,7 +46,7 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList()
         for client_id, weights in clients.items():
             model = freeze(context.client_classifier(client_id, weights))
-            width = context.federation.widths[client_id] if context.config.federation.scaler else 1.0
+            width = context.scale(client_id)
             for layer in (part for part in model.modules() if isinstance(part, nn.Conv2d) and width != 1):
                 layer.register_forward_hook(partial(_divide, width))
             self.models.append(model)

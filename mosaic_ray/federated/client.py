@@ -24,9 +24,9 @@ from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import load_weights, to_weights
 from ..models.submodel import ChannelIndices, fit, scale_activations
 from .client_models import Federation, Models
-from .evaluation import logits_on
+from .evaluation import confusion, logits_on, own_accuracy, per_class_accuracy
 from .local_training import LocalStart, LocalTrainingConfig, Rehearsed, Shard, no_progress, train_locally
-from .static_batch_norm import Moments, moments
+from .static_batch_norm import Moments, moments, pooled
 
 B = TypeVar("B")
 P = TypeVar("P")
@@ -62,6 +62,10 @@ class ClientContext:
         if self.federation.widths[client_id] == 1:
             return self.classifier(weights, name)
         return fit(self.classifier(name=name), weights).to(self.device)
+
+    def scale(self, client_id: int) -> float:
+        """Return what a client's activations are divided by: its width, or 1 without ``federation.scaler``."""
+        return self.federation.widths[client_id] if self.config.federation.scaler else 1.0
 
     def shard(self, images: np.ndarray, labels: np.ndarray) -> Shard:
         """Copy a client's arrays to this device (the originals may be shared memory)."""
@@ -166,8 +170,7 @@ class TrainTask(Task[Round, ClientRound, Update]):
             own.state,
         )  # fmt: skip
         objective = strategy.objective(start)
-        width = federation.widths[client_id] if config.federation.scaler else 1.0
-        with scale_activations(model, width):
+        with scale_activations(model, context.scale(client_id)):
             metrics = train_locally(
                 model, shard, self.plan, context.facts, (config.seed, self.phase, self.round_num, client_id),
                 config.runtime.precision, masked=config.federation.masked, objective=objective,
@@ -202,6 +205,56 @@ class ScoreTask(Task[tuple[Weights, ...], None, np.ndarray]):
             found[number] = len(data), (logits.argmax(1) == data.labels).sum(), losses.sum()
             context.progress(number + 1, len(broadcast))
         return found
+
+
+@dataclass(frozen=True)
+class OwnScoreTask(Task[ImageSet, Weights, float]):
+    """Score the client's own model on test images of the classes that it holds, weighted by its class shares."""
+
+    unit: ClassVar[str] = "image"
+
+    def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: ImageSet, own: Weights) -> float:
+        model = context.client_classifier(client_id, own)
+        with scale_activations(model, context.scale(client_id), always=True):
+            return _own_score(context, model, shard, broadcast, context.progress)
+
+
+@dataclass(frozen=True)
+class AdaptTask(Task[tuple[Models, ImageSet], ChannelIndices | None, float]):
+    """Take the local steps of ``plan`` from the global model of the client's network; score as ``OwnScoreTask``.
+
+    A narrow client takes them from its part of that model, and its batch norms then get the statistics of its images.
+    The loss is the cross-entropy, whatever the strategy adds to it.
+    """
+
+    plan: LocalTrainingConfig
+    unit: ClassVar[str] = "step"
+
+    def run(
+        self, context: ClientContext, shard: Shard, client_id: int, broadcast: tuple[Models, ImageSet],
+        own: ChannelIndices | None,
+    ) -> float:  # fmt: skip
+        (models, test), config, facts, federation = broadcast, context.config, context.facts, context.federation
+        precision, steps = config.runtime.precision, self.plan.steps
+        model = context.client_classifier(client_id, federation.submodel(client_id, models, own))
+        with scale_activations(model, context.scale(client_id), always=True):
+            address = (config.seed, "adapt", 0, client_id)
+            train_locally(model, shard, self.plan, facts, address, precision, progress=context.progress)
+            for layers in federation.statistics_passes(federation.classifiers[client_id]) if own else ():
+                load_weights(model, to_weights(model) | pooled([moments(model, shard, facts, precision, layers)]))
+            return _own_score(
+                context, model, shard, test, lambda done, total: context.progress(steps + done, steps + total)
+            )
+
+
+def _own_score(
+    context: ClientContext, model: Classifier, shard: Shard, test: ImageSet, progress: Callable[[int, int], None]
+) -> float:
+    held = np.bincount(shard.labels.cpu().numpy(), minlength=context.facts.num_classes)
+    data = test.take(np.flatnonzero(held[test.labels]))
+    precision = context.config.runtime.precision
+    logits = logits_on(model.eval(), data, context.facts, context.device, precision, progress=progress)
+    return own_accuracy(per_class_accuracy(confusion(logits, data.labels)), held)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -53,6 +53,16 @@ def per_class_accuracy(table: np.ndarray) -> list[float | None]:
     """Return the recall of each class; None for a class without samples."""
     totals = table.sum(1)
     return [float(table[c, c] / totals[c]) if totals[c] else None for c in range(len(table))]
+
+
+def own_accuracy(recalls: Sequence[float | None], held: np.ndarray) -> float:
+    """Return sum_c q_c recall_c from the recall of each class and a client's label counts [C], q_c being their shares.
+
+    Classes without test images (None) are left out; 0 where none is left.
+    """
+    known = np.array([recall is not None for recall in recalls])
+    shares = held * known
+    return float(shares @ np.array([recall or 0.0 for recall in recalls]) / max(shares.sum(), 1))
 
 
 def calibration(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:

@@ -93,7 +93,7 @@ def needs_rounds(method: Method, config: ExperimentConfig) -> None:
 def uploaded_models(warmup: Warmup) -> dict[int, Weights]:
     """Return the models that clients sent in the last round of the warm-up, by client."""
     clients = range(len(warmup.federation.classifiers))
-    return {k: warmup.client(k) for k in clients if f"client_{k:05d}" in warmup.result.parts}
+    return {k: warmup.client(k) for k in clients if warmup.trained(k)}
 
 
 def in_parts(

@@ -156,14 +156,15 @@ def _resize(module: Any) -> None:
 
 
 @contextlib.contextmanager
-def scale_activations(model: nn.Module, width: float) -> Iterator[None]:
+def scale_activations(model: nn.Module, width: float, always: bool = False) -> Iterator[None]:
     """Divide the outputs of convolutions in training mode by ``width`` inside the block (HeteroFL's Scaler).
 
     The activations of a partial-width network then have the scale of the full network's. No effect at width 1.
+    ``always``: in eval mode, too, so that a client's model is used as it was trained.
     """
 
     def scale(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
-        return output / width if module.training else None
+        return output / width if always or module.training else None
 
     layers = [module for module in model.modules() if isinstance(module, _ConvNd)] if width != 1 else []
     hooks = [layer.register_forward_hook(scale) for layer in layers]

@@ -390,11 +390,14 @@ class Warmup:
         found: Weights = strategy_named(config.federation.strategy).personal(models[name], state)
         return found
 
+    def trained(self, client_id: int) -> bool:
+        """Return whether a client sent a model in the last round."""
+        return f"client_{client_id:05d}" in self.result.parts
+
     def client(self, client_id: int) -> Weights:
         """Load theta_k, as wide as the client is."""
-        part = f"client_{client_id:05d}"
-        if part in self.result.parts:
-            return self.result.load(part)
+        if self.trained(client_id):
+            return self.result.load(f"client_{client_id:05d}")
         return self.federation.submodel(client_id, self.models, self.indices(client_id))
 
 
@@ -448,7 +451,7 @@ def close(
     if same is not None:
         return ctx.find_or_compute(stage, partial(_copy, same, stage.name))
     rounds = RoundsConfig(
-        stage.name, CLOSING, section.num_rounds, _closing_plan(ctx), section.lr_decay,
+        stage.name, CLOSING, section.num_rounds, closing_plan(ctx), section.lr_decay,
         validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),
         shared=shared if weight else None, weight=weight,
         send_generators=not (weights_tried(ctx.config) or rehearses_early(ctx.config)),
@@ -469,13 +472,14 @@ def try_rehearsal(
     """Run a few rounds like the closing ones, but without the images that clients hold back."""
     section, exact = ctx.config.rehearsal, _exact_bn(ctx.config, ctx.config.finetune.bn)
     rounds = RoundsConfig(
-        stage.name, TRIAL, section.trial_rounds, _closing_plan(ctx), ctx.config.finetune.lr_decay, exact_bn=exact,
+        stage.name, TRIAL, section.trial_rounds, closing_plan(ctx), ctx.config.finetune.lr_decay, exact_bn=exact,
         shared=shared if weight else None, weight=weight, send_generators=False,
     )  # fmt: skip
     return _find_or_compute(ctx.holding_back(section.held_back), stage, rounds, models)
 
 
-def _closing_plan(ctx: RunContext) -> LocalTrainingConfig:
+def closing_plan(ctx: RunContext) -> LocalTrainingConfig:
+    """Return what a client does in a closing round, at the learning rate of the first."""
     section, warmup = ctx.config.finetune, ctx.config.warmup
     # statistics of full networks fit no partial-width one
     frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width

@@ -6,7 +6,7 @@ A key names all that a result depends on and nothing else. Knobs at their defaul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from ..config.fields import changed_knobs
@@ -133,7 +133,7 @@ REHEARSED_WARMUP = _warmup("warmup", _rehearsed_rounds_knobs, role="initial", re
 def _closing_knobs(inputs: KeyInputs) -> Knobs:
     config = inputs.config
     warmup = changed_knobs(config.warmup, "checkpoint_rounds", "num_rounds", "local_steps", "lr", "lr_decay", "bn")
-    return _common(config) | {"finetune": changed_knobs(config.finetune, "head"), "warmup": warmup}
+    return _common(config) | {"finetune": changed_knobs(config.finetune, "head", "adapt_steps"), "warmup": warmup}
 
 
 def _student_knobs(inputs: KeyInputs, start: str) -> Knobs:
@@ -231,6 +231,25 @@ PERSONAL = Stage(
     upstream=("partition", "warmup"), unit="client", total=lambda config: config.partition.num_clients,
     work=lambda config: {"models": config.partition.num_clients},
 )  # fmt: skip
+
+
+#: The evaluation of every client's model of the warm-up's last round, under any other strategy.
+OWN_MODELS = replace(PERSONAL, name="own_models", compute="mosaic_ray.pipeline.personal:evaluate_own")
+
+
+def final_models(after: str) -> Stage:
+    """Return the evaluation of final models at the clients, as far as that of the student (stage ``after``) lacks it.
+
+    It adapts them (``finetune.adapt_steps``), and evaluates those of other networks.
+    """
+
+    def knobs(inputs: KeyInputs) -> Knobs:
+        return driver_knobs(inputs.config) | {"adapt_steps": inputs.config.finetune.adapt_steps}
+
+    return replace(
+        PERSONAL, name="final_models", knobs=knobs, compute="mosaic_ray.pipeline.personal:evaluate_final",
+        upstream=tuple(dict.fromkeys(("partition", "finetune", after))),
+    )  # fmt: skip
 
 
 def server_student(after: str) -> Stage:

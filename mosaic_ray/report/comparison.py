@@ -28,6 +28,13 @@ from .text import listed
 
 OMEGA = "partition.omega"
 
+#: Heading -> column of means over the clients, and of the means of the worst tenth of them.
+AT_CLIENTS = {
+    "own": "clients_own_mean", "worst own": "clients_own_worst_tenth",
+    "client": "clients_final_mean", "worst client": "clients_final_worst_tenth",
+    "adapted": "clients_adapted_mean", "worst adapted": "clients_adapted_worst_tenth",
+}  # fmt: skip
+
 #: Behind the name of a control with equal client compute.
 MORE = " (+{} rounds)"
 
@@ -83,12 +90,20 @@ class Comparison:
         return {head: column for head, column in found.items() if head != "selection"}
 
     @property
+    def at_clients(self) -> dict[str, str]:
+        """Return heading -> column of the accuracies at the clients that some trial has."""
+        rows = [row for methods in self.sections.values() for method in methods for row in method.trials]
+        return {h: column for h, column in AT_CLIENTS.items() if any(row.get(column) is not None for row in rows)}
+
+    @property
     def heads(self) -> list[str]:
-        return ["method", *self.accuracies, f"vs {self.against}", "p", "needed", "SGD steps", "up", "down"]
+        reached = self.accuracies | self.at_clients
+        return ["method", *reached, f"vs {self.against}", "p", "needed", "SGD steps", "up", "down"]
 
     def cells(self, method: Compared) -> list[str]:
         """Return the texts of a row; ``-`` where there is no value, ``*`` behind a significant difference."""
-        reached = [mean_and_sd(method.trials, c, "+" if h == "gain" else "") for h, c in self.accuracies.items()]
+        columns = self.accuracies | self.at_clients
+        reached = [mean_and_sd(method.trials, c, "+" if h == "gain" else "") for h, c in columns.items()]
         found = [100 * difference for difference in method.differences or ()]
         p, needed = paired_p(found), seeds_needed(found)
         difference = f"{fmean(found):+.1f}" if found else "-"
@@ -116,6 +131,11 @@ class Comparison:
             f"vs {self.against}: difference of final in points, paired by seed{test}.",
             "SGD steps: a client's compute in steps of local training; up, down: bytes from and to a client.",
         ]
+        if self.at_clients:
+            lines.append(
+                "own, client, adapted: a client's own model, the final model, and that after local steps, on the "
+                "client's own mix of classes, means over the clients; worst: over the worst tenth of them."
+            )
         if "ceiling" in self.accuracies:
             lines.append(f"{CEILING.capitalize()}.")
         if any(MORE[-8:] in method.name for methods in self.sections.values() for method in methods):
@@ -128,15 +148,19 @@ class Comparison:
         return lines + ([f"Left out of every pair, since they have no result: {'; '.join(absent)}."] if absent else [])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Yield a table for each omega, in two parts where its columns do not fit."""
-        split = 1 + len(self.accuracies)
+        """Yield a table for each omega, in parts where its columns do not fit."""
+        first = 1 + len(self.accuracies)
+        last = first + len(self.at_clients)
+        cuts = [1, first, min(first + 4, last), last, None]
         yield ""
         for omega, methods in self.sections.items():
             best = self.best(omega)
             rows = [[_plain(cell, options.ascii_only) for cell in self.cells(method)] for method in methods]
             heads = self.heads
             widths = [max(map(len, column)) + 2 for column in zip(heads, *rows, strict=True)]
-            parts = [slice(1, None)] if sum(widths) <= options.max_width + 2 else [slice(1, split), slice(split, None)]
+            parts = [slice(1, None)]
+            if sum(widths) > options.max_width + 2:
+                parts = [part for part in map(slice, cuts, cuts[1:]) if heads[part]]
             if omega is not None:
                 yield Text(self.title(omega), style="bold")
             for part in parts:

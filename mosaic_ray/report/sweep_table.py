@@ -69,7 +69,7 @@ def ended(rows: list[Row]) -> str:
 
 def mean_and_sd(point: Point, column: str, sign: str = "", deviation: str = "± ") -> str:
     """Format mean and sample standard deviation of ``column`` over a configuration's trials, in percent."""
-    values = [100 * row[column] for row in point if row[column] is not None]
+    values = [100 * row[column] for row in point if row.get(column) is not None]
     if not values:
         return "-"
     return f"{fmean(values):{sign}.1f}" + (f" {deviation}{stdev(values):.1f}" if len(values) > 1 else "")

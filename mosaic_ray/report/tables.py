@@ -15,7 +15,7 @@ from rich.text import Text
 from ..core.types import Finding
 from ..core.units import size
 from ..runs.plan import StageWork
-from ..runs.summary import CommunicationRecord, StageRecord, Summary
+from ..runs.summary import ClientRecord, CommunicationRecord, StageRecord, Summary
 
 #: Most findings in the closing table; summary.json has all.
 MOST_FINDINGS = 12
@@ -46,6 +46,12 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_accuracy(summary), ""]
     if (summary.accuracy or {}).get("ceiling") is not None:
         parts.insert(1, Text(f"* {CEILING}"))
+    if summary.client_accuracy:
+        heads, rows = client_rows(summary.client_accuracy)
+        table = _table(*heads)
+        for label, *cells in rows:
+            table.add_row(Text(label), *cells)
+        parts += [table, ""]
     if summary.stages:
         parts += [_stages(summary.stages), ""]
     if summary.communication_bytes:
@@ -88,6 +94,18 @@ def _accuracy(summary: Summary) -> Table:
         shown = "-" if value is None else f"{100 * value:.1f} %"
         table.add_row(Text(label), shown, gain, style="bold" if key == "final" else "")
     return table
+
+
+def client_rows(record: ClientRecord) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and the rows of the table of accuracies at the clients, over all and by network and width."""
+    names = {"own": "own models after the warm-up", "final": "final model", "adapted": "final model, adapted"}
+    groups = {f", {g['classifier']} of width {g['width']:g} ({g['clients']})": g for g in record.groups}
+    rows = [
+        [names.get(name, name) + which] + [f"{100 * value:.1f} %" for value in figures[name].values()]
+        for name in record.all
+        for which, figures in ({"": record.all} | (groups if len(groups) > 1 else {})).items() if figures[name]
+    ]  # fmt: skip
+    return ["at the clients, on own classes", "mean", "sd", "worst tenth"], rows
 
 
 def _stages(stages: Mapping[str, StageRecord]) -> Table:

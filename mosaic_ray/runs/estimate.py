@@ -31,6 +31,8 @@ _COST: dict[str, tuple[str, ...]] = {
     "evaluate": ("model.*",),
     "ceiling": ("model.*",),
     "personal": ("model.*",),
+    "own_models": ("model.*", "federation.widths"),
+    "final_models": ("model.*", "federation.widths", "finetune.adapt_steps", "warmup.batch_size"),
     "server_student": ("model.*", *_GENERATOR, "student.batch_size"),
     "rounds": ("model.*", "federation.strategy", "federation.widths", "warmup.batch_size"),
     "generator": ("model.*", *_GENERATOR, "generator.batch_size"),

@@ -12,6 +12,7 @@ from ..methods.rehearsal_choice import choose_weight
 from ..pipeline.context import RunContext
 from ..pipeline.evaluate import Model, evaluate
 from ..pipeline.partition import deal
+from ..pipeline.personal import client_accuracy
 from ..pipeline.rounds import close, load_models, warm_up
 from ..pipeline.stages import models_of, rehearses_early
 from .checks import check_owned
@@ -56,11 +57,17 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
         assert shared is not None  # the configuration was checked
         models["server_student"] = ctx.run(stages["server_student"], final, shared)
     personal = ctx.run(stages["personal"], warmup) if "personal" in stages else None
+    own = personal["clients"] if personal else ctx.run(stages["own_models"], warmup)
+    at_clients = {}
+    if "final_models" in stages:
+        everyones = load_models(warmup.federation, closed) | {warmup.federation.student: final}
+        at_clients = ctx.run(stages["final_models"], everyones)
     keys = models_of(tuple(stages.values()), ctx.keys)
     reached = evaluate(ctx, stages["evaluate"], {role: (keys[role], models[role]) for role in ROLES if role in keys})
     return {
         "accuracy": {role: reached.facts["test"].get(role) for role in ROLES},
         "personal_accuracy": personal,
+        "client_accuracy": client_accuracy(ctx, own, reached.facts["per_class"]["final"], at_clients),
         "validation_accuracy": reached.facts.get("validation"),
         "calibration": {r: {name: reached.facts[name][r] for name in ("nll", "ece")} for r in reached.facts["nll"]},
         "held_out_accuracy": distilled.held_out if distilled else None,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..config.client_layout import groups
 from ..config.plugins import load, strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts
@@ -13,9 +14,11 @@ from ..methods.closing_head import closing_head
 from ..methods.rehearsal_choice import choice_stages
 from ..pipeline.graph import Graph, KeyInputs, Stage, Work, graph_keys
 from ..pipeline.stages import (
+    OWN_MODELS,
     PERSONAL,
     ceiling,
     evaluated_key,
+    final_models,
     models_of,
     rehearses_early,
     server_student,
@@ -32,10 +35,12 @@ def graph_of(config: ExperimentConfig) -> Graph:
     method = load("methods", config.method)
     own, head = method.graph(config), closing_head(config)
     trials, in_rounds = choice_stages(config, student_of(own)), method.after_round is not None
+    final = head.fit.name if head else "finetune"
     further = (
         (ceiling(), config.runtime.ceiling),
-        (PERSONAL, strategy_named(config.federation.strategy).personal_models),
-        (server_student(head.fit.name if head else "finetune"), config.model.student),
+        (server_student(final), config.model.student),
+        (PERSONAL if strategy_named(config.federation.strategy).personal_models else OWN_MODELS, True),
+        (final_models(final), config.finetune.adapt_steps or len(groups(config)) > 1),
     )
     wanted = tuple(stage for stage, asked in further if asked)
     return whole_graph(own, in_rounds, trials, head.stages if head else (), wanted, rehearses_early(config))

@@ -69,6 +69,20 @@ class PersonalRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClientRecord:
+    """Accuracies at the clients, each on test images whose classes have the shares of the client's training images.
+
+    By model: ``own`` (a client's after the warm-up), ``final`` (the final one of its network), ``adapted`` (that after
+    local steps, where asked). ``all`` has mean, sd and worst_tenth over the clients, ``groups`` the same by network and
+    width, ``clients`` each client's; None where its work failed.
+    """
+
+    all: dict[str, dict[str, Share]]
+    groups: list[dict[str, Any]]
+    clients: dict[str, list[Share | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The content of summary.json; None where the run did not get so far, or an earlier version wrote the file.
 
@@ -88,6 +102,7 @@ class Summary:
     preset: str | None = None
     accuracy: dict[str, Share | None] | None = None
     personal_accuracy: PersonalRecord | None = None
+    client_accuracy: ClientRecord | None = None
     validation_accuracy: dict[str, Share | None] | None = None
     selection: dict[str, Any] | None = None
     per_class_accuracy: dict[str, list[Share | None]] | None = None
@@ -109,8 +124,9 @@ class Summary:
             found["stages"] = {n: {k: v for k, v in row.items() if v is not None} for n, row in records.items()}
         if self.communication is not None:
             found["communication"] = dict(vars(self.communication))
-        if self.personal_accuracy is not None:
-            found["personal_accuracy"] = dict(vars(self.personal_accuracy))
+        for name in ("personal_accuracy", "client_accuracy"):
+            if found[name] is not None:
+                found[name] = dict(vars(found[name]))
         if self.health is not None:
             found["health"] = [finding.to_json() for finding in self.health]
         null = {"done": ("validation_accuracy",), "failed": ("stage", "round", "client")}.get(self.status or "", ())
@@ -149,6 +165,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         selection=selection,
         stages=from_json(dict[str, StageRecord], run.log),
         personal_accuracy=from_json(PersonalRecord | None, results["personal_accuracy"]),
+        client_accuracy=from_json(ClientRecord, results["client_accuracy"]),
         communication_bytes=traffic,
         communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
         health=run.findings,

@@ -101,6 +101,8 @@ def _row(result: TrialResult) -> Row:
     for name, value in (summary.get("personal_accuracy") or {}).items():
         if name != "clients":
             row[f"personal_{name}"] = _finite(value)
+    for model, figures in ((summary.get("client_accuracy") or {}).get("all") or {}).items():
+        row |= {f"clients_{model}_{name}": _finite(value) for name, value in figures.items()}
     final, control = row["accuracy_final"], row["accuracy_control"]
     row["gain"] = None if final is None or control is None else final - control
     selection = summary.get("selection") or {}

@@ -41,7 +41,7 @@ def test_the_first_round_is_plain_and_later_ones_are_averages(tmp_path):
 def test_its_control_is_the_plain_warm_up_that_other_methods_share(tmp_path):
     config = override(TINY, {"method": METHOD})
     keys, plain = (stage_keys(override(config, {"method": m}), "x", FACTS) for m in (METHOD, "fedavg"))
-    assert list(keys) == ["partition", "warmup", "control_warmup", "finetune", "control", "evaluate"]
+    assert list(keys) == ["partition", "warmup", "control_warmup", "finetune", "control", "own_models", "evaluate"]
     assert keys["control_warmup"] == plain["warmup"] != keys["warmup"]
     assert keys["control"] == plain["control"] and keys["finetune"] != plain["finetune"]
     rows = {row.stage: row.unique for row in unique_work([keys, plain], [config, override(TINY, {"method": "fedavg"})])}

@@ -42,7 +42,7 @@ def test_a_run_has_its_stages_and_its_dry_run_counts_the_same(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     config = tiny(method)
     summary = go(tmp_path / "store", method)
-    stages = ["partition", "warmup", *OWN[method], "finetune", "control", "evaluate"]
+    stages = ["partition", "warmup", *OWN[method], "finetune", "control", "own_models", "evaluate"]
     assert list(summary["stages"]) == stages == list(stage_keys(config, "stripes", FACTS))
     assert summary["communication"]["measured_over_predicted"] == 1
     reached = summary["accuracy"]

@@ -40,12 +40,13 @@ FOLLOWS = {
     "meta": AFTER_TEACHER,
     "distill": AFTER_DISTILL,
     "finetune": {"finetune", "control", "evaluate"},
+    "finetune.adapt_steps": {"final_models"},
     "finetune.head": {"finetune", "closing_statistics", "closing_head", "evaluate"},
     "student": set(),  # without model.student
     "rehearsal": set(), "rehearsal.weight": {"finetune", "evaluate"},  # the rest only above weight 0
     "rehearsal.candidates": {"trial_0", "trial_0.5", "rehearsal", "finetune", "evaluate"},
     "runtime": set(), "runtime.ceiling": {"ceiling", "evaluate"},
-    "runtime.driver_threads": AFTER_TEACHER, "runtime.precision": AFTER_PARTITION,
+    "runtime.driver_threads": AFTER_TEACHER | {"own_models"}, "runtime.precision": AFTER_PARTITION,
     "runtime.cpus_per_client": AFTER_PARTITION, "runtime.device": AFTER_PARTITION,
 }  # fmt: skip
 
@@ -214,7 +215,7 @@ def test_the_grid_of_27_lambdas_counts_what_brute_force_counts(num_small):
     sets = [tuple(generator(point, k) for k in range(100)) for point in GRID]
     generators, students = len(set(itertools.chain(*sets))), len(set(sets))
     assert (generators, students) == ((900, 9) if num_small == 0 else (900 + 18 * (num_small or 100), 27))
-    expected = dict.fromkeys(("partition", "warmup", "prototypes", "teacher", "control"), 1)
+    expected = dict.fromkeys(("partition", "warmup", "prototypes", "teacher", "control", "own_models"), 1)
     expected |= {"generators": generators} | dict.fromkeys(AFTER_DISTILL, students)
     assert {stage: row.unique for stage, row in rows.items()} == expected
     assert tuple(rows) == STAGES
@@ -229,6 +230,7 @@ def test_the_grid_of_27_lambdas_counts_what_brute_force_counts(num_small):
         "distill": {"steps": WIDE.distill.steps * students},
         "finetune": {"client rounds": closing * students, "local steps": 10 * closing * students},
         "control": {"client rounds": closing, "local steps": 10 * closing},
+        "own_models": {"models": 100},
         "evaluate": {"models": 3 + 2 * students},  # after the warm-up, the teacher and the control: the same for all
     }
 
@@ -240,7 +242,7 @@ def test_omegas_and_seeds_share_nothing():
     ]
     assert {stage: row.unique for stage, row in work_of(configs).items()} == {
         "partition": 6, "warmup": 6, "generators": 72, "prototypes": 6, "teacher": 6, "distill": 24, "finetune": 24,
-        "control": 6, "evaluate": 24,
+        "control": 6, "own_models": 6, "evaluate": 24,
     }  # fmt: skip
 
 
@@ -249,7 +251,7 @@ def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_clo
     assert {stage: (row.asked, row.unique) for stage, row in rows.items()} == {
         "partition": (12, 1), "warmup": (12, 3), "control_warmup": (2, 0), "generators": (6, 3), "prototypes": (2, 1),
         "teacher": (1, 1), "class_statistics": (2, 2), "gate": (1, 1), "distill": (8, 8), "finetune": (12, 11),
-        "control": (12, 0), "evaluate": (12, 12),
+        "control": (12, 0), "own_models": (12, 3), "evaluate": (12, 12),
     }  # fmt: skip
     pools, passes = 2 * 20 * (30 + 20), 5 * 63  # of DENSE and Co-Boosting; of FedCVAE
     assert rows["distill"].work == {"steps": 10 + pools + passes, "fits": 3, "server steps": 3 * 3 * 3}
@@ -257,7 +259,7 @@ def test_methods_share_a_warm_up_and_the_control_is_federated_averagings_own_clo
     # warm-ups; teachers; students; closings, one the control's
     assert rows["evaluate"].work == {"models": 3 + 2 + 8 + 11}
     assert set(work_of([override(TINY, {"method": "fedavg"})])) == {
-        "partition", "warmup", "finetune", "control", "evaluate",
+        "partition", "warmup", "finetune", "control", "own_models", "evaluate",
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def student(storage: str = "runs") -> dict[str, np.ndarray]:
 def test_a_run_uses_both(place):
     summary = run("--set", "nearest_mean.shrink=0.25", "--set", "median.step=0.5")
     assert list(summary["stages"]) == [
-        "partition", "warmup", "prototypes", "class_means", "finetune", "control", "evaluate",
+        "partition", "warmup", "prototypes", "class_means", "finetune", "control", "own_models", "evaluate",
     ]  # fmt: skip
     assert summary["accuracy"]["distilled"] > 0.5 and summary["accuracy"]["teacher"] is None
     assert summary["communication"]["measured_over_predicted"] == 1

@@ -18,9 +18,9 @@ from ..figures.cost import time_frame, traffic
 from ..figures.data import progress_of, samples_of
 from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
-from ..tables import SEVERITIES, worst_first
+from ..tables import SEVERITIES, client_rows, worst_first
 from ..text import address, counted, duration, percent, points
-from .blocks import Card, Gallery, Page, Picture, Section, Text
+from .blocks import Card, Gallery, Page, Picture, Section, Table, Text
 
 #: Most findings on the page; summary.json has all.
 MOST_FINDINGS = 40
@@ -38,6 +38,8 @@ def run_page(run: RunReport) -> Page:
     sections = [health(run)]
     for title, figures in FIGURES.items():
         section = Section(title).show(figures, run)
+        if title == "Accuracy" and (found := run.summary.client_accuracy):
+            section.tables.append(Table("Accuracy at the clients", *client_rows(found)))
         if title.startswith("Data"):
             _galleries(section, run)
         if section.figures or section.galleries or run.status == "done":

@@ -18,10 +18,9 @@ from mosaic_ray.config.validate import check
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.federated.aggregation import RunningAverage
 from mosaic_ray.federated.client import ClientContext, ClientRound, Round, TrainTask, initial_models
-from mosaic_ray.federated.evaluation import accuracy, logits_on
+from mosaic_ray.federated.evaluation import accuracy, logits_on, own_accuracy, per_class_accuracy
 from mosaic_ray.federated.local_training import LocalTrainingConfig
 from mosaic_ray.methods.base import FedAvgOnly
-from mosaic_ray.pipeline.personal import own_accuracy
 from mosaic_ray.report.html.render import write_report
 from mosaic_ray.report.sweep_table import measures
 from mosaic_ray.report.tables import closing_table
@@ -95,9 +94,10 @@ def test_mixed_networks_and_a_method_on_top(tmp_path):
 
 def test_own_accuracy_by_hand():
     table = np.array([[8, 2, 0], [5, 5, 0], [0, 0, 0]])
-    assert own_accuracy(table, np.array([30, 10, 60])) == pytest.approx(0.75 * 0.8 + 0.25 * 0.5)
-    assert own_accuracy(table, np.array([10, 10, 0])) == pytest.approx(accuracy(table))
-    assert own_accuracy(table, np.array([0, 0, 5])) == 0
+    recalls = per_class_accuracy(table)
+    assert own_accuracy(recalls, np.array([30, 10, 60])) == pytest.approx(0.75 * 0.8 + 0.25 * 0.5)
+    assert own_accuracy(recalls, np.array([10, 10, 0])) == pytest.approx(accuracy(table))
+    assert own_accuracy(recalls, np.array([0, 0, 5])) == 0
 
 
 def test_the_summary_has_the_accuracy_of_each_clients_model(tmp_path):
@@ -133,7 +133,7 @@ def test_the_closing_table_and_the_page_show_clients_own_models(tmp_path):
     found = go(tmp_path, "local")
     console = Console(file=io.StringIO(), width=100)
     console.print(closing_table(found))
-    [line] = [line for line in console.file.getvalue().splitlines() if "own models" in line]
+    [line] = [line for line in console.file.getvalue().splitlines() if "clients' own models" in line]
     page = write_report(found["paths"]["run"], str(tmp_path / "page.html"))
     assert "own models after the warm-up" in Path(page).read_text()
     assert line.split()[-2:] == [f"{100 * found['personal_accuracy']['own']:.1f}", "%"]
