@@ -151,7 +151,7 @@ class Comparison:
         """Yield a table for each omega, in parts where its columns do not fit."""
         first = 1 + len(self.accuracies)
         last = first + len(self.at_clients)
-        cuts = [1, first, min(first + 4, last), last, None]
+        cuts = [1, first, min(first + 4, last), last, len(self.heads)]
         yield ""
         for omega, methods in self.sections.items():
             best = self.best(omega)
