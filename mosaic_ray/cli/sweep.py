@@ -60,7 +60,7 @@ def sweep(
 @common_options("preset", "algorithm", "dataset", "skip_bad", "clients", "omega", "sets", "config", "host")
 @click.option("--seeds", default="0,1,2", show_default=True, metavar="S,S,...", help=_SEEDS.format("method"))
 @click.option(
-    "--equal-compute", is_flag=True, help="Add fedavg with as many more rounds as the generators cost the clients."
+    "--equal-compute", is_flag=True, help="Add fedavg with as many more rounds as generators or longer steps cost."
 )
 @click.option("--omegas", metavar="W,W,...", help="Compare at each of these values of --omega.")
 @click.option(

@@ -139,7 +139,7 @@ class Comparison:
         if "ceiling" in self.accuracies:
             lines.append(f"{CEILING.capitalize()}.")
         if any(MORE[-8:] in method.name for methods in self.sections.values() for method in methods):
-            lines.append("(+N rounds): as many more rounds as the generators cost the clients.")
+            lines.append("(+N rounds): as many more rounds as generators, or longer steps, cost the clients.")
         absent = [
             f"{method.name}{f' at omega {shown(omega)}' if omega is not None else ''} seed {seed}"
             for omega, methods in self.sections.items() for method in methods for seed in self.seeds

@@ -1,4 +1,4 @@
-"""Clients' compute: of a whole run, and of the control that gets as many more rounds as the generators cost.
+"""Clients' compute: of a whole run, and of the control that gets more rounds for generators' or longer steps' cost.
 
 The cost is counted, not timed: multiplications and additions of the convolutions and matrix products of one step, from
 the shapes of the networks alone (docs/algorithm.md 1.12). Nothing is computed and no image is read.
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 def extra_rounds(config: ExperimentConfig, facts: DataFacts | None = None) -> int:
     """Return the rounds of local training that cost the clients as much as their generators, rounded up.
 
-    All clients' costs are added up. A cohort makes a round cheaper. ``facts``: the images', where they are at hand;
-    those of a user's data may have to be read otherwise. ``RequestError`` where the number of steps follows
-    from a client's images, or a network cannot be built without them.
+    All clients' costs are added up. A cohort makes a round cheaper, a strategy may make it dearer. ``facts``: the
+    images', where they are at hand; those of a user's data may have to be read otherwise. ``RequestError`` where the
+    number of steps follows from a client's images, or a network cannot be built without them.
     """
     section = config.generator
     for name in ("epochs",) + (("classifier_epochs",) if section.classifier_source == "fresh" else ()):
@@ -50,8 +50,18 @@ def extra_rounds(config: ExperimentConfig, facts: DataFacts | None = None) -> in
     facts = facts or known_facts(config.data) or load_dataset(config.data).facts
     generators, step = client_costs(config, facts)
     asked = config.federation.cohort_size or config.partition.num_clients
-    a_round = config.warmup.local_steps * step * asked / config.partition.num_clients
+    a_round = config.warmup.local_steps * step * asked / config.partition.num_clients * (_local_step(config) or 1.0)
     return math.ceil(section.steps * generators / a_round)
+
+
+def longer_steps(config: ExperimentConfig) -> int:
+    """Return the rounds of federated averaging that cost the clients what their strategy adds to it, rounded up.
+
+    0 where its steps cost no more, or their cost is not known.
+    """
+    warmup, closing = config.warmup, config.finetune
+    steps = warmup.num_rounds * warmup.local_steps + closing.num_rounds * closing.local_steps
+    return math.ceil(((_local_step(config) or 1.0) - 1.0) * steps / warmup.local_steps - 1e-9)
 
 
 def client_steps(config: ExperimentConfig) -> float | None:
@@ -208,17 +218,22 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
 
 
 def with_controls(config: ExperimentConfig, points: Sequence[Point]) -> tuple[Point, ...]:
-    """Return ``points`` and the control of each that trains generators: federated averaging with ``extra_rounds`` more.
+    """Return ``points`` and the control of each that costs clients more than federated averaging.
 
-    Points change knobs of ``config``. ``RequestError`` where none trains generators.
+    Where generators do, it is the same strategy with ``extra_rounds`` more; where the strategy's steps do, it is plain
+    averaging with ``longer_steps`` more. Points change knobs of ``config``. ``RequestError`` where none costs more.
     """
-    configs = [override(config, point) for point in points]
-    controls = [
-        {**point, "method": "fedavg", "warmup.num_rounds": config.warmup.num_rounds + extra_rounds(there)}
-        for point, there in zip(points, configs, strict=True) if trains_generators(there)
-    ]  # fmt: skip
+    controls, rounds = list[Point](), config.warmup.num_rounds
+    for point in points:
+        there = override(config, point)
+        if trains_generators(there):
+            controls.append({**point, "method": "fedavg", "warmup.num_rounds": rounds + extra_rounds(there)})
+        elif more := longer_steps(there):
+            plain = {name: value for name, value in point.items() if name != "federation.strategy"}
+            plain |= {} if config.federation.strategy == "fedavg" else {"federation.strategy": "fedavg"}
+            controls.append({**plain, "method": "fedavg", "warmup.num_rounds": rounds + more})
     if not controls:
-        raise RequestError("--equal-compute: none of --methods trains generators on the clients")
+        raise RequestError("--equal-compute: none of --methods trains generators on the clients, or takes longer steps")
     return (*points, *(control for i, control in enumerate(controls) if control not in controls[:i]))
 
 

@@ -247,8 +247,8 @@ def setting_knobs(names: Iterable[str]) -> tuple[str, ...]:
 def point_name(point: Mapping[str, Any]) -> str:
     """Return the method of a comparison's point as ``mosaic compare --methods`` takes it, the shortest spelling."""
     strategy = next((point[name] for name in ("federation.strategy", *ALIASES) if name in point), "")
-    if point["method"] == "fedavg" and strategy not in ("", "fedavg"):
-        return str(strategy)
+    if point["method"] == "fedavg":
+        return str(strategy or "fedavg")
     return "+".join(filter(None, (point["method"], strategy)))
 
 

@@ -138,6 +138,29 @@ def test_each_strategy_with_generators_gets_its_control(monkeypatch):
     assert not any("(+N rounds)" in line for line in printed(compare([], points, TINY), 200))
 
 
+def test_strategies_with_longer_steps_get_plain_averaging_at_the_same_compute():
+    """Ditto's steps cost two, MOON's five thirds; the warm-up has 9 local steps, the closing 6, a round 3."""
+    config = override(TINY, {"data.name": "digits"})
+    points = compare_plan("fedavg,ditto,lda_head+moon,scaffold").points
+    found = with_controls(config, points)
+    rounds = [control["warmup.num_rounds"] - TINY.warmup.num_rounds for control in found[4:]]
+    assert found[:4] == points and rounds == [5, 4]
+    assert all(control.keys() == {"method", "warmup.num_rounds"} for control in found[4:])
+    for point, control in zip((points[1], points[2]), found[4:], strict=True):
+        spent, given = (client_steps(override(config, knobs)) for knobs in (point, control))
+        assert spent <= given < spent + TINY.warmup.local_steps
+    alone = with_controls(override(config, {"federation.strategy": "ditto"}), compare_plan("ditto,moon").points)
+    assert [control["federation.strategy"] for control in alone[2:]] == ["fedavg"] * 2
+    names = [method.name for method in compare([], alone, config).sections[None]]
+    assert names == ["ditto", "moon", "fedavg (+5 rounds)", "fedavg (+4 rounds)"]
+
+
+def test_generators_cost_fewer_of_dearer_rounds(monkeypatch):
+    monkeypatch.setattr(equal_compute, "client_costs", lambda *_: (2 * 3000, 3000))
+    plain, ditto = (override(TINY, {"federation.strategy": name}) for name in ("fedavg", "ditto"))
+    assert (extra_rounds(plain), extra_rounds(ditto)) == (4, 2)  # 6 steps of generators are 12 local ones
+
+
 def test_a_clients_compute_is_that_of_its_stages(monkeypatch):
     """A generator's step costs as much as two local steps, and a batch of synthetic images half of one."""
     monkeypatch.setattr(equal_compute, "client_costs", lambda *_: (2 * 3000, 3000))
