@@ -28,6 +28,7 @@ STAGES = {
     "warmup": {"seconds": 70.0, "waited_seconds": 10.0, "client_seconds": 54.0, "cached": False, "key": "warmup-w"},
     "finetune": {"seconds": 9e9, "client_seconds": 9e9, "cached": True, "key": "rounds-f"},
     "control": {"seconds": 9e9, "cached": False, "key": "rounds-c"},  # resumed, or of an earlier version
+    "own_models": {"seconds": 0.0, "client_seconds": 0.0, "cached": False, "key": "own_models-o"},
     "evaluate": {"seconds": 8.0, "client_seconds": 0.0, "cached": False, "key": "evaluate-e"},
 }
 
@@ -72,10 +73,10 @@ def test_a_result_counts_once_and_times_are_pooled():
     "knobs, missing",
     [
         ({"warmup.lr": 0.5, "finetune.lr": 0.5, "partition.omega": 9.0}, ()),
-        ({"model.width": 8}, ("warmup", "finetune", "evaluate")),
+        ({"model.width": 8}, ("warmup", "finetune", "own_models", "evaluate")),
         ({"warmup.batch_size": 8}, ("warmup", "finetune")),
-        ({"data.image_size": 16}, ("partition", "warmup", "finetune", "evaluate")),
-        ({"partition.num_clients": 4}, ("partition", "evaluate")),
+        ({"data.image_size": 16}, ("partition", "warmup", "finetune", "own_models", "evaluate")),
+        ({"partition.num_clients": 4}, ("partition", "own_models", "evaluate")),
         ({"method": "prototype_head"}, ("prototypes", "distill")),
     ],
 )
@@ -161,7 +162,7 @@ def test_calibration_of_a_tiny_run():
     assert all(rate.clients + rate.server > 0 for rate in found.values())
     hours = dry_run(asked, "mosaic_runs", None, "local", calibrate=True).hours
     assert hours.source == "a calibration on this machine" and hours.hours > 0
-    assert set(hours.missing) == {"partition", "prototypes", "evaluate"}
+    assert set(hours.missing) == {"partition", "prototypes", "own_models", "evaluate"}
     assert not list(Path().iterdir())
 
 
