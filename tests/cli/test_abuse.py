@@ -164,7 +164,7 @@ def test_visible_text_has_no_active_character_and_keeps_the_rest():
     assert visible("a\tb\n\udcff", "") == r"a\tb\n\udcff"
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(x)", "\t=1"])
 def test_no_cell_of_a_name_is_a_formula(text):
     assert csv_cell(text) == f"'{text}"
     assert csv_cell("a=1") == "a=1"

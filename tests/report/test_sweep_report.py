@@ -108,9 +108,9 @@ def test_failed_and_stopped_trials_have_rows_too() -> None:
 
 
 def test_text_in_the_csv_is_no_formula_and_numbers_stay_numbers() -> None:
-    table = results_table([failed(2, error="=cmd|' /C calc'!A0\x1b", stage="warmup"), trial(0, final=-0.5)])
+    table = results_table([failed(2, error="=cmd|' /C calc'!x\x1b", stage="warmup"), trial(0, final=-0.5)])
     rows = list(csv.DictReader(io.StringIO(results_files(table)["results.csv"].decode())))
-    assert rows[1]["error"] == r"'=cmd|' /C calc'!A0\x1b" and rows[0]["accuracy_final"] == "-0.5"
+    assert rows[1]["error"] == r"'=cmd|' /C calc'!x\x1b" and rows[0]["accuracy_final"] == "-0.5"
     assert table["error"].to_pylist()[1].endswith("\x1b")  # parquet keeps it
 
 
