@@ -39,7 +39,8 @@ from mosaic_ray.spaces import Choice, SweepPlan
 
 
 def plan():
-    return SweepPlan("faults", knobs={"partition.omega": Choice((0.1, 1.0)), "generator.lambda_d": Choice((2.0, 5.0))})
+    knobs = {"partition.omega": Choice((0.1, 1.0)), "generator.lambda_d": Choice((2.0, 5.0))}
+    return SweepPlan("faults", knobs=knobs, base={"algorithm": "distilled"})
 '''
 VICTIMS = {
     "driver": None,
@@ -55,7 +56,8 @@ MAX_AGAIN = 3
 def words(kind: str, storage: Path, space: Path) -> list[str]:
     """The command line."""
     sets = [word for item in LESS for word in ("--set", item)]
-    what = ["run"] if kind == "run" else ["sweep", "--space", str(space), "--search", "grid"]
+    what = ["sweep", "--space", str(space), "--search", "grid"]
+    what = ["run", "--algorithm", "distilled"] if kind == "run" else what
     return [sys.executable, "-m", "mosaic_ray", *what, *sets, "--storage", str(storage)]
 
 
@@ -104,12 +106,8 @@ def strike(running: subprocess.Popen[bytes], kind: str, moment: float, draws: ra
     return name + TOO_LATE
 
 
-@click.command()
-@click.option("--kills", default=30, show_default=True, help="So many that met something.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--first", default=1, show_default=True, help="Go on there; draws follow from a kill's number.")
-def main(kills: int, seed: int, first: int) -> None:
-    """Run it."""
+def kill_at_random(kills: int, seed: int, first: int = 1) -> Counter[tuple[str, str, str]]:
+    """Kill until ``kills`` have met something; return how often each (command, process, end) came."""
     table: Counter[tuple[str, str, str]] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         space = Path(folder) / "faults_space.py"
@@ -141,6 +139,16 @@ def main(kills: int, seed: int, first: int) -> None:
                 f"{number + 1:3} {kind:5} {moment / spent[kind]:4.0%}  {what:24} again {again}  {verdict}{last}",
                 flush=True,
             )
+    return table
+
+
+@click.command()
+@click.option("--kills", default=30, show_default=True, help="So many that met something.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--first", default=1, show_default=True, help="Go on there; draws follow from a kill's number.")
+def main(kills: int, seed: int, first: int) -> None:
+    """Run it."""
+    table = kill_at_random(kills, seed, first)
     print("\n| command | killed | runs | end | \n|---|---|---|---|")
     for (kind, what, verdict), count in sorted(table.items()):
         print(f"| {kind} | {what} | {count} | {verdict} |")

@@ -68,6 +68,22 @@ def own_processes() -> tuple[dict[str, int], str]:
     return pids, node.get_logs_dir_path()
 
 
+def errors_to_stderr() -> None:
+    """Let Ray's own errors go to standard error, which it prints on standard output, where results may be JSON.
+
+    A task that Ray tries again is left out: a run says itself what it does about it.
+    """
+    from ray._private import worker
+
+    def plainly(data: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        for line in data["lines"]:
+            if "retries remaining" not in line:
+                print(f"ray: {line.strip()}", file=sys.stderr)
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = plainly
+
+
 def memory_shares(memory: Memory) -> tuple[int, ...]:
     """Return the bytes for tasks and for the object store under a limit that Ray does not read; empty without one.
 

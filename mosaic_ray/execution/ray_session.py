@@ -20,7 +20,7 @@ from ..core import errors
 from ..core.errors import RequestError
 from ..core.machine import memory, num_cpus
 from . import ray_watch
-from .ray_internals import auth_mode, memory_shares, own_processes
+from .ray_internals import auth_mode, errors_to_stderr, memory_shares, own_processes
 from .ray_preflight import TOKEN_PLACES, check_cluster
 from .resource_plan import HOST_BYTES, Node, on_ray_gpus
 
@@ -131,6 +131,7 @@ def connect(address: str = "local") -> Resources:
             options |= zip(("_memory", "object_store_memory"), memory_shares(memory()), strict=False)
         else:
             mode = check_cluster(address)
+        errors_to_stderr()
         on_term = signal.getsignal(signal.SIGTERM)
         try:
             with auth_mode(mode):

@@ -278,3 +278,22 @@ def test_a_ray_that_is_slow_to_start_here_is_started_again(monkeypatch, failures
             ray_session._init(address, {})
     starts = ["local", "shutdown", "local", "shutdown", "local"] if address == "local" else [address]
     assert tried == starts
+
+
+ERRORS = """
+import time
+from mosaic_ray.execution.ray_session import connect
+connect("local")
+import ray
+from ray._private.utils import push_error_to_driver
+for message in ("Task f failed. There are infinite retries remaining.", "the disk is full"):
+    push_error_to_driver(ray._private.worker.global_worker, "test", message)
+time.sleep(3)
+"""
+
+
+@pytest.mark.ray
+def test_rays_errors_go_to_standard_error_and_its_retries_nowhere():
+    found = subprocess.run([sys.executable, "-c", ERRORS], text=True, capture_output=True, check=True)
+    assert found.stdout == ""
+    assert "ray: the disk is full\n" in found.stderr and "retries" not in found.stderr
