@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import RequestError
+from ..core.untrusted import open_regular
 
 
 def brief(error: BaseException) -> str:
@@ -26,8 +27,12 @@ def brief(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn any error in the block into a ``RequestError`` on ``path``: a damaged file may raise nearly anything."""
+    """Turn any error in the block into a ``RequestError`` on ``path``: a damaged file may raise nearly anything.
+
+    So does a pipe or a device, before the block.
+    """
     try:
+        open_regular(path, follow=True).close()
         yield
     except Exception as error:
         raise RequestError(f"{path} cannot be read ({brief(error)}); remove it and fetch it again") from error

@@ -28,6 +28,7 @@ import numpy as np
 
 from ..core.machine import num_cpus
 from ..core.types import DataFacts, Dataset, ImageSet
+from ..core.untrusted import open_regular, parse_json, read_regular
 from .formats import brief
 from .image_decode import CHANGES
 from .progress import warn
@@ -45,7 +46,7 @@ class Damaged(Exception):
 def read_facts(folder: Path) -> dict[str, Any] | None:
     """Return the content of ``facts.json``; None if it is missing or damaged."""
     try:
-        content = json.loads((folder / FACTS).read_text())
+        content = parse_json(read_regular(folder / FACTS))
         facts = content["facts"]
         return facts if content["sha256"] == _seal(facts) else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -98,6 +99,7 @@ def _mapped(folder: Path, name: str, part: dict[str, Any]) -> np.ndarray:
     """Map an array of the copy; ``Damaged`` if its file or one of the checked blocks is damaged."""
     path = folder / f"{name}.npy"
     try:
+        open_regular(path).close()
         # copy on write: the array is writable, as in other data sets, and the file does not change
         array = np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
         touched = _stat(folder, name) != part["stat"]

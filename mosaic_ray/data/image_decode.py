@@ -22,13 +22,14 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..core.errors import RequestError
 from ..core.machine import num_cpus
+from ..core.untrusted import open_regular
 from .formats import brief
 from .image_ops import tally
 
@@ -103,9 +104,13 @@ class WrongSize(Exception):
     """An image has another size than the array's; arguments: its height and width."""
 
 
+def _opened(source: str | io.BytesIO) -> BinaryIO:
+    return open_regular(source, follow=True) if isinstance(source, str) else source
+
+
 def form(source: str | io.BytesIO) -> tuple[int, int, bool]:
     """Return height, width and whether the image has colours, from its header."""
-    with Image.open(source, formats=_FORMATS) as image:
+    with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
         size = image.size[::-1] if image.getexif().get(_ORIENTATION) in _SIDEWAYS else image.size
         return size[1], size[0], _coloured(image)
 
@@ -147,7 +152,7 @@ def draw(source: str | io.BytesIO, shape: Sequence[int], square: bool) -> tuple[
     of that size. Grey is replicated, colours become luma (ITU-R 601). Raises nearly anything where it is damaged.
     """
     channels, height, width = shape
-    with Image.open(source, formats=_FORMATS) as image:
+    with _opened(source) as file, Image.open(file, formats=_FORMATS) as image:
         coloured, mode = _coloured(image), "RGB" if channels == 3 else "L"
         if square and image.size != (width, height):
             # from the coarsest of a JPEG's own scales that is at least twice the size, as Pillow makes thumbnails

@@ -13,6 +13,7 @@ import numpy as np
 from ..config.schema import DataConfig
 from ..core.errors import RequestError
 from ..core.types import DataFacts
+from ..core.untrusted import open_regular
 from .download import needed
 from .formats import image_columns
 from .image_decode import Task, not_parquet
@@ -35,10 +36,14 @@ def _of_folders(folders: Iterable[Path]) -> Part:
     labels: list[int] = []
     for number, folder in enumerate(folders):
         try:
-            names = [entry.name for entry in os.scandir(folder)]
+            entries = [*os.scandir(folder)]
+            names = [entry.name for entry in entries]
+            strange = next((e.path for e in entries if not (e.is_file() or e.is_dir() or e.is_symlink())), None)
         except OSError as error:
             raise RequestError(f"{folder} cannot be read ({error.strerror})") from error
         found = sorted(n for n in names if n.lower().endswith(_SUFFIXES) and not n.startswith("."))
+        if strange:
+            raise RequestError(f"{strange} is a pipe or a device, not an image; remove it")
         if not found:
             raise RequestError(f"{folder} holds no images; it takes files of {', '.join(_SUFFIXES)}")
         paths += [folder / name for name in found]
@@ -48,7 +53,8 @@ def _of_folders(folders: Iterable[Path]) -> Part:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        with open_regular(path, follow=True) as file:
+            return file.read().decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{path} cannot be read ({error})") from error
 
@@ -204,7 +210,7 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
     names: tuple[str, ...] = ()
     for path in paths:
         try:
-            with ParquetFile(path) as file:
+            with open_regular(path, follow=True) as opened, ParquetFile(opened) as file:
                 image, label, names = image_columns(file.schema_arrow, path)
                 column, row = file.read(columns=[label]).column(0), 0
                 for group in range(file.num_row_groups):

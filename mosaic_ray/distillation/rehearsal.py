@@ -15,7 +15,7 @@ import torch
 from ..config.schema import ExperimentConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Weights
-from ..federated.communication import Size, entries_of, size_of_entries
+from ..federated.communication import Entries, Size, entries_of, size_of_entries
 from ..federated.local_training import Shard
 from ..models.generator import build_generator
 from ..models.state_dict import use_precision
@@ -106,8 +106,13 @@ def rehearsal_images(
     return draw_images(config, facts, shared, places, labels, noise, device)
 
 
-def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:
-    """Return the bytes of one client's generator."""
+def generator_entries(config: ExperimentConfig, facts: DataFacts) -> Entries:
+    """Return names, shapes and types of one client's generator."""
     with torch.device("meta"):
         made = build_generator(config.generator, facts.channels, facts.image_size, facts.num_classes)
-    return size_of_entries(entries_of(made.state_dict()))
+    return entries_of(made.state_dict())
+
+
+def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:
+    """Return the bytes of one client's generator."""
+    return size_of_entries(generator_entries(config, facts))

@@ -64,6 +64,8 @@ class Tally:
         """``bytes_``: the return value of ``arrays``, to continue from."""
         self._shape = max(1, num_rounds), num_clients
         self._bytes = {name: np.array(array) for name, array in (bytes_ or {}).items()}
+        if any(array.ndim != 2 or array.shape[1] != num_clients for array in self._bytes.values()):
+            raise ValueError(f"bytes of other than {num_clients} clients")
 
     def add(
         self, direction: str, kind: str, client_id: int, message: Size, *, round_num: int = 0, times: int = 1

@@ -106,10 +106,11 @@ def train_gate(ctx: RunContext, stage: Stage, warmup: Warmup) -> GatedEnsemble:
         adam_on_server,
         gate_network,
     )  # fmt: skip
-    from ..federated.communication import Tally, size_of
+    from ..federated.communication import Tally, entries_of, size_of
     from ..models.state_dict import load_weights, to_weights
     from ..pipeline.context import FailedClients
     from ..pipeline.evaluate import log_validation
+    from ..pipeline.stored import check_entries, check_facts
 
     own, everyone = _own(ctx.config), list(range(ctx.config.partition.num_clients))
     experts, classes = uploaded_models(warmup), ctx.dataset.facts.num_classes
@@ -123,9 +124,15 @@ def train_gate(ctx: RunContext, stage: Stage, warmup: Warmup) -> GatedEnsemble:
         checkpoint, done = ctx.store.load_checkpoint(key), 0
         traffic, failed = Tally(1, len(everyone)), FailedClients(stage.name)
         if checkpoint is not None:
-            state, done = {part: checkpoint.load(part) for part in state}, checkpoint.facts["done"]
-            traffic = Tally(1, len(everyone), checkpoint.load("communication"))
-            failed = FailedClients.of(stage.name, checkpoint.facts["left_out"])
+            with checkpoint.read_as("checkpoint"):
+                check_facts(checkpoint.facts)
+                state, done = {part: checkpoint.load(part) for part in state}, checkpoint.facts["done"]
+                for arrays in state.values():
+                    check_entries(arrays, entries_of(gate))
+                if not 0 < done < own.rounds:
+                    raise ValueError(f"it was made after {done} of {own.rounds}")
+                traffic = Tally(1, len(everyone), checkpoint.load("communication"))
+                failed = FailedClients.of(stage.name, checkpoint.facts["left_out"])
             progress.resume(checkpoint.facts["curve"], done)
         else:
             _send_experts(traffic, everyone, {k: size_of(weights) for k, weights in experts.items()})
@@ -159,7 +166,8 @@ def train_gate(ctx: RunContext, stage: Stage, warmup: Warmup) -> GatedEnsemble:
         return {"communication": traffic.totals(), "findings": rows}
 
     result = ctx.find_or_compute(stage, compute)
-    gate = load_weights(network, result.load("gate")).requires_grad_(False)
+    with result.read_as("gate"):
+        gate = load_weights(network, result.load("gate")).requires_grad_(False)
     found = GatedEnsemble(Ensemble(ctx.client_context, experts), gate.to(ctx.client_context.device)).eval()
     log_validation(ctx, stage.name, own.rounds, result.key, found)
     return found

@@ -170,4 +170,5 @@ def refit_head(ctx: RunContext, stage: Stage, weights: Weights, prototypes: Prot
     result = ctx.find_or_compute(stage, compute)
     student = result.load("global")
     log_validation(ctx, stage.name, 1, result.key, student)
-    return student, result.facts["figures"]["held_out_accuracy"]
+    with result.read_as():
+        return student, result.facts["figures"]["held_out_accuracy"]

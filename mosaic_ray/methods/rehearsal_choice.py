@@ -118,7 +118,11 @@ def score_trials(
         rows = [finding.to_json() for finding in failed.findings()]
         return {"communication": traffic.totals(), "findings": rows}
 
-    scores: np.ndarray = ctx.find_or_compute(stage, compute).load("scores")["scores"]
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as("scores"):
+        scores: np.ndarray = result.load("scores")["scores"]
+        if scores.shape != (len(trials), 3):
+            raise ValueError("they are of other trials")
     return scores
 
 

@@ -106,13 +106,20 @@ def in_parts(
     parts ``KEPT`` are the result; ``begin()`` returns the first one. A run that was killed goes on at the last
     checkpoint and ends with the same numbers.
     """
+    from ..pipeline.stored import check_entries, check_facts
+
     [key] = ctx.client_keys(stage)
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         checkpoint, total = ctx.store.load_checkpoint(key), stage.total(ctx.config)
         state, done = begin() if checkpoint is None else {}, 0
         if checkpoint is not None:
-            state, done = {part: checkpoint.load(part) for part in checkpoint.parts}, checkpoint.facts["done"]
+            with checkpoint.read_as("checkpoint"):
+                check_facts(checkpoint.facts)
+                state, done = {part: checkpoint.load(part) for part in checkpoint.parts}, checkpoint.facts["done"]
+                check_entries(state["global"], ctx.client_context.federation.entries(ctx.config.model.classifier))
+                if not 0 < done < total:
+                    raise ValueError(f"it was made after {done} of {total}")
             progress.resume(checkpoint.facts["curve"], done)
 
         def report(step: int, metrics: Mapping[str, float]) -> None:

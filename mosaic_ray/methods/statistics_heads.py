@@ -160,7 +160,9 @@ def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class:
         rows = [finding.to_json() for finding in failed.findings()]
         return {"communication": traffic.totals(), "findings": rows}
 
-    return PooledStatistics(**ctx.find_or_compute(stage, compute).load("pooled"))
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as("pooled"):
+        return PooledStatistics(**result.load("pooled"))
 
 
 def gather_statistics(

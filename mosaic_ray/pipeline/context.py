@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Concatenate, TypeVar
 
 import numpy as np
@@ -23,10 +24,11 @@ from ..execution.server import Server
 from ..execution.watch import MapEvents
 from ..federated.client import ClientContext, OnPart, Task
 from ..storage.locks import Lease
-from ..storage.store import StageResult, StageWriter, Store
+from ..storage.store import CorruptResult, StageResult, StageWriter, Store
 from ..tracking.progress import StageProgress
 from ..tracking.tracker import Tracker
 from .graph import KeyInputs, Stage, load_function
+from .stored import check_facts, check_part
 
 #: Seconds between two checks for a result that another run computes. A check is cheap: there is no manifest yet.
 POLL_SECONDS = 0.2
@@ -157,7 +159,13 @@ class RunContext:
     def find_or_compute(self, stage: Stage, compute: Compute) -> StageResult:
         """Return the stored result of a declared stage with one key, or compute and store it."""
         [key] = self.client_keys(stage)
-        return self.stage(stage.name, key, compute, total=stage.total(self.config), unit=stage.unit)
+        result = self.stage(stage.name, key, compute, total=stage.total(self.config), unit=stage.unit)
+        return self.checked(result) if stage.compute.startswith("mosaic_ray.") else result
+
+    def checked(self, result: StageResult) -> StageResult:
+        """Return ``result``, whose ``load`` from now on raises ``CorruptResult`` for arrays of another form."""
+        result.check = partial(check_part, self.client_context.federation, self.dataset)
+        return result
 
     def on_server(
         self,
@@ -250,6 +258,8 @@ class RunContext:
         found, waited = self.get_or_wait(name, key)
         if isinstance(found, StageResult):
             result = found
+            with result.read_as():
+                check_facts(result.facts)
             self.tracker.replay(name, [[own_tag(tag, name), *row] for tag, *row in result.facts["curve"]])
         else:
             with found:
@@ -267,6 +277,8 @@ class RunContext:
                 except RunError as error:
                     raise error.at(name) from error
                 except Exception as error:
+                    if progress.resumed_at:  # a checkpoint may be wrong although it is whole: begin again, once
+                        raise CorruptResult(key, "checkpoint", f"{type(error).__name__}: {error}", name) from error
                     raise RunError(f"{type(error).__name__}: {error}", stage=name) from error
                 self.store.drop_checkpoint(key)
                 give_back()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -63,12 +64,27 @@ def evaluated(
     own = evaluated_key(ctx.config, ctx.shards.key, key, split)
     found, _ = ctx.get_or_wait("evaluate", own)
     if isinstance(found, StageResult):
+        with found.read_as():
+            _check(found, ctx.dataset.facts.num_classes)
         return found
     with found:
         logits = _logits(ctx, model, data, units)
         table = confusion(logits, data.labels)
         facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
         return ctx.store.put(own, facts, {"confusion": {"table": table}})
+
+
+def _check(found: StageResult, classes: int) -> None:
+    """Raise ``ValueError`` where ``found`` is no result of ``evaluated``."""
+    rows = found.facts["per_class"]
+    shares = [value for value in (found.facts["accuracy"], *rows) if value is not None]
+    if len(rows) != classes or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
+        raise ValueError("an accuracy is none")
+    if not all(value is None or abs(value) < math.inf for value in (found.facts["nll"], found.facts["ece"])):
+        raise ValueError("its calibration is no number")
+    table = found.load("confusion")["table"]
+    if table.shape != (classes, classes) or table.dtype.kind not in "iu":
+        raise ValueError("its confusion table has another form")
 
 
 def log_validation(ctx: RunContext, stage: str, step: int, key: str, model: Model) -> None:

@@ -46,7 +46,11 @@ def evaluate_personal(ctx: RunContext, stage: Stage, warmup: Warmup) -> dict[str
         progress.advance(len(counts), note=f"own classes {found['own']:.1%}")
         return {"accuracy": found | {"clients": own}}
 
-    found: dict[str, Any] = ctx.find_or_compute(stage, compute).facts["accuracy"]
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as():
+        found: dict[str, Any] = result.facts["accuracy"]
+        if not all(0 <= share <= 1 for share in (found["own"], found["all"], *found["clients"])):
+            raise ValueError("an accuracy is none")
     return found
 
 

@@ -37,6 +37,7 @@ from .context import Facts, FailedClients, RunContext, own_tag
 from .evaluate import log_validation, table_of, validation_images
 from .graph import Stage
 from .stages import WARMUP, rehearses, rehearses_early, weights_tried
+from .stored import check_entries, check_facts
 
 #: The authors' prototypes come from the last 41 rounds (0..40 of their second program, P3).
 PROTOTYPE_HISTORY = 41
@@ -133,7 +134,10 @@ class _Progress:
     def resume(self, checkpoint: StageResult, federation: Federation) -> None:
         self.begun = checkpoint.facts["round"]
         self.models = load_models(federation, checkpoint)
-        self.losses[: self.begun] = checkpoint.load("losses")["losses"]
+        losses = checkpoint.load("losses")["losses"]
+        if len(losses) != self.begun or not 0 < self.begun < len(self.losses):
+            raise ValueError(f"round {self.begun} is none to begin at")
+        self.losses[: self.begun] = losses
         if "prototypes" in checkpoint.parts:
             self.prototypes = [Prototypes(**checkpoint.load("prototypes"))]
         states = [part for part in checkpoint.parts if part.startswith(_STATE)]
@@ -163,9 +167,11 @@ def federated_rounds(
     now.server = strategy_named(config.federation.strategy).initial_state(models)
     checkpoint = ctx.store.load_checkpoint(key)
     if checkpoint is not None:
-        now.resume(checkpoint, federation)
-        now.traffic = Tally(*shape, checkpoint.load("communication"))
-        now.failed = FailedClients.of(rounds.name, checkpoint.facts.get("left_out", []))
+        with checkpoint.read_as("checkpoint"):
+            check_facts(checkpoint.facts)
+            now.resume(ctx.checked(checkpoint), federation)
+            now.traffic = Tally(*shape, checkpoint.load("communication"))
+            now.failed = FailedClients.of(rounds.name, checkpoint.facts.get("left_out", []))
         show_losses(ctx, rounds.name, losses[: now.begun])
         progress.resume(checkpoint.facts["curve"], now.begun)
     elif rounds.send_counts:
@@ -387,7 +393,9 @@ class Warmup:
         part, config = f"{_STATE}{client_id:05d}", self.federation.config
         state = self.result.load(part) if part in self.result.parts else {}
         models, name = self.models, self.federation.classifiers[client_id]
-        found: Weights = strategy_named(config.federation.strategy).personal(models[name], state)
+        with self.result.read_as(part):
+            found: Weights = strategy_named(config.federation.strategy).personal(models[name], state)
+            check_entries(found, self.federation.entries(name), finite=False)
         return found
 
     def trained(self, client_id: int) -> bool:

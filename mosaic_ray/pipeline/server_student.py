@@ -25,5 +25,6 @@ def train(ctx: RunContext, stage: Stage, teacher: Weights, shared: SharedGenerat
         progress.advance()
         return {}
 
-    weights = ctx.find_or_compute(stage, compute).load("student")
-    return ctx.client_context.classifier(weights, ctx.config.model.student)
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as("student"):
+        return ctx.client_context.classifier(result.load("student"), ctx.config.model.student)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.text import visible
 from ..core.types import Weights
+from ..core.untrusted import MAX_JSON, parse_json, read_regular
 from ..runs.provenance import client_keys, joint_keys
 from ..runs.summary import Summary
 from ..storage.store import OBJECTS, DamagedFile, StageResult, Store
@@ -142,9 +143,11 @@ class RunReport:
             raise NotAvailable("the clients' generators cannot be found without the partition")
         try:
             config = override(ExperimentConfig(), self.summary.config or {})
+            if config.partition.num_clients != len(self.label_counts):
+                raise LookupError("its label counts are of other clients")
             before = {name: record.key for name, record in stages.items()}
             keys = client_keys(config, "generators", self.label_counts.sum(axis=1), before)
-        except (RequestError, KeyError) as error:
+        except (RequestError, LookupError) as error:
             raise NotAvailable(f"the clients' generators cannot be found: {error}") from None
         found, why = {}, ""
         for client_id, key in enumerate(keys):
@@ -332,33 +335,32 @@ def _checked(kind: type[T], path: Path) -> T:
 def _json(path: Path) -> dict[str, Any]:
     text = read_text(path)
     try:
-        found = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise RequestError(f"{path}: it is not whole, or not of a run or sweep; the same command writes it again")
-    return found
+        return {} if text is None else parse_json(text)
+    except ValueError:
+        why = "it is not whole, or not of a run or sweep; the same command writes it again"
+        raise RequestError(f"{path}: {why}") from None
 
 
-def read_text(path: Path) -> str | None:
+def read_text(path: Path, limit: int = MAX_JSON) -> str | None:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_regular(path, limit).decode().strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
+        why = (error.strerror or error) if isinstance(error, OSError) else "it is no text"
         raise RequestError(f"{path}: it cannot be read: {why}") from None
 
 
 def _metrics(path: Path) -> pd.DataFrame:
     """Return metrics.jsonl as a frame; its last line may be incomplete in a running or killed run."""
-    lines = (read_text(path) or "").splitlines()
+    lines = (read_text(path, 4 * MAX_JSON) or "").splitlines()
     rows: list[Mapping[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            sound = isinstance(row, dict) and all(isinstance(row[name], kind) for name, kind in _METRIC.items())
-        except (ValueError, KeyError, RecursionError):
+            row = parse_json(line)
+            sound = all(isinstance(row[name], kind) for name, kind in _METRIC.items()) and abs(row["step"]) < 2**63
+            sound = sound and abs(row["value"] or 0.0) < math.inf
+        except (ValueError, KeyError):
             sound = False
         if sound:
             rows.append(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from functools import cached_property
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
+from ..core.untrusted import MAX_JSON, parse_json
 from ..pipeline.graph import KeyInputs
 from ..pipeline.stages import PARTITION
 from ..storage.store import MANIFEST, OBJECTS, DamagedFile, StageResult, Store
@@ -18,7 +18,9 @@ from .plan import Chain, stage_keys
 from .summary import StageRecord, Summary
 
 #: What reading a file of an earlier run may raise; such a run counts as absent.
-_UNREADABLE = (OSError, RunError, RequestError, DamagedFile, ValueError, KeyError, TypeError, AttributeError)
+_UNREADABLE = (
+    OSError, RunError, RequestError, DamagedFile, ValueError, LookupError, TypeError, AttributeError, RecursionError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Earlier:
                 manifest = self.store.manifest(OBJECTS, key)
                 if manifest is not None:
                     counts = StageResult(self.store, f"{OBJECTS}/{key}", manifest).load("shards")["counts"]
-                    self._sizes[key] = [int(size) for size in counts.sum(1)]
+                    if counts.ndim == 2 and len(counts) == config.partition.num_clients:
+                        self._sizes[key] = [int(size) for size in counts.sum(1)]
         return self._sizes[key]
 
     def chain(self, config: ExperimentConfig) -> Chain:
@@ -93,7 +96,7 @@ def read_earlier(storage: str, fresh: bool = False) -> Earlier:
     found = []
     for place in _places(store):
         with contextlib.suppress(*_UNREADABLE):
-            summary = Summary.from_json(json.loads(store.files.read(f"{place}/summary.json")))
+            summary = Summary.from_json(parse_json(store.files.read(f"{place}/summary.json", MAX_JSON)))
             config = override(ExperimentConfig(), summary.config or {})
             _unseen(config)  # reads user code that it names
             found.append(EarlierRun(place, config, summary.stages or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
 from ..pipeline.graph import KeyInputs
 from ..pipeline.stages import evaluated_key, models_of
-from ..storage.store import Store
+from ..storage.store import CorruptResult, Store
 from .plan import graph_of
 
 #: Kinds of results that summary.json does not name: their keys are worked out.
@@ -32,6 +33,15 @@ def joint_keys(config: ExperimentConfig, stage: str, keys: Sequence[str]) -> str
     """Return the one key that stands for the clients' ``keys`` in summary.json."""
     [found] = [declared for declared in graph_of(config) if declared.name == stage]
     return found.joint_key(keys)
+
+
+def _sizes(store: Store, key: str) -> Sequence[int]:
+    """Return the clients' training samples in the partition stored under ``key``; empty if it cannot be read."""
+    with contextlib.suppress(CorruptResult):
+        if partition := store.get(key):
+            with partition.read_as("shards"):
+                return [int(size) for size in partition.load("shards")["counts"].sum(1)]
+    return ()
 
 
 def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) -> tuple[set[str], bool]:
@@ -61,10 +71,10 @@ def keys_used(summary: Mapping[str, Any], store: Store, stored: Container[str]) 
     for stage in graph:
         if stage.per_client is None or stage.name not in stages:
             continue
-        partition = store.get(stages["partition"])
-        if partition is None:
+        sizes = _sizes(store, stages["partition"])
+        if len(sizes) != config.partition.num_clients:
             return used, False
-        clients = client_keys(config, stage.name, partition.load("shards")["counts"].sum(1), stages)
+        clients = client_keys(config, stage.name, sizes, stages)
         found = [key for key in clients if key in stored]  # without those that were left out
         used |= set(clients)
         whole &= stages[stage.name] in (stage.joint_key(clients), stage.joint_key(found))

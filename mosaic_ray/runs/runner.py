@@ -24,6 +24,7 @@ from ..core.health import device_findings
 from ..core.serialization import from_json
 from ..core.text import visible
 from ..core.types import Dataset, Finding, Weights
+from ..core.untrusted import kind_of
 from ..storage.filesystem import write_whole
 from ..storage.hashing import plain, request_name
 from .summary import StageRecord, Summary, build_summary, versions
@@ -40,7 +41,13 @@ T = TypeVar("T")
 #: Bytes of a run's or a sweep's name; file systems take 255, and some are ours.
 MAX_NAME = 200
 
-#: A damaged stored result is found while it is read; the run then begins again and computes it anew.
+#: The files of a run's folder.
+FILES = (
+    "config.toml", "command.txt", "metrics.jsonl", "log.txt", "label_counts.json", "student.safetensors",
+    "summary.json", "error.log",
+)  # fmt: skip
+
+#: A damaged stored result is found while it is read; the run then begins again and computes it anew, so often at most.
 MAX_REPAIRS = 5
 
 
@@ -193,10 +200,13 @@ def with_repairs(store: Store, compute: Callable[[], T]) -> T:
     """Return ``compute()``, which begins again where a stored result that it reads turns out to be damaged."""
     from ..storage.store import CorruptResult
 
-    for _ in range(MAX_REPAIRS):
+    repairs: dict[str, int] = {}
+    while max(repairs.values(), default=0) < MAX_REPAIRS:
         try:
             return compute()
-        except CorruptResult as damaged:  # it went bad after it was looked up
+        except CorruptResult as damaged:  # it went bad after it was looked up, or its content is wrong
+            repairs[damaged.key] = repairs.get(damaged.key, 0) + 1
+            store.log(f"{damaged}; computing it again")
             store.discard(damaged.key)
     raise RunError(f"stored results under {store.uri} keep being damaged; is the disk sound?")
 
@@ -322,6 +332,15 @@ def _failure(
     return failure
 
 
+def _foreign(folder: Path) -> str:
+    """Return what is a link, a pipe, a device or a folder in the place of a run's file; empty if nothing is."""
+    places = {folder: "a folder"} | {folder / name: "" for name in FILES}
+    for place, wanted in (places | {folder / name: "a folder" for name in ("tensorboard", "train")}).items():
+        if os.path.lexists(place) and (kind := kind_of(place.lstat().st_mode)) != wanted:
+            return f"{place.name} is {kind or 'a file'}"
+    return ""
+
+
 def _keep_other(folder: Path, config: ExperimentConfig) -> str:
     """Make ``folder``; a run there with another configuration is moved aside, never overwritten.
 
@@ -330,6 +349,9 @@ def _keep_other(folder: Path, config: ExperimentConfig) -> str:
     old, same, line, differs = folder / "config.toml", False, "", "knobs of another version"
     try:
         with contextlib.suppress(RequestError):  # of a version with other knobs: a different run
+            if foreign := _foreign(folder):
+                differs = foreign
+                raise RequestError(foreign)
             found = override(ExperimentConfig(), read_toml(old)) if old.exists() else config
             there, here = flatten(without_share(found)), flatten(without_share(config))
             changed = [f"{name}={shown(there.get(name))}" for name in here if there.get(name) != here[name]]

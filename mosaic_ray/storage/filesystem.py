@@ -2,6 +2,9 @@
 
 Each operation is retried while its error is transient, such as a network failure or a busy cloud. Pauses grow and have
 random jitter, drawn from no seeded stream because it affects no result.
+
+What lies in a local storage is not trusted: only regular files are read, and no symbolic link below the root is
+followed, neither to read nor to write nor to delete.
 """
 
 from __future__ import annotations
@@ -12,15 +15,18 @@ import math
 import os
 import random
 import re
+import shutil
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyarrow import ArrowException, fs
 
+from ..core.untrusted import kind_of, open_regular
 from .uri import is_transient, reason
 
 #: Seconds without a write after which a temporary file counts as left by a killed writer.
@@ -37,6 +43,7 @@ _PAUSES = (0.1, 5.0)  # seconds: first and longest pause
 _jitter = random.Random()
 _CHUNK = 4 << 20
 _MAX_LISTINGS = 10  # attempts at a listing that concurrent writers disturb
+_MAX_TIME = 250e9  # seconds since 1970 that a date can hold, in any time zone
 #: End of the name of a temporary file of ``write_whole``.
 TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp$")
 
@@ -105,16 +112,16 @@ class Files:
         """Check whether a retry may succeed. Transient errors of a local disk always have numbers."""
         return bool(error.errno or not self.local) and is_transient(error)
 
-    def read(self, name: str) -> bytes:
-        """Return the content of a file; a failed read starts over."""
-        return self.retry(lambda: b"".join(self._chunks(name)))
+    def read(self, name: str, limit: float = math.inf) -> bytes:
+        """Return the content of a file of up to ``limit`` bytes; a failed read starts over."""
+        return self.retry(lambda: b"".join(self._chunks(name, limit)))
 
-    def digest(self, name: str) -> tuple[int, str]:
-        """Return a file's size and SHA-256 without holding it in memory; a failed read starts over."""
+    def digest(self, name: str, limit: float = math.inf) -> tuple[int, str]:
+        """Return size and SHA-256 of a file of up to ``limit`` bytes, without holding it; a failed read starts over."""
 
         def scan() -> tuple[int, str]:
             digest, size = hashlib.sha256(), 0
-            for chunk in self._chunks(name):
+            for chunk in self._chunks(name, limit):
                 digest.update(chunk)
                 size += len(chunk)
             return size, digest.hexdigest()
@@ -123,15 +130,25 @@ class Files:
 
     def put(self, name: str, data: bytes) -> None:
         """Write ``data`` to ``name`` atomically: an error or a kill leaves no partial file (disk or object storage)."""
-        self.retry(lambda: self._put(self.path(name), data))
+        self.retry(lambda: self._put(name, data))
 
     def delete(self, name: str) -> None:
+        """Remove a file; a folder that has its name is moved aside."""
+        work = (lambda: self._make_way(name)) if self.local else lambda: self.filesystem.delete_file(self.path(name))
         with contextlib.suppress(FileNotFoundError):
-            self.retry(lambda: self.filesystem.delete_file(self.path(name)))
+            self.retry(work)
 
     def delete_folder(self, name: str) -> None:
+        def work() -> None:
+            if not self.local:
+                self.filesystem.delete_dir(self.path(name))
+            elif kind_of(os.lstat(path := self._inside(name)).st_mode) == "a folder":
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+
         with contextlib.suppress(FileNotFoundError):
-            self.retry(lambda: self.filesystem.delete_dir(self.path(name)))
+            self.retry(work)
 
     def move(self, folder: str, to: str) -> None:
         try:
@@ -141,13 +158,34 @@ class Files:
                 raise
 
     def names(self, folder: str) -> list[str]:
+        """Return the names in a folder; none where there is no such folder."""
+        if self.local:
+            return [entry.name for entry in self._entries(folder)]
         return [info.base_name for info in self._list(folder, recursive=False)]
 
+    def regular(self, folder: str) -> list[str]:
+        """Return the names of the files in a folder; on a local disk without links, pipes and devices."""
+        if self.local:
+            return [entry.name for entry in self._entries(folder) if entry.is_file(follow_symlinks=False)]
+        return self.names(folder)
+
     def tree(self, folder: str) -> dict[str, Stored]:
-        """Return every file below ``folder`` by its name relative to the root."""
+        """Return every regular file below ``folder`` by its name relative to the root."""
+        if self.local:
+            infos = ((name, info) for name, info in self._walk(folder) if stat.S_ISREG(info.st_mode))
+            return {name: Stored(info.st_size, min(info.st_mtime, _MAX_TIME)) for name, info in infos}
         files = [info for info in self._list(folder, recursive=True) if info.type == fs.FileType.File]
         start = 0 if self.root == "/" else len(self.root) + 1
         return {info.path[start:]: Stored(info.size, (info.mtime_ns or 0) / 1e9) for info in files}
+
+    def strange(self, folder: str, levels: float = math.inf) -> dict[str, str]:
+        """Return what is neither a folder nor a regular file below a local ``folder``, by name, in words.
+
+        ``levels`` of folders are allowed below it.
+        """
+        there = ((name, kind_of(info.st_mode)) for name, info in self._walk(folder)) if self.local else ()
+        depth = levels + folder.count("/")
+        return {n: f"it is {kind}" for n, kind in there if kind and (kind != "a folder" or n.count("/") > depth)}
 
     def exists(self) -> bool:
         """Check whether the root exists."""
@@ -157,24 +195,83 @@ class Files:
         """Remove temporary files older than ``ABANDONED_SECONDS`` from a local ``folder``."""
         if not self.local:
             return  # other storage has no temporary files
-        for path in Path(self.path(folder)).glob("*.tmp"):
-            with contextlib.suppress(OSError):  # removed already, or not removable
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+        with contextlib.suppress(OSError):  # removed already, or not removable
+            for path in Path(self._inside(f"{folder}/")).glob("*.tmp"):
+                if time.time() - path.lstat().st_mtime > ABANDONED_SECONDS:
                     path.unlink()
 
-    def _chunks(self, name: str) -> Iterator[bytes]:
-        with self.filesystem.open_input_stream(self.path(name)) as source:
+    def _chunks(self, name: str, limit: float) -> Iterator[bytes]:
+        source: Any = (
+            open_regular(self._inside(name), limit) if self.local
+            else self.filesystem.open_input_stream(self.path(name))
+        )  # fmt: skip
+        size = 0
+        with source:
             while chunk := source.read(_CHUNK):
+                size += len(chunk)
+                if size > limit:
+                    raise OSError(f"more than {limit:,} bytes are too many")
                 yield chunk
 
-    def _put(self, target: str, data: bytes) -> None:
-        write = write_whole if self.local else self._write_elsewhere
+    def _put(self, name: str, data: bytes) -> None:
+        target, write = self.path(name), write_whole if self.local else self._write_elsewhere
+        if self.local:
+            self._make_way(name, replaced=True)
         try:
             write(target, data)
         except FileNotFoundError:  # the folder was removed meanwhile, or does not exist yet
             if not self.local:
                 self.filesystem.create_dir(target.rpartition("/")[0], recursive=True)
             write(target, data)
+
+    def _inside(self, name: str) -> str:
+        """Return the path of ``name`` in a local storage; ``OSError`` where a folder above it is a symbolic link."""
+        for above in self._above(name):
+            if os.path.islink(above):
+                raise OSError(f"{os.path.relpath(above, self.root)} is a symbolic link")
+        return self.path(name)
+
+    def _above(self, name: str) -> list[str]:
+        parts = name.split("/")
+        return [self.path("/".join(parts[:count])) for count in range(1, len(parts)) if parts[0]]
+
+    def _make_way(self, name: str, replaced: bool = False) -> None:
+        """Set anything aside that stands in the place of the file ``name`` or of a folder above it.
+
+        A regular file ``name`` is removed, unless it will be ``replaced``.
+        """
+        for above in self._above(name):
+            with contextlib.suppress(FileNotFoundError):
+                if kind_of(os.lstat(above).st_mode) != "a folder":
+                    set_aside(above)
+        path = self.path(name)
+        with contextlib.suppress(FileNotFoundError):
+            if kind_of(os.lstat(path).st_mode):
+                set_aside(path)
+            elif not replaced:
+                os.unlink(path)
+
+    def _entries(self, folder: str) -> list[os.DirEntry[str]]:
+        def scan() -> list[os.DirEntry[str]]:
+            try:
+                with os.scandir(self._inside(f"{folder}/")) as entries:
+                    return list(entries)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        return self.retry(scan)
+
+    def _walk(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield everything below a local folder, by name relative to the root."""
+        left = [folder]
+        while left:
+            name = left.pop()
+            for entry in self._entries(name):
+                below = f"{name}/{entry.name}" if name else entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(below)
+                with contextlib.suppress(FileNotFoundError):  # a concurrent writer removed it
+                    yield below, entry.stat(follow_symlinks=False)
 
     def _write_elsewhere(self, target: str, data: bytes) -> None:
         # An object appears when its stream is closed, and pyarrow also closes it after an exception. So there is one
@@ -214,6 +311,14 @@ def answer_of(work: Callable[[], T]) -> T:
     if not results:
         raise OSError(f"no answer within {ANSWER_SECONDS:g} s")
     return results[0]
+
+
+def set_aside(path: str | Path) -> None:
+    """Remove a link, a pipe or a device; rename anything that may have a content."""
+    if kind_of(os.lstat(path).st_mode) in ("", "a folder"):
+        os.rename(path, f"{path}.damaged-{uuid.uuid4().hex[:8]}")
+    else:
+        os.unlink(path)
 
 
 def write_whole(target: str | Path, data: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..core.errors import RequestError, RunError
+from ..core.untrusted import MAX_JSON, parse_json
 from .filesystem import ABANDONED_SECONDS, TEMPORARY, Stored
 from .locks import LEASES, key_of
-from .store import CHECKPOINTS, MANIFEST, OBJECTS, DamagedFile, Store
+from .store import CHECKPOINTS, FOLDERS, MANIFEST, OBJECTS, DamagedFile, Store
 from .uri import reason
 
 #: (content of a summary.json, store, stored keys) -> the keys that the run uses, and whether the list is complete.
@@ -107,8 +108,11 @@ class Plan:
     kept: dict[str, list[Entry]]
 
 
-def scan(store: Store, trace: Trace) -> Inventory:
-    """List everything in ``store``; ``RequestError`` for a summary.json that cannot be parsed."""
+def scan(store: Store, trace: Trace | None) -> Inventory:
+    """List everything in ``store``; ``RequestError`` for a summary.json that cannot be parsed.
+
+    Without ``trace`` no summary is read, and there are no owners.
+    """
     files: dict[str, Stored] = {}
     for kind in (OBJECTS, CHECKPOINTS, *(("runs", "sweeps", "experiments") if store.local_root else ())):
         with _reading(store, kind):
@@ -123,26 +127,34 @@ def scan(store: Store, trace: Trace) -> Inventory:
             others[name] = file
     entries = [Entry(kind, key, found) for (kind, key), found in sorted(folders.items())]
     stored = {entry.key for entry in entries if entry.kind == OBJECTS and entry.finished}
-    return Inventory(entries, _owners(store, trace, stored), others)
+    return Inventory(entries, _owners(store, trace, stored) if trace else [], others)
 
 
-def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
+def _places(store: Store) -> dict[str, str]:
+    """Return the folders of runs and trials by their names."""
     places = {f"run {name}": f"runs/{name}" for name in _names(store, "runs")}
     for sweep in _names(store, "sweeps"):
         trials = f"sweeps/{sweep}/trials"
         places |= {f"sweep {sweep}, trial {trial}": f"{trials}/{trial}" for trial in _names(store, trials)}
-    owners = []
+    return places
+
+
+def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
+    places, owners = _places(store), []
     for name, summary in zip(places, _map(lambda place: _summary(store, place), places.values()), strict=True):
         if summary is not None:
             try:
                 keys, complete = trace(summary, store, stored)
-            except (TypeError, KeyError, AttributeError, ValueError):
+            except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
                 raise _invalid(store, places[name]) from None
             owners.append(Owner(name, str(summary.get("status")), frozenset(keys), complete))
     for name in _names(store, "experiments"):
         results = _summary(store, f"experiments/{name}", "results.json")
         if results is not None:
-            owners.append(Owner(f"experiment {name}", "done", frozenset(results.get("keys", ())), True))
+            keys = results.get("keys", [])
+            if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+                raise _invalid(store, f"experiments/{name}", "results.json")
+            owners.append(Owner(f"experiment {name}", "done", frozenset(keys), True))
     return owners
 
 
@@ -154,14 +166,11 @@ def _names(store: Store, folder: str) -> list[str]:
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
         with _reading(store, place):
-            summary = json.loads(store.files.read(f"{place}/{file}"))
+            return parse_json(store.files.read(f"{place}/{file}", MAX_JSON))
     except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
-    except (ValueError, RecursionError):
-        summary = None
-    if not isinstance(summary, dict):
-        raise _invalid(store, place, file)
-    return summary
+    except ValueError:
+        raise _invalid(store, place, file) from None
 
 
 def _invalid(store: Store, place: str, file: str = "summary.json") -> RequestError:
@@ -319,11 +328,21 @@ class Verdict:
 
 
 def verify(store: Store) -> Verdict:
-    """Hash every byte of every finished result and checkpoint."""
-    inventory = scan(store, lambda summary, store, stored: (set(), True))
-    asked = [entry for entry in inventory.entries if entry.finished]
+    """Hash every byte of every finished result and checkpoint; list what is neither a file nor a folder, too."""
+    asked = [entry for entry in scan(store, None).entries if entry.finished]
     reasons = _map(lambda entry: _damage(store, entry), asked)
     damaged = {entry.folder: why for entry, why in zip(asked, reasons, strict=True) if why}
+    for folder in FOLDERS:
+        with _reading(store, folder):
+            damaged |= store.files.strange(folder, {LEASES: 0, OBJECTS: 1, CHECKPOINTS: 1}.get(folder, math.inf))
+    if not damaged:  # folders that are links cannot be listed
+        records = [(place, "summary.json") for place in _places(store).values()]
+        records += [(f"experiments/{name}", "results.json") for name in _names(store, "experiments")]
+        for place, file in records:
+            try:
+                _summary(store, place, file)
+            except (RequestError, RunError):
+                damaged[f"{place}/{file}"] = "it is not whole"
     return Verdict(len(asked), sum(entry.size for entry in asked), damaged)
 
 

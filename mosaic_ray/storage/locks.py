@@ -24,7 +24,8 @@ import time
 import uuid
 from pathlib import Path
 
-from .filesystem import Files
+from ..core.untrusted import kind_of
+from .filesystem import Files, set_aside
 
 LEASES = "leases"
 HEARTBEAT_SECONDS = 2.0
@@ -68,11 +69,11 @@ class Leases:
         return self._claims.take(key)
 
     def scan(self) -> dict[str, bool]:
-        """Return every lease file by name, and whether its holder lives.
+        """Return every lease file by name, and whether its holder lives; no folder, link, pipe or device is one.
 
         With claims of other owners this waits for their heartbeats, ``TTL_SECONDS`` at most.
         """
-        claims = {name: _CLAIM.fullmatch(name) for name in self._files.names(LEASES)}
+        claims = {name: _CLAIM.fullmatch(name) for name in self._files.regular(LEASES)}
         own = {self._claims.owner} if self._claims else set()
         living = own | _living_owners(self._files, {claim[2] for claim in claims.values() if claim} - own)
         return {
@@ -95,8 +96,11 @@ def _lock(path: Path) -> Lease | None:
     """Lock ``path`` with ``flock``, creating the file; None if it is locked. Releasing removes the file."""
     while True:
         os.makedirs(path.parent, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if kind_of(path.lstat().st_mode):
+                set_aside(path)
         with Lease() as lease:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             lease.callback(os.close, descriptor)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,6 +10,10 @@ Layout below the storage path, which is local or any URI that ``pyarrow.fs`` ope
 A result exists once its manifest does. The manifest is written last and atomically (a temporary file that is renamed,
 or a single put), and payloads are named by content. So a kill at any moment leaves the old result or the new one, and
 writers of one key cannot damage each other's files. Leftovers of killed writers are never read.
+
+Nothing that is stored is trusted: the form of manifests, the names, kinds and sizes of files, and every byte by its
+SHA-256 are checked. Anybody can write that too, so a reader of a result checks its content (``StageResult.read_as``).
+Whatever does not fit counts as damaged, and is computed again.
 """
 
 from __future__ import annotations
@@ -19,9 +23,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +36,18 @@ import safetensors.numpy
 
 from ..core.errors import RequestError, RunError
 from ..core.types import Weights
+from ..core.untrusted import MAX_JSON, kind_of, parse_json
 from .filesystem import OPENING_SECONDS, Files, answer_of
 from .hashing import canonical_json, to_json_value
 from .hashing import stage_key as stage_key  # part of this module's interface
-from .locks import Lease, Leases
+from .locks import LEASES, Lease, Leases
 from .uri import CREDENTIALS, join, open_uri, reason, redacted, remedy
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 OBJECTS, CHECKPOINTS = "objects", "checkpoints"
+#: Folders below the root of a storage.
+FOLDERS = (OBJECTS, CHECKPOINTS, LEASES, "runs", "sweeps", "experiments")
 MIN_FREE_BYTES = 64 << 20
 
 #: Named groups of named arrays.
@@ -50,7 +58,7 @@ class CorruptResult(RunError):
     """A payload vanished or changed after ``Store.get`` verified it; the next ``get`` returns None."""
 
     def __init__(self, key: str, part: str, why: str, stage: str | None = None) -> None:
-        super().__init__(f'stage result {key}: part "{part}" cannot be read: {why}', stage=stage)
+        super().__init__(f'stage result {key}: part "{part}" cannot be read: {" ".join(why.split())}', stage=stage)
         self.key, self.part, self.why = key, part, why
 
     def at(self, stage: str) -> CorruptResult:
@@ -60,6 +68,34 @@ class CorruptResult(RunError):
 
 class DamagedFile(Exception):
     """A stored file differs from its manifest; the arguments are (file name, reason)."""
+
+
+def _fault(manifest: Mapping[str, Any]) -> str:
+    """Return what is wrong with the form of a manifest; empty if nothing is."""
+    files = manifest.get("files")
+    if not isinstance(manifest.get("facts"), dict) or not isinstance(files, dict):
+        return "it has no facts or no files"
+    for part, entry in files.items():
+        fields = [entry.get(name) for name in ("name", "size", "sha256", "arrays")] if isinstance(entry, dict) else []
+        match fields:
+            case [str(name), int(size), str(digest), list(arrays)] if size >= 0 and all(map(_is_text, arrays)):
+                if re.fullmatch("[0-9a-f]{64}", digest) and name == f"part-{digest[:12]}.safetensors":
+                    continue
+        return f"its entry of the part {part[:80]!r} is not what a store writes"
+    return ""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _names_in(path: str) -> set[str] | None:
+    """Return the names of the arrays in a safetensors file; None where it is none."""
+    try:
+        with safetensors.safe_open(path, "np") as opened:
+            return set(opened.keys())
+    except (OSError, ValueError, safetensors.SafetensorError):
+        return None
 
 
 def _name(key: str) -> str:
@@ -77,6 +113,8 @@ class StageResult:
         self.key: str = manifest["key"]
         self.facts: dict[str, Any] = manifest["facts"]
         self.parts: tuple[str, ...] = tuple(self._entries)
+        #: Called by ``load`` as check(part, arrays, whether their writer found them finite); raises if they are wrong.
+        self.check: Callable[[str, Weights, bool], None] = lambda part, arrays, finite: None
 
     def load(self, part: str) -> Weights:
         """Return fresh, writable arrays of ``part``, in the order in which they were added.
@@ -84,16 +122,31 @@ class StageResult:
         The bytes are hashed again. Raises ``CorruptResult`` if they vanished or changed since ``get``, ``RunError`` if
         the storage fails.
         """
-        entry = self._entries[part]
+        entry = self._entries.get(part)
+        if entry is None:
+            raise CorruptResult(self.key, part, "there is none")
         try:
-            data = self._store.files.read(f"{self._folder}/{entry['name']}")
+            data = self._store.files.read(f"{self._folder}/{entry['name']}", entry["size"])
         except OSError as error:
             self._store._raise_if_storage_down(error, self._folder, self.key)
             raise CorruptResult(self.key, part, reason(error)) from None
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise CorruptResult(self.key, part, "its SHA-256 differs")
-        arrays = safetensors.numpy.load(data)
-        return {name: arrays[name] for name in entry["arrays"]}
+        with self.read_as(part):
+            loaded = safetensors.numpy.load(data)
+            arrays = {name: loaded[name] for name in entry["arrays"]}
+            self.check(part, arrays, entry.get("finite", True))
+            return arrays
+
+    @contextlib.contextmanager
+    def read_as(self, part: str = "facts") -> Iterator[None]:
+        """Raise ``CorruptResult`` for ``part`` where the block, which reads and checks the result, raises anything."""
+        try:
+            yield
+        except (RequestError, RunError):
+            raise
+        except Exception as error:
+            raise CorruptResult(self.key, part, f"{type(error).__name__}: {error}"[:200]) from error
 
 
 class StageWriter:
@@ -119,6 +172,8 @@ class StageWriter:
         name = f"part-{digest[:12]}.safetensors"
         self._put(name, data)
         self._entries[part] = {"name": name, "size": len(data), "sha256": digest, "arrays": list(arrays)}
+        if not all(np.isfinite(array).all() for array in whole.values() if array.dtype.kind == "f"):
+            self._entries[part]["finite"] = False  # of a run that diverged, so that it is not taken for damage
 
     def commit(self, facts: Mapping[str, Any]) -> StageResult:
         """Make the result visible atomically. ``facts`` are converted to JSON types (tuples become lists)."""
@@ -131,7 +186,10 @@ class StageWriter:
         }
         # Insertion order is kept on disk (it is the parts' order); the checksum is over the canonical spelling.
         sealed = manifest | {"sha256": hashlib.sha256(canonical_json(manifest)).hexdigest()}
-        self._put(MANIFEST, json.dumps(sealed, allow_nan=False).encode())
+        data = json.dumps(sealed, allow_nan=False).encode()
+        if len(data) > MAX_JSON:
+            raise RunError(f"the facts of {self._key} have {len(data):,} bytes; {MAX_JSON:,} can be stored")
+        self._put(MANIFEST, data)
         if self._kind == OBJECTS:
             self._store.used.add(self._key)
         return StageResult(self._store, f"{self._kind}/{self._key}", manifest)
@@ -175,6 +233,9 @@ class Store:
                 raise RequestError(f"--storage {self.uri}: nothing is stored there; name where runs were stored")
             if self.files.local:
                 os.makedirs(self.files.root, exist_ok=True)
+                for place in map(self.files.path, FOLDERS):
+                    if os.path.lexists(place) and (kind := kind_of(os.lstat(place).st_mode) or "a file") != "a folder":
+                        raise RequestError(f"--storage {self.uri}: {place} is {kind}, not a folder; remove it")
             self.leases = Leases(self.files)
         except (OSError, ValueError, NotImplementedError) as error:
             raise self._request_error(error) from None
@@ -223,9 +284,10 @@ class Store:
         return self._fill(self.writer(key), facts, parts or {})
 
     def discard(self, key: str) -> None:
-        """Remove the result under ``key``, so that it is computed again."""
+        """Remove the result and the checkpoint under ``key``, so that it is computed again."""
         try:
-            self.files.delete(f"{OBJECTS}/{key}/{MANIFEST}")
+            for kind in (OBJECTS, CHECKPOINTS):
+                self.files.delete(f"{kind}/{key}/{MANIFEST}")
         except OSError as error:
             raise self._run_error(error, f"removing {OBJECTS}/{key}", key) from error
 
@@ -286,7 +348,7 @@ class Store:
         """Return the manifest of a result or checkpoint; None if absent, ``DamagedFile`` if its checksum differs."""
         folder = f"{kind}/{key}"
         try:
-            manifest: dict[str, Any] = json.loads(self.files.read(f"{folder}/{MANIFEST}"))
+            manifest = parse_json(self.files.read(f"{folder}/{MANIFEST}", MAX_JSON))
             seal = manifest.pop("sha256")
             sound = seal == hashlib.sha256(canonical_json(manifest)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
@@ -294,12 +356,15 @@ class Store:
         except OSError as error:
             self._raise_if_storage_down(error, folder, key)
             raise DamagedFile(MANIFEST, reason(error)) from None
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, RecursionError):
             raise DamagedFile(MANIFEST, "not a whole manifest") from None
         if not sound:
             raise DamagedFile(MANIFEST, "its SHA-256 differs")
-        if (manifest["key"], manifest["version"]) != (key, FORMAT):
-            raise DamagedFile(MANIFEST, f"it is for {manifest['key']}, format {manifest['version']}")
+        if (manifest.get("key"), manifest.get("version")) != (key, FORMAT):
+            there = str(manifest.get("key"))[:80]
+            raise DamagedFile(MANIFEST, f"it is for {there}, format {str(manifest.get('version'))[:20]}")
+        if fault := _fault(manifest):
+            raise DamagedFile(MANIFEST, fault)
         return manifest
 
     def verify(self, kind: str, manifest: Mapping[str, Any]) -> None:
@@ -307,7 +372,7 @@ class Store:
         folder = f"{kind}/{manifest['key']}"
         for entry in manifest["files"].values():
             try:
-                size, digest = self.files.digest(f"{folder}/{entry['name']}")
+                size, digest = self.files.digest(name := f"{folder}/{entry['name']}", entry["size"] + 1)
             except FileNotFoundError:
                 raise DamagedFile(entry["name"], "it is missing") from None
             except OSError as error:
@@ -317,6 +382,8 @@ class Store:
                 raise DamagedFile(entry["name"], f"{size} bytes instead of {entry['size']}")
             if digest != entry["sha256"]:
                 raise DamagedFile(entry["name"], "its SHA-256 differs")
+            if self.files.local and set(entry["arrays"]) != _names_in(self.files.path(name)):
+                raise DamagedFile(entry["name"], "it does not hold the arrays that the manifest names")
 
     @staticmethod
     def _fill(writer: StageWriter, facts: Mapping[str, Any], parts: Parts) -> StageResult:

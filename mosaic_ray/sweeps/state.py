@@ -20,6 +20,7 @@ from ..config.schema import ExperimentConfig
 from ..config.validate import check
 from ..core.errors import RequestError
 from ..core.serialization import from_json
+from ..core.untrusted import MAX_JSON, parse_json
 from ..storage.hashing import plain, request_name
 
 if TYPE_CHECKING:
@@ -191,19 +192,16 @@ class SweepState:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads(self.store.files.read(f"{self.place}/{name}"))
+            return parse_json(self.store.files.read(f"{self.place}/{name}", MAX_JSON))
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError):
-            found = None
-        except OSError as error:
-            raise self._unreadable(name, error) from None
-        if not isinstance(found, dict):
+        except ValueError:
             raise RequestError(
                 f"--name {self.name}: {self.store.uri}/{self.place}/{name} is not whole; remove that file (results are "
                 "found again in the store), or give --fresh or another --name"
-            )
-        return found
+            ) from None
+        except OSError as error:
+            raise self._unreadable(name, error) from None
 
     def _unreadable(self, name: str, error: OSError) -> RequestError:
         from ..storage.uri import reason

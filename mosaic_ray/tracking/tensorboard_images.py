@@ -74,7 +74,8 @@ class TensorBoardImages:
         shown = {"partition": self._partition, "teacher": self._teacher, "evaluate": self._evaluate}
         for stage in [name for name in shown if name in self.results and name not in self.done]:
             self.done.add(stage)
-            shown[stage](self.results[stage])
+            with self.results[stage].read_as():
+                shown[stage](self.results[stage])
         if self.generators and "generators" not in self.done:
             self.done.add("generators")
             self._show_generators()
@@ -92,8 +93,9 @@ class TensorBoardImages:
             if client_id >= 50:  # so many have synthetic images
                 continue
             progress = result.load("progress")
-            for step, images in zip(progress["steps"], progress["images"], strict=True):
-                self.tracker.image(f"synthetic/client_{client_id:03d}", int(step), image_grid(images, 4))
+            with result.read_as("progress"):
+                for step, images in zip(progress["steps"], progress["images"], strict=True):
+                    self.tracker.image(f"synthetic/client_{client_id:03d}", int(step), image_grid(images, 4))
         for name, values in figures.items():
             self.tracker.histogram(f"clients/generator_{name}", 0, np.array(values, np.float64))
 

@@ -21,6 +21,7 @@ from ...federated.communication import Size, Tally, size_of, size_of_entries
 from ...pipeline.context import POLL_SECONDS, Facts, FailedClients, RunContext
 from ...pipeline.graph import Stage
 from ...pipeline.rounds import Warmup, add_prototypes, last_channels
+from ...pipeline.stored import check_facts, check_figures
 from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
 from ...tracking.progress import StageProgress
@@ -107,7 +108,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup | None) -> Ge
     began, before = time.perf_counter(), ctx.client_seconds
     keys = ctx.client_keys(stage)
     key = stage.joint_key(keys)
-    found = {k: result for k, name in enumerate(keys) if (result := ctx.store.get(name)) is not None}
+    found = {k: _checked(ctx, result) for k, name in enumerate(keys) if (result := ctx.store.get(name)) is not None}
     spent, waited, computed, failed = 0.0, 0.0, 0, FailedClients(stage.name)
     if len(found) < len(keys):
         try:
@@ -139,6 +140,19 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup | None) -> Ge
     return Generators(key, clients, results)
 
 
+def _checked(ctx: RunContext, result: StageResult) -> StageResult:
+    """Return a client's stored generator, its content checked here and by ``load``."""
+    with result.read_as():
+        check_figures(result.facts["figures"])
+        check_facts({"findings": result.facts["findings"], "curve": []})
+        size, names = Size(**result.facts["communication"]), result.facts.get("losses", GAN_LOSSES)
+        rows = [dict(zip(("step", *names), row, strict=True)) for row in result.facts["curve"]]
+        check_figures(asdict(size))
+        for row in rows:
+            check_figures(row)
+    return ctx.checked(result)
+
+
 def uploaded(generators: Mapping[int, StageResult], num_clients: int) -> Tally:
     """Return the bytes that clients sent for their generators."""
     traffic = Tally(1, num_clients)
@@ -166,7 +180,7 @@ def _fill(
             for client_id in missing:
                 got = ctx.store.get_or_lease(keys[client_id])
                 if isinstance(got, StageResult):
-                    found[client_id] = got
+                    found[client_id] = _checked(ctx, got)
                     progress.advance(note=f"client {client_id}: found")
                 elif got is not None:
                     leases[client_id] = release.enter_context(got)

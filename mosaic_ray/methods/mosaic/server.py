@@ -12,15 +12,18 @@ from ...core.errors import RunError
 from ...core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
 from ...core.types import Finding, Prototypes, Weights
 from ...distillation.experts import effective_owners
+from ...distillation.meta_model import Teacher
 from ...distillation.student_training import make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
 from ...distillation.teacher_training import class_experts, teach
 from ...federated.client_models import Federation, group_counts
 from ...federated.communication import Tally, size_of_entries
+from ...models.state_dict import load_weights
 from ...pipeline.context import Facts, RunContext, known
 from ...pipeline.evaluate import log_validation, validation_images
 from ...pipeline.graph import Stage
 from ...pipeline.rounds import Warmup
+from ...pipeline.stored import check_entries
 from ...storage.store import StageResult, StageWriter
 from ...tracking.progress import StageProgress
 from .client_uploads import Generators, PrototypesOf
@@ -62,7 +65,7 @@ def train_teacher(
 
     result = ctx.find_or_compute(stage, compute)
     states = tuple(
-        _read_teacher(result, _prefix(federation, name, number), warmup.models[name], name)
+        _read_teacher(ctx, result, _prefix(federation, name, number), warmup.models[name], name)
         for number, name in enumerate(federation.groups)
     )
     teacher: TeacherState | MixedTeacher = states[0]
@@ -116,11 +119,24 @@ def _prefix(federation: Federation, name: str, number: int) -> str:
     return "" if name == federation.student else f"group_{number:03d}_"
 
 
-def _read_teacher(result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
+def _read_teacher(ctx: RunContext, result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
     experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith(f"{prefix}expert_"))
     index = result.load(f"{prefix}index")["index"]
     trained = {part: result.load(prefix + part) for part in TEACHER_PARTS if prefix + part in result.parts}
-    return TeacherState(backbone, experts, index, classifier=name, **trained)
+    state, classes = TeacherState(backbone, experts, index, classifier=name, **trained), ctx.dataset.facts.num_classes
+    with result.read_as(f"{prefix}teacher"):
+        entries = ctx.client_context.federation.entries(name)
+        heads = {entry: what for entry, what in entries.items() if entry.startswith("head.")}
+        for expert in experts:
+            check_entries(expert, entries if ctx.config.meta.input == "full" else heads, finite=False)
+        if index.shape != (classes,) or not (index.min() >= 0 and index.max() < len(experts)):
+            raise ValueError("its index names other experts")
+        meta = Teacher(classes, classes, ctx.config.meta, heads["head.weight"][0][1])
+        for trained_meta in filter(None, (state.meta, state.trial_meta)):
+            load_weights(meta, trained_meta)
+        for head in filter(None, (state.head, state.trial_head)):
+            check_entries(head, heads, finite=False)
+    return state
 
 
 def distill(
@@ -171,7 +187,8 @@ def distill(
     result = ctx.find_or_compute(stage, compute)
     student = result.load("global")
     log_validation(ctx, stage.name, config.distill.steps, result.key, student)
-    return student, result.facts["figures"]["held_out_after"]
+    with result.read_as():
+        return student, result.facts["figures"]["held_out_after"]
 
 
 def _judged_by_clients(config: ExperimentConfig) -> bool:
