@@ -160,7 +160,7 @@ class RunContext:
         """Return the stored result of a declared stage with one key, or compute and store it."""
         [key] = self.client_keys(stage)
         result = self.stage(stage.name, key, compute, total=stage.total(self.config), unit=stage.unit)
-        return self.checked(result) if stage.compute.startswith("mosaic_ray.") else result
+        return result if stage.compute and not stage.compute.startswith("mosaic_ray.") else self.checked(result)
 
     def checked(self, result: StageResult) -> StageResult:
         """Return ``result``, whose ``load`` from now on raises ``CorruptResult`` for arrays of another form."""

@@ -76,15 +76,13 @@ def evaluated(
 
 def _check(found: StageResult, classes: int) -> None:
     """Raise ``ValueError`` where ``found`` is no result of ``evaluated``."""
-    rows = found.facts["per_class"]
-    shares = [value for value in (found.facts["accuracy"], *rows) if value is not None]
-    if len(rows) != classes or not all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares):
-        raise ValueError("an accuracy is none")
-    if not all(value is None or abs(value) < math.inf for value in (found.facts["nll"], found.facts["ece"])):
-        raise ValueError("its calibration is no number")
     table = found.load("confusion")["table"]
     if table.shape != (classes, classes) or table.dtype.kind not in "iu":
         raise ValueError("its confusion table has another form")
+    if (found.facts["accuracy"], found.facts["per_class"]) != (accuracy(table), per_class_accuracy(table)):
+        raise ValueError("its accuracies are not those of its confusion table")
+    if not all(value is None or abs(value) < math.inf for value in (found.facts["nll"], found.facts["ece"])):
+        raise ValueError("its calibration is no number")
 
 
 def log_validation(ctx: RunContext, stage: str, step: int, key: str, model: Model) -> None:
@@ -127,4 +125,13 @@ def evaluate(ctx: RunContext, stage: Stage, models: Mapping[str, tuple[str, Mode
             name: {role: r.facts[name] for role, r in found["test"].items()} for name in ("per_class", "nll", "ece")
         }
 
-    return ctx.find_or_compute(stage, compute)
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as():
+        tables = result.load("confusion")
+        for role in roles:
+            table = tables[f"{role}/test"]
+            if (result.facts["test"][role], result.facts["per_class"][role]) != (
+                accuracy(table), per_class_accuracy(table)
+            ) or {"nll", "ece"} - result.facts.keys():  # fmt: skip
+                raise ValueError(f"the accuracies of {role} are not those of its confusion table")
+    return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ class _Facts:
 def check_facts(facts: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` where the facts of a stage or a checkpoint do not have the form that all of them have."""
     found: _Facts = from_json(_Facts, dict(facts))
+    _require(all(facts.get(name, 0) is not None for name in vars(found)), "one of its facts")
     for tag, step, value in found.curve:
         _require(isinstance(tag, str) and type(step) is int and abs(step) < 2**63, "its curve")
         _require(value is None or (isinstance(value, int | float) and abs(value) <= 1e300), "its curve")
@@ -54,7 +55,7 @@ def check_part(federation: Federation, dataset: Dataset, part: str, arrays: Weig
     elif part in ("communication", "losses"):
         kind = np.dtype(np.int64 if part == "communication" else np.float32)
         _require(all(a.dtype == kind and a.ndim == 2 and a.shape[1] == clients for a in arrays.values()), "a shape")
-        _require(part == "losses" or all(name.count("/") == 1 for name in arrays), "a name")
+        _require(arrays.keys() == {part} or all(name.count("/") == 1 for name in arrays), "a name")
     elif stem in ("global", "prototypes"):
         names = {stored: name for name, stored in federation.parts(stem).items()}
         _require(part in names, "its number")
@@ -62,7 +63,7 @@ def check_part(federation: Federation, dataset: Dataset, part: str, arrays: Weig
         if stem == "global":
             check_entries(arrays, entries, finite)
         else:
-            _check_prototypes(arrays, entries["head.weight"][0][1], facts.num_classes, clients)
+            _check_prototypes(arrays, entries["head.weight"][0][1], facts.num_classes, clients, finite)
     elif stem == "client":
         client_id = int(part.partition("_")[2])
         _require(0 <= client_id < clients, "its number")
@@ -71,7 +72,7 @@ def check_part(federation: Federation, dataset: Dataset, part: str, arrays: Weig
     elif part == "generator":
         check_entries(arrays, generator_entries(federation.config, facts), finite)
     elif stem in ("expert", "group", "meta", "head", "trial") and not part.endswith("diagnostics"):
-        _require(not finite or all(np.isfinite(a).all() for a in arrays.values() if a.dtype.kind == "f"), "a value")
+        _require(not finite or _finite(arrays.values()), "a value")
 
 
 def check_entries(arrays: Weights, entries: Entries, finite: bool = True, shapes: bool = True) -> None:
@@ -81,11 +82,16 @@ def check_entries(arrays: Weights, entries: Entries, finite: bool = True, shapes
         array = arrays[name]
         _require(array.dtype == np.dtype(kind), f"the type of {name}")
         _require(array.shape == tuple(shape) if shapes else array.ndim == len(shape), f"the shape of {name}")
-        _require(not finite or array.dtype.kind != "f" or bool(np.isfinite(array).all()), f"a value of {name}")
+        _require(not finite or _finite([array]), f"a value of {name}")
+
+
+def _finite(arrays: Iterable[np.ndarray]) -> bool:
+    return all(bool(np.isfinite(array).all()) for array in arrays if array.dtype.kind == "f")
 
 
 def _check_shards(dataset: Dataset, clients: int, arrays: Weights) -> None:
     labels = dataset.train.labels
+    _require(arrays.keys() == {"counts", "train", "train_sizes", "validation", "validation_sizes"}, "a name")
     for name in ("train", "validation"):
         rows, sizes = arrays[name], arrays[f"{name}_sizes"]
         _require(rows.dtype == sizes.dtype == np.int64 and rows.ndim == 1 and sizes.shape == (clients,), name)
@@ -96,10 +102,11 @@ def _check_shards(dataset: Dataset, clients: int, arrays: Weights) -> None:
     _require(arrays["counts"].dtype == np.int64 and np.array_equal(arrays["counts"], counts), "counts")
 
 
-def _check_prototypes(arrays: Weights, dim: int, classes: int, clients: int) -> None:
+def _check_prototypes(arrays: Weights, dim: int, classes: int, clients: int, finite: bool) -> None:
     found = Prototypes(**arrays)
     size, one = len(found), all(a.ndim == 1 for name, a in arrays.items() if name != "vectors")
     _require(one and all(len(a) == size for a in arrays.values()) and found.vectors.shape == (size, dim), "a shape")
+    _require(not finite or _finite(arrays.values()), "a value")
     kinds = {"vectors": "f4", "labels": "i8", "sizes": "f4", "clients": "i8", "judges": "?"}
     _require(all(array.dtype == np.dtype(kinds[name]) for name, array in arrays.items()), "a type")
     for name, values, top in (("labels", found.labels, classes), ("clients", found.clients, clients)):
@@ -108,5 +115,5 @@ def _check_prototypes(arrays: Weights, dim: int, classes: int, clients: int) -> 
 
 def _require(holds: bool, what: str) -> None:
     if not holds:
-        raise ValueError(f"{what} is not what the stage writes")
+        raise ValueError(f"unlike what the stage writes: {what}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -310,7 +311,7 @@ def read_sweep(path: str | Path) -> SweepReport:
         raise RequestError(f"{path}: that is a run; load_run reads it")
     plan = _checked(PlanFile, folder / "plan.json")
     results = folder / "results.parquet"
-    rows = read_results(results).to_pylist() if results.is_file() else []
+    rows = read_results(results).to_pylist() if os.path.lexists(results) else []
     points = [plan.knobs] if plan.points is None else plan.points
     with contextlib.suppress(RequestError):  # knobs of plug-ins that are not at hand are left out
         for named in (dotted(plan.base or {}), *points):

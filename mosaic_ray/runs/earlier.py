@@ -10,7 +10,7 @@ from functools import cached_property
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
-from ..core.untrusted import MAX_JSON, parse_json
+from ..core.untrusted import parse_json
 from ..pipeline.graph import KeyInputs
 from ..pipeline.stages import PARTITION
 from ..storage.store import MANIFEST, OBJECTS, DamagedFile, StageResult, Store
@@ -96,7 +96,7 @@ def read_earlier(storage: str, fresh: bool = False) -> Earlier:
     found = []
     for place in _places(store):
         with contextlib.suppress(*_UNREADABLE):
-            summary = Summary.from_json(parse_json(store.files.read(f"{place}/summary.json", MAX_JSON)))
+            summary = Summary.from_json(parse_json(store.files.read(f"{place}/summary.json")))
             config = override(ExperimentConfig(), summary.config or {})
             _unseen(config)  # reads user code that it names
             found.append(EarlierRun(place, config, summary.stages or {}))

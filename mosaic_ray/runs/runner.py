@@ -104,9 +104,10 @@ def settled_elsewhere(asked: ExperimentConfig, config: ExperimentConfig, store: 
     for values in itertools.product(*(choices[name] for name in free)):
         other = dict(zip(free, values, strict=True))
         name = default_name(override(without_share(config), other))
-        if any(here[knob] != value for knob, value in other.items()) and store.files.names(f"runs/{name}"):
-            settled = ", ".join(f"{knob}={value}" for knob, value in other.items() if here[knob] != value)
-            return f"runs/{name} is the same request where a machine settled {settled}; --set takes these here too"
+        with contextlib.suppress(OSError):  # no folder of a run
+            if any(here[knob] != value for knob, value in other.items()) and store.files.names(f"runs/{name}"):
+                settled = ", ".join(f"{knob}={value}" for knob, value in other.items() if here[knob] != value)
+                return f"runs/{name} is the same request where a machine settled {settled}; --set takes these here too"
     return ""
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pyarrow import ArrowException, fs
 
-from ..core.untrusted import kind_of, open_regular
+from ..core.untrusted import MAX_JSON, kind_of, open_regular
 from .uri import is_transient, reason
 
 #: Seconds without a write after which a temporary file counts as left by a killed writer.
@@ -112,11 +112,11 @@ class Files:
         """Check whether a retry may succeed. Transient errors of a local disk always have numbers."""
         return bool(error.errno or not self.local) and is_transient(error)
 
-    def read(self, name: str, limit: float = math.inf) -> bytes:
+    def read(self, name: str, limit: float = MAX_JSON) -> bytes:
         """Return the content of a file of up to ``limit`` bytes; a failed read starts over."""
         return self.retry(lambda: b"".join(self._chunks(name, limit)))
 
-    def digest(self, name: str, limit: float = math.inf) -> tuple[int, str]:
+    def digest(self, name: str, limit: float) -> tuple[int, str]:
         """Return size and SHA-256 of a file of up to ``limit`` bytes, without holding it; a failed read starts over."""
 
         def scan() -> tuple[int, str]:
@@ -256,7 +256,7 @@ class Files:
             try:
                 with os.scandir(self._inside(f"{folder}/")) as entries:
                     return list(entries)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 return []
 
         return self.retry(scan)
@@ -266,7 +266,11 @@ class Files:
         left = [folder]
         while left:
             name = left.pop()
-            for entry in self._entries(name):
+            try:
+                entries = self._entries(name)
+            except NotADirectoryError:  # a concurrent writer replaced it
+                continue
+            for entry in entries:
                 below = f"{name}/{entry.name}" if name else entry.name
                 if entry.is_dir(follow_symlinks=False):
                     left.append(below)

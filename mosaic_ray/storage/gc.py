@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..core.errors import RequestError, RunError
-from ..core.untrusted import MAX_JSON, parse_json
+from ..core.untrusted import parse_json
 from .filesystem import ABANDONED_SECONDS, TEMPORARY, Stored
 from .locks import LEASES, key_of
 from .store import CHECKPOINTS, FOLDERS, MANIFEST, OBJECTS, DamagedFile, Store
@@ -159,14 +159,15 @@ def _owners(store: Store, trace: Trace, stored: Container[str]) -> list[Owner]:
 
 
 def _names(store: Store, folder: str) -> list[str]:
-    with _reading(store, folder):
+    with contextlib.suppress(NotADirectoryError), _reading(store, folder):
         return sorted(store.files.names(folder))
+    return []
 
 
 def _summary(store: Store, place: str, file: str = "summary.json") -> dict[str, Any] | None:
     try:
         with _reading(store, place):
-            return parse_json(store.files.read(f"{place}/{file}", MAX_JSON))
+            return parse_json(store.files.read(f"{place}/{file}"))
     except (FileNotFoundError, NotADirectoryError):  # still running, or killed
         return None
     except ValueError:

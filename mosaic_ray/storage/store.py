@@ -348,7 +348,7 @@ class Store:
         """Return the manifest of a result or checkpoint; None if absent, ``DamagedFile`` if its checksum differs."""
         folder = f"{kind}/{key}"
         try:
-            manifest = parse_json(self.files.read(f"{folder}/{MANIFEST}", MAX_JSON))
+            manifest = parse_json(self.files.read(f"{folder}/{MANIFEST}"))
             seal = manifest.pop("sha256")
             sound = seal == hashlib.sha256(canonical_json(manifest)).hexdigest()
         except (FileNotFoundError, NotADirectoryError):
@@ -361,8 +361,8 @@ class Store:
         if not sound:
             raise DamagedFile(MANIFEST, "its SHA-256 differs")
         if (manifest.get("key"), manifest.get("version")) != (key, FORMAT):
-            there = str(manifest.get("key"))[:80]
-            raise DamagedFile(MANIFEST, f"it is for {there}, format {str(manifest.get('version'))[:20]}")
+            there, version = repr(manifest.get("key"))[:80], repr(manifest.get("version"))[:20]
+            raise DamagedFile(MANIFEST, f"it is for {there}, format {version}")
         if fault := _fault(manifest):
             raise DamagedFile(MANIFEST, fault)
         return manifest

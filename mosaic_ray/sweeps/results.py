@@ -23,6 +23,7 @@ from ..config.resolve import KNOBS, dotted
 from ..core.errors import RequestError
 from ..core.text import csv_cell
 from ..core.types import ROLES, STAGES
+from ..core.untrusted import read_regular
 
 #: The metrics in TensorBoard's HParams view, and the column of each.
 HPARAM_METRICS = {
@@ -32,6 +33,9 @@ HPARAM_METRICS = {
 
 #: Sorts after the trial's own event file, which TensorBoard therefore reads first.
 HPARAMS_FILE = "events.out.tfevents.9999999999.hparams"
+
+#: Bytes of the largest results.parquet that is read.
+MOST_BYTES = 1 << 30
 
 Row = dict[str, Any]
 Point = list[Row]  # the finished trials of one configuration
@@ -153,7 +157,7 @@ def results_files(table: pa.Table) -> dict[str, bytes]:
 def read_results(path: Path) -> pa.Table:
     """Read results.parquet, an older version's too; ``RequestError`` where it is damaged or no sweep's."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, MOST_BYTES)
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror or error}") from None
     try:

@@ -20,7 +20,7 @@ from ..config.schema import ExperimentConfig
 from ..config.validate import check
 from ..core.errors import RequestError
 from ..core.serialization import from_json
-from ..core.untrusted import MAX_JSON, parse_json
+from ..core.untrusted import parse_json
 from ..storage.hashing import plain, request_name
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class SweepState:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
-            return parse_json(self.store.files.read(f"{self.place}/{name}", MAX_JSON))
+            return parse_json(self.store.files.read(f"{self.place}/{name}"))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -383,3 +383,62 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_damaged(
 
     monkeypatch.setattr(Store, "manifest", manifest)
     assert json_of(ask("store", "verify", "--storage", str(storage), "--json"))["damaged"] == {} and len(rounds) == 2
+
+
+# ---------------------------------------------------------------- files of somebody else
+
+
+def test_verify_lists_what_no_store_writes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for key in (KEY, OTHER_KEY):
+        store.put(key, {}, {"p": arrays()})
+    (tmp_path / "leases" / "mine").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    os.mkfifo(tmp_path / "runs" / "pipe")
+    (tmp_path / "objects" / "link").symlink_to(KEY)
+    manifest = tmp_path / "objects" / OTHER_KEY / "manifest.json"
+    manifest.unlink()
+    manifest.mkdir()
+    found = json_of(ask("store", "verify", "--storage", str(tmp_path), "--json"), 1)
+    assert found["damaged"] == {
+        "leases/mine": "it is a folder", "runs/pipe": "it is a pipe", "objects/link": "it is a symbolic link",
+        f"objects/{OTHER_KEY}/manifest.json": "it is a folder",
+    }  # fmt: skip
+    assert found["results"] == 1
+    freed = gc(tmp_path, "--older-than", "0s")
+    assert names(freed) == {f"objects/{KEY}", f"objects/{OTHER_KEY}"} and (tmp_path / "leases" / "mine").is_dir()
+    assert ask("store", "ls", "--storage", str(tmp_path)).exit_code == 0
+
+
+def test_verify_lists_a_summary_that_is_not_whole(tmp_path: Path) -> None:
+    make_run(Store(tmp_path), "runs/one")
+    summary = tmp_path / "runs" / "one" / "summary.json"
+    for text in ("[" * 5000, '{"status": ' + "1" * 4001 + "}", "[]"):
+        summary.write_text(text)
+        assert list(json_of(ask("store", "verify", "--storage", str(tmp_path), "--json"), 1)["damaged"]) == [
+            "runs/one/summary.json"
+        ]
+        assert "summary.json is not whole" in refusal(ask("store", "gc", "--storage", str(tmp_path)))
+
+
+@pytest.mark.parametrize("clients", [10**6, 2, "x"])
+def test_a_summary_of_other_clients_leaves_generators_alone(tmp_path: Path, clients: int) -> None:
+    store = Store(tmp_path)
+    made = make_run(store, "runs/one")
+    summary = json.loads(store.files.read("runs/one/summary.json"))
+    summary["config"]["partition"]["num_clients"] = clients
+    store.write("runs/one/summary.json", json.dumps(summary).encode())
+    age(tmp_path)
+    freed = gc(tmp_path)
+    assert all(store.get(key) is not None for key in made if key.startswith("generator"))
+    assert {"run one"} == {why.split(" may")[0] for why in whys(freed).values()}
+
+
+def test_a_time_that_no_date_can_hold_is_listed(tmp_path: Path) -> None:
+    Store(tmp_path).put(KEY, {}, {"p": arrays()})
+    for path in (tmp_path / "objects" / KEY).iterdir():
+        try:
+            os.utime(path, (1e12, 1e12))
+        except OSError:
+            pytest.skip("this file system has no such times")
+    assert ask("store", "ls", "--storage", str(tmp_path)).exit_code == 0

@@ -170,3 +170,22 @@ def test_progress_is_a_bar_on_a_terminal_and_nothing_elsewhere(tty, monkeypatch,
     with bar("fetching", 4_000_000, done=1_000_000, size=True) as advance:
         advance(1_000_000)
     assert "MB" in tty.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize("device", ["pipe", "link to a pipe", "/dev/zero"])
+def test_a_pipe_or_a_device_among_the_images_is_refused_at_once(tmp_path, kind, device):
+    write_classes(tmp_path / "p")
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "p" / f"{split}.parquet", [encoded(noise(8, 8, 3))] * 2, [0, 1])
+    path = tmp_path / "p" / ("train/ant/000.png" if kind == "folder" else "train.parquet")
+    path.unlink(missing_ok=True)
+    if device == "pipe":
+        os.mkfifo(path)
+    elif device == "/dev/zero":
+        path.symlink_to(device)
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    line = refused(tmp_path, f"{kind}:p")
+    assert path.name in line and ("pipe" in line or "device" in line)

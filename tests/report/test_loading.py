@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,41 @@ def test_a_damaged_table_is_refused_in_one_line(tmp_path):
 def test_an_unknown_figure_names_the_known_ones(tmp_path):
     assert "rounds" in refused_by(load_run(make_run(tmp_path / "a")).plot, "pie")
     assert "ladder" in refused_by(load_sweep(make_sweep(tmp_path / "s")).plot, "pie")
+
+
+# --- files of somebody else ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl", "command.txt", "label_counts.json"])
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a symbolic link", "too many"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, name, kind):
+    folder = make_run(tmp_path, **({"label_counts": None} if name == "label_counts.json" else {}))
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind == "too many":
+        path.touch()
+        os.truncate(path, 1 << 40)
+    else:
+        path.symlink_to("/dev/zero")
+    line = refused_by(load_run, folder)
+    assert str(path) in line and kind in line
+
+
+def test_a_metric_that_no_frame_can_hold_is_refused(tmp_path):
+    folder = make_run(tmp_path)
+    for wrong in ('"step": ' + "9" * 30 + ', "value": 1', '"step": 1, "value": NaN', '"step": 1, "value": 1e999'):
+        (folder / "metrics.jsonl").write_text('{"stage": "a", "tag": "b", ' + wrong + "}\n{}\n{}")
+        assert "line 1" in refused_by(load_run, folder)
+
+
+def test_generators_of_other_clients_are_missing(tmp_path):
+    folder = make_run(tmp_path)
+    content = json.loads((folder / "summary.json").read_text())
+    content["config"]["partition"]["num_clients"] = 10**6
+    (folder / "summary.json").write_text(json.dumps(content))
+    with pytest.raises(NotAvailable, match="other clients"):
+        load_run(folder).samples()

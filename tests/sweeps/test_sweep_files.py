@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -179,6 +181,28 @@ def test_a_damaged_file_is_refused_and_can_be_removed(trials, name, way):
     path.unlink()
     assert sweep(*SMOKE).exit_code == 0
     assert trials == NAMES[3:]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "results.parquet", "trials/p005s0/summary.json", "trials"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a folder", "deep", "a huge number"])
+def test_what_no_sweep_writes_is_refused_at_once(trials, name, kind):
+    sweep(*SMOKE)
+    trials.clear()
+    path = PLACE / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.write_text("[" * 5000 if kind == "deep" else '{"status": ' + "1" * 4001 + "}")
+    if (name, kind) != ("trials", "a folder"):  # as after all trials were deleted
+        assert name in refusal(sweep(*SMOKE))
+        assert trials == []
+    if name == "results.parquet":
+        assert name in refusal(ask("report", str(PLACE)))
 
 
 @pytest.mark.parametrize("name", ["plan.json", "results.parquet", "trials/p005s0/summary.json"])

@@ -121,10 +121,11 @@ def _prefix(federation: Federation, name: str, number: int) -> str:
 
 def _read_teacher(ctx: RunContext, result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
     experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith(f"{prefix}expert_"))
-    index = result.load(f"{prefix}index")["index"]
     trained = {part: result.load(prefix + part) for part in TEACHER_PARTS if prefix + part in result.parts}
-    state, classes = TeacherState(backbone, experts, index, classifier=name, **trained), ctx.dataset.facts.num_classes
+    classes = ctx.dataset.facts.num_classes
     with result.read_as(f"{prefix}teacher"):
+        index = result.load(f"{prefix}index")["index"]
+        state = TeacherState(backbone, experts, index, classifier=name, **trained)
         entries = ctx.client_context.federation.entries(name)
         heads = {entry: what for entry, what in entries.items() if entry.startswith("head.")}
         for expert in experts:
