@@ -49,9 +49,15 @@ def evaluate_personal(ctx: RunContext, stage: Stage, warmup: Warmup) -> dict[str
     result = ctx.find_or_compute(stage, compute)
     with result.read_as():
         found: dict[str, Any] = result.facts["accuracy"]
-        if not all(0 <= share <= 1 for share in (found["own"], found["all"], *found["clients"])):
-            raise ValueError("an accuracy is none")
+        _check([found["own"], found["all"]], 2)
+        _check(found["clients"], len(counts))
     return found
+
+
+def _check(shares: Sequence[float | None], count: int) -> None:
+    """Raise ``ValueError`` unless ``shares`` are ``count`` accuracies."""
+    if len(shares) != count or not all(share is None or 0 <= share <= 1 for share in shares):
+        raise ValueError(f"they are not {count} accuracies")
 
 
 def evaluate_own(ctx: RunContext, stage: Stage, warmup: Warmup) -> Accuracies:
@@ -71,8 +77,11 @@ def evaluate_own(ctx: RunContext, stage: Stage, warmup: Warmup) -> Accuracies:
         progress.advance(len(absent))
         return {"accuracy": found, "findings": findings}
 
-    found: Accuracies = ctx.find_or_compute(stage, compute).facts["accuracy"]
-    return found
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as():
+        _check(result.facts["accuracy"], len(names))
+    accuracies: Accuracies = result.facts["accuracy"]
+    return accuracies
 
 
 def evaluate_final(ctx: RunContext, stage: Stage, models: Models) -> Facts:
@@ -95,7 +104,13 @@ def evaluate_final(ctx: RunContext, stage: Stage, models: Models) -> Facts:
         )  # fmt: skip
         return {"recalls": recalls, "adapted": adapted, "findings": findings}
 
-    return ctx.find_or_compute(stage, compute).facts
+    result = ctx.find_or_compute(stage, compute)
+    with result.read_as():
+        for name in models.keys() - {federation.student}:
+            _check(result.facts["recalls"][name], ctx.dataset.facts.num_classes)
+        if steps:
+            _check(result.facts["adapted"], len(ctx.shards.counts))
+    return result.facts
 
 
 def client_accuracy(

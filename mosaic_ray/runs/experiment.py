@@ -64,11 +64,12 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
         at_clients = ctx.run(stages["final_models"], everyones)
     keys = models_of(tuple(stages.values()), ctx.keys)
     reached = evaluate(ctx, stages["evaluate"], {role: (keys[role], models[role]) for role in ROLES if role in keys})
+    clients = client_accuracy(ctx, own, reached.facts["per_class"]["final"], at_clients)
     with reached.read_as():
         return {
             "accuracy": {role: reached.facts["test"].get(role) for role in ROLES},
             "personal_accuracy": personal,
-            "client_accuracy": client_accuracy(ctx, own, reached.facts["per_class"]["final"], at_clients),
+            "client_accuracy": clients,
             "validation_accuracy": reached.facts.get("validation"),
             "calibration": {r: {n: reached.facts[n][r] for n in ("nll", "ece")} for r in reached.facts["nll"]},
             "held_out_accuracy": distilled.held_out if distilled else None,
