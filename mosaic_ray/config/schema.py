@@ -111,6 +111,11 @@ class GeneratorConfig:
     classifier_source: str = knob(
         "client", "the classifier in the loss (G9): client's own model, or a fresh one", choices=("client", "fresh")
     )
+    judge: str = knob(
+        "client", "the classifier that steers a GAN and measures what generators show: the client's own model, or the "
+        "global one with an LDA head of all clients' class statistics, which owes nothing to the client's classes",
+        choices=("client", "calibrated"),
+    )  # fmt: skip
     classifier_mode: str = knob("eval", "mode of that classifier (G6)", choices=("eval", "train"))
     classifier_epochs: int = knob(50, "local epochs of a fresh classifier", low=0)
     discriminator: str = knob("dcgan", "adversary (G11)", choices=("dcgan", "shared_trunk"))

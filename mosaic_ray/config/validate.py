@@ -118,6 +118,17 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"distill.label_weight = {config.distill.label_weight:g}: generators of {config.generator.family} take no "
         "labels; set generator.family=cvae or cgan",
     )
+    judged = not trains or config.generator.judge == "client"
+    need(
+        judged or whole,
+        "generator.judge = calibrated: clients of several widths or networks have no feature space in common; take "
+        "client",
+    )
+    need(
+        judged or (config.generator.stage == "after_warmup" and config.generator.classifier_source == "client"),
+        "generator.judge = calibrated: it is the warmed-up model with a new head; it takes "
+        "generator.stage=after_warmup and generator.classifier_source=client",
+    )
     if config.generator.family == "cvae":
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(

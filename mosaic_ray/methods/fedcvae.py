@@ -21,10 +21,10 @@ from ..config.fields import knob
 from ..config.plugins import own_knobs, section_of
 from ..core.about import About, Paper
 from ..core.errors import RequestError
-from ..pipeline.graph import KeyInputs, Knobs, Stage
+from ..pipeline.graph import Graph, KeyInputs, Knobs, Stage
 from ..pipeline.stages import driver_knobs, rehearses
 from .base import Distilled, Method
-from .mosaic.graph import GENERATORS
+from .mosaic.graph import GENERATORS, generator_stages
 from .server_side import in_parts, settled, student_of
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ class FedCvae(Method):
     )  # fmt: skip
     knobs = FedCvaeKnobs
     stages = (GENERATORS, LEARN)
+
+    def graph(self, config: ExperimentConfig) -> Graph:
+        return (*generator_stages(config), LEARN)
 
     def check(self, config: ExperimentConfig) -> None:
         if config.generator.family != "cvae":

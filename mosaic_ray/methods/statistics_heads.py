@@ -54,14 +54,14 @@ class CcvrKnobs:
 class StatisticsHead(Method):
     """A head from class statistics. ``per_class``: clients send a scatter for each class, not one for all.
 
-    ``after``: the stage whose model gets the head: the warm-up, or the closing rounds (``finetune.head``).
+    ``after``: the stage whose model gets the head. ``names``: of its two stages; ``role``: of its model.
     """
 
-    def __init__(self, name: str, per_class: bool, knobs: type, after: str = "warmup") -> None:
+    def __init__(
+        self, name: str, per_class: bool, knobs: type, after: str = "warmup",
+        names: tuple[str, str] = ("class_statistics", "distill"), role: str = "distilled",
+    ) -> None:  # fmt: skip
         self.name, self.per_class, self.knobs = name, per_class, knobs
-        names, role = (("class_statistics", "distill"), "distilled")
-        if after == "finetune":
-            names, role = ("closing_statistics", "closing_head"), "final"
         self.statistics = Stage(
             names[0], 1, lambda inputs: {"per_class": per_class},
             f"{_HERE}:collect_statistics", upstream=(after,), kind="class_statistics", unit="client",
@@ -142,8 +142,12 @@ LDA_HEAD = LdaHead("lda_head", False, LdaKnobs)
 CCVR = Ccvr("ccvr", True, CcvrKnobs)
 
 #: Make the head after the closing rounds.
-CLOSING_LDA_HEAD = LdaHead("lda_head", False, LdaKnobs, "finetune")
-CLOSING_CCVR = Ccvr("ccvr", True, CcvrKnobs, "finetune")
+_CLOSING = "finetune", ("closing_statistics", "closing_head"), "final"
+CLOSING_LDA_HEAD = LdaHead("lda_head", False, LdaKnobs, *_CLOSING)
+CLOSING_CCVR = Ccvr("ccvr", True, CcvrKnobs, *_CLOSING)
+
+#: Makes the head of the judge of generators (``generator.judge``); shares its results with the method ``lda_head``.
+JUDGE = LdaHead("lda_head", False, LdaKnobs, "warmup", ("judge_statistics", "judge"), "")
 
 
 def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class: bool) -> PooledStatistics:

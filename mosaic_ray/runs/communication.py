@@ -18,7 +18,7 @@ from ..core.types import DataFacts
 from ..distillation.rehearsal import generator_size
 from ..federated.client_models import Federation
 from ..federated.communication import Tally, num_parameters, size_of_entries
-from ..methods.mosaic.client_uploads import uploaded
+from ..methods.mosaic.client_uploads import exchanged
 from ..pipeline.context import RunContext
 from ..pipeline.graph import load_function
 from .plan import graph_of
@@ -38,7 +38,7 @@ def measured(ctx: RunContext) -> Tally:
     clients = ctx.config.partition.num_clients
     results = (result for name, result in ctx.results.items() if name not in COMPARISONS)
     found = [Tally(1, clients, r.load("communication")) for r in results if "communication" in r.parts]
-    return Tally.of([*found, uploaded(ctx.generators, clients)], clients)
+    return Tally.of([*found, exchanged(ctx)], clients)
 
 
 def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | None = None) -> Tally:

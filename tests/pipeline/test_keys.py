@@ -34,6 +34,7 @@ FOLLOWS = {
     "federation.max_client_failures": set(),  # every client has to answer: see the test of those that may be left out
     "warmup": AFTER_PARTITION, "warmup.checkpoint_rounds": set(),
     "generator": {"generators"} | AFTER_DISTILL,
+    "generator.judge": {"judge_statistics", "judge", "generators"} | AFTER_DISTILL,
     "prototypes": {"prototypes"} | AFTER_TEACHER,
     "prototypes.weighting": AFTER_TEACHER,
     "prototypes.rounds": AFTER_PARTITION,  # "all" has them made during the warm-up

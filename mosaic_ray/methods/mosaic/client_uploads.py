@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from ...pipeline.stored import check_facts, check_figures
 from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
 from ...tracking.progress import StageProgress
+from ..statistics_heads import JUDGE
 
 #: Clients with generators leased at once: each lease is an open file.
 MAX_LEASES = 256
@@ -105,6 +106,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup | None) -> Ge
     if warmup is not None and warmup.generators is not None:
         found_early: Generators = warmup.generators
         return found_early
+    judge = JUDGE.renew(ctx, warmup.models) if warmup and ctx.config.generator.judge == "calibrated" else None
     began, before = time.perf_counter(), ctx.client_seconds
     keys = ctx.client_keys(stage)
     key = stage.joint_key(keys)
@@ -114,7 +116,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup | None) -> Ge
         try:
             with ctx.tracker.stage(stage.name, total=len(keys), unit=stage.unit) as progress:
                 progress.resume([], len(found))
-                computed, waited = _fill(ctx, warmup, keys, found, failed, progress)
+                computed, waited = _fill(ctx, warmup, judge, keys, found, failed, progress)
         except RunError as error:
             raise error.at(stage.name) from error
         spent = time.perf_counter() - began
@@ -127,7 +129,7 @@ def train_generators(ctx: RunContext, stage: Stage, warmup: Warmup | None) -> Ge
     results = [found[k] for k in clients]
     ctx.generators.update((k, found[k]) for k in clients)
     findings = [row for r in results for row in r.facts["findings"]] + [f.to_json() for f in failed.findings()]
-    facts: Facts = {"communication": uploaded(ctx.generators, len(keys)).totals(), "findings": findings}
+    facts: Facts = {"communication": exchanged(ctx).totals(), "findings": findings}
     facts["client_seconds"] = ctx.client_seconds - before
     ctx.note(stage.name, key, not computed, spent, facts, waited)
     ctx.log[stage.name]["cached_clients"] = len(clients) - computed
@@ -153,17 +155,20 @@ def _checked(ctx: RunContext, result: StageResult) -> StageResult:
     return ctx.checked(result)
 
 
-def uploaded(generators: Mapping[int, StageResult], num_clients: int) -> Tally:
-    """Return the bytes that clients sent for their generators."""
-    traffic = Tally(1, num_clients)
-    for client_id, result in generators.items():
+def exchanged(ctx: RunContext) -> Tally:
+    """Return the bytes that clients sent for their generators, and those of the judge's head."""
+    traffic = Tally(1, ctx.config.partition.num_clients)
+    for client_id, result in ctx.generators.items():
         traffic.add("uplink", "generators", client_id, Size(**result.facts["communication"]))
+    if ctx.generators:
+        _add_judge(ctx.client_context.federation, traffic)
     return traffic
 
 
 def _fill(
     ctx: RunContext,
     warmup: Warmup | None,
+    judge: Weights | None,
     keys: Sequence[str],
     found: dict[int, StageResult],
     failed: FailedClients,
@@ -187,7 +192,7 @@ def _fill(
                 if len(leases) == MAX_LEASES:
                     break
             if leases:
-                for client_id, result in _computed(ctx, warmup, keys, list(leases), failed):
+                for client_id, result in _computed(ctx, warmup, judge, keys, list(leases), failed):
                     found[client_id] = result
                     leases[client_id].release()
                     computed += 1
@@ -207,7 +212,8 @@ def _fill(
 
 
 def _computed(
-    ctx: RunContext, warmup: Warmup | None, keys: Sequence[str], clients: list[int], failed: FailedClients
+    ctx: RunContext, warmup: Warmup | None, judge: Weights | None, keys: Sequence[str], clients: list[int],
+    failed: FailedClients,
 ) -> Iterator[tuple[int, StageResult]]:
     """Yield (k, its generator) of ``clients`` as they arrive, each stored."""
     knobs = ctx.config.generator
@@ -218,7 +224,7 @@ def _computed(
     def own(client_id: int) -> GeneratorInput:
         indices = last_channels(federation, client_id)
         weights = warmup.client(client_id) if warmup else federation.submodel(client_id, start, indices)
-        return GeneratorInput(weights, indices)
+        return GeneratorInput(judge or weights, indices)
 
     arrivals = ctx.map(
         GeneratorTask(), clients, start, own, ordered=False,
@@ -236,10 +242,18 @@ def _computed(
 
 
 def generator_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add one generator from every client."""
+    """Add one generator from every client, and before it the judge's head to every client."""
     size = generator_size(federation.config, federation.facts)
     for k in range(len(counts)):
         tally.add("uplink", "generators", k, size)
+    _add_judge(federation, tally)
+
+
+def _add_judge(federation: Federation, tally: Tally) -> None:
+    """Add the judge's head to every client, which has the rest of the model; nothing if clients judge themselves."""
+    head = {name: entry for name, entry in federation.entries(federation.student).items() if name.startswith("head.")}
+    for k in range(len(federation.classifiers) if federation.config.generator.judge == "calibrated" else 0):
+        tally.add("downlink", "weights", k, size_of_entries(head))
 
 
 def prototype_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:

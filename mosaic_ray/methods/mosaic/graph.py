@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...config.client_layout import any_partial_width, groups
 from ...config.fields import changed_knobs
 from ...config.schema import ExperimentConfig
-from ...pipeline.graph import KeyInputs, Knobs, Stage, Work
+from ...pipeline.graph import Graph, KeyInputs, Knobs, Stage, Work
 from ...pipeline.stages import (
     driver_knobs,
     federation_knobs,
@@ -14,6 +14,7 @@ from ...pipeline.stages import (
     prototype_knobs,
     prototype_split,
 )
+from ..statistics_heads import JUDGE
 
 _HERE = "mosaic_ray.methods.mosaic"
 
@@ -47,9 +48,18 @@ def _generator_work(config: ExperimentConfig) -> Work:
     return own | ({"classifier epochs": section.classifier_epochs} if section.classifier_source == "fresh" else {})
 
 
+def _generators_read(config: ExperimentConfig) -> tuple[str, ...]:
+    judge = ("judge",) if config.generator.judge == "calibrated" else ()
+    return ("partition",) if config.generator.stage == "before" else ("partition", "warmup", *judge)
+
+
+def generator_stages(config: ExperimentConfig) -> Graph:
+    """Return the stages that end with all clients' generators."""
+    return (*(JUDGE.stages if config.generator.judge == "calibrated" else ()), GENERATORS)
+
+
 GENERATORS = Stage(
-    "generators", 2, _generator_knobs, f"{_HERE}.client_uploads:train_generators",
-    upstream=lambda config: ("partition",) if config.generator.stage == "before" else ("partition", "warmup"),
+    "generators", 2, _generator_knobs, f"{_HERE}.client_uploads:train_generators", upstream=_generators_read,
     kind="generator", per_client=_client_knobs, unit="client", total=lambda config: config.partition.num_clients,
     work=_generator_work, messages=f"{_HERE}.client_uploads:generator_messages",
 )  # fmt: skip

@@ -11,7 +11,7 @@ from ...core.types import DataFacts
 from ...pipeline.graph import Graph
 from ...pipeline.stages import rehearses
 from ..base import Distilled, Method
-from .graph import DISTILL, GENERATORS, PROTOTYPES, TEACHER
+from .graph import DISTILL, GENERATORS, PROTOTYPES, TEACHER, generator_stages
 
 if TYPE_CHECKING:
     from ...pipeline.context import RunContext
@@ -42,7 +42,8 @@ class Mosaic(Method):
     stages = (GENERATORS, PROTOTYPES, TEACHER, DISTILL)
 
     def graph(self, config: ExperimentConfig) -> Graph:
-        return self.stages if config.distill.steps else (GENERATORS,)
+        first = generator_stages(config)
+        return (*first, *self.stages[1:]) if config.distill.steps else first
 
     def check(self, config: ExperimentConfig) -> None:
         if not config.distill.steps and not rehearses(config):
