@@ -224,7 +224,7 @@ class AdaptTask(Task[tuple[Models, ImageSet], ChannelIndices | None, float]):
     """Take the local steps of ``plan`` from the global model of the client's network; score as ``OwnScoreTask``.
 
     A narrow client takes them from its part of that model, and its batch norms then get the statistics of its images.
-    The loss is the cross-entropy, whatever the strategy adds to it.
+    The loss is the cross-entropy, without what the strategy adds to it.
     """
 
     plan: LocalTrainingConfig

@@ -13,7 +13,7 @@ writers of one key cannot damage each other's files. Leftovers of killed writers
 
 Nothing that is stored is trusted: the form of manifests, the names, kinds and sizes of files, and every byte by its
 SHA-256 are checked. Anybody can write that too, so a reader of a result checks its content (``StageResult.read_as``).
-Whatever does not fit counts as damaged, and is computed again.
+What does not fit counts as damaged, and is computed again.
 """
 
 from __future__ import annotations
