@@ -171,7 +171,10 @@ def typed(spec: Knob, value: Any, *, text: bool = False) -> Any:
 def _as_given(spec: Knob, value: Any, text: bool) -> str:
     """Return a refused value as it was given, cut short: text of a file that should be a number keeps its quotes."""
     try:
-        words = value if isinstance(value, str) and (text or spec.type is str) else json.dumps(value, default=repr)
+        if isinstance(value, str) and (text or spec.type is str):
+            words = value
+        else:
+            words = json.dumps(value, default=repr) if isinstance(value, str | bool | list | dict) else repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits
         words = "a huge value"
     return words if len(words) <= MOST_SHOWN else f"{words[:MOST_SHOWN]}..."

@@ -21,7 +21,7 @@ from .user_code import digest_of, load_object
 T = TypeVar("T")
 
 #: Older names of knobs.
-ALIASES = {"federation.optimiser": "federation.strategy", "rehearsal.from": "rehearsal.begins"}
+ALIASES = {"federation.optimiser": "federation.strategy"}
 
 #: kind -> (the knob that names one, the ones that ship, the word for one, its base class)
 _KINDS: dict[str, tuple[str, Mapping[str, Entry], str, str]] = {

@@ -286,7 +286,7 @@ class RehearsalConfig:
     )
     begins: str = knob(
         "closing", "the rounds with rehearsal: the closing ones, or the warm-up's as well, for which generators are "
-        "trained first; also rehearsal.from", choices=("closing", "warmup"),
+        "trained first", choices=("closing", "warmup"),
     )  # fmt: skip
     ratio: float = knob(1.0, "synthetic images for each real one", above=0.0, high=16.0)
     classes: str = knob(

@@ -116,9 +116,9 @@ class Tracker:
         self._to_board("add_image", tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
-        """Write a histogram of the finite ``values`` (any shape) to TensorBoard."""
-        if (finite := np.asarray(values)[np.isfinite(values)]).size:
-            self._to_board("add_histogram", tag, finite, step)
+        """Write a histogram of ``values`` (any shape) to TensorBoard: of those below 1e20, where its last bin ends."""
+        if (found := np.asarray(values)[np.abs(values) < 1e20]).size:
+            self._to_board("add_histogram", tag, found, step)
 
     def text(self, tag: str, markdown: str) -> None:
         """Write a text to TensorBoard."""

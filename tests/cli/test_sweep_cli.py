@@ -149,7 +149,7 @@ WRONG_SPACES = [
     (space(""), ["nothing to try"]),
     (space("'meta.poll': Choice(('sum',))"), ['"meta.poll"', '"meta.pool"']),
     (space("'partition.omega': Choice((0.1, 0))"), ["partition.omega = 0", "above 0"]),
-    (space("'warmup.lr': Choice(('fast',))"), ["warmup.lr = fast", "a number"]),
+    (space("'warmup.lr': Choice(('fast',))"), ['warmup.lr = "fast"', "a number"]),
     (space("'generator.lambda_e': Range(2.0, 0.5)"), ["generator.lambda_e", "low < high"]),
     (space("'seed': Choice((0, 1))"), ["seed", "--seeds"]),
     (space("'warmup.lr': Choice((0.1,))", ", base={'meta.poll': 'sum'}"), ["--space mine: ", '"meta.poll"']),
@@ -252,7 +252,7 @@ def test_a_dry_run_needs_neither_data_nor_ray():
     head, *lines = result.stdout.splitlines()
     assert "space lambdas_omega, random search, 16 trials (16 points x 1 seeds)" in head
     assert "schedule cifar100_small (no GPU in reach); --preset cifar100 for the full scale" in lines
-    assert "11,700 client rounds, 58,500 local steps" in result.stdout, "39 rounds of 5 steps, 100 clients, 3 omegas"
+    assert "9,000 client rounds, 45,000 local steps" in result.stdout, "30 rounds of 5 steps, 100 clients, 3 omegas"
     assert lines[0].startswith("trials at once: ") and "limited by" in lines[0]
     assert lines[1].startswith("client hosts: 2") and lines[2].endswith("50 of a trial's 100, in turn")
     assert not files()

@@ -246,11 +246,11 @@ def test_a_killed_trial_resumes_with_the_same_numbers(tmp_path, round_num):
     assert_same(student(go(tmp_path / "killed", **CHOICE)), student(undisturbed))
 
 
-EARLY = {"rehearsal__from": "warmup", "generator__stage": "before", "distill__steps": 0}
+EARLY = {"rehearsal__begins": "warmup", "generator__stage": "before", "distill__steps": 0}
 
 
 def test_rehearsal_from_the_warm_up_on_comes_after_the_generators_and_the_control_has_none(tmp_path):
-    closing = go(tmp_path, **EARLY | {"rehearsal__from": "closing"})
+    closing = go(tmp_path, **EARLY | {"rehearsal__begins": "closing"})
     early = go(tmp_path, **EARLY)
     stages = list(early["stages"])
     assert stages.index("generators") < stages.index("warmup") < stages.index("control_warmup")

@@ -168,7 +168,8 @@ def test_own_knobs_change_the_keys_of_what_follows_alone():
         changed = {stage for stage in before if before[stage] != after[stage]}
         stages = {"warmup"} if method in ("fedftg", "dfrd") else {OWN[method][-1]}
         follow = {"finetune", "evaluate"} - ({"finetune"} if method == "fens" else set())
-        assert changed == stages | follow, method
+        own = {"own_models"} if stages == {"warmup"} else set()
+        assert changed == stages | follow | own, method
 
 
 def test_what_cannot_work_is_refused_in_one_line(tmp_path, monkeypatch):

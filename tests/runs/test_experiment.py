@@ -219,7 +219,7 @@ def test_a_class_that_nobody_holds_is_an_error_only_where_asked(tmp_path, monkey
     )
     summary = go(tmp_path)
     assert "partition.empty_class" in {f["code"] for f in summary["health"]}
-    with pytest.raises(RunError, match=r"stage teacher.*class 2"):
+    with pytest.raises(RequestError, match=r"no client holds class 2"):
         go(tmp_path, {"meta.expert_fallback": "error"})
 
 

@@ -30,7 +30,7 @@ SOUND = QUICK | {
     "generator.steps": 80, "generator.lr": 2e-3, "generator.ngf": 8,
 }  # fmt: skip
 #: The returned meta model is not finite.
-BROKEN = QUICK | {"meta.lr": 1e30, "meta.select": False, "meta.init": "random"}
+BROKEN = QUICK | {"meta.lr": 1e9, "meta.select": False, "meta.init": "random"}
 ERROR = Finding("meta.diverged", "error", "teacher", "it broke", 3, 9.0, 4.6, "lower meta.lr")
 
 
@@ -150,13 +150,13 @@ def test_a_trial_that_ended_with_an_error_is_not_done_for_a_strict_sweep(strict,
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 def test_a_strict_sweep_records_the_trial_as_failed_with_the_line(tmp_path, stripes_as_data):
-    points = ({"method": "prototype_head"}, {"method": "mosaic", "meta.lr": 1e30})
+    points = ({"method": "prototype_head"}, {"method": "mosaic", "meta.lr": 1e9})
     plan = SweepPlan("one has no teacher, one's diverges", points=points)
     request = sweep_runner.SweepRequest(override(TINY, BROKEN | {"runtime.host": "ray"}), "mine", plan, search="grid")
     with small_ray(num_cpus=2):
         outcome = sweep_runner.run(request, storage=str(tmp_path), progress=False, strict_health=True)
         (failed,) = outcome.failed
-        assert "meta.diverged" in failed.summary["error"] and failed.knobs["meta.lr"] == 1e30
+        assert "meta.diverged" in failed.summary["error"] and failed.knobs["meta.lr"] == 1e9
         assert not sweep_runner.run(request, storage=str(tmp_path), progress=False).failed
 
 

@@ -307,7 +307,7 @@ FINE = {"generator.lambda_e": Choice((1.0,))}
         ({"knobs": {"generator.lambda_e": Range(0, 1, log=True)}}, "generator.lambda_e: the Range 0 .. 1 (log) needs"),
         ({"knobs": {"generator.lambda_e": Range(1, 2, grid=(3,))}}, "generator.lambda_e: 3 of the grid is outside"),
         ({"knobs": {"generator.lambda_e": Range(1, 2, grid=(1, 1.0))}}, "generator.lambda_e: 1 is there twice"),
-        ({"knobs": {"generator.lambda_e": Range(1, 2, grid=("x",))}}, "generator.lambda_e = x: it takes a number"),
+        ({"knobs": {"generator.lambda_e": Range(1, 2, grid=("x",))}}, 'generator.lambda_e = "x": it takes a number'),
         ({"knobs": {"generator.lambda_e": Range(1, 2, grid=1)}}, "generator.lambda_e: the grid of a Range is a tuple"),
         ({"knobs": {"generator.steps": Range(0.5, 2)}}, "generator.steps = 0.5: it takes a whole number"),
         ({"knobs": FINE, "base": {"partition.omga": 1}}, 'unknown knob "partition.omga"; did you mean "partition.omeg'),
@@ -382,4 +382,4 @@ def test_a_plan_sweeps_the_knobs_of_its_own_plugin(tmp_path):
     check_space("mine", SweepPlan("a knob", knobs={"one.step": Choice((0.5, 1.0))}, base=one))
     check_space("mine", SweepPlan("points", points=({}, two | {"two.step": 0.5})))
     wrong = SweepPlan("a knob", knobs={"one.step": Choice(("fast",))}, base=one)
-    assert refused_by(check_space, "mine", wrong).startswith("--space mine: one.step = fast")
+    assert refused_by(check_space, "mine", wrong).startswith('--space mine: one.step = "fast"')

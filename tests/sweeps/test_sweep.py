@@ -101,7 +101,7 @@ def test_failed_trials_are_recorded_and_the_rest_go_on(tmp_path, ray_up, monkeyp
             os.kill(result["pid"], signal.SIGKILL)
 
     impossible = {"partition.policy": "reject", "partition.max_tries": 1, "partition.min_size": 80}
-    points = ({}, impossible, {"warmup.lr": 1e30}, {"generator.lambda_d": 2.0})
+    points = ({}, impossible, {"warmup.lr": 1e9, "warmup.weight_decay": 1e9}, {"generator.lambda_d": 2.0})
     plan, one = SweepPlan("two that cannot be", points=points), {"runtime.max_hosts": 1}
     with monkeypatch.context() as patch:
         patch.setattr(tuning._Progress, "on_trial_result", kill)

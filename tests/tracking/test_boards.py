@@ -228,3 +228,11 @@ def test_no_plotting_library_is_loaded():
     root = Path(runner.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout == "False\n"
+
+
+def test_a_histogram_leaves_out_what_tensorboard_has_no_bin_for(tmp_path):
+    with Tracker(tmp_path, progress=False) as tracker, tracker.stage("warmup", total=1, unit="round"):
+        tracker.histogram("client/loss", 1, np.array([1.0, 1e30, -np.inf, np.nan, 2.0]))
+        tracker.histogram("client/loss", 2, np.array([1e30]))
+    [(step, histogram)] = shown(tmp_path)["histograms"]["client/loss"]
+    assert (step, histogram.num, histogram.max) == (1, 2, 2.0)
