@@ -153,9 +153,14 @@ def main(requests: int, files: int, kills: int, seed: int) -> None:
 
         found, began = table.setdefault("hostile files", Counter()), time.monotonic()
         numbers = hostile.make_storages(folder / "stored")
+        mine = folder / "outside" / "mine.txt"  # links lead to this folder, and nothing may be written there
+        mine.parent.mkdir()
+        mine.write_text("mine")
         for number in range(files):
             root = folder / f"tried-{number}"
             what, end = hostile_file(random.Random(f"{seed} {number}"), folder / "stored", numbers, root)
+            if [path.name for path in mine.parent.iterdir()] != ["mine.txt"] or mine.read_text() != "mine":
+                end = "it wrote outside of the storage"
             found[end == "equal numbers"] += 1
             shutil.rmtree(root)
             if end != "equal numbers":
