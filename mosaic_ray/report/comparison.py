@@ -131,6 +131,12 @@ class Comparison:
             f"vs {self.against}: difference of final in points, paired by seed{test}.",
             "SGD steps: a client's compute in steps of local training; up, down: bytes from and to a client.",
         ]
+        rows = [row for methods in self.sections.values() for method in methods for row in method.trials]
+        if any(row.get("finetune.head") not in (None, "keep") for row in rows):
+            lines.append(
+                "final: with a head made anew after the closing rounds (finetune.head), for fedavg as well; control: "
+                "the same rounds without the method, with the network's own head."
+            )
         if self.at_clients:
             lines.append(
                 "own, client, adapted: a client's own model, the final model, and that after local steps, on the "

@@ -99,6 +99,13 @@ def test_one_seed_has_differences_and_no_test():
     assert "seed 0, of the last state" in text and "without a test" in text and "±" not in text
 
 
+@pytest.mark.parametrize("head", ["keep", "refit"])
+def test_a_head_that_was_made_anew_is_named_below_the_table(head):
+    rows = [row | {"finetune.head": head} for row in _rows(trials(FINALS))]
+    said = " ".join(compare(rows, POINTS, CONFIG, "").caption)
+    assert ("with a head made anew" in said) == (head == "refit")
+
+
 def test_the_highest_mean_is_bold_and_last_states_alone_count():
     found = table(trials(FINALS))
     assert found.best(0.01) == ["mosaic"] and found.best(0.1) == ["prototype_head"]
