@@ -236,3 +236,16 @@ def test_out_is_written_into_links_devices_and_standard_output(tmp_path):
     with subprocess.Popen(["cat", str(tmp_path / "pipe")], stdout=subprocess.PIPE, text=True) as reader:
         assert process(*words, str(tmp_path / "pipe")).returncode == 0
         assert reader.stdout.read() == page
+
+
+def test_ctrl_c_while_modules_are_read_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n\n\nclass Interrupts:\n    def find_spec(self, name, *_):\n"
+        "        if name == 'mosaic_ray.cli.commands':\n            raise KeyboardInterrupt\n\n\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+    )
+    where = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for words in (["-m", "mosaic_ray"], ["-c", "from mosaic_ray.cli import main"], [str(ROOT / "cli.py")]):
+        call = [sys.executable, *words, "presets"]
+        ended = subprocess.run(call, text=True, capture_output=True, check=False, env=where)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "mosaic: interrupted\n")
