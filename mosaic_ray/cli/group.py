@@ -76,6 +76,7 @@ class CommandGroup(click.Group):
             status = _complain(f"standard output: {full}", status or 1)
         elif unforeseen:
             _complain(_kept(unforeseen), status)
+        _spare_stderr()
         sys.exit(status)
 
 
@@ -143,6 +144,15 @@ def _flush_stdout(earlier: Exception | None) -> str:
     except (AttributeError, ValueError):  # it was closed
         pass
     return ""
+
+
+def _spare_stderr() -> None:
+    """Drop what standard error cannot take; Python would try once more at its end, and exit with status 120."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _kept(error: Exception) -> str:
