@@ -8,8 +8,8 @@ no federation may use, and larger blurs are worse ones. ``generators`` are the p
 such images. All arms share one warm-up and end with the same head. Accuracies are on test images, for reporting alone.
 
 ``domain AUC``: how well a linear classifier tells the drawn images from real ones by the features of the warmed-up
-model (0.5: not at all). ``agreement``: the share that an LDA head on those features assigns to the class asked for;
-of real images themselves, blur 0, it assigns fewer than all.
+model (0.5: not at all). ``agreement``: the share that an LDA head on those features assigns to the class asked for.
+It is below 1 for real images (blur 0), too.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def shards_of(config: ExperimentConfig, data: Dataset) -> list[np.ndarray]:
 
 
 class RealImages:
-    """Draws real images in the place of ``rehearsal.draw_images``: those of the clients that are asked, blurred."""
+    """Draws blurred real images of other clients in the place of ``rehearsal.draw_images``."""
 
     def __init__(self, config: ExperimentConfig, data: Dataset, sigma: float) -> None:
         images, labels = data.train.images, data.train.labels
@@ -104,7 +104,7 @@ def drawing(draw: Any) -> Iterator[list[Shard]]:
         yield seen
 
 
-class Judge:
+class ImageQuality:
     """Measures drawn images by the features of the warmed-up model: how real they look, and whether they fit labels."""
 
     def __init__(self, config: ExperimentConfig, data: Dataset, storage: Path) -> None:
@@ -119,7 +119,7 @@ class Judge:
         facts = data.facts
         network = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size)
         self._network, self._facts, self._seed = freeze(load_weights(network, weights)), facts, config.seed
-        rows = numpy_stream(config.seed, "fidelity", "judge").permutation(len(data.train))[: 10 * MEASURED]
+        rows = numpy_stream(config.seed, "fidelity", "features").permutation(len(data.train))[: 10 * MEASURED]
         features, self._labels = self._features(data.train.images[rows]), data.train.labels[rows]
         self._real = features
         self._head = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.01).fit(features, self._labels)
@@ -171,21 +171,21 @@ def main(
         arms["generators"] = None, {"rehearsal.weight": weight}
 
     click.echo("| images | test accuracy | over real only | domain AUC | agreement |\n|---|---|---|---|---|")
-    base, floor, judge = Path(storage) / "real-only", 0.0, None
+    base, floor, quality_of = Path(storage) / "real-only", 0.0, None
     for name, (draw, own) in arms.items():
         place = Path(storage) / name.replace(" ", "-")
         if place != base and not place.exists():
             shutil.copytree(base, place)  # the warm-up
         with drawing(draw) as seen:
             found = runner.run(override(config, own), storage=str(place), name=f"s{seed}-w{omega}")["accuracy"]["final"]
-        judge = judge or Judge(override(config, own), data, base)
+        quality_of = quality_of or ImageQuality(override(config, own), data, base)
         floor = floor or found
         kept, quality = place / f"quality-s{seed}-w{omega}.txt", "– | –"
         if seen:
             drawn = Shard(torch.cat([shard.images for shard in seen]), torch.cat([shard.labels for shard in seen]))
-            auc, agreement = judge.measure(drawn)
+            auc, agreement = quality_of.measure(drawn)
             kept.write_text(f"{auc:.2f} | {agreement:.1%}")
-        if kept.exists():  # of this run, or of the one whose stored result this is
+        if kept.exists():  # written when the stored result was computed
             quality = kept.read_text()
         click.echo(f"| {name} | {found:.1%} | {100 * (found - floor):+.1f} | {quality} |")
 

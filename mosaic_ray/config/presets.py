@@ -181,7 +181,7 @@ def _large(shape: Shape) -> dict[str, Any]:
 
 
 def _small_tuning(shape: Shape, knobs: Mapping[str, Any], clients: int) -> dict[str, dict[str, Any]]:
-    """Return what ``fixed`` does less of, so that a run of two cores ends within 20 minutes.
+    """Return the knobs with which ``fixed`` does less work, for about 20 minutes on two cores (docs/EXPERIMENTS.md).
 
     Closing rounds take at most ``PASSES`` passes over the images. Colour images cost more than grey ones, and there a
     client takes half of the closing rounds and of its generator's steps.
