@@ -137,6 +137,10 @@ class GeneratorConfig:
     steps: int = knob(800, "steps per client; 0: the untrained network; unused when epochs > 0", low=0)
     epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
     batch_size: int = knob(64, "images per step", low=1, high=1_000_000)
+    feature_weight: float = knob(
+        0.0, "weight of the reconstruction loss in the feature space of the global model, with cvae; 0: pixels alone",
+        low=0.0,
+    )  # fmt: skip
     lr: float = knob(0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae", low=0.0)
     beta1: float = knob(0.5, "Adam beta1", low=0.0, high=0.9999)
     beta2: float = knob(0.999, "Adam beta2", low=0.0, high=0.99999)

@@ -129,6 +129,11 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         "generator.judge = calibrated: it is the warmed-up model with a new head; it takes "
         "generator.stage=after_warmup and generator.classifier_source=client",
     )
+    need(
+        config.generator.family == "cvae" or not config.generator.feature_weight,
+        f"generator.feature_weight: it weighs a reconstruction, and generator.family = {config.generator.family} has "
+        "none; take generator.family=cvae",
+    )
     if config.generator.family == "cvae":
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(

@@ -66,7 +66,8 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
             context.progress(before + done, before + total)
 
         if knobs.family == "cvae":
-            made = train_cvae(classifier, shard, knobs, facts, address, precision, progress)
+            features = context.client_classifier(client_id, targets) if knobs.feature_weight else None
+            made = train_cvae(classifier, shard, knobs, facts, address, precision, progress, features)
         else:
             made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress)
         if not all(map(math.isfinite, made.figures.values())):

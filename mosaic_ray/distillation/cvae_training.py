@@ -6,15 +6,18 @@ on federated clients: FedCVAE (Heinbaugh et al., ICLR 2023). It needs no classif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config.schema import GeneratorConfig
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts
+from ..data.transforms import pm1_to_normalised
 from ..federated.local_training import Shard, no_progress
 from ..models.classifiers import Classifier
 from ..models.encoder import build_encoder
@@ -46,6 +49,47 @@ def prior_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
 
 
+@contextmanager
+def norm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect in the yielded list what each batch norm of ``model`` puts out, in the order of the forward pass."""
+    found: list[Tensor] = []
+    hooks = [
+        part.register_forward_hook(lambda _, inputs, output: found.append(output))
+        for part in model.modules()
+        if isinstance(part, _BatchNorm)
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def feature_maps(model: Classifier, images: Tensor) -> list[Tensor]:
+    """Return the outputs of all batch norms and the penultimate features of ``images``, float32."""
+    with norm_outputs(model) as maps:
+        last = model.features(images)
+    return [each.float() for each in (*maps, last)]
+
+
+def feature_loss(model: Classifier, drawn: Tensor, real: Tensor) -> Tensor:
+    """Return how far the feature maps of ``drawn`` are from those of ``real``: the feature reconstruction loss.
+
+    That is the mean over the maps of their mean squared difference, times the values of an image, so that it compares
+    with a sum over pixels. After Hou et al., "Deep Feature Consistent Variational Autoencoder", WACV 2017, who take a
+    network trained on other data; here it is the federation's own.
+
+    Args:
+        model: a classifier in eval mode, whose parameters need no gradient.
+        drawn: images [B, channels, H, W] as ``model`` takes them; the loss is differentiable in these.
+        real: images of the same shape.
+    """
+    with torch.no_grad():
+        wanted = feature_maps(model, real)
+    pairs = zip(feature_maps(model, drawn), wanted, strict=True)
+    return torch.stack([nn.functional.mse_loss(found, goal) for found, goal in pairs]).mean() * real[0].numel()
+
+
 def train_cvae(
     classifier: Classifier,
     shard: Shard,
@@ -54,11 +98,13 @@ def train_cvae(
     address: tuple[int, int],
     precision: str,
     progress: Callable[[int, int], None] = no_progress,
+    features: Classifier | None = None,
 ) -> TrainedGenerator:
     """Train encoder and decoder on a client's images by Adam; ``address``, ``progress``: as for ``train_generator``.
 
-    Minimises reconstruction loss + KL to the prior. Returns the decoder, with rows [step, loss, reconstruction, KL] as
-    its curve. ``classifier``, the client's, measures the result and takes no part in training.
+    Minimises reconstruction loss + KL to the prior, + ``feature_weight`` x ``feature_loss`` in ``features``, the global
+    model. Returns the decoder, with rows [step, loss, reconstruction, KL] as its curve. ``classifier``, the client's,
+    measures the result and takes no part in training.
     """
     seed, client_id = address
     device = shard.images.device
@@ -67,6 +113,8 @@ def train_cvae(
         generator = build_generator(config, *shape).to(device)
         encoder = build_encoder(config, *shape).to(device)
     generator.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
+    if features is not None:
+        freeze(features)
     adam = torch.optim.Adam([*generator.parameters(), *encoder.parameters()], lr=config.learning_rate)
     noise = stream(seed, "generator/z", client_id)
     steps, curve = num_steps(config, len(shard)), []
@@ -81,6 +129,10 @@ def train_cvae(
             drawn = generator(mean.float() + (0.5 * log_variance.float()).exp() * unit, labels)
         reconstruction, divergence = reconstruction_loss(drawn, real), prior_divergence(mean, log_variance)
         loss = reconstruction + divergence
+        if features is not None:
+            with use_precision(precision, device):
+                seen = (pm1_to_normalised(images, facts.mean, facts.std) for images in (drawn, real))
+                loss = loss + config.feature_weight * feature_loss(features, *seen)
         adam.zero_grad(set_to_none=True)
         loss.backward()
         adam.step()

@@ -204,7 +204,12 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
         generator = build_generator(knobs, *shape)
         if knobs.family == "cvae":
             mean, spread = build_encoder(knobs, *shape)(real, labels)
-            generator(mean + spread * z, labels).sum().backward()
+            drawn = generator(mean + spread * z, labels)
+            if knobs.feature_weight:
+                with torch.no_grad():
+                    model.features(real)
+                drawn = freeze(model).features(drawn)
+            drawn.sum().backward()
             return
         freeze(model)
         judge = (

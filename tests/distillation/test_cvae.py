@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,24 +13,36 @@ from torch import nn
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.seeding import seeded, stream
-from mosaic_ray.distillation.cvae_training import prior_divergence, reconstruction_loss, train_cvae
+from mosaic_ray.distillation import cvae_training
+from mosaic_ray.distillation.client_tasks import GeneratorInput, GeneratorTask
+from mosaic_ray.distillation.cvae_training import (
+    feature_loss,
+    feature_maps,
+    prior_divergence,
+    reconstruction_loss,
+    train_cvae,
+)
 from mosaic_ray.distillation.generator_training import latents, load_generator
+from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import Shard
-from mosaic_ray.models.classifiers import build_classifier
+from mosaic_ray.models.classifiers import Classifier, build_classifier
 from mosaic_ray.models.encoder import build_encoder
+from mosaic_ray.models.state_dict import freeze, to_weights
 from mosaic_ray.pipeline.graph import KeyInputs
 from mosaic_ray.runs.plan import stage_keys
 
 KNOBS = override(TINY, {"generator.family": "cvae", "generator.ngf": 8, "generator.ndf": 8}).generator
 
 
-def trained(shard: Shard, steps: int):
+def classifier():
     with seeded(0, "init", "classifier"):
-        classifier = build_classifier(TINY.model, FACTS.num_classes, FACTS.channels, FACTS.image_size).eval()
-    knobs = override(
-        TINY, {"generator.family": "cvae", "generator.ngf": 8, "generator.ndf": 8, "generator.steps": steps}
-    )
-    return train_cvae(classifier, shard, knobs.generator, FACTS, (0, 1), "fp32")
+        return build_classifier(TINY.model, FACTS.num_classes, FACTS.channels, FACTS.image_size).eval()
+
+
+def trained(shard: Shard, steps: int, feature_weight: float = 0.0):
+    knobs = replace(KNOBS, steps=steps, feature_weight=feature_weight)
+    features = classifier() if feature_weight else None
+    return train_cvae(classifier(), shard, knobs, FACTS, (0, 1), "fp32", features=features)
 
 
 def test_the_divergence_is_torchs():
@@ -45,6 +59,64 @@ def test_the_reconstruction_is_cross_entropy_of_pixels():
     wanted = nn.functional.binary_cross_entropy_with_logits(logits, (real + 1) / 2, reduction="none")
     torch.testing.assert_close(reconstruction_loss(drawn, real), wanted.sum((1, 2, 3)).mean())
     assert torch.isfinite(reconstruction_loss(torch.ones(1, 1, 2, 2), -torch.ones(1, 1, 2, 2)))
+
+
+def test_the_feature_loss_by_hand():
+    """Two convolutions with batch norm: every map is computed here from the layers' definitions."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    model = freeze(Classifier(nn.Sequential(trunk, nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(3, 2)))
+    for norm in (trunk[1], trunk[4]):
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    drawn, real = torch.randn(4, 1, 6, 6, requires_grad=True), torch.randn(4, 1, 6, 6)
+
+    def normed(norm: nn.BatchNorm2d, x):
+        mean, var = norm.running_mean[:, None, None], norm.running_var[:, None, None]
+        return (x - mean) / (var + norm.eps).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    total = 0.0
+    for x, sign in ((drawn, 1), (real, -1)):
+        first = normed(trunk[1], trunk[0](x))
+        second = normed(trunk[4], trunk[3](first.relu()))
+        maps = [first, second, second.mean((2, 3))]
+        total = maps if sign == 1 else [(a - b).square().mean() for a, b in zip(total, maps, strict=True)]
+    torch.testing.assert_close(feature_loss(model, drawn, real), sum(total) / 3 * 36)
+    feature_loss(model, drawn, real).backward()
+    assert drawn.grad.abs().sum() > 0 and all(part.grad is None for part in model.parameters())
+    assert feature_loss(model, real, real) == 0
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_without_batch_norm_the_penultimate_features_are_compared():
+    model = freeze(Classifier(nn.Flatten(), nn.Linear(64, 3)))
+    assert [each.shape for each in feature_maps(model, torch.zeros(2, 1, 8, 8))] == [(2, 64)]
+
+
+def test_the_feature_loss_brings_reconstructions_nearer_in_features(monkeypatch):
+    """Paired: the same client and streams, with the loss and next to without it."""
+    found = []
+    monkeypatch.setattr(cvae_training, "feature_loss", lambda *args: found.append(feature_loss(*args)) or found[-1])
+    for weight in (1e-9, 500.0):
+        trained(shard_of(stripes(120)), 100, weight)
+    without, with_loss = (sum(float(loss.detach()) for loss in found[n : n + 10]) for n in (90, 190))
+    assert with_loss < 0.9 * without
+
+
+def test_a_run_takes_the_global_models_features():
+    config = override(TINY, {"generator.family": "cvae", "generator.feature_weight": 1.0, "generator.steps": 4})
+    context, shard = ClientContext(config, FACTS, torch.device("cpu")), shard_of(stripes(60))
+    one, other = initial_weights(context), to_weights(context.classifier())
+    made = [
+        GeneratorTask().run(context, shard, 0, {"cnn": broadcast}, GeneratorInput(own)).weights
+        for broadcast, own in ((one, one), (one, other), (other, one))
+    ]
+    assert_same(made[0], made[1])  # the client's own model only measures
+    assert any(not np.array_equal(made[0][name], made[2][name]) for name in made[0])
+
+
+def test_the_feature_loss_is_refused_without_a_reconstruction():
+    with pytest.raises(RequestError, match=r"generator.feature_weight: it weighs a reconstruction"):
+        resolve(algorithm="distilled", sets={"generator.feature_weight": "1"})
 
 
 @pytest.mark.parametrize("size", [8, 16, 28, 32, 64])

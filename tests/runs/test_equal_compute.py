@@ -28,7 +28,8 @@ from mosaic_ray.runs.equal_compute import client_costs, client_steps, extra_roun
 from mosaic_ray.sweeps.results import _rows
 
 FAMILIES = [
-    {}, {"generator.family": "cgan"}, {"generator.family": "cvae"}, {"generator.discriminator": "shared_trunk"},
+    {}, {"generator.family": "cgan"}, {"generator.family": "cvae"},
+    {"generator.family": "cvae", "generator.feature_weight": 1.0}, {"generator.discriminator": "shared_trunk"},
     {"generator.lambda_e": 0.0, "generator.lambda_d": 0.0}, {"generator.tau": 0, "generator.ngf": 6},
 ]  # fmt: skip
 
@@ -47,7 +48,8 @@ def test_counted_steps_are_those_of_the_training_code(knobs, monkeypatch):
         section, model = override(config, {"generator.steps": steps}).generator, context.classifier(weights)
         rest = (shard, section, FACTS, (0, 0), "fp32")
         if cvae:
-            cvae_training.train_cvae(model, *rest)
+            features = context.classifier(weights) if section.feature_weight else None
+            cvae_training.train_cvae(model, *rest, features=features)
         else:
             generator_training.train_generator(model, weights, *rest)
 
