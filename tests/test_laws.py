@@ -96,6 +96,17 @@ def test_law_4_client_actors_load_no_torchvision():
     assert loaded_by("import mosaic_ray.execution.backend, mosaic_ray.federated.client", names) <= {"torch"}
 
 
+def test_a_whole_run_loads_neither_torchs_compiler_nor_scikit_learn():
+    """Each takes a process seconds, and every client actor is one."""
+    run = (
+        "import sys, tempfile; sys.path.insert(0, 'tests'); import helpers; "
+        "from mosaic_ray.data import load; from mosaic_ray.runs import runner; "
+        "load.load_dataset = lambda config: helpers.stripes_dataset(); "
+        "runner.run(helpers.TINY, storage=tempfile.mkdtemp(), progress=False)"
+    )
+    assert loaded_by(run, {"torch", "torch._dynamo", "sklearn", "scipy"}) == {"torch"}
+
+
 def test_configuration_loads_neither_torch_nor_ray():
     modules = [f"mosaic_ray.config.{path.stem}" for path in (PACKAGE / "config").glob("[!_]*.py")]
     modules += ["mosaic_ray.core.errors", "mosaic_ray.core.seeding", "mosaic_ray.core.types", "mosaic_ray.spaces"]

@@ -20,6 +20,7 @@ from ..core.types import Weights
 from ..federated.client import ClientContext, Task
 from ..federated.client_models import Models
 from ..federated.local_training import Shard, batches
+from ..models.optimizers import SGD
 from .prototypes import extract_features
 
 
@@ -161,7 +162,7 @@ def calibrate_head(
     """Train the ``head`` (weights [C, d], biases [C]) on features [n, d] by SGD on the cross-entropy; returns it."""
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
     weights = [torch.tensor(part, requires_grad=True) for part in head]
-    optimizer = torch.optim.SGD(weights, lr=lr, momentum=momentum)
+    optimizer = SGD(weights, lr=lr, momentum=momentum)
     steps = epochs * -(-len(y) // batch_size)
     for rows in batches(len(y), batch_size, steps, generator=stream(seed, "ccvr", "batches")):
         optimizer.zero_grad()

@@ -22,6 +22,7 @@ from ..federated.local_training import Shard, no_progress
 from ..models.classifiers import Classifier
 from ..models.encoder import build_encoder
 from ..models.generator import build_generator
+from ..models.optimizers import Adam
 from ..models.state_dict import freeze, to_weights, use_precision
 from .generator_training import (
     NUM_SNAPSHOT_IMAGES,
@@ -115,7 +116,7 @@ def train_cvae(
     generator.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
     if features is not None:
         freeze(features)
-    adam = torch.optim.Adam([*generator.parameters(), *encoder.parameters()], lr=config.learning_rate)
+    adam = Adam([*generator.parameters(), *encoder.parameters()], lr=config.learning_rate)
     noise = stream(seed, "generator/z", client_id)
     steps, curve = num_steps(config, len(shard)), []
     snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)

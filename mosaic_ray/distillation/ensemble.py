@@ -25,6 +25,7 @@ from ..federated.client import ClientContext, Task, initial_weights
 from ..federated.local_training import Shard, batches
 from ..models.classifiers import Classifier
 from ..models.generator import STAGES, Generator, check_image_size
+from ..models.optimizers import SGD, Adam
 from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, use_precision
 from .generator_training import to_pixels
 from .losses import inversion_probe, kl
@@ -204,7 +205,7 @@ def teach_from_pool(
     """
     own, facts, seed = rule.knobs, context.facts, context.config.seed
     ensemble, student = Ensemble(context, clients), open_student(context, state["global"], own.bn)
-    optimizer = torch.optim.SGD(student.parameters(), lr=own.lr, momentum=own.momentum, weight_decay=own.weight_decay)
+    optimizer = SGD(student.parameters(), lr=own.lr, momentum=own.momentum, weight_decay=own.weight_decay)
     load_slots(optimizer, student, state.get("optimizer", {}))
     count = len(ensemble.models)
     weights = torch.full((count,), 1 / count, device=context.device)
@@ -276,7 +277,7 @@ def _invert(
     labels = torch.randint(facts.num_classes, (own.batch_size,), generator=draws)
     asked = labels.to(context.device)
     groups: list[dict[str, Any]] = [{"params": list(generator.parameters())}, {"params": [z]}]
-    adam = torch.optim.Adam(groups, lr=own.generator_lr, betas=(0.5, 0.999))
+    adam = Adam(groups, lr=own.generator_lr, betas=(0.5, 0.999))
     best, kept = np.inf, None
     for step in range(own.generator_steps):
         with use_precision(context.config.runtime.precision, context.device):
@@ -417,7 +418,7 @@ def learn_labels(
     """Do the passes ``begin`` to ``end`` of Adam on cross-entropy over the state's ``images`` (uint8, and labels)."""
     facts, seed = context.facts, context.config.seed
     student = open_student(context, state["global"], knobs.bn)
-    optimizer = torch.optim.Adam(student.parameters(), lr=knobs.lr)
+    optimizer = Adam(student.parameters(), lr=knobs.lr)
     load_slots(optimizer, student, state.get("optimizer", {}))
     shard = context.shard(**state["images"])
     steps = -(-len(shard) // knobs.batch_size)
@@ -496,7 +497,7 @@ class GateTask(Task[Weights, Weights, tuple[Weights, float]]):
         knobs, classes = self.knobs, context.facts.num_classes
         with seeded(0, "fens"):  # the weights are replaced, and the global stream stays as it was
             gate = load_weights(gate_network(self.experts, classes, knobs.hidden), broadcast).to(context.device)
-        optimizer = torch.optim.SGD(gate.parameters(), lr=knobs.local_lr)
+        optimizer = SGD(gate.parameters(), lr=knobs.local_lr)
         inputs = torch.tensor(own["logits"], device=context.device)
         labels = torch.tensor(own["labels"], device=context.device)
         draws, losses = stream(context.config.seed, "fens", "batches", self.round_num, client_id), []

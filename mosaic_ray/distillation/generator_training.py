@@ -31,6 +31,7 @@ from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
+from ..models.optimizers import Adam
 from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
@@ -165,8 +166,8 @@ def train_generator(
     support = counts > 0 if config.div_support == "owned" else None
     inverts = len(shard) < config.tau and config.lambda_i > 0
     lr, betas = config.learning_rate, (config.beta1, config.beta2)
-    adam_g = torch.optim.Adam(generator.parameters(), lr=lr, betas=betas)
-    adam_d = torch.optim.Adam([p for p in discriminator.parameters() if p.requires_grad], lr=lr, betas=betas)
+    adam_g = Adam(generator.parameters(), lr=lr, betas=betas)
+    adam_d = Adam([p for p in discriminator.parameters() if p.requires_grad], lr=lr, betas=betas)
     draws = stream(seed, "generator/z", client_id)
     steps, curve, discriminator_hits = num_steps(config, len(shard)), [], []
     snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import Prototypes, Weights
+from ..models.optimizers import Adam
 from ..models.state_dict import head_of
 from .prototypes import prototype_weights
 
@@ -50,7 +51,7 @@ def descent(prototypes: Prototypes, start: tuple[np.ndarray, np.ndarray], weight
     vectors, labels = torch.tensor(prototypes.vectors), torch.tensor(prototypes.labels)
     weights = torch.tensor(prototype_weights(prototypes, weighting))
     head = [torch.tensor(part, requires_grad=True) for part in start]
-    optimiser = torch.optim.Adam(head, lr=FIT_LR)
+    optimiser = Adam(head, lr=FIT_LR)
     while True:
         yield [part.detach() for part in head]
         optimiser.zero_grad()

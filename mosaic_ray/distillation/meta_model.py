@@ -14,6 +14,7 @@ from ..config.schema import MetaConfig
 from ..core.seeding import seeded, stream
 from ..core.types import Prototypes
 from ..federated.local_training import no_progress
+from ..models.optimizers import Adam
 from .linear_head import sample_losses, scores, surely_lower
 from .prototypes import prototype_weights
 
@@ -157,7 +158,7 @@ def train_meta(
     averaged = copy.deepcopy(teacher).eval()
     start = {name: p.detach().clone() for name, p in teacher.named_parameters()}
     average = {name: value.clone() for name, value in start.items()}
-    optimiser = torch.optim.Adam(teacher.parameters(), lr=config.lr)
+    optimiser = Adam(teacher.parameters(), lr=config.lr)
     order = stream(seed, "meta", "batches")
     best, begun = math.inf, torch.empty(0)
     best_state, best_update = copy.deepcopy(averaged.state_dict()), 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from ..federated.communication import num_judging
 from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.state_dict import use_precision
+from .kmeans import kmeans
 
 KMEANS_SEED = 42  # as in the authors' code; fixed, so centroids depend only on the features
 
@@ -30,14 +30,10 @@ def centroids(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     if len(features) < k or k == 1:
         mean = features.mean(0, keepdims=True, dtype=np.float64)
         return mean.astype(np.float32), np.array([len(features)], np.float32)
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    # One thread, so that the order of summation and the last bit do not depend on the host.
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        labels = KMeans(k, random_state=KMEANS_SEED, n_init=1).fit_predict(features)
+    with threadpool_limits(1):  # so that the order of summation and the last bit do not depend on the host
+        labels = kmeans(features, k, KMEANS_SEED)
     sizes = np.bincount(labels, minlength=k)
     sums = np.zeros((k, features.shape[1]))
     np.add.at(sums, labels, features.astype(np.float64))

@@ -18,7 +18,7 @@ from ..core.types import DataFacts, Weights
 from ..federated.communication import Entries, Size, entries_of, size_of_entries
 from ..federated.local_training import Shard
 from ..models.generator import build_generator
-from ..models.state_dict import use_precision
+from ..models.state_dict import shapes_only, use_precision
 from .generator_training import load_generator, to_pixels
 
 #: A client lacks a class if it holds fewer of its images than this share of an equal share n_k / C.
@@ -108,7 +108,7 @@ def rehearsal_images(
 
 def generator_entries(config: ExperimentConfig, facts: DataFacts) -> Entries:
     """Return names, shapes and types of one client's generator."""
-    with torch.device("meta"):
+    with shapes_only():
         made = build_generator(config.generator, facts.channels, facts.image_size, facts.num_classes)
     return entries_of(made.state_dict())
 

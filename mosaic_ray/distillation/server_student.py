@@ -14,6 +14,7 @@ from ..core.seeding import numpy_stream, seeded, stream
 from ..core.types import Weights
 from ..data.transforms import augment, normalise
 from ..federated.client import ClientContext
+from ..models.optimizers import SGD
 from ..models.state_dict import to_weights, use_precision
 from .rehearsal import SharedGenerators, allocate_draws, draw_images
 
@@ -39,7 +40,7 @@ def train_server_student(context: ClientContext, teacher_weights: Weights, share
     with seeded(config.seed, "student/init"):
         model = context.classifier(name=config.model.student)
     teacher = context.classifier(teacher_weights).eval()
-    optimizer = torch.optim.SGD(
+    optimizer = SGD(
         model.parameters(), lr=section.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     model.train()

@@ -18,6 +18,7 @@ from ..core.types import DataFacts, ImageSet, Prototypes, Weights
 from ..federated.client import ClientContext
 from ..federated.evaluation import logits_on
 from ..federated.local_training import no_progress
+from ..models.optimizers import Adam
 from ..models.state_dict import to_weights, use_precision
 from .generator_training import allocate, classifier_view, draw, load_generator, sampling_shares
 from .linear_head import fit_heads, sample_losses, scores, surely_lower
@@ -170,7 +171,7 @@ def train_student(
     groups = [{"params": head, "lr": distill.lr}]
     if moving:
         groups.append({"params": backbone, "lr": distill.backbone_lr})
-    optimiser = torch.optim.Adam(groups)
+    optimiser = Adam(groups)
     anchors, labels = torch.tensor(task.kept.vectors, device=device), torch.tensor(task.kept.labels, device=device)
     weights_of_anchors = torch.tensor(prototype_weights(task.kept, config.prototypes.weighting), device=device)
     evaluated = task.held_out if len(task.held_out) else task.kept

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from ..config.plugins import strategy_named
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
+from ..core.seeding import seeded
 from ..core.types import DataFacts
 from .actor_pool import PATIENCE_FOR_MACHINES, first_line
 
@@ -30,6 +32,9 @@ MOST_MEASURED = 4
 
 #: Steps of each kind of work while it is measured.
 STEPS = 3
+
+#: A network of at most so many parameters is built to count its outputs, for an input of at most so many numbers.
+MOST_BUILT, MOST_SEEN = 2**25, 2**14
 
 #: Images of which features are computed at once.
 CHUNK = 500
@@ -311,8 +316,13 @@ def _shapes_of_generator(knobs: Any, channels: int, image_size: int) -> _Shapes:
 
 
 def _shapes(build: Any, size: tuple[int, ...]) -> _Shapes:
-    """Build a network without memory and run it on inputs of ``size`` without computing."""
+    """Build a network and run it on inputs of ``size``: without memory, or if it is small, on one input for all.
+
+    Tensors without memory import torch's compiler when a network runs on them, which takes seconds.
+    """
     import torch
+
+    from ..models.state_dict import shapes_only
 
     outputs = 0
 
@@ -320,10 +330,15 @@ def _shapes(build: Any, size: tuple[int, ...]) -> _Shapes:
         nonlocal outputs
         outputs += 4 * output.numel() if isinstance(output, torch.Tensor) else 0
 
-    with torch.device("meta"):
+    with shapes_only():
         network = build()
-        for module in network.modules():
-            if not any(True for _ in module.children()):
-                module.register_forward_hook(count)
-        network(torch.empty(size))
-    return _Shapes(4 * sum(p.numel() for p in network.parameters()), outputs)
+    parameters, times, device = sum(p.numel() for p in network.parameters()), 1, "meta"
+    if parameters <= MOST_BUILT and math.prod(size[1:]) <= MOST_SEEN:
+        with seeded(0, "memory"):
+            network, times, size, device = build().eval(), size[0], (1, *size[1:]), "cpu"
+    for module in network.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(count)
+    with torch.no_grad(), torch.device(device):
+        network(torch.zeros(size))
+    return _Shapes(4 * parameters, times * outputs)

@@ -6,12 +6,12 @@ architecture's global model, and each coordinate is averaged over the clients th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-import torch
 
 from ..config.client_layout import any_partial_width, client_classifiers, client_widths, groups
 from ..config.plugins import strategy_named
@@ -19,6 +19,7 @@ from ..config.schema import ExperimentConfig, ModelConfig
 from ..core.seeding import derive, seeded
 from ..core.types import DataFacts, Update, Weights
 from ..models.classifiers import CLASSIFIERS, build_classifier, norm_depths
+from ..models.state_dict import shapes_only
 from ..models.submodel import ChannelIndices, ChannelLayout, channel_layout, check_width, extract, num_kept
 from .aggregation import PartialAverage, RunningAverage
 from .communication import Entries, entries_of
@@ -35,7 +36,7 @@ def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: i
 
 @lru_cache(maxsize=32)
 def _entries(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Entries:
-    with seeded(0, "entries"), torch.device("meta" if name in CLASSIFIERS else "cpu"):
+    with seeded(0, "entries"), shapes_only() if name in CLASSIFIERS else contextlib.nullcontext():
         return entries_of(build_classifier(model, num_classes, channels, image_size, name).state_dict())
 
 

@@ -13,6 +13,7 @@ from ..core.seeding import derive, stream
 from ..core.types import DataFacts, Weights
 from ..data.transforms import augment, normalise
 from ..models.classifiers import Classifier
+from ..models.optimizers import SGD
 from ..models.state_dict import use_precision
 
 
@@ -139,7 +140,7 @@ def prepare(model: Classifier, plan: LocalTrainingConfig) -> torch.optim.SGD:
     if plan.freeze_head:
         model.head.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+    return SGD(trained, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
 
 
 def train_locally(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.fields import knob
 from ..config.plugins import section_of
 from ..core.about import About, Paper
+from ..models.optimizers import SGD, Adam
 from .base import Method
 from .server_side import RoundKnobs, fine_tune
 
@@ -61,14 +62,12 @@ class DfrdGame:
         return knobs.generator_steps
 
     def adam(self, knobs: DfrdKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
-        import torch
 
-        return torch.optim.Adam(parameters, lr=knobs.generator_lr, betas=(0.5, 0.999))
+        return Adam(parameters, lr=knobs.generator_lr, betas=(0.5, 0.999))
 
     def optimizer(self, knobs: DfrdKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
-        import torch
 
-        return torch.optim.SGD(parameters, lr=knobs.lr, momentum=knobs.momentum, weight_decay=knobs.weight_decay)
+        return SGD(parameters, lr=knobs.lr, momentum=knobs.momentum, weight_decay=knobs.weight_decay)
 
     def generator_loss(self, knobs: DfrdKnobs, step: int, batch: Batch) -> Tensor:
         from ..distillation.ensemble import mixed, spread_loss

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.fields import knob
 from ..config.plugins import section_of
 from ..core.about import About, Paper
+from ..models.optimizers import SGD, Adam
 from .base import Method
 from .server_side import RoundKnobs, fine_tune
 
@@ -53,14 +54,12 @@ class FedFtgGame:
         return clients
 
     def adam(self, knobs: FedFtgKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
-        import torch
 
-        return torch.optim.Adam(parameters, lr=knobs.generator_lr * knobs.lr_decay**round_num)
+        return Adam(parameters, lr=knobs.generator_lr * knobs.lr_decay**round_num)
 
     def optimizer(self, knobs: FedFtgKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
-        import torch
 
-        return torch.optim.SGD(parameters, lr=knobs.lr * knobs.lr_decay**round_num, weight_decay=knobs.weight_decay)
+        return SGD(parameters, lr=knobs.lr * knobs.lr_decay**round_num, weight_decay=knobs.weight_decay)
 
     def generator_loss(self, knobs: FedFtgKnobs, step: int, batch: Batch) -> Tensor:
         from ..distillation.ensemble import spread_loss

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from ..core.types import Weights
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves tensors as they are where ``torch.nn.init`` would fill them."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        named = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Build networks without memory in the block: shapes and types without values.
+
+    Drawing initial values for such tensors would import torch's compiler, which takes seconds.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield
 
 
 def to_weights(module: nn.Module) -> Weights:

@@ -17,6 +17,7 @@ from ..core.seeding import numpy_stream
 from ..core.types import ImageSet, Weights
 from ..distillation.prototypes import extract_features
 from ..federated.client import ClientContext
+from ..models.optimizers import LBFGS
 from ..storage.store import StageWriter
 from ..tracking.progress import StageProgress
 from .context import Facts, RunContext
@@ -69,7 +70,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, num_classes: int) -> 
     matrix = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(num_classes, dtype=x.dtype, requires_grad=True)
     absent = torch.bincount(y, minlength=num_classes) == 0
-    optimizer = torch.optim.LBFGS(
+    optimizer = LBFGS(
         [matrix, bias], max_iter=MOST_STEPS, line_search_fn="strong_wolfe", tolerance_grad=1e-6
     )
 

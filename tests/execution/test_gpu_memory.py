@@ -206,6 +206,18 @@ def backend_classifier(one):
     return [ClientContext(one.config, one.facts, torch.device("cpu")).classifier()]
 
 
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "mobilenet"])
+def test_one_image_on_a_real_network_counts_as_a_batch_without_memory(name, monkeypatch):
+    counted = []
+    for most in (0, gpu_memory.MOST_BUILT):
+        monkeypatch.setattr(gpu_memory, "MOST_BUILT", most)
+        gpu_memory._shapes_of_classifier.cache_clear()
+        gpu_memory._shapes_of_pair.cache_clear()
+        gpu_memory._shapes_of_generator.cache_clear()
+        counted.append((gpu_memory._classifier(TINY, FACTS, name, 16), gpu_memory._generator_pair(TINY, FACTS)))
+    assert counted[0] == counted[1] and counted[0][0].outputs > 0
+
+
 def test_a_network_without_shapes_gets_the_usual_share():
     broken = work(model__classifier="math:sqrt")
     assert with_estimate(STATION, [broken]).share == devices.USUAL_SHARE
