@@ -29,9 +29,9 @@ from typing import Any
 import click
 import psutil
 
-#: The demo on less: every stage, in half a minute.
+#: The demo on less: every stage, in moments.
 LESS = (
-    "warmup.num_rounds=6", "generator.steps=80", "meta.updates=100", "distill.steps=100", "finetune.num_rounds=2",
+    "warmup.num_rounds=4", "generator.steps=30", "meta.updates=40", "distill.steps=40", "finetune.num_rounds=2",
     "runtime.precision=fp32",
 )  # fmt: skip
 SPACE = '''"""Two points at two omegas."""
