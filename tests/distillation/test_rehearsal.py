@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, interrupted, shard_of, small_ray, stripes, stripes_dataset
+from helpers import FACTS, TINY, assert_same, interrupted, shard_of, stripes, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.resolve import override, resolve
@@ -127,10 +127,9 @@ def test_a_run_counts_its_bytes_and_resumes_with_the_same_numbers(tmp_path):
 
 
 @pytest.mark.ray
-def test_serial_and_ray_agree_bit_for_bit(tmp_path):
+def test_serial_and_ray_agree_bit_for_bit(tmp_path, ray_up):
     serial = go(tmp_path / "serial", runtime__host="serial")
-    with small_ray(2):
-        assert_same(student(go(tmp_path / "ray", runtime__host="ray")), student(serial))
+    assert_same(student(go(tmp_path / "ray", runtime__host="ray")), student(serial))
 
 
 #: A request that chooses the weight by trials.
@@ -325,10 +324,9 @@ def test_without_distillation_the_closing_rounds_begin_at_the_warm_up(tmp_path):
 
 
 @pytest.mark.ray
-def test_serial_and_ray_choose_alike(tmp_path):
+def test_serial_and_ray_choose_alike(tmp_path, ray_up):
     serial = go(tmp_path / "serial", runtime__host="serial", **CHOICE)
-    with small_ray(2):
-        ray = go(tmp_path / "ray", runtime__host="ray", **CHOICE)
+    ray = go(tmp_path / "ray", runtime__host="ray", **CHOICE)
     assert_same(student(ray), student(serial))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, small_ray, stripes_dataset
+from helpers import FACTS, TINY, assert_same, stripes_dataset
 
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.core.errors import RequestError
@@ -90,10 +90,9 @@ def test_its_key_follows_its_own_knobs_and_no_other_stage_does():
 
 
 @pytest.mark.ray
-def test_serial_and_ray_train_the_same_network(tmp_path):
+def test_serial_and_ray_train_the_same_network(tmp_path, ray_up):
     serial = weights_of(tmp_path / "serial", go(tmp_path / "serial", runtime__host="serial"))
-    with small_ray(2):
-        ray = weights_of(tmp_path / "ray", go(tmp_path / "ray", runtime__host="ray"))
+    ray = weights_of(tmp_path / "ray", go(tmp_path / "ray", runtime__host="ray"))
     assert_same(ray, serial)
 
 

@@ -30,6 +30,8 @@ ROWS = {
     cells[0].strip("` "): [cell.strip() for cell in cells[1:]]
     for cells in (line.strip("|").split("|") for line in PAGE.splitlines() if re.match(r"\| `\w+` \| [\d,]+ \|", line))
 }
+#: Methods whose count takes a minute.
+LONG = ("dense", "co_boosting", "dfrd")
 #: Methods whose stages these pages' costs cover; of Mosaic and its ablations docs/algorithm.md has the rest.
 COUNTED = ("fedavg", "dense", "co_boosting", "fedftg", "dfrd", "fedcvae", "fens", "centralised")
 
@@ -105,6 +107,8 @@ def test_client_steps_and_bytes_of_the_table():
         assert cells[:3] == wanted, method
 
 
-@pytest.mark.parametrize("method", COUNTED)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in COUNTED]
+)
 def test_server_steps_of_the_table(method):
     assert ROWS[method][3].replace(",", "") == str(server_steps(method))

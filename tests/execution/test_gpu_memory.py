@@ -412,7 +412,11 @@ def test_a_gpu_that_torch_cannot_use_says_so(two_gpus):
 @on_ray
 @pytest.mark.parametrize(
     "needs, server_needs, failed",
-    [(0.5, 0.0, False), (2.0, 0.0, True), pytest.param(0.0, 0.5, False, marks=pytest.mark.slow)],
+    [
+        pytest.param(0.5, 0.0, False, marks=pytest.mark.slow),
+        (2.0, 0.0, True),
+        pytest.param(0.0, 0.5, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_sweeps_trials_run_again_with_fewer_clients_a_gpu(
     two_gpus, monkeypatch, tmp_path, capsys, needs, server_needs, failed

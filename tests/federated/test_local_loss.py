@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, Linear, assert_same, interrupted, shard_of, small_ray, stripes, stripes_dataset
+from helpers import FACTS, TINY, Linear, assert_same, interrupted, shard_of, stripes, stripes_dataset
 from safetensors.numpy import load_file
 
 import mosaic_ray.data.load as datasets
@@ -120,10 +120,9 @@ def test_a_killed_run_ends_with_the_same_numbers(tmp_path):
 
 
 @pytest.mark.ray
-def test_serial_and_ray_agree_bit_for_bit(tmp_path):
+def test_serial_and_ray_agree_bit_for_bit(tmp_path, ray_up):
     serial = go(tmp_path / "serial", ADJUSTED)
-    with small_ray(2):
-        assert_same(go(tmp_path / "ray", ADJUSTED | {"runtime.host": "ray"}), serial)
+    assert_same(go(tmp_path / "ray", ADJUSTED | {"runtime.host": "ray"}), serial)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import TINY, assert_same, small_ray, stripes_dataset
+from helpers import TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.registry import METHODS
@@ -82,8 +82,7 @@ def test_trials_are_judged_with_the_head_that_follows_the_rounds(tmp_path):
 
 
 @pytest.mark.ray
-def test_serial_and_ray_make_the_same_prototype_head(tmp_path):
+def test_serial_and_ray_make_the_same_prototype_head(tmp_path, ray_up):
     serial = go(tmp_path / "serial", runtime__host="serial", finetune__head="prototype_head", method="fedavg")
-    with small_ray(2):
-        ray = go(tmp_path / "ray", runtime__host="ray", finetune__head="prototype_head", method="fedavg")
+    ray = go(tmp_path / "ray", runtime__host="ray", finetune__head="prototype_head", method="fedavg")
     assert_same(student(ray), student(serial))

@@ -95,7 +95,7 @@ def test_own_and_final_models_of_mixed_narrow_and_absent_clients(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("knobs", [MIXED, {"finetune.adapt_steps": 3}])
+@pytest.mark.parametrize("knobs", [MIXED, pytest.param({"finetune.adapt_steps": 3}, marks=pytest.mark.slow)])
 def test_ray_and_serial_agree_bit_for_bit(tmp_path, ray_up, knobs):
     serial = go(tmp_path / "serial", knobs)
     there = go(tmp_path / "ray", knobs | {"runtime.host": "ray", "runtime.max_hosts": 2})

@@ -77,6 +77,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_and_serial_agree_bit_for_bit(tmp_path, ray_up):
     same_on_ray(tmp_path, "local")
 
