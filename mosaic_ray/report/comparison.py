@@ -28,11 +28,12 @@ from .text import listed
 
 OMEGA = "partition.omega"
 
-#: Heading -> column of means over the clients, and of the means of the worst tenth of them.
+#: Heading -> column, for each model that is scored at the clients: mean and sd over them, mean of the worst tenth.
 AT_CLIENTS = {
-    "own": "clients_own_mean", "worst own": "clients_own_worst_tenth",
-    "client": "clients_final_mean", "worst client": "clients_final_worst_tenth",
-    "adapted": "clients_adapted_mean", "worst adapted": "clients_adapted_worst_tenth",
+    "own": "clients_own_mean", "sd own": "clients_own_sd", "worst own": "clients_own_worst_tenth",
+    "client": "clients_final_mean", "sd client": "clients_final_sd", "worst client": "clients_final_worst_tenth",
+    "adapted": "clients_adapted_mean", "sd adapted": "clients_adapted_sd",
+    "worst adapted": "clients_adapted_worst_tenth",
 }  # fmt: skip
 
 #: Behind the name of a control with equal client compute.
@@ -140,7 +141,8 @@ class Comparison:
         if self.at_clients:
             lines.append(
                 "own, client, adapted: a client's own model, the final model, and that after local steps, on the "
-                "client's own mix of classes, means over the clients; worst: over the worst tenth of them."
+                "client's own mix of classes, means over the clients; sd: their standard deviation over the clients; "
+                "worst: means over the worst tenth of them."
             )
         if "ceiling" in self.accuracies:
             lines.append(f"{CEILING.capitalize()}.")
@@ -157,7 +159,7 @@ class Comparison:
         """Yield a table for each omega, in parts where its columns do not fit."""
         first = 1 + len(self.accuracies)
         last = first + len(self.at_clients)
-        cuts = [1, first, min(first + 4, last), last, len(self.heads)]
+        cuts = [1, *range(first, last, 3), last, len(self.heads)]
         yield ""
         for omega, methods in self.sections.items():
             best = self.best(omega)

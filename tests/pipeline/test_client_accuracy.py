@@ -204,6 +204,7 @@ def test_tables_pages_and_columns_show_them(tmp_path):
     table = compare(_rows(results), points, None)
     cells = dict(zip(table.heads, table.cells(table.sections[None][0]), strict=True))
     assert cells["client"] == f"{100 * figures['final']['mean']:.1f}"
+    assert cells["sd own"] == f"{100 * figures['own']['sd']:.1f}"
     assert cells["worst adapted"] == f"{100 * figures['adapted']['worst_tenth']:.1f}"
     narrow = io.StringIO()
     Console(file=narrow, width=80).print(table)
