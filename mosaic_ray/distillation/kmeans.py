@@ -26,16 +26,17 @@ def kmeans(points: np.ndarray, k: int, seed: int) -> np.ndarray:
     points -= points.mean(0)
     centres = spread_centres(points, k, np.random.RandomState(seed))
     tolerance, labels = TOLERANCE * points.var(0).mean(), np.full(len(points), -1)
+    distances: np.ndarray = squared_distances(points, centres)
     for _ in range(MAX_ITERATIONS):
-        before, distances = labels, squared_distances(points, centres)
-        labels = distances.argmin(1)
+        before, labels = labels, distances.argmin(1)
         if np.array_equal(labels, before):
-            return labels
+            break
         moved = _means(points, labels, distances.min(1), k)
         shift, centres = np.square(moved - centres).sum(), moved
+        distances = squared_distances(points, centres)
         if shift <= tolerance:
             break
-    return squared_distances(points, centres).argmin(1)
+    return np.asarray(distances.argmin(1))
 
 
 def spread_centres(points: np.ndarray, k: int, draws: np.random.RandomState) -> np.ndarray:
@@ -45,7 +46,7 @@ def spread_centres(points: np.ndarray, k: int, draws: np.random.RandomState) -> 
     centres so far: the one with the least sum of squared distances.
     """
     n, trials = len(points), 2 + int(math.log(k))
-    centres = points[[draws.choice(n, p=np.full(n, 1 / n))]]
+    centres: np.ndarray = points[[draws.choice(n, p=np.full(n, 1 / n))]]
     nearest = squared_distances(points, centres)[:, 0]
     while len(centres) < k:
         places = np.searchsorted(nearest.cumsum(), draws.uniform(size=trials) * nearest.sum())
@@ -58,8 +59,8 @@ def spread_centres(points: np.ndarray, k: int, draws: np.random.RandomState) -> 
 
 def squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """Return the squared Euclidean distances [n, k] of ``points`` [n, d] to ``centres`` [k, d]."""
-    products = points @ centres.T
-    return np.maximum(np.square(points).sum(1)[:, None] - 2 * products + np.square(centres).sum(1), 0.0)
+    found = np.square(points).sum(1)[:, None] - 2 * points @ centres.T + np.square(centres).sum(1)
+    return np.asarray(np.maximum(found, 0.0))
 
 
 def _means(points: np.ndarray, labels: np.ndarray, distances: np.ndarray, k: int) -> np.ndarray:
@@ -72,4 +73,5 @@ def _means(points: np.ndarray, labels: np.ndarray, distances: np.ndarray, k: int
             sums[labels[row]] -= points[row]
             sizes[labels[row]] -= 1
             sums[cluster], sizes[cluster] = points[row], 1
-    return sums / np.maximum(sizes, 1)[:, None]
+    means: np.ndarray = sums / np.maximum(sizes, 1)[:, None]
+    return means

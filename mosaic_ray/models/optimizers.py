@@ -12,18 +12,17 @@ from typing import TypeVar
 import torch
 from torch.optim import Optimizer
 
-OptimizerT = TypeVar("OptimizerT", bound=type[Optimizer])
+OptimizerT = TypeVar("OptimizerT", bound=Optimizer)
 
 #: Methods of ``Optimizer`` that torch wraps for its compiler, in the versions that have them.
 _WRAPPED = ("add_param_group", "zero_grad", "_cuda_graph_capture_health_check")
 
 
-def without_compiler(base: OptimizerT) -> OptimizerT:
+def without_compiler(base: type[OptimizerT]) -> type[OptimizerT]:
     """Return a subclass of ``base`` whose methods are what torch wraps for its compiler."""
     methods = {name: inspect.unwrap(getattr(base, name)) for name in _WRAPPED if hasattr(base, name)}
     methods["step"] = torch.no_grad()(inspect.unwrap(base.step))
-    made: OptimizerT = type(base.__name__, (base,), methods | {"__module__": __name__, "__doc__": base.__doc__})
-    return made
+    return type(base.__name__, (base,), methods | {"__module__": __name__, "__doc__": base.__doc__})
 
 
 SGD = without_compiler(torch.optim.SGD)
