@@ -31,7 +31,7 @@ import psutil
 
 #: The demo on less: every stage, in moments.
 LESS = (
-    "warmup.num_rounds=4", "generator.steps=30", "meta.updates=40", "distill.steps=40", "finetune.num_rounds=2",
+    "partition.num_clients=3", "warmup.num_rounds=4", "generator.steps=30", "meta.updates=40", "distill.steps=40", "finetune.num_rounds=2",
     "runtime.precision=fp32",
 )  # fmt: skip
 SPACE = '''"""Two points at two omegas."""
