@@ -58,6 +58,7 @@ class CommandGroup(click.Group):
         unforeseen = None
         try:
             _refuse_empty(words)
+            _refuse_lost_folder(words)
             extra |= {"standalone_mode": False, "obj": words}
             status = super().main(words, prog_name or "mosaic", **extra) or 0
         except click.ClickException as error:
@@ -125,6 +126,15 @@ def _refuse_empty(words: Sequence[str]) -> None:
         name = re.fullmatch(r"--([\w-]+)(=?)", option)
         if name and (name[2] or not value) and name[1] in WITHOUT_IT:
             raise RequestError(f"--{name[1]} '': it is empty; give a value, or leave the option out")
+
+
+def _refuse_lost_folder(words: Sequence[str]) -> None:
+    """Raise ``RequestError`` where the working directory was removed: neither torch nor Ray can start there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        if "--help" not in words:
+            raise RequestError("the working directory was removed; change to another one") from None
 
 
 def _flush_stdout(earlier: Exception | None) -> str:

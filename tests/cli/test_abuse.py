@@ -249,3 +249,15 @@ def test_ctrl_c_while_modules_are_read_is_one_line(tmp_path):
         call = [sys.executable, *words, "presets"]
         ended = subprocess.run(call, text=True, capture_output=True, check=False, env=where)
         assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "mosaic: interrupted\n")
+
+
+def test_a_working_directory_that_was_removed_is_one_line(tmp_path, monkeypatch):
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    monkeypatch.chdir(lost)
+    lost.rmdir()
+    try:
+        assert "the working directory was removed; change to another one" in refusal(ask("run"))
+        assert ask("--help").exit_code == 0
+    finally:
+        os.chdir(tmp_path)
