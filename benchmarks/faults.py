@@ -31,8 +31,8 @@ import psutil
 
 #: The demo on less: every stage, in moments.
 LESS = (
-    "partition.num_clients=3", "warmup.num_rounds=4", "generator.steps=30", "meta.updates=40", "distill.steps=40", "finetune.num_rounds=2",
-    "runtime.precision=fp32",
+    "partition.num_clients=3", "warmup.num_rounds=4", "generator.steps=30", "meta.updates=40", "distill.steps=40",
+    "finetune.num_rounds=2", "runtime.precision=fp32",
 )  # fmt: skip
 SPACE = '''"""Two points at two omegas."""
 from mosaic_ray.spaces import Choice, SweepPlan
