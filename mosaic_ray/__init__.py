@@ -1,6 +1,7 @@
 """Experiments in heterogeneous federated learning, built around Mosaic (arXiv 2505.19699).
 
-For a notebook: ``load_run(path)`` and ``load_sweep(path)`` (``report.api``), loaded when they are asked for.
+From Python (``api``): ``run``, ``sweep``, ``compare``, ``configure``, ``Callback``, and ``load_run`` and ``load_sweep``
+for what is stored. Each is loaded when it is asked for.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["load_run", "load_sweep"]
+__all__ = [
+    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_run", "load_sweep",
+    "run", "sweep",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(import_module(f"{__name__}.report.api"), name)
+        return getattr(import_module(f"{__name__}.api"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

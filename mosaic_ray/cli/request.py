@@ -47,11 +47,12 @@ def sweep_request(
     scheduler: str = "fifo",
     max_concurrent: str | None = None,
     plan: SweepPlan | None = None,
+    knobs: Mapping[str, Any] | None = None,
 ) -> SweepRequest:
     """Return the sweep that a command line asks for; all values are as typed.
 
     ``space``: name, module:function or file of the plan; where ``plan`` is given, its name. ``grid``: the knobs and
-    values to try in place of a space.
+    values to try in place of a space. ``knobs``: typed values of knobs, over the plan's.
     """
     from ..sweeps.runner import SCHEDULERS, SWEEP_BASE, SweepRequest
     from ..sweeps.space import SEARCHES, check_space, load_space
@@ -65,15 +66,16 @@ def sweep_request(
     if plan is None and space:
         named, plan = load_space(space)
     sets = (item.partition("=") for item in options.get("sets", ()))
-    knobs = {KNOB_OF_OPTION[name]: word for name, word in _typed_knobs(options).items()}
+    given = {KNOB_OF_OPTION[name]: word for name, word in _typed_knobs(options).items()}
     file = read_toml(options["config"]) if options.get("config") else {}
-    plugins.load_named(file | {key.strip(): value.strip() for key, _, value in sets} | knobs)
+    plugins.load_named(file | {key.strip(): value.strip() for key, _, value in sets} | given)
     plan = plan or grid_plan(grid)
     check_space(named, plan)
     swept = set(plan.knobs) | (set.intersection(*map(set, plan.points)) if plan.points else set())
     swept = {plugins.ALIASES.get(knob, knob) for knob in swept}
     typed = {_spelled(name, word): KNOB_OF_OPTION[name] for name, word in _typed_knobs(options).items()}
     typed |= {f"--set {item}": item.partition("=")[0].strip() for item in options.get("sets", ())}
+    typed |= {name: name for name in knobs or ()}
     for option, knob in typed.items():
         if plugins.ALIASES.get(knob, knob) in swept:
             source = named if grid else f"space {named}"
@@ -82,7 +84,7 @@ def sweep_request(
                 instead = "give one of them" if grid else COMPARED.get(knob, "--methods names what to compare")
             raise RequestError(f"{option}: {source} tries values of {knob} itself; {instead}")
     preset = {"preset": plan.preset} if plan.preset else {}
-    config = parse_config(SWEEP_BASE | preset | dict(plan.base), has_gpus=has_gpus, **options)
+    config = parse_config(SWEEP_BASE | preset | dict(plan.base) | dict(knobs or {}), has_gpus=has_gpus, **options)
     return SweepRequest(
         config, named, plan, search=search or "", samples=parse_count("samples", samples),
         seeds=parse_seeds(seeds, config.seed if "seed" in typed.values() else None), scheduler=scheduler,

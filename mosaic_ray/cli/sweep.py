@@ -120,13 +120,13 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
             request, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
             strict_health=place.strict_health,
         )  # fmt: skip
-    compared = _compared(request, outcome, place.storage) if request.space == "compare" else None
-    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place, compared)
+    methods = compared(request, outcome, place.storage) if request.space == "compare" else None
+    table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place, methods)
     print_result(place.as_json, outcome.as_dict(), table)
     outcome.raise_failures()
 
 
-def _compared(request: SweepRequest, outcome: Outcome, storage: str) -> Comparison:
+def compared(request: SweepRequest, outcome: Outcome, storage: str) -> Comparison:
     """Return the table of a comparison, and write its files beside the results."""
     from ..report.comparison import compare
     from ..report.export import files

@@ -263,6 +263,7 @@ class RunContext:
             self.tracker.replay(name, [[own_tag(tag, name), *row] for tag, *row in result.facts["curve"]])
         else:
             with found:
+                progress = None  # where a callback fails as the stage begins
                 try:
                     with self.tracker.stage(name, total=total, unit=unit) as progress:
                         writer = self.store.writer(key)
@@ -277,7 +278,7 @@ class RunContext:
                 except RunError as error:
                     raise error.at(name) from error
                 except Exception as error:
-                    if progress.resumed_at:  # a checkpoint may be wrong although it is whole: begin again, once
+                    if progress and progress.resumed_at:  # its checkpoint may be wrong: begin again, once
                         raise CorruptResult(key, "checkpoint", f"{type(error).__name__}: {error}", name) from error
                     raise RunError(f"{type(error).__name__}: {error}", stage=name) from error
                 self.store.drop_checkpoint(key)
@@ -332,6 +333,7 @@ class RunContext:
             if finding.severity != "info" and finding not in self._warned:
                 self._warned.add(finding)
                 client = f" client {finding.client}" if finding.client >= 0 else ""
+                self.tracker.on_finding(finding)
                 advice = f"; {finding.advice}" if finding.advice else ""
                 self.tracker.warn(f"{finding.code}{client}: {finding.message}{advice}", finding.severity)
 

@@ -27,6 +27,7 @@ from ..core.types import Dataset, Finding, Weights
 from ..core.untrusted import kind_of
 from ..storage.filesystem import write_whole
 from ..storage.hashing import plain, request_name
+from ..tracking.callback import Callback, tracker_options
 from .summary import StageRecord, Summary, build_summary, versions
 
 if TYPE_CHECKING:
@@ -70,10 +71,12 @@ def run(
     command: list[str] | None = None,
     progress: bool | None = None,
     strict_health: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any]:
     """Run one experiment and write its files; returns the content of summary.json.
 
     ``strict_health``: a finding of severity error ends the run right after its stage; it changes no number and no key.
+    ``callbacks`` watch the run.
     ``RequestError`` (before Ray starts) if the request is at fault, ``RunError`` for a failure while computing.
     """
     from ..execution.devices import describe, settle
@@ -89,6 +92,7 @@ def run(
     return execute(
         config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
         strict_health=strict_health, progress=progress, notes=[config.reason, *lines], gpus=there.gpus,
+        **tracker_options(callbacks),
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class Output(Protocol):
     """The part of ``tracker.Tracker`` that a stage writes to."""
 
     display: Quiet
+    on_round: Callable[[str, int, int | None], None]
 
     def scalar(self, stage: str, tag: str, step: int, value: float) -> Scalar: ...
     def replay_scalars(self, stage: str, recorded: Sequence[Scalar]) -> list[Scalar]: ...
@@ -73,6 +74,8 @@ class StageProgress:
         self.position = max(self.position, self.done)
         self.note = note or self.note
         self._tracker.display.advance(self)
+        if self.unit == "round":
+            self._tracker.on_round(self.name, self.done, self.total)
 
     def resume(self, recorded: Sequence[Scalar], done: int) -> None:
         """Continue from a checkpoint: write its scalars again and count ``done`` units as finished."""

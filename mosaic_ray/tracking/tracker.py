@@ -19,6 +19,7 @@ import numpy as np
 
 from ..core.errors import RunError
 from ..core.text import visible
+from ..core.types import Finding
 from .progress import Inside, Scalar, StageProgress, display_on
 
 
@@ -28,7 +29,8 @@ class Tracker:
     ``run_dir``: the folder in which metrics.jsonl and tensorboard/ are written anew (cached stages are replayed into
     them); None: no files. ``progress``: False shows messages only. ``stream``: None means standard error.
     ``on_metric(tag, step, value)`` is called for every scalar, replayed ones too, ``on_stage(name)`` when a stage
-    begins or is found cached. Before that the tracker calls ``before_stage()``, which a caller may set, and flushes
+    begins or is found cached, ``on_round(stage, done, total)`` after each round, ``on_finding(finding)`` for each
+    finding that is warned of. Before a stage the tracker calls ``before_stage()``, which a caller may set, and flushes
     TensorBoard's file; within a stage it is flushed every ten seconds.
     """
 
@@ -43,7 +45,10 @@ class Tracker:
         stream: TextIO | None = None,
         on_metric: Callable[[str, int, float], None] | None = None,
         on_stage: Callable[[str], None] | None = None,
+        on_round: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
+        on_finding: Callable[[Finding], None] = lambda finding: None,
     ) -> None:
+        self.on_round, self.on_finding = on_round, on_finding
         self._run_dir, self._on_metric, self._on_stage = run_dir, on_metric, on_stage or (lambda name: None)
         self._lines: TextIO | None = None
         self._board: Any = None
