@@ -173,7 +173,8 @@ class Hours:
             return "hours: 0, all results are in the storage"
         at_once = f"{self.actors:.3g} at once" if self.actors != 1 else "one after another"
         trials = f" of {self.trials} trials at once" if self.trials > 1 else ""
-        parts = [f"hours: about {_short(self.hours)} ({_short(self.client_hours)} of clients, {at_once}; "]
+        total = _short(self.hours)
+        parts = [f"hours: {total if total == SHORT else f'about {total}'} ({_short(self.client_hours)} of clients, {at_once}; "]
         parts += [f"{_short(self.server_hours)} on the server{trials})"]
         parts += [f", {_short(self.gpu_hours)} GPU hours"] if self.gpu_hours else []
         parts += [f", by {self.source}"]
@@ -187,7 +188,13 @@ class Hours:
         return vars(self) if self.source or not self.missing else None
 
 
+#: Hours too few for a figure.
+SHORT = "under 0.01"
+
+
 def _short(hours: float) -> str:
+    if 0 < hours < 0.005:
+        return SHORT
     return f"{hours:.3g}" if hours < 100 else f"{hours:,.0f}"
 
 

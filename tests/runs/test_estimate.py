@@ -14,7 +14,7 @@ from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.runs.calibrate import calibrated
 from mosaic_ray.runs.dry_run import dry_run
 from mosaic_ray.runs.earlier import read_earlier
-from mosaic_ray.runs.estimate import SOURCES, rates, turns
+from mosaic_ray.runs.estimate import SOURCES, Hours, rates, turns
 
 pytestmark = pytest.mark.usefixtures("two_cpus")
 
@@ -204,3 +204,12 @@ def test_a_run_records_the_seconds_of_its_clients(undisturbed_tiny):
         assert 0 < stages[name]["client_seconds"] <= stages[name]["seconds"] + 0.01, name
     for name in ("partition", "teacher", "distill", "evaluate"):
         assert stages[name]["client_seconds"] == 0, name
+
+
+@pytest.mark.parametrize(
+    "hours, words",
+    [(2.25e-5, "hours: under 0.01 (under 0.01 of"), (0.02, "hours: about 0.02 ("), (123.4, "hours: about 123 (")],
+)
+def test_moments_have_no_figure_with_an_exponent(hours, words):
+    line = Hours(hours, hours, 0.0, 0.0, 1, 1, SOURCES[0], ()).line()
+    assert line.startswith(words) and "e-" not in line and "0 on the server" in line
