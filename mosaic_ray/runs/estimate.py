@@ -174,7 +174,8 @@ class Hours:
         at_once = f"{self.actors:.3g} at once" if self.actors != 1 else "one after another"
         trials = f" of {self.trials} trials at once" if self.trials > 1 else ""
         total = _short(self.hours)
-        parts = [f"hours: {total if total == SHORT else f'about {total}'} ({_short(self.client_hours)} of clients, {at_once}; "]
+        total = total if total == SHORT else f"about {total}"
+        parts = [f"hours: {total} ({_short(self.client_hours)} of clients, {at_once}; "]
         parts += [f"{_short(self.server_hours)} on the server{trials})"]
         parts += [f", {_short(self.gpu_hours)} GPU hours"] if self.gpu_hours else []
         parts += [f", by {self.source}"]
