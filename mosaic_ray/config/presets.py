@@ -107,6 +107,9 @@ SHAPES = {
 
 #: The schedules suit 10 clients of CIFAR's 5,000 images.
 CLIENTS, SHARD = 10, 5_000
+#: The most closing rounds on colour images in a small schedule: with rehearsal it then takes 20 minutes on two cores.
+COLOUR_ROUNDS = 12
+
 #: The most passes over a client's images in a small warm-up, and its fewest rounds.
 PASSES, LEAST_ROUNDS = 25, 10
 #: Fewest local steps of a round, steps of a generator and images in a batch to which smaller clients scale them down.
@@ -183,13 +186,13 @@ def _large(shape: Shape) -> dict[str, Any]:
 def _small_tuning(shape: Shape, knobs: Mapping[str, Any], clients: int) -> dict[str, dict[str, Any]]:
     """Return the knobs with which ``fixed`` does less work, for about 20 minutes on two cores (docs/EXPERIMENTS.md).
 
-    Closing rounds take at most ``PASSES`` passes over the images. Colour images cost more than grey ones, and there a
-    client takes half of the closing rounds and of its generator's steps.
+    Closing rounds take at most ``PASSES`` passes over the images. Colour images cost more than grey ones, so there are
+    at most ``COLOUR_ROUNDS`` closing rounds and half of a generator's steps.
     """
     images = (shape.images or CLIENTS * SHARD) / clients
     seen = knobs.get("finetune.local_steps", FinetuneConfig.local_steps) * min(WarmupConfig.batch_size, images)
     colour = shape.channels == 3
-    most = FIXED["finetune.num_rounds"] // (2 if colour else 1)
+    most = COLOUR_ROUNDS if colour else FIXED["finetune.num_rounds"]
     rounds = min(most, max(LEAST_ROUNDS, round(PASSES * images / seen)))
     own = {"finetune.num_rounds": rounds} if rounds < FIXED["finetune.num_rounds"] else {}
     steps = knobs.get("generator.steps", GeneratorConfig.steps)

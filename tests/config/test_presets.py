@@ -140,7 +140,7 @@ def test_a_recorded_preset_changes_neither_equality_nor_names():
 
 def test_fixed_does_less_where_images_have_colour():
     grey, colour, distilled = (resolve(name) for name in ("fmnist_small", "cifar10_small", "cifar10_small+distilled"))
-    assert (grey.finetune.num_rounds, colour.finetune.num_rounds) == (30, 15)
+    assert (grey.finetune.num_rounds, colour.finetune.num_rounds) == (30, 12)
     assert (colour.generator.steps, distilled.generator.steps) == (400, 800)
     many = resolve("cifar10_small", sets={"partition.num_clients": "1000"})
     assert (many.finetune.num_rounds, many.generator.steps) == (10, LEAST_GENERATOR_STEPS)
