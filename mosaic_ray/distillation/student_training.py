@@ -97,6 +97,10 @@ class Batcher:
         return torch.cat(images), torch.cat(labels)
 
 
+#: The name under which steps of the second training are reported.
+AGAIN = "again"
+
+
 def sample_weights(teacher_logits: Tensor, confidence: float, class_balance: bool, dist: DistContext) -> Tensor:
     """Return weights [B] >= 0: 0 below the teacher ``confidence``; with ``class_balance`` equal totals per class.
 
@@ -120,14 +124,19 @@ def distil(
     """Train the student; returns its weights and figures, equal on all workers.
 
     Held-out prototypes choose the number of steps (``guard``) and give the figures; the student that is returned takes
-    as many from its start on all prototypes.
+    as many from its start on all prototypes. For these steps, counted on from the first ones, ``report`` gets
+    ``{AGAIN: how many}`` in place of metrics.
     """
-    weights, figures = train_student(task, device, dist, report, task.config.distill.steps)
+    first = task.config.distill.steps
+    weights, figures = train_student(task, device, dist, report, first)
     if task.whole is not None:
         student, teacher = task.whole
         kept, none = Prototypes.concatenate([task.kept, task.held_out]), task.held_out.take(np.arange(0))
         whole = replace(task, student=student, teacher=teacher, kept=kept, held_out=none, whole=None)
-        weights, _ = train_student(whole, device, dist, lambda step, metrics: None, int(figures["step"]), guard=False)
+        steps = int(figures["step"])
+        weights, _ = train_student(
+            whole, device, dist, lambda step, metrics: report(first + step, {AGAIN: float(steps)}), steps, guard=False
+        )
     return weights, figures
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..core.errors import OutOfGpuMemory, RunError
 from ..core.types import Weights
-from ..distillation.student_training import DistContext, DistillTask, distil, inspect_student
+from ..distillation.student_training import AGAIN, DistContext, DistillTask, distil, inspect_student
 from ..federated.client import ClientContext
 from .backend import SERVER_TOO_LARGE
 from .determinism import choose_kernels
@@ -35,7 +35,8 @@ def _loop(task: DistillTask, device: torch.device, dist: DistContext, report: Re
     curve: Curve = []
 
     def record(step: int, metrics: dict[str, float]) -> None:
-        curve.append((step, metrics))
+        if AGAIN not in metrics:
+            curve.append((step, metrics))
         report(step, metrics)
 
     weights, figures = distil(task, device, dist, record)

@@ -13,7 +13,7 @@ from ...core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_finding
 from ...core.types import Finding, Prototypes, Weights
 from ...distillation.experts import effective_owners
 from ...distillation.meta_model import Teacher
-from ...distillation.student_training import make_task
+from ...distillation.student_training import AGAIN, make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
 from ...distillation.teacher_training import class_experts, teach
 from ...federated.client_models import Federation, group_counts
@@ -166,9 +166,14 @@ def distill(
 
         def look(step: int, metrics: Mapping[str, float]) -> None:
             nonlocal done
-            for name, value in metrics.items():
-                progress.scalar(f"student/{name}", step, value)
-            progress.advance(step - done, note=f"agreement {metrics['agreement']:.1%}")
+            if AGAIN in metrics:
+                progress.total = config.distill.steps + int(metrics[AGAIN])
+                note = "again, on all prototypes"
+            else:
+                for name, value in metrics.items():
+                    progress.scalar(f"student/{name}", step, value)
+                note = f"agreement {metrics['agreement']:.1%}"
+            progress.advance(step - done, note=note)
             done = step
 
         weights, figures, named, _ = ctx.distil(task, look)
