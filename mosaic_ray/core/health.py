@@ -124,6 +124,10 @@ UNSEEN_CLASSES = Rule(
 INPUT_SHIFT = Rule(
     "meta.shift", "distill", "warning", 0.2, "set meta.input=head, the input that the meta model learnt from"
 )
+CLOSING_FORGETS = Rule(
+    "finetune.forgetting", "finetune", "warning", 1.2, "lower finetune.lr, or leave the closing rounds out: "
+    "finetune.num_rounds=0",
+)  # fmt: skip
 FORGETTING = Rule(
     "distill.forgetting", "distill", "warning", 0.01,
     "set distill.guard=true; lower distill.lr or distill.backbone_lr, or raise distill.anchor_weight",
@@ -300,6 +304,18 @@ def distill_findings(figures: Figures, share_held: float) -> list[Finding]:
         message = f"the loss stands still ({improved:+.1%} better at the end), with {agreed:.0%} agreement"
         found.append(PLATEAU.finding(message, improved))
     return found
+
+
+def closing_findings(losses: Sequence[float]) -> list[Finding]:
+    """Check the closing rounds by the clients' mean training loss in each of them.
+
+    A loss that rises says that the rounds undo what the student has learnt: local steps of clients with few classes
+    pull apart what the server had brought together.
+    """
+    if len(losses) < 2 or not losses[-1] > _threshold(CLOSING_FORGETS) * losses[0]:
+        return []
+    message = f"the clients' loss rose from {losses[0]:.3g} in the first closing round to {losses[-1]:.3g} in the last"
+    return [CLOSING_FORGETS.finding(message, losses[-1] / losses[0] if losses[0] else math.inf)]
 
 
 def format_finding(finding: Finding) -> str:

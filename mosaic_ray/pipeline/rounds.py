@@ -12,6 +12,7 @@ import numpy as np
 from ..config.client_layout import any_partial_width
 from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
+from ..core.health import closing_findings
 from ..core.seeding import numpy_stream
 from ..core.types import ImageSet, Prototypes, Update, Weights
 from ..distillation.client_tasks import PrototypesTask, RehearsalTask
@@ -198,7 +199,10 @@ def federated_rounds(
             ctx.store.save_checkpoint(key, facts, now.parts(federation) | {"losses": {"losses": losses[:done]}})
     for part, arrays in (now.parts(federation) | {"losses": {"losses": losses}}).items():
         writer.add(part, arrays)
-    return {"communication": now.traffic.totals(), "findings": [f.to_json() for f in now.failed.findings()]}
+    findings = now.failed.findings()
+    if rounds.name == "finetune":
+        findings += closing_findings([float(np.nanmean(row)) for row in losses if np.isfinite(row).any()])
+    return {"communication": now.traffic.totals(), "findings": [f.to_json() for f in findings]}
 
 
 def _one_round(

@@ -96,6 +96,9 @@ class FakeTracker:
     def warn(self, text, severity):
         self.warnings.append(f"{severity}: {text}")
 
+    def on_finding(self, finding):
+        pass
+
     def text(self, tag, markdown):
         self.texts[tag] = markdown
 
@@ -169,3 +172,12 @@ def test_a_sound_demo_raises_no_warning_and_no_error(tmp_path):
     summary = runner.run(config, storage=str(tmp_path), progress=False)
     assert {row["severity"] for row in summary["health"]} <= {"info"}
     assert {row["code"] for row in summary["health"]} <= {"experts.single_owner"}
+
+
+def test_closing_rounds_with_a_wild_step_size_are_warned_of_and_the_controls_are_not(tmp_path, stripes_as_data):
+    wild = {"partition.omega": 0.01, "finetune.lr": 0.05, "finetune.num_rounds": 4}
+    wild |= {"warmup.num_rounds": 6, "warmup.local_steps": 6}
+    found = [row for row in go(tmp_path, wild)["health"] if row["code"] == "finetune.forgetting"]
+    assert [(row["stage"], row["severity"]) for row in found] == [("finetune", "warning")]
+    calm = go(tmp_path / "calm", wild | {"finetune.lr": 1e-4})["health"]
+    assert not [row for row in calm if row["code"] == "finetune.forgetting"]

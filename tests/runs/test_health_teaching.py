@@ -11,7 +11,7 @@ from helpers import FACTS, TINY, make_teacher, prototypes, shard_of, stripes
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
-from mosaic_ray.core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
+from mosaic_ray.core.health import SINGLE_OWNER_BELOW, closing_findings, distill_findings, teacher_findings
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import Finding, Prototypes, Weights
 from mosaic_ray.distillation.experts import effective_owners, form_experts, redundancy
@@ -290,3 +290,15 @@ def test_a_teachers_two_paths_are_compared(federation):
 def test_rules_for_distillation(figures, held, found):
     sound = {"class_coverage": 0.9, "num_classes": 10.0, "held_out_before": 0.9, "held_out_after": 0.95, "step": 20.0}
     assert codes(distill_findings(sound | figures, held)) == found
+
+
+@pytest.mark.parametrize(
+    "losses, told",
+    [([1.61, 1.93, 2.30], True), ([1.61, 1.9], False), ([2.0, 1.0, 0.5], False), ([1.0], False), ([], False)],
+)
+def test_closing_rounds_that_undo_what_was_learnt(losses, told):
+    found = closing_findings(losses)
+    assert [f.code for f in found] == ["finetune.forgetting"] * told
+    if told:
+        assert "from 1.61 in the first closing round to 2.3 in the last" in found[0].message
+        assert found[0].value == pytest.approx(2.30 / 1.61)

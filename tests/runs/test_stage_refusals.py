@@ -24,6 +24,7 @@ NOT_OF_REQUESTS = {
     "distillation/client_tasks.py:GeneratorTask.run": "divergence",
     "distillation/ensemble.py:descend": "divergence",
     "distillation/teacher_training.py:synthetic_prototypes": "divergence",
+    "distillation/kmeans.py:kmeans": "divergence",
     "distillation/losses.py:inversion_probe.loss": "a caller's mistake",
     "federated/aggregation.py:RunningAverage.add": "a caller's mistake",
     "federated/aggregation.py:RunningAverage.result": "a caller's mistake",
