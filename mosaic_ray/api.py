@@ -3,7 +3,7 @@
     import mosaic_ray as mr
 
     run = mr.run("fmnist_small", {"generator.steps": 60}, omega=0.01)
-    print(run.summary["accuracy"])
+    print(run.summary.accuracy)
     run.plot("rounds")
 
 Values are typed: numbers, texts, lists. A wrong request raises ``RequestError`` before anything starts, a failure

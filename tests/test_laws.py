@@ -107,6 +107,11 @@ def test_a_whole_run_loads_neither_torchs_compiler_nor_scikit_learn():
     assert loaded_by(run, {"torch", "torch._dynamo", "sklearn", "scipy"}) == {"torch"}
 
 
+def test_listing_methods_loads_no_torch():
+    modules = [f"mosaic_ray.methods.{name}" for name in ("dense", "dfrd", "fedcvae", "fedftg", "mosaic")]
+    assert loaded_by(f"import {', '.join(modules)}", {"torch"}) == set()
+
+
 def test_configuration_loads_neither_torch_nor_ray():
     modules = [f"mosaic_ray.config.{path.stem}" for path in (PACKAGE / "config").glob("[!_]*.py")]
     modules += ["mosaic_ray.core.errors", "mosaic_ray.core.seeding", "mosaic_ray.core.types", "mosaic_ray.spaces"]

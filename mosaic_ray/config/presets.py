@@ -107,7 +107,7 @@ SHAPES = {
 
 #: The schedules suit 10 clients of CIFAR's 5,000 images.
 CLIENTS, SHARD = 10, 5_000
-#: The most closing rounds on colour images in a small schedule: with rehearsal it then takes 20 minutes on two cores.
+#: The most closing rounds on colour images in a small schedule: for 20 minutes on two cores, with rehearsal.
 COLOUR_ROUNDS = 12
 
 #: The most passes over a client's images in a small warm-up, and its fewest rounds.

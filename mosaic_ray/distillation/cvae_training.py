@@ -52,7 +52,7 @@ def prior_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 @contextmanager
 def norm_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect in the yielded list what each batch norm of ``model`` puts out, in the order of the forward pass."""
+    """Collect the outputs of all batch norms of ``model`` in the yielded list, in the order of the forward pass."""
     found: list[Tensor] = []
     hooks = [
         part.register_forward_hook(lambda _, inputs, output: found.append(output))
@@ -74,10 +74,10 @@ def feature_maps(model: Classifier, images: Tensor) -> list[Tensor]:
 
 
 def feature_loss(model: Classifier, drawn: Tensor, real: Tensor) -> Tensor:
-    """Return how far the feature maps of ``drawn`` are from those of ``real``: the feature reconstruction loss.
+    """Return the feature reconstruction loss of the images ``drawn`` against ``real``.
 
-    That is the mean over the maps of their mean squared difference, times the values of an image, so that it compares
-    with a sum over pixels. After Hou et al., "Deep Feature Consistent Variational Autoencoder", WACV 2017, who take a
+    It is the mean squared difference of each feature map, averaged over the maps, times the number of an image's
+    values, so that it compares with a sum over pixels. After Hou et al., "Deep Feature Consistent Variational Autoencoder", WACV 2017, who take a
     network trained on other data; here it is the federation's own.
 
     Args:

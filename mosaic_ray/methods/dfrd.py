@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from ..config.fields import knob
 from ..config.plugins import section_of
 from ..core.about import About, Paper
-from ..models.optimizers import SGD, Adam
 from .base import Method
 from .server_side import RoundKnobs, fine_tune
 
@@ -62,10 +61,12 @@ class DfrdGame:
         return knobs.generator_steps
 
     def adam(self, knobs: DfrdKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
+        from ..models.optimizers import Adam
 
         return Adam(parameters, lr=knobs.generator_lr, betas=(0.5, 0.999))
 
     def optimizer(self, knobs: DfrdKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
+        from ..models.optimizers import SGD
 
         return SGD(parameters, lr=knobs.lr, momentum=knobs.momentum, weight_decay=knobs.weight_decay)
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from ..config.fields import knob
 from ..config.plugins import section_of
 from ..core.about import About, Paper
-from ..models.optimizers import SGD, Adam
 from .base import Method
 from .server_side import RoundKnobs, fine_tune
 
@@ -54,10 +53,12 @@ class FedFtgGame:
         return clients
 
     def adam(self, knobs: FedFtgKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
+        from ..models.optimizers import Adam
 
         return Adam(parameters, lr=knobs.generator_lr * knobs.lr_decay**round_num)
 
     def optimizer(self, knobs: FedFtgKnobs, parameters: Any, round_num: int) -> torch.optim.Optimizer:
+        from ..models.optimizers import SGD
 
         return SGD(parameters, lr=knobs.lr * knobs.lr_decay**round_num, weight_decay=knobs.weight_decay)
 

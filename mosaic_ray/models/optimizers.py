@@ -19,7 +19,7 @@ _WRAPPED = ("add_param_group", "zero_grad", "_cuda_graph_capture_health_check")
 
 
 def without_compiler(base: type[OptimizerT]) -> type[OptimizerT]:
-    """Return a subclass of ``base`` whose methods are what torch wraps for its compiler."""
+    """Return a subclass of ``base`` without the wrappers that torch puts around its methods for its compiler."""
     methods = {name: inspect.unwrap(getattr(base, name)) for name in _WRAPPED if hasattr(base, name)}
     methods["step"] = torch.no_grad()(inspect.unwrap(base.step))
     return type(base.__name__, (base,), methods | {"__module__": __name__, "__doc__": base.__doc__})

@@ -9,7 +9,7 @@ from ..core.types import Finding
 
 
 class Callback:
-    """Watches a run: override what is of interest.
+    """Watches a run. Override the methods that you need.
 
     The calls come from the driver, in order, also for stages that are found in the storage. They change no number. An
     exception in one ends the run as any failure does; the same call of ``run`` resumes it.
