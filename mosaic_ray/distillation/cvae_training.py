@@ -77,7 +77,9 @@ def feature_loss(model: Classifier, drawn: Tensor, real: Tensor) -> Tensor:
     """Return the feature reconstruction loss of the images ``drawn`` against ``real``.
 
     It is the mean squared difference of each feature map, averaged over the maps, times the number of an image's
-    values, so that it compares with a sum over pixels. After Hou et al., "Deep Feature Consistent Variational Autoencoder", WACV 2017, who take a
+    values, so that it compares with a sum over pixels.
+
+    After Hou et al., "Deep Feature Consistent Variational Autoencoder", WACV 2017, who take a
     network trained on other data; here it is the federation's own.
 
     Args:
