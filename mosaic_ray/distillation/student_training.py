@@ -124,8 +124,8 @@ def distil(
     """Train the student; returns its weights and figures, equal on all workers.
 
     Held-out prototypes choose the number of steps (``guard``) and give the figures; the student that is returned takes
-    as many from its start on all prototypes. For these steps, counted on from the first ones, ``report`` gets
-    ``{AGAIN: how many}`` in place of metrics.
+    as many from its start on all prototypes. These steps are counted on from the first ones, and ``report`` gets how
+    many they are (``AGAIN``) beside their metrics.
     """
     first = task.config.distill.steps
     weights, figures = train_student(task, device, dist, report, first)
@@ -134,9 +134,11 @@ def distil(
         kept, none = Prototypes.concatenate([task.kept, task.held_out]), task.held_out.take(np.arange(0))
         whole = replace(task, student=student, teacher=teacher, kept=kept, held_out=none, whole=None)
         steps = int(figures["step"])
-        weights, _ = train_student(
-            whole, device, dist, lambda step, metrics: report(first + step, {AGAIN: float(steps)}), steps, guard=False
-        )
+
+        def second(step: int, metrics: dict[str, float]) -> None:
+            report(first + step, metrics | {AGAIN: float(steps)})
+
+        weights, _ = train_student(whole, device, dist, second, steps, guard=False)
     return weights, figures
 
 
