@@ -44,6 +44,10 @@ test-cluster: $(STAMP) ## a real `ray up`; needs root, iproute2, openssh-server,
 gpu-check: ## tests and measurements on a GPU, under 8 minutes; writes benchmarks/gpu.json
 	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
+.PHONY: bench
+bench: $(STAMP) ## what Mosaic adds to the work itself, on CPUs (half an hour, nothing beside it); writes benchmarks/bench.json
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
 .PHONY: lint
 lint: $(STAMP) ## style, and which folder imports which
 	$(BIN)/ruff check .

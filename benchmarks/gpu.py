@@ -184,7 +184,7 @@ class Bench:
         return work
 
     def bare(self, weights: Any, shard: Any) -> Callable[[], None]:
-        """The same number of steps in the plainest loop: bf16, channels_last, the fastest kernels, no augmentation."""
+        """The same number of steps in the plainest loop: channels_last, the fastest kernels, no augmentation."""
         import torch
 
         from mosaic_ray.data.transforms import normalise
@@ -199,7 +199,7 @@ class Bench:
                 rows = torch.randint(len(shard), (warmup.batch_size,), device=self.device)
                 images = normalise(shard.images[rows], self.facts.mean, self.facts.std)
                 images = images.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
                     loss = torch.nn.functional.cross_entropy(model(images), shard.labels[rows])
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()

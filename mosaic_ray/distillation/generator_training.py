@@ -32,7 +32,7 @@ from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
 from ..models.optimizers import Adam
-from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, use_precision
+from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, uninitialised, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
 NUM_SAMPLES = 64  # sample images that are stored
@@ -359,4 +359,6 @@ def allocate(shares: np.ndarray, total: int) -> np.ndarray:
 
 def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> Generator:
     """Build a frozen generator with ``weights``."""
-    return freeze(load_weights(build_generator(config, facts.channels, facts.image_size, facts.num_classes), weights))
+    with uninitialised():
+        generator = build_generator(config, facts.channels, facts.image_size, facts.num_classes)
+    return freeze(load_weights(generator, weights))

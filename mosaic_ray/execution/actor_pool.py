@@ -140,10 +140,10 @@ class ClientMap:
         """``call``: (config, facts, task); ``shards`` holds references; a client fails for good at ``max_failures``."""
         import ray
 
-        self._pool, self._call, self._per_client, self._clients, self._shards = pool, call, per_client, clients, shards
+        self._pool, self._per_client, self._clients, self._shards = pool, per_client, clients, shards
         self._cost = cost or (lambda client_id: 0.0)
         self._max_failures, self._events = max_failures, events
-        self._broadcast = ray.put(broadcast)
+        self._common, self._round_num = ray.put((*call, broadcast)), getattr(call[2], "round_num", None)
         self._queue = [(-self._cost(c), c) for c in clients]
         heapq.heapify(self._queue)
         self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client, _PING or _ENDED; value; actor)
@@ -189,16 +189,36 @@ class ClientMap:
                     ray.cancel(done, force=False)
 
     def _dispatch(self) -> None:
+        """Give every idle actor a client, and every other one a second, which then need not wait for the driver.
+
+        No second one where runs share the actors, nor for the last clients, which the first idle actor takes.
+        """
         while self._queue and self._idle:
-            _, client_id = heapq.heappop(self._queue)
-            actor = self._idle.pop(0)
-            self._beside[client_id] = len(self._pool.actors)
-            done, value = actor.work.options(num_returns=2).remote(
-                *self._call, client_id, self._shards[client_id], self._broadcast, self._per_client(client_id)
-            )
-            self._running[done] = (client_id, value, actor)
-            self._pool.watch.begin(actor)
-            self._events.step(client_id, 0, 0)
+            self._call(self._idle.pop(0))
+        if self._pool.shared:
+            return
+        for actor in self._pool.actors:
+            if len(self._queue) > len(self._pool.actors) and self._pool.is_up(actor) and len(self._in_hand(actor)) == 1:
+                self._call(actor)
+
+    def _call(self, actor: Any) -> None:
+        _, client_id = heapq.heappop(self._queue)
+        self._beside[client_id] = len(self._pool.actors)
+        done, value = actor.work.options(num_returns=2).remote(
+            self._common, client_id, self._shards[client_id], self._per_client(client_id)
+        )
+        if not self._in_hand(actor):
+            self._begin(client_id, actor)
+        self._running[done] = (client_id, value, actor)
+
+    def _begin(self, client_id: int, actor: Any) -> None:
+        """Note that the work of a client begins."""
+        self._pool.watch.begin(actor)
+        self._events.step(client_id, 0, 0)
+
+    def _in_hand(self, actor: Any) -> list[Any]:
+        """Return the calls that ``actor`` has in hand, in the order in which it works on them."""
+        return [done for done, (_, _, other) in self._running.items() if other is actor]
 
     def _settle(self) -> None:
         """Wait until a call ends, or for a moment."""
@@ -208,7 +228,7 @@ class ClientMap:
             return
         ready, _ = ray.wait(list(self._running), num_returns=1, timeout=LOOK_SECONDS)
         for done in ready:
-            self._end(done, *self._running.pop(done))
+            self._end(done)
         if self._queue:
             for actor in self._pool.poll_scale_up():
                 self._ping(actor)
@@ -226,12 +246,13 @@ class ClientMap:
         if not watch.is_due():
             return
         for done, (client_id, value, actor) in list(self._running.items()):
-            if client_id < 0:
+            if client_id < 0 or self._running.get(done, (_ENDED,))[0] == _ENDED or self._in_hand(actor)[0] is not done:
                 continue
             sign, behind = watch.look(actor), self._is_behind(done, actor)
             if sign.answer and sign.answer[0] == _id(done):
                 self._events.step(client_id, *sign.answer[1:])
             if sign.silent > watch.limit:
+                self._drop_waiting(actor)
                 self._running[done] = (_ENDED, value, actor)
                 self._hung(client_id, actor, sign.silent, behind)
 
@@ -249,43 +270,69 @@ class ClientMap:
             hangs = self._hangs[client_id] = self._hangs.get(client_id, 0) + 1
             self._events.hung(client_id, seconds)
             if hangs >= self._max_failures:
-                round_num = getattr(self._call[2], "round_num", None)
-                raise RunError(no_sign(seconds, hangs), round=round_num, client=client_id)
+                raise RunError(no_sign(seconds, hangs), round=self._round_num, client=client_id)
         self._again(client_id)
 
     def _is_behind(self, done: Any, actor: Any) -> bool:
         """Return whether an actor that runs share had another call in hand when it last answered."""
         return self._pool.watch.call_in_hand(actor) not in ("", _id(done))
 
-    def _end(self, done: Any, client_id: int, value: Any, actor: Any) -> None:
+    def _drop_waiting(self, actor: Any) -> None:
+        """Queue the clients again whose work waits at ``actor`` behind that in hand."""
+        for done in self._in_hand(actor)[1:]:
+            self._again(self._running.pop(done)[0])
+
+    def _end(self, done: Any) -> None:
+        """Handle the end of a call, which may have ended with another that its actor died in."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        if client_id == _ENDED:
-            self._ping(actor)
+        if done not in self._running:
             return
+        client_id, value, actor = self._running[done]
         try:
-            self._pool.watch.end(actor)
             answer = ray.get(done)
         except RayActorError as error:
-            self._lost(client_id, actor, error, client_id >= 0 and self._is_behind(done, actor))
-        except RayTaskError as error:
-            if client_id < 0:
-                raise RunError(f"a client actor cannot start: {first_line(error.cause or error)}") from error
-            cause = error.cause if isinstance(error.cause, RunError) else None
-            if isinstance(cause, OutOfGpuMemory) and (new := self._pool.halve(cause)):
-                self._begin_anew(new, client_id)
-                return
-            self._idle.append(actor)
-            self._failed(client_id, cause or RunError(first_line(error.cause or error), client=client_id))
-        else:
-            self._idle.append(actor)
-            if client_id >= 0:
-                self._arrived[client_id] = value
-                self._pool.seconds += answer
+            first = self._in_hand(actor)[0]
+            self._drop_waiting(actor)
+            client_id = self._running.pop(first)[0]
+            if client_id == _ENDED:
+                self._ping(actor)
             else:
-                self._pool.mark_up(actor, answer)
-                self._losses = 0
+                self._lost(client_id, actor, error, client_id >= 0 and self._is_behind(first, actor))
+            return
+        except RayTaskError as error:
+            answer = error
+        del self._running[done]
+        if client_id == _ENDED:  # it hung until it was done
+            self._ping(actor)
+            return
+        self._pool.watch.end(actor)
+        if waiting := self._in_hand(actor):
+            self._begin(self._running[waiting[0]][0], actor)
+        if isinstance(answer, RayTaskError):
+            self._raised(client_id, actor, answer, idle=not waiting)
+            return
+        if not waiting:
+            self._idle.append(actor)
+        if client_id >= 0:
+            self._arrived[client_id] = value
+            self._pool.seconds += answer
+        else:
+            self._pool.mark_up(actor, answer)
+            self._losses = 0
+
+    def _raised(self, client_id: int, actor: Any, error: Any, idle: bool) -> None:
+        """Handle an exception of a client's work, or of an actor's start."""
+        if client_id < 0:
+            raise RunError(f"a client actor cannot start: {first_line(error.cause or error)}") from error
+        cause = error.cause if isinstance(error.cause, RunError) else None
+        if isinstance(cause, OutOfGpuMemory) and (new := self._pool.halve(cause)):
+            self._begin_anew(new, client_id)
+            return
+        if idle:
+            self._idle.append(actor)
+        self._failed(client_id, cause or RunError(first_line(error.cause or error), client=client_id))
 
     def _failed(self, client_id: int, error: RunError) -> None:
         failures = self._failures[client_id] = self._failures.get(client_id, 0) + 1

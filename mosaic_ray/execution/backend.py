@@ -226,20 +226,19 @@ class ClientActor(Working):
 
     def work(
         self,
-        config: ExperimentConfig,
-        facts: DataFacts,
-        task: Task[Any, Any, Any],
+        common: tuple[ExperimentConfig, DataFacts, Task[Any, Any, Any], Any],
         client_id: int,
         shard: tuple[Any, Any],
-        broadcast: Any,
         own: Any,
     ) -> tuple[float, Any]:
         """Return (seconds, result): two values, so that the driver learns of the end without fetching the result.
 
-        ``shard`` holds references to the client's images and labels, read in place from shared memory.
+        ``common``: configuration, facts, task and broadcast, the same for all clients. ``shard`` holds references to
+        the client's images and labels. All arrays are read in place from shared memory.
         """
         import ray
 
+        config, facts, task, broadcast = common
         call = str(ray.get_runtime_context().get_task_id())
 
         def note(done: int, total: int) -> None:

@@ -6,6 +6,7 @@ on its arguments alone, and changes none of them (they may be read-only views of
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ import numpy as np
 import torch
 
 from ..config.plugins import strategy_named
+from ..config.registry import CLASSIFIERS
 from ..config.schema import ExperimentConfig
 from ..core.errors import RunError
 from ..core.seeding import numpy_stream, seeded
 from ..core.types import DataFacts, ImageSet, Update, Weights
 from ..models.classifiers import Classifier, build_classifier
-from ..models.state_dict import load_weights, to_weights
+from ..models.state_dict import load_weights, to_weights, uninitialised
 from ..models.submodel import ChannelIndices, fit, scale_activations
 from .client_models import Federation, Models
 from .evaluation import confusion, logits_on, own_accuracy, per_class_accuracy
@@ -52,8 +54,10 @@ class ClientContext:
 
     def classifier(self, weights: Weights | None = None, name: str | None = None) -> Classifier:
         """Build a full-width classifier on this device: ``name``, by default the student's; it copies ``weights``."""
-        facts = self.facts
-        model = build_classifier(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        facts, knobs = self.facts, self.config.model
+        loads = weights is not None and (name or knobs.classifier) in CLASSIFIERS
+        with uninitialised() if loads else contextlib.nullcontext():
+            model = build_classifier(knobs, facts.num_classes, facts.channels, facts.image_size, name)
         return (model if weights is None else load_weights(model, weights)).to(self.device)
 
     def client_classifier(self, client_id: int, weights: Weights) -> Classifier:

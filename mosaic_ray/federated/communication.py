@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,13 @@ def entries_of(arrays: Mapping[str, Any]) -> Entries:
 
 def size_of_entries(entries: Entries) -> Size:
     """Return the bytes of one message that holds ``entries``; payload and frame are exactly a safetensors file."""
+    return _size(tuple((name, tuple(shape), kind) for name, (shape, kind) in entries.items()))
+
+
+@lru_cache(maxsize=4096)  # the messages of a round are alike, and there are several for every client
+def _size(entries: tuple[tuple[str, tuple[int, ...], Any], ...]) -> Size:
     header, end = {}, 0
-    sized = [(name, list(shape), np.dtype(kind)) for name, (shape, kind) in entries.items()]
+    sized = [(name, list(shape), _dtype(kind)) for name, shape, kind in entries]
     for name, shape, kind in sorted(sized, key=lambda e: (-e[2].itemsize, e[2].kind == "f", e[0])):
         begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * kind.itemsize
         header[name] = {"dtype": _TYPES[kind.name], "shape": shape, "data_offsets": [begin, end]}
@@ -53,8 +59,13 @@ def size_of_entries(entries: Entries) -> Size:
 
 
 def size_of(arrays: Mapping[str, Any]) -> Size:
-    """Return the bytes of one message that holds ``arrays``."""
-    return size_of_entries(entries_of(arrays))
+    """Return the bytes of one message that holds ``arrays`` or tensors."""
+    return _size(tuple((name, tuple(array.shape), array.dtype) for name, array in arrays.items()))
+
+
+def _dtype(kind: Any) -> np.dtype:
+    """Return numpy's type of ``kind``, its name, or torch's."""
+    return np.dtype(kind if isinstance(kind, np.dtype | type | str) else str(kind).removeprefix("torch."))
 
 
 class Tally:

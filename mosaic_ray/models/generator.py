@@ -5,6 +5,7 @@ Initialisers draw from torch's global generator, so build networks inside ``seed
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class Generator(nn.Module):
         initialise_dcgan(self)
         if num_classes:
             self.embedding = nn.Embedding(num_classes, latent_dim)
-            self.register_buffer("label_cdf", torch.arange(1, num_classes + 1, dtype=torch.float64) / num_classes)
+            self.register_buffer("label_cdf", torch.from_numpy(np.arange(1, num_classes + 1) / num_classes))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         z = z.reshape(len(z), self.latent_dim)

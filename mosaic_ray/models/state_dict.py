@@ -36,8 +36,13 @@ def shapes_only() -> Iterator[None]:
 
     Drawing initial values for such tensors would import torch's compiler, which takes seconds.
     """
-    with torch.device("meta"), _Uninitialised():
+    with torch.device("meta"), uninitialised():
         yield
+
+
+def uninitialised() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which networks that load weights anyway are built without drawing initial values."""
+    return _Uninitialised()
 
 
 def to_weights(module: nn.Module) -> Weights:

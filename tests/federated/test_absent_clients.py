@@ -224,10 +224,10 @@ def deadly() -> type:
     """Return a host that dies of SIGKILL when it trains client 1; a local class is pickled by value."""
 
     class Deadly(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
-            if isinstance(asked, TASKS["train"]) and client_id == 1:
+        def work(self, common, client_id, *rest):
+            if isinstance(common[2], TASKS["train"]) and client_id == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(config, facts, asked, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     return Deadly
 
@@ -251,15 +251,15 @@ def hungry(folder: Path) -> type:
     """Return hosts that kill themselves: the first two that train a generator die together. Ray reports the cause."""
 
     class Hungry(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
-            if isinstance(asked, TASKS["generate"]) and len(os.listdir(folder)) < 2:
+        def work(self, common, client_id, *rest):
+            if isinstance(common[2], TASKS["generate"]) and len(os.listdir(folder)) < 2:
                 (folder / str(client_id)).touch()
                 for _ in range(6000):  # a minute at most
                     if len(os.listdir(folder)) == 2:
                         break
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(config, facts, asked, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     return Hungry
 

@@ -324,10 +324,10 @@ def _watched() -> type:
     from mosaic_ray.execution.backend import ClientActor
 
     class Watched(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
+        def work(self, common, client_id, *rest):
             import sys
 
-            done = super().work(config, facts, asked, client_id, *rest)
+            done = super().work(common, client_id, *rest)
             assert "torchvision" not in sys.modules, "torchvision was imported in a client"
             return done
 
@@ -352,11 +352,11 @@ def _dying(work: str, marker: Path) -> type:
     from mosaic_ray.execution.backend import ClientActor
 
     class Dying(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
-            if isinstance(asked, TASKS[work]) and client_id == 1 and not marker.exists():
+        def work(self, common, client_id, *rest):
+            if isinstance(common[2], TASKS[work]) and client_id == 1 and not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(config, facts, asked, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     return Dying
 
@@ -366,10 +366,10 @@ def test_an_actor_that_can_never_do_it_ends_the_run_with_an_address(tmp_path, ra
     from mosaic_ray.execution.backend import ClientActor
 
     class Doomed(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
+        def work(self, common, client_id, *rest):
             if client_id == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().work(config, facts, asked, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     monkeypatch.setattr("mosaic_ray.execution.backend.ClientActor", Doomed)
     with pytest.raises(RunError, match="stage warmup, client 1: its actor died"):

@@ -107,13 +107,13 @@ def stuck_on(node_id: str, work: str, marker: Path) -> type:
     """Return a host that never ends ``work`` on the node ``node_id``."""
 
     class Stuck(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
+        def work(self, common, client_id, *rest):
             import ray
 
-            if isinstance(asked, TASKS[work]) and ray.get_runtime_context().get_node_id() == node_id:
+            if isinstance(common[2], TASKS[work]) and ray.get_runtime_context().get_node_id() == node_id:
                 marker.write_text(str(client_id))
                 threading.Event().wait()
-            return super().work(config, facts, asked, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     return Stuck
 
@@ -141,16 +141,16 @@ def test_a_machine_that_joins_late_is_used_within_the_round(tmp_path, monkeypatc
         first = nodes[0].node_id
 
         class Waiting(ClientActor):
-            def work(self, config, facts, asked, client_id, *rest):
+            def work(self, common, client_id, *rest):
                 import ray
 
                 if ray.get_runtime_context().get_node_id() != first:
                     if not joined.exists():
-                        joined.write_text(f"{type(asked).__name__} {asked.round_num}")
+                        joined.write_text(f"{type(common[2]).__name__} {common[2].round_num}")
                 elif client_id > 0:  # the first client of the round is served before anybody joins
                     while not joined.exists():
                         time.sleep(0.05)
-                return super().work(config, facts, asked, client_id, *rest)
+                return super().work(common, client_id, *rest)
 
         monkeypatch.setattr("mosaic_ray.execution.backend.ClientActor", Waiting)
         knobs = {"partition__num_clients": 6, "method": "fedavg"}
@@ -228,15 +228,15 @@ def test_a_kill_by_the_memory_monitor_leaves_fewer_at_work_and_the_same_numbers(
     marker, seen = tmp_path / "eaten", []
 
     class Greedy(ClientActor):
-        def work(self, config, facts, asked, client_id, *rest):
-            if isinstance(asked, TASKS["generate"]) and client_id == 0 and not marker.exists():
+        def work(self, common, client_id, *rest):
+            if isinstance(common[2], TASKS["generate"]) and client_id == 0 and not marker.exists():
                 marker.touch()
                 eaten = []
                 while sum(map(len, eaten)) < most:
                     eaten.append(np.ones(64 * MIB, np.uint8))
                     time.sleep(0.02)
                 raise AssertionError("nobody stopped it")
-            return super().work(config, facts, asked, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     remove = ActorPool.remove
 

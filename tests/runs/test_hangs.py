@@ -77,11 +77,11 @@ def stopping(kind: type[Task], folder: Path, times: int = 1) -> type:
     """An actor that stops by SIGSTOP in the middle of client 1's work of this kind, so many times in all."""
 
     class Stopping(ClientActor):
-        def work(self, config, facts, task, client_id, *rest):
-            if isinstance(task, kind) and client_id == 1 and len(os.listdir(folder)) < times:
+        def work(self, common, client_id, *rest):
+            if isinstance(common[2], kind) and client_id == 1 and len(os.listdir(folder)) < times:
                 (folder / str(os.getpid())).touch()
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return super().work(config, facts, task, client_id, *rest)
+            return super().work(common, client_id, *rest)
 
     return Stopping
 
