@@ -96,13 +96,20 @@ def test_law_4_client_actors_load_no_torchvision():
     assert loaded_by("import mosaic_ray.execution.backend, mosaic_ray.federated.client", names) <= {"torch"}
 
 
-def test_a_whole_run_loads_neither_torchs_compiler_nor_scikit_learn():
+REHEARSAL = {
+    "generator.family": "cvae", "generator.lambda_i": 0.0, "distill.steps": 0, "rehearsal.weight": 1.0,
+    "finetune.head": "lda_head", "finetune.bn": "exact",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("knobs", [{}, REHEARSAL], ids=["distillation", "rehearsal"])
+def test_a_whole_run_loads_neither_torchs_compiler_nor_scikit_learn(knobs):
     """Each takes a process seconds, and every client actor is one."""
     run = (
         "import sys, tempfile; sys.path.insert(0, 'tests'); import helpers; "
         "from mosaic_ray.data import load; from mosaic_ray.runs import runner; "
         "load.load_dataset = lambda config: helpers.stripes_dataset(); "
-        "runner.run(helpers.TINY, storage=tempfile.mkdtemp(), progress=False)"
+        f"runner.run(helpers.override(helpers.TINY, {knobs}), storage=tempfile.mkdtemp(), progress=False)"
     )
     assert loaded_by(run, {"torch", "torch._dynamo", "sklearn", "scipy"}) == {"torch"}
 
