@@ -83,13 +83,14 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
 def partition(png: str | None, as_json: bool, **typed: Any) -> None:
     """Show each client's number of samples by class, and save it as a heat map."""
     config = parse_config(**typed)
+    from ..data.groups import with_groups
     from ..data.load import load_dataset
     from ..data.partition import label_counts, skew
     from ..data.partition import partition as deal
 
-    data = load_dataset(config.data)
+    data = with_groups(load_dataset(config.data), [config.partition])
     num_classes = data.facts.num_classes
-    shards = deal(data.train.labels, config.partition, config.seed, num_classes)
+    shards = deal(data.train.labels, config.partition, config.seed, num_classes, data.groups)
     counts = label_counts(data.train.labels, shards, num_classes)
     if png is not None or not as_json:
         from ..report.figures import heatmap

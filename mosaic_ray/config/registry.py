@@ -43,8 +43,18 @@ DATASETS: dict[str, Entry] = {
 DATASET_PREFIXES = {
     "folder": "mosaic_ray.data.image_sources:folder",
     "parquet": "mosaic_ray.data.image_sources:parquet",
+    "hf": "mosaic_ray.data.hub:hub",
     "imported": "mosaic_ray.data.image_cache_build:imported",
 }
+
+#: Samplers that deal images as a file of rows (``file:PATH``) or a column of the data set (``natural:COLUMN``) says.
+SAMPLER_PREFIXES = ("file", "natural")
+
+
+def sampler_kind(sampler: str) -> str:
+    """Return ``file`` or ``natural``, ``plugin`` for user code, or "" for a sampler that ships."""
+    prefix, colon, _ = sampler.partition(":")
+    return "" if not colon else prefix if prefix in SAMPLER_PREFIXES else "plugin"
 
 
 #: Federated strategies by name; ``federated/strategies/base.py`` has their contract. Names joined by ``+`` combine.

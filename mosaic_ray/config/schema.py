@@ -10,12 +10,14 @@ from .fields import knob
 
 @dataclass(frozen=True)
 class DataConfig:
-    name: str = knob("digits", "data set; or folder:PATH, parquet:PATH, imported:NAME")
+    name: str = knob("digits", "data set; or folder:PATH, parquet:PATH, hf:OWNER/NAME, imported:NAME")
     root: str = knob("", "where data sets lie; empty: $MOSAIC_DATA, else ~/.cache/mosaic_ray")
     image_size: int = knob(0, "pixels a side; 0: the data set's own", low=0, high=512)
     channels: int = knob(0, "1 or 3; 0: the data set's own", low=0, high=3)
     download: bool = knob(False, "fetch missing files")
     skip_bad: bool = knob(False, "leave out, and count, images that do not decode")
+    image_column: str = knob("", "column of the images in parquet files; empty: found by name or type")
+    label_column: str = knob("", "column of the classes in parquet files; empty: found by name or type")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class PartitionConfig:
     sampler: str = knob(
         "reference",
         "how labels are dealt: the authors' Dirichlet split, one over clients, one over classes, evenly, a few classes "
-        "each, or evenly in classes and skewed in numbers; or module:function",
+        "each, or evenly in classes and skewed in numbers; or file:PATH, natural:COLUMN, module:function",
         choices=("reference", "dirichlet", "balanced", "iid", "pathological", "quantity"),
         plug_in=True,
     )

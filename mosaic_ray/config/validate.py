@@ -29,7 +29,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
     need(
         name in DATASETS or re.fullmatch(rf"({'|'.join(DATASET_PREFIXES)}):.+|([\w.]+|.+\.py):\w+", name),
         f"data.name = {name}: unknown data set; "
-        f"{neighbours(name, [*DATASETS, 'parquet:PATH', 'folder:PATH', 'module:name'])}",
+        f"{neighbours(name, [*DATASETS, 'parquet:PATH', 'folder:PATH', 'hf:OWNER/NAME', 'module:name'])}",
     )
     need(config.data.channels != 2, "data.channels = 2: it may be 1 or 3, or 0 for the data set's own")
     need(

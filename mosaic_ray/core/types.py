@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -62,14 +64,34 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Training images in groups, such as one for each writer: rows int64 [M], rising, and their groups int64 [M]."""
+
+    rows: np.ndarray
+    groups: np.ndarray
+
+    @cached_property
+    def digest(self) -> str:
+        """Return 20 hexadecimal digits that change with the groups, for keys."""
+        content = (np.ascontiguousarray(array, "<i8").tobytes() for array in (self.rows, self.groups))
+        return hashlib.sha256(b"".join(content)).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
 class Dataset:
-    """A whole data set in memory. ``identity`` goes into cache keys: it changes when the images do."""
+    """A whole data set in memory. ``identity`` goes into cache keys: it changes when the images do.
+
+    ``copy``: the folder of its decoded copy, with further columns of the training images; "" without one.
+    ``groups``: the groups that samplers deal by, by ``partition.sampler``.
+    """
 
     facts: DataFacts
     train: ImageSet
     test: ImageSet
     class_names: tuple[str, ...]
     identity: str
+    copy: str = ""
+    groups: Mapping[str, Groups] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..config.registry import DATASETS
 from ..config.schema import DataConfig
 from ..core.errors import RequestError, neighbours
+from . import hub
 from .download import download
 from .image_cache import FACTS, read_facts
 from .image_cache_build import import_as
@@ -66,6 +67,8 @@ def size_on_disk(places: list[Path]) -> str:
 def fetch_dataset(name: str, config: DataConfig) -> str:
     """Download the data set ``name`` and return a message. Raise ``RequestError`` for an unknown name."""
     root = data_root(config)
+    if name.startswith("hf:"):
+        return f"{name}: {'brought to' if hub.fetch(name, root, renew=True) else 'unchanged in'} {root}"
     if name not in DATASETS and not is_plugin(name):
         raise RequestError(f"{name}: no data set to fetch; {neighbours(name, DATASETS)}")
     if not spec_of(name).resources:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,23 +95,43 @@ class _ArraysOnly(pickle.Unpickler):
         return _NAMES[full]
 
 
-def image_columns(schema: Any, path: Path) -> tuple[str, str, tuple[str, ...]]:
-    """Return the image column, the label column, and the class names in Hugging Face's metadata (or ``()``)."""
+def image_columns(schema: Any, path: Path, image: str = "", label: str = "") -> tuple[str, str, tuple[str, ...]]:
+    """Return the image column, the label column, and the class names in Hugging Face's metadata (or ``()``).
+
+    ``image``, ``label``: the columns' names; where empty, a usual name, else the only column that the metadata calls
+    an ``Image`` or a ``ClassLabel``. ``RequestError`` without one.
+    """
     import pyarrow as pa
 
     def is_image(kind: pa.DataType) -> bool:
         return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
 
     columns = {field.name: field.type for field in schema}
-    image = next((name for name in ("img", "image") if is_image(columns.get(name, pa.null()))), None)
-    labels = ("label", "labels", "fine_label")
-    label = next((name for name in labels if pa.types.is_integer(columns.get(name, pa.null()))), None)
-    if image is None or label is None:
-        wanted = '"img" or "image" with bytes' if image is None else 'whole numbers "label", "labels" or "fine_label"'
+    features = _features(schema)
+
+    def found(name: str, usual: tuple[str, ...], feature: str, fits: Callable[[Any], bool]) -> str | None:
+        fitting = [column for column, kind in columns.items() if fits(kind)]
+        called = [column for column in fitting if features.get(column, {}).get("_type") == feature]
+        names = (name,) if name else (*usual, *(called if len(called) == 1 else ()))
+        return next((column for column in names if column in fitting), None)
+
+    image_found = found(image, ("img", "image"), "Image", is_image)
+    label_found = found(label, ("label", "labels", "fine_label"), "ClassLabel", pa.types.is_integer)
+    if image_found is None or label_found is None:
+        usual = f'"{image}" with bytes' if image else '"img" or "image" with bytes'
+        if image_found is not None:
+            usual = f'whole numbers "{label}"' if label else 'whole numbers "label", "labels" or "fine_label"'
         there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-        raise RequestError(f"{path} has no column {wanted}; it has {there}")
+        knob = "image_column" if image_found is None else "label_column"
+        raise RequestError(f"{path} has no column {usual} (data.{knob} names another); it has {there}")
+    names = features.get(label_found, {}).get("names")
+    return image_found, label_found, tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Return the description of each column in Hugging Face's metadata; empty without one."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return image, label, tuple(map(str, features[label]["names"]))
-    except (KeyError, TypeError, ValueError):
-        return image, label, ()
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}

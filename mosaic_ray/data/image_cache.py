@@ -87,6 +87,7 @@ def read(folder: Path, fixed: DataFacts | None, places: Sequence[Path] | None = 
     return Dataset(
         DataFacts(facts["name"], len(names), channels, size, tuple(mean), tuple(std), colour),
         ImageSet(*arrays[:2]), ImageSet(*arrays[2:]), names, hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        str(folder),
     )  # fmt: skip
 
 

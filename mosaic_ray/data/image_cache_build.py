@@ -20,6 +20,7 @@ from ..config.schema import DataConfig
 from ..core.errors import RequestError, neighbours
 from ..core.types import DataFacts, Dataset
 from . import image_decode
+from .groups import write_columns
 from .image_cache import Damaged, flush, read, stamp, write_facts
 from .image_ops import mean_std
 from .image_sources import check_classes
@@ -28,7 +29,7 @@ from .progress import bar, warn
 from .specs import ImageFiles, Listing, spec_of
 
 #: Part of the copies' names; raise it when the format of copies or the decoding changes.
-VERSION = 2
+VERSION = 3
 _UNFINISHED = ".unfinished-"
 #: Tasks between two flushes to the disk, which shorten the last one.
 _FLUSH = 16
@@ -44,6 +45,7 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
     channels = config.channels or (fixed.channels if fixed else 0)
     config = replace(config, image_size=config.image_size or images.size, channels=channels)
     key = [VERSION, str(images.where), config.name.partition(":")[0], config.image_size, channels, config.skip_bad]
+    key += [config.image_column, config.label_column]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     label = "".join(c if c.isalnum() or c in "-_." else "_" for c in images.where.name)[:80]
     folder = data_root(config) / DECODED / f"{label}-{digest}"
@@ -67,7 +69,8 @@ def decoded(config: DataConfig, images: ImageFiles) -> Dataset:
             warn(f"{data_root(config)} cannot be written to, so decoded images are not kept; see data.root")
             made = build_cache(config, images, fixed, stack, None)
         try:
-            return cast(Dataset, read(made, fixed))
+            found = cast(Dataset, read(made, fixed))
+            return found if made == folder else replace(found, copy="")  # the temporary folder goes
         except Damaged as error:
             raise RequestError(f"{error} as soon as written; is the disk sound?") from error
 
@@ -139,6 +142,9 @@ def build_cache(
         if facts is None:
             facts = _decode(config, folder, listing, known, (3, *shape[1:]))
         assert facts is not None
+        kept = facts.pop("kept")
+        if listing.tables:
+            facts["columns"] = write_columns(folder, listing.tables, kept)
         facts |= {"name": name, "stamp": images_stamp, "listed": listed, "class_names": listing.class_names}
         write_facts(folder, facts)
     except OSError as error:
@@ -223,7 +229,7 @@ def _decode(
     check_classes(name, labels["train"], labels["test"], listing.class_names)
     shown = [name for name, _ in bad[:3]]
     facts: dict[str, Any] = {"coloured": coloured, "left_out": len(bad), "left_out_first": shown, "parts": {}}
-    facts["changes"] = changes
+    facts |= {"changes": changes, "kept": kept["train"]}
     for part in parts:
         good = [[count, checksum] for _, count, checksum, _ in blocks[part] if count]
         _close_gaps(folder / f"{part}_images.npy", shape, blocks[part])

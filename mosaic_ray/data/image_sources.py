@@ -173,16 +173,21 @@ def folder(config: DataConfig) -> ImageFiles:
 
 def parquet(config: DataConfig) -> ImageFiles:
     """List ``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
-    base = _given(config)
+    return parquet_files(config, _given(config))
+
+
+def parquet_files(config: DataConfig, base: Path) -> ImageFiles:
+    """List ``train*.parquet`` and ``test*.parquet`` in the folder ``base``."""
     files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
     for split, paths in files.items():
         if not paths:
             raise RequestError(f"data.name = {config.name}: no {split}*.parquet in {base}")
 
     def listing() -> Listing:
-        (train, names), (test, _) = (_of_parquet(paths) for paths in files.values())
+        (train, names), (test, _) = (_of_parquet(paths, config) for paths in files.values())
         num_classes = _num_classes(config.name, train.labels, len(names))
-        return Listing(train, test, names if len(names) >= num_classes else tuple(map(str, range(num_classes))))
+        names = names if len(names) >= num_classes else tuple(map(str, range(num_classes)))
+        return Listing(train, test, names, tuple(files["train"]))
 
     return ImageFiles(base, [path for paths in files.values() for path in paths], listing)
 
@@ -201,7 +206,7 @@ def _num_classes(name: str, labels: np.ndarray, named: int) -> int:
     return highest + 1
 
 
-def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
+def _of_parquet(paths: list[Path], config: DataConfig) -> tuple[Part, tuple[str, ...]]:
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -211,7 +216,7 @@ def _of_parquet(paths: list[Path]) -> tuple[Part, tuple[str, ...]]:
     for path in paths:
         try:
             with open_regular(path, follow=True) as opened, ParquetFile(opened) as file:
-                image, label, names = image_columns(file.schema_arrow, path)
+                image, label, names = image_columns(file.schema_arrow, path, config.image_column, config.label_column)
                 column, row = file.read(columns=[label]).column(0), 0
                 for group in range(file.num_row_groups):
                     size = file.metadata.row_group(group).num_rows

@@ -47,7 +47,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         for array in (train_set.images, train_set.labels, test_set.images, test_set.labels):
             digest.update(str(array.shape).encode())
             digest.update(array.data)
-    return Dataset(facts, train_set, test_set, raw.class_names, digest.hexdigest()[:16])
+    return Dataset(facts, train_set, test_set, raw.class_names, digest.hexdigest()[:16], raw.copy)
 
 
 def shape_of(config: DataConfig) -> Shape | None:

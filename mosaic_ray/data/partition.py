@@ -8,25 +8,30 @@ addressed streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ..config.registry import sampler_kind
 from ..config.schema import PartitionConfig
 from ..config.user_code import load_object, users_code
 from ..core.errors import RequestError
 from ..core.seeding import numpy_stream
+from ..core.types import Groups
 
 #: The authors seed the partition with the experiment's seed plus this.
 REFERENCE_SEED_OFFSET = 5363
 
 
-def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int) -> list[np.ndarray]:
+def partition(
+    labels: np.ndarray, config: PartitionConfig, seed: int, num_classes: int, groups: Mapping[str, Groups] = {}
+) -> list[np.ndarray]:
     """Return each client's indices into ``labels`` (int64 [N], values in 0..num_classes-1): K shuffled int64 arrays.
 
     Every index occurs exactly once, and every client gets at least ``config.min_size``. The class counts of each client
     depend on the class sizes, ``config`` and ``seed`` alone, not on the order of the labels. ``config.sampler`` names
-    one of ``SAMPLERS``, or user code with the same arguments (labels, class sizes int64 [C], config, seed).
+    one of ``SAMPLERS``, or user code with the same arguments (labels, class sizes int64 [C], config, seed). One that
+    is in ``groups`` (``Dataset.groups``) gives each client a group; indices in no client's group do not occur.
 
     If a draw leaves a client below ``config.min_size``, all are drawn again, ``config.max_tries`` times at most.
     Then ``config.policy`` decides: "reject" raises ``RequestError``, "repair" moves samples to the small clients.
@@ -39,6 +44,8 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
             f"partition.num_clients = {num_clients}: {len(labels)} samples cannot give each client "
             f"partition.min_size = {min_size}; at most {len(labels) // min_size} clients"
         )
+    if sampler_kind(config.sampler) in ("file", "natural"):
+        return _by_groups(groups[config.sampler], config, seed)
     class_sizes = np.bincount(labels, minlength=num_classes)
     if config.sampler in SAMPLERS:
         return SAMPLERS[config.sampler](labels, class_sizes, config, seed)
@@ -51,6 +58,36 @@ def partition(labels: np.ndarray, config: PartitionConfig, seed: int, num_classe
     if min(map(len, shards)) < min_size:
         raise RequestError(f"{what}: it left a client with fewer than partition.min_size = {min_size} samples")
     return shards
+
+
+def chosen_groups(groups: Groups, config: PartitionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the group of each client, rising int64 [K], and all groups' sizes int64 [G].
+
+    The K largest groups have a client; of equal ones the first. A file's groups are its clients, so all have one.
+    ``RequestError`` where there are too few groups, or a client has less than ``config.min_size``.
+    """
+    sizes, clients = np.bincount(groups.groups), config.num_clients
+    what, asked = f"partition.sampler = {config.sampler}", f"partition.num_clients = {clients}"
+    if sampler_kind(config.sampler) == "file" and len(sizes) != clients:
+        raise RequestError(f"{what}: it has {len(sizes)} clients, and {asked}; give --clients {len(sizes)}")
+    if len(sizes) < clients:
+        raise RequestError(f"{what}: the column has {len(sizes)} values, fewer than {asked}; lower that")
+    chosen = np.sort(np.argsort(-sizes, kind="stable")[:clients])
+    if sizes[chosen].min() < config.min_size:
+        enough = np.count_nonzero(sizes >= config.min_size)
+        raise RequestError(
+            f"{what}: {enough} of {len(sizes)} {'clients' if len(sizes) == clients else 'values'} have "
+            f"partition.min_size = {config.min_size} images, and {asked}; lower min_size or num_clients"
+        )
+    return chosen, sizes
+
+
+def _by_groups(groups: Groups, config: PartitionConfig, seed: int) -> list[np.ndarray]:
+    """Give each client its group (``chosen_groups``). omega, ``policy`` and ``max_tries`` do not apply."""
+    chosen, sizes = chosen_groups(groups, config)
+    by_group = np.split(groups.rows[np.argsort(groups.groups, kind="stable")], np.cumsum(sizes)[:-1])
+    rows = (by_group[group] for group in chosen)
+    return [numpy_stream(seed, "partition", "group", k).permutation(own) for k, own in enumerate(rows)]
 
 
 def _accepted(draw: Callable[[int], np.ndarray], config: PartitionConfig) -> np.ndarray:

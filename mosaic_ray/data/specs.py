@@ -32,11 +32,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Listing:
-    """All encoded images of a data set."""
+    """All encoded images of a data set. ``tables``: the training images' parquet files, for their further columns."""
 
     train: Part
     test: Part
     class_names: tuple[str, ...]
+    tables: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,8 @@ class RunContext:
     def inputs(self) -> KeyInputs:
         """Return the inputs of keys, beside upstream keys."""
         sizes = [int(size) for size in self.shards.sizes] if hasattr(self, "shards") else None
-        return KeyInputs(self.config, self.dataset.identity, self.dataset.facts, sizes)
+        groups = {sampler: groups.digest for sampler, groups in self.dataset.groups.items()}
+        return KeyInputs(self.config, self.dataset.identity, self.dataset.facts, sizes, groups)
 
     def client_keys(self, stage: Stage) -> tuple[str, ...]:
         """Return a stage's key for each client, or its only key."""

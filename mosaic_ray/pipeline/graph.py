@@ -28,13 +28,15 @@ class KeyInputs:
     """Inputs of a stage's key, beside upstream keys.
 
     ``identity`` (``Dataset.identity``) and ``facts`` are None where the data are not at hand. ``sizes`` [K] are the
-    clients' training samples; without them every client counts as small (n_k < ``generator.tau``).
+    clients' training samples; without them every client counts as small (n_k < ``generator.tau``). ``groups``: digests
+    of ``Dataset.groups``.
     """
 
     config: ExperimentConfig
     identity: str | None = None
     facts: DataFacts | None = None
     sizes: Sequence[int] | None = None
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ def deal(ctx: RunContext) -> Shards:
     config, data = ctx.config, ctx.dataset
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
-        shards = partition(data.train.labels, config.partition, config.seed, data.facts.num_classes)
+        shards = partition(
+            data.train.labels, config.partition, config.seed, data.facts.num_classes, data.groups
+        )
         held = config.partition.validation_fraction
         train, validation = split_validation(data.train.labels, shards, held, config.seed)
         counts = label_counts(data.train.labels, train, data.facts.num_classes)

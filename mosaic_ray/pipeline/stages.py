@@ -11,6 +11,7 @@ from functools import partial
 
 from ..config.fields import changed_knobs
 from ..config.plugins import identity, parts, trains_generators
+from ..config.registry import sampler_kind
 from ..config.schema import ExperimentConfig
 from ..config.user_code import digest_of
 from ..storage.hashing import stage_key
@@ -74,8 +75,20 @@ def _partition_knobs(inputs: KeyInputs) -> Knobs:
     data = inputs.identity or {"unseen": changed_knobs(config.data, "root", "download")}
     facts = inputs.facts and asdict(inputs.facts)
     knobs = {"data": data, "facts": facts, "partition": changed_knobs(config.partition), "seed": config.seed}
-    source = digest_of(config.partition.sampler, f"partition.sampler = {config.partition.sampler}")
-    return knobs | ({"source": source} if source else {})
+    sampler = config.partition.sampler
+    kind = sampler_kind(sampler)
+    if kind == "plugin":
+        knobs["source"] = digest_of(sampler, f"partition.sampler = {sampler}")
+    elif kind:  # what is dealt counts, not the path or the column's name
+        knobs["partition"] = changed_knobs(config.partition, "sampler") | {"sampler": kind}
+        knobs["groups"] = inputs.groups.get(sampler) or (_file_digest(sampler) if kind == "file" else sampler)
+    return knobs
+
+
+def _file_digest(sampler: str) -> str:
+    from ..data.groups import read_rows  # needs numpy
+
+    return read_rows(sampler).digest
 
 
 PARTITION = Stage("partition", 1, _partition_knobs, unit="draw", work=lambda config: {"draws": 1})

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..config.fields import shown
 from ..config.plugins import load, trains_generators
+from ..config.registry import sampler_kind
 from ..config.resolve import flatten
 from ..config.schema import ExperimentConfig
 from ..config.user_code import load_object
@@ -26,7 +27,7 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
 
     A sampler that is user code must load, too.
     """
-    if ":" in config.partition.sampler:
+    if sampler_kind(config.partition.sampler) == "plugin":
         load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name)

@@ -163,6 +163,7 @@ def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
 
     ``RequestError`` where a network cannot take its images: before any is read, if their size is known by then.
     """
+    from ..data.groups import with_groups
     from ..data.load import known_facts, load_dataset
     from .checks import check_models
 
@@ -170,7 +171,8 @@ def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
     for config in configs:
         if (facts := known[config.data]) is not None:
             check_models(config, facts)
-    datasets = {data: load_dataset(data) for data in known}
+    sections = {data: [config.partition for config in configs if config.data == data] for data in known}
+    datasets = {data: with_groups(load_dataset(data), sections[data]) for data in known}
     for config in configs:
         if known[config.data] is None:
             check_models(config, datasets[config.data].facts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from ...config.registry import sampler_kind
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...storage.filesystem import write_whole
@@ -30,7 +32,7 @@ def default_name(config: ExperimentConfig) -> str:
     """Return the file name of a partition's PNG, without a folder."""
     data = "".join(c if c.isalnum() else "_" for c in config.data.name.rstrip("/").rpartition("/")[2])
     section = config.partition
-    sampler = section.sampler.rpartition(":")[2]
+    sampler = re.sub(r"\W", "_", re.split("[:/]", section.sampler)[-1])
     return f"{data}-{sampler}-omega{section.omega:g}-{section.num_clients}clients-s{config.seed}.png"
 
 
@@ -38,7 +40,8 @@ def heading(config: ExperimentConfig) -> str:
     """Return the title for ``config``'s partition, with the knob that its sampler uses."""
     section = config.partition
     knobs = {"iid": "", "pathological": f", {section.classes_per_client} classes each"}
-    knob = knobs.get(section.sampler, f", omega {section.omega:g}")
+    given = sampler_kind(section.sampler) in ("file", "natural")
+    knob = "" if given else knobs.get(section.sampler, f", omega {section.omega:g}")
     return f"{config.data.name}, {section.num_clients} clients; sampler {section.sampler}{knob}, seed {config.seed}"
 
 
