@@ -14,7 +14,7 @@ def sampler_of(partitioner: Callable[[int, int], Any]) -> Callable[..., list[np.
     """Return a sampler (``partition.sampler``) that deals as a partitioner of flwr-datasets does.
 
     ``partitioner(num_clients, seed)`` returns a ``flwr_datasets.partitioner.Partitioner``. It sees a data set with the
-    columns ``label``, the classes as numbers, and ``row``. flwr-datasets 0.5 and later.
+    columns ``label``, the classes as numbers, and ``row``. Checked against flwr-datasets 0.6.1.
     """
 
     def deal(labels: np.ndarray, class_sizes: np.ndarray, config: PartitionConfig, seed: int) -> list[np.ndarray]:

@@ -146,7 +146,8 @@ def _values(data: Dataset, column: str, what: str) -> Groups:
                 raise RequestError(f"{what}: {data.facts.name} has no such column; {there}")
             for batch in file.iter_batches(_BATCH, columns=[column]):
                 found = batch.column(0).dictionary_encode()
-                own = [numbers.setdefault(value, len(numbers)) for value in found.dictionary.to_pylist()]
+                values = found.dictionary.to_pylist()
+                own = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
                 codes.append(np.array([*own, -1])[found.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
                 if len(numbers) > MOST_VALUES:
                     raise RequestError(f"{what}: the column has more than {MOST_VALUES:,} values")

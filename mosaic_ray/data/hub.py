@@ -143,7 +143,7 @@ def _client(what: str) -> Any:
 
 def _listed(client: Any, repository: str, revision: str) -> Any:
     """Return the files of a revision (``siblings``) and its commit (``sha``), which names a folder here."""
-    info = client.HfApi().dataset_info(repository, revision=revision or None)
+    info = client.HfApi().dataset_info(repository, revision=revision or None, timeout=30)
     if not re.fullmatch("[0-9a-f]{40}", str(info.sha)):
         raise ValueError(f"its revision is {str(info.sha)[:60]!r}")
     return info
@@ -181,7 +181,7 @@ def _splits(siblings: Iterable[Any], config: str, name: str) -> dict[str, list[s
         folder = "/".join(folders[folders[:1] == ["data"] :])
         found.setdefault(folder, {}).setdefault(split, []).append(path)
     whole = {folder: by for folder, by in found.items() if "train" in by and not by.keys().isdisjoint(_TESTS)}
-    usual = [folder for folder in ("", "default") if folder in whole] or [*whole]
+    usual: list[str] = [folder for folder in ("", "default") if folder in whole] or [*whole]
     if not whole:
         return {}
     if config and config not in whole:

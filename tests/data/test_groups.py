@@ -35,7 +35,7 @@ from mosaic_ray.runs import runner
 from mosaic_ray.runs.plan import stage_keys
 
 STRIPES = stripes_dataset()
-ROWS = [(k, row) for row in range(240) for k in [row % 3]]
+ROWS = [(row % 3, row) for row in range(240)]
 
 
 @pytest.fixture(autouse=True)
