@@ -32,7 +32,7 @@ _SAMPLERS = ", ".join(KNOBS["partition.sampler"].metadata["choices"])
 REQUEST: dict[str, Callable[..., Any]] = {
     "preset": click.option("--preset", metavar="NAME", help="A scale, an algorithm, or both as SCALE+ALGORITHM."),
     "algorithm": click.option("--algorithm", metavar="|".join(ALGORITHMS), help="Algorithm preset."),
-    "dataset": click.option("--dataset", metavar="D", help="Data set by name (`mosaic data list`), or folder:PATH, hf:OWNER/NAME."),
+    "dataset": click.option("--dataset", metavar="D", help="See `mosaic data list`; or folder:PATH, hf:OWNER/NAME."),
     "skip_bad": click.option("--skip-bad", flag_value="true", help="Leave out and count images that do not decode."),
     "clients": click.option("--clients", metavar="N", help="Number of clients."),
     "omega": click.option("--omega", metavar="W", help="Dirichlet concentration; small is skewed."),
