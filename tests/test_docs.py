@@ -282,7 +282,7 @@ def test_the_entry_point_of_the_page_is_read(page, kind, monkeypatch):
     asked = []
     point = importlib.metadata.EntryPoint(name, value, f"mosaic_ray.{kind}")
     monkeypatch.syspath_prepend(REPO / "tests" / "plugins")
-    monkeypatch.setattr(plugins, "entry_points", lambda group: asked.append(group) or [point])
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: asked.append(group) or [point])
     for cached in (plugins.entries, plugins.load):
         monkeypatch.setattr(plugins, cached.__name__, functools.lru_cache(cached.__wrapped__))
     assert plugins.load(kind, name).name == name

@@ -7,10 +7,8 @@ import errno
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Sequence
 from itertools import pairwise
@@ -36,13 +34,13 @@ class CommandGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command as click does; suggest close names where it is unknown."""
-        if not args[0].startswith("-") and args[0] not in self.commands:
+        if not args[0].startswith("-") and args[0] not in self.commands and not ctx.resilient_parsing:
             raise RequestError(f'unknown command "{args[0]}"; {neighbours(args[0], self.commands)}')
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does; print the help where there are no arguments."""
-        if not args:
+        if not args and not ctx.resilient_parsing:  # as when a shell completes
             click.echo(ctx.get_help())
             ctx.exit()
         return super().parse_args(ctx, args)
@@ -169,6 +167,8 @@ def _kept(error: Exception) -> str:
     """Write the traceback of an ``error`` that nobody foresaw into a new folder; return a line that names the file."""
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     with contextlib.suppress(OSError, MemoryError):
+        import tempfile
+
         path = os.path.join(tempfile.mkdtemp(prefix="mosaic-"), "error.log")
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
             traceback.print_exception(error, file=file)
@@ -178,6 +178,8 @@ def _kept(error: Exception) -> str:
 
 def resume_command(words: Sequence[str]) -> list[str]:
     """Return the command line that resumes ``words``, with the program as the user typed it."""
+    import shutil
+
     script = sys.argv[0]
     if os.path.basename(script) != "mosaic":  # `python -m mosaic_ray`, `python cli.py`
         program = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import operator
-import tomllib
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -139,6 +138,8 @@ def _parsed(kind: Any, word: str) -> Any:
         return word
     if kind == tuple[str, ...] and '"' not in word and "'" not in word:
         return [name.strip() for name in word.strip("[]").split(",") if name.strip()]
+    import tomllib  # here, as elsewhere in this package, so that a shell's completion is quick
+
     return tomllib.loads(f"v = {_numeral(word)}")["v"]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from ..core.errors import RequestError, neighbours
@@ -40,6 +39,8 @@ def entries(kind: str) -> dict[str, Entry]:
     Args:
         kind: ``methods`` or ``strategies``; installed packages use the group ``mosaic_ray.methods`` and so on.
     """
+    from importlib.metadata import entry_points  # it takes as long to load as all of this package's configuration
+
     installed = {
         e.name: Entry(f"installed by {e.value.partition(':')[0]}", e.value)
         for e in entry_points(group=f"mosaic_ray.{kind}")

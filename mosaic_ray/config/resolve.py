@@ -7,9 +7,7 @@ An unknown or impossible knob is answered here, in one line, before torch or ray
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import RequestError, neighbours
@@ -19,6 +17,8 @@ from .schema import ExperimentConfig
 from .validate import check
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .presets import Shape
 
 
@@ -116,6 +116,8 @@ def override(config: ExperimentConfig, values: Mapping[str, Any], *, text: bool 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a user's TOML file as dotted knobs (and perhaps ``preset``)."""
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             text = file.read(MOST_TOML + 1)

@@ -6,7 +6,6 @@ Where it fails, the error names the user's own file and line.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +15,6 @@ import sys
 import traceback
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ..core.errors import RequestError, neighbours
@@ -73,6 +71,9 @@ def digest_of(word: str, what: str = "") -> str:
         file = getattr(_load_source(what, source), "__file__", None)
     if file is None:
         raise RequestError(f"{what}: {source} is no file; name the module that has the function")
+    import hashlib
+    from pathlib import Path
+
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:20]
 
 
@@ -82,6 +83,9 @@ def load_file(what: str, path: str) -> types.ModuleType:
     The module's name in ``sys.modules`` holds the file's stem and digest, so that its classes can be pickled, and a
     file that changed is another module. No bytecode is read or written.
     """
+    import hashlib
+    from pathlib import Path
+
     places = [path, *(os.path.join(folder, path) for folder in sys.path)]
     path = next(filter(os.path.isfile, places), path)
     try:
