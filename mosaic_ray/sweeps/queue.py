@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .console import SweepView
+from .journal import Journal
 from .results import HPARAMS_FILE, TrialResult, hparams_file, results_files, results_table
 from .search import Search
 from .state import SweepState, Trial
@@ -18,6 +19,7 @@ class TrialQueue:
 
     ``swept``: names of the knobs that differ between points; ``setting``: the ones that choose data and
     partition. With ``strict_health`` a finished trial with a health finding of severity error is run again.
+    ``journal``: the copy of the trials for optuna-dashboard.
     """
 
     search: Search
@@ -26,6 +28,7 @@ class TrialQueue:
     swept: tuple[str, ...] = ()
     setting: tuple[str, ...] = ()
     strict_health: bool = False
+    journal: Journal | None = None
     results: dict[str, TrialResult] = field(default_factory=dict)
     #: Trials that ran out of GPU memory beside others: they run again when fewer clients share a GPU.
     starved: list[Trial] = field(default_factory=list)
@@ -65,11 +68,15 @@ class TrialQueue:
     def start(self, name: str) -> None:
         """Note that the process of the trial ``name`` has started."""
         self._reports[name] = {}
+        if self.journal:
+            self.journal.start(self._trials[name])
         self.view.begin(name, self._trials[name].label)
 
     def report(self, name: str, result: Mapping[str, Any]) -> None:
         """Note a running trial's report: the ``stage`` it begins, a ``score`` at a ``rung``, its final ``status``."""
         self._reports[name] |= {key: result[key] for key in ("stage", "score", "rung", "status") if key in result}
+        if self.journal and "score" in result:
+            self.journal.score(name, result["rung"], result["score"])
         if "stage" in result:
             self.view.stage(name, result["stage"])
 
@@ -132,6 +139,8 @@ class TrialQueue:
     def _keep(self, trial: Trial, summary: Mapping[str, Any]) -> TrialResult:
         kept = TrialResult(trial.name, trial.point, trial.seed, trial.knobs, summary)
         self.results[trial.name] = kept
+        if self.journal:
+            self.journal.end(trial, summary, _selection(summary))
         self.search.finished(trial, _selection(summary))
         return kept
 

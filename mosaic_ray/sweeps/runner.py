@@ -295,6 +295,7 @@ def run(
     from ..runs.runner import check_name, load_data, look_at_devices
     from ..storage.store import Store
     from .console import SweepView
+    from .journal import Journal
     from .queue import TrialQueue
     from .results import read_results
 
@@ -322,7 +323,8 @@ def run(
         with SweepView(sweep.search.total, progress=progress) as view:
             for line in filter(None, [base.reason, *notes, describe(settle(base, there), there), sweep.note]):
                 view.say(line)
-            queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health)
+            journal = Journal(state, request.plan, sweep.setting, view.say)
+            queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health, journal)
             if queue.has_unfinished():
                 _run_trials(sweep, queue, datasets, storage, address)
         queue.write()
