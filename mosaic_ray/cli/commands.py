@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,10 +29,14 @@ from .options import (
     run_options,
     stdout_for_json,
 )
-from .request import cluster_request, gpus_at, parse_address, parse_config
+from .request import cluster_request, gpus_at, parse_address, parse_config, parse_count
+from .runs import diff, runs
 from .store import store
 from .study import experiment
 from .sweep import compare, spaces, sweep
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 #: The colours of the doctor's severities on a terminal.
 COLOURS = {"ok": "green", "warning": "yellow", "problem": "red"}
@@ -119,10 +125,21 @@ def presets() -> None:
 
 
 @mosaic.command()
-@click.argument("preset")
+@click.argument("preset", required=False)
 @common_options("algorithm", "dataset", "clients")
-def show(preset: str, **typed: Any) -> None:
+@click.option("--schema", is_flag=True, help="Print instead the JSON Schema of such files, for an editor.")
+@click.pass_context
+def show(ctx: click.Context, preset: str | None, schema: bool, **typed: Any) -> None:
     """Print PRESET as TOML, every knob with its meaning; `--config` reads it back."""
+    if schema:
+        if given := [word for word in (preset, *typed.values()) if word is not None]:
+            raise RequestError(f"--schema: it holds for every preset, so it goes without {given[0]}")
+        from ..config.json_schema import json_schema
+
+        click.echo(json.dumps(json_schema(), indent=1))
+        return
+    if preset is None:
+        raise click.UsageError("Missing argument 'PRESET'.", ctx)
     click.echo(to_toml(parse_config(preset=preset, **typed), comments=True), nl=False)
 
 
@@ -155,17 +172,28 @@ def methods(name: str | None, bibtex: bool) -> None:
 @mosaic.command()
 @click.argument("path")
 @click.option("--out", metavar="FILE", help="File to write.  [default: report.html in the folder]")
-def report(path: str, out: str | None) -> None:
+@click.option(
+    "--watch", is_flag=False, flag_value="5", metavar="[SECONDS]",
+    help="After PATH: write the page again, every 5 seconds or as given, until the run or sweep ends, or Ctrl-C.",
+)  # fmt: skip
+def report(path: str, out: str | None, watch: str | None) -> None:
     """Write one self-contained page about the results in PATH, and print the page's path.
 
     PATH is a run's, a sweep's or a trial's folder, or a storage that holds only one run or sweep. An unfinished or
     failed run is shown as far as it got.
     """
-    from ..report.html.render import stdout_at, write_report
+    seconds = parse_count("watch", watch)
+    from ..report.html import render
 
-    written = write_report(path, out)
-    if stdout_at(written) is None:
-        click.echo(visible(str(written)))
+    def begun(written: Path) -> None:
+        if render.stdout_at(written) is None:
+            click.echo(visible(str(written)))
+            sys.stdout.flush()
+
+    if seconds is None:
+        begun(render.write_report(path, out))
+    else:
+        render.watch(path, out, seconds, begun)
 
 
 @mosaic.command()
@@ -206,10 +234,26 @@ def doctor(
     ctx.exit(worst)
 
 
-for command in (data, sweep, compare, spaces, store, experiment):
+@mosaic.command()
+@click.argument("shell")
+def completion(shell: str) -> None:
+    """Print the script with which SHELL (bash, zsh or fish) completes commands, options and their values.
+
+    In ~/.bashrc: eval "$(mosaic completion bash)"
+    """
+    from .complete import script
+
+    click.echo(script(shell), nl=False)
+
+
+for command in (data, sweep, compare, spaces, runs, diff, store, experiment):
     mosaic.add_command(command)
 
 
 def main() -> None:
     """Run the ``mosaic`` script."""
+    if "_MOSAIC_COMPLETE" in os.environ:  # a shell asks
+        from .complete import answer
+
+        sys.exit(answer(mosaic))
     mosaic(prog_name="mosaic")

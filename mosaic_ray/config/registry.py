@@ -1,4 +1,4 @@
-"""The names of data sets, strategies, networks and methods, with one line on each; loads nothing heavy."""
+"""The names of data sets, strategies, networks, methods, statuses, with one line on each; loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -159,3 +159,7 @@ METHODS: dict[str, Entry] = {
     ),
     "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }
+
+#: Statuses of runs. running: its process holds the lease. interrupted: neither that nor a summary. damaged: its files
+#: are not what a run writes.
+STATUSES = ("running", "done", "failed", "stopped", "interrupted", "damaged")

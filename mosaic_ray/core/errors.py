@@ -49,7 +49,7 @@ class OutOfGpuMemory(RunError):
         return OutOfGpuMemory(self.message, stage=self.stage or stage, round=self.round, client=self.client)
 
 
-def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:
+def neighbours(word: str, known: Iterable[str], lister: str = "`mosaic show demo`", limit: int = 3) -> str:
     """Return ``'did you mean "x" or "y"?'`` with up to ``limit`` names close to ``word``, else a list of all names."""
     known = sorted(known)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
@@ -61,4 +61,4 @@ def neighbours(word: str, known: Iterable[str], limit: int = 3) -> str:
         return "did you mean " + " or ".join(f'"{n}"' for n in near[:limit]) + "?"
     if len(known) <= 24:
         return "it may be " + ", ".join(known)
-    return f"there are {len(known)}; `mosaic show demo` lists them"
+    return f"there are {len(known)}; {lister} lists them"

@@ -28,6 +28,7 @@ from ..core.untrusted import kind_of
 from ..storage.filesystem import write_whole
 from ..storage.hashing import plain, request_name
 from ..tracking.callback import Callback, tracker_options
+from .listing import lease_of
 from .summary import StageRecord, Summary, build_summary, versions
 
 if TYPE_CHECKING:
@@ -89,11 +90,12 @@ def run(
     lines = [describe(config, there)] if config.runtime.device == "cuda" else []  # on CPUs a finding says it
     if name is None:
         lines.append(settled_elsewhere(asked, config, store))
-    return execute(
-        config, dataset, store, f"runs/{name or default_name(config)}", Placement(address), command=command,
-        strict_health=strict_health, progress=progress, notes=[config.reason, *lines], gpus=there.gpus,
-        **tracker_options(callbacks),
-    )  # fmt: skip
+    place = f"runs/{name or default_name(config)}"
+    with (store.try_lease(lease_of(place)) if store.local_root else None) or nullcontext():  # it shows as running
+        return execute(
+            config, dataset, store, place, Placement(address), command=command, strict_health=strict_health,
+            progress=progress, notes=[config.reason, *lines], gpus=there.gpus, **tracker_options(callbacks),
+        )  # fmt: skip
 
 
 def settled_elsewhere(asked: ExperimentConfig, config: ExperimentConfig, store: Store) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cli_runner import ask, refusal
 from reports import make_run
 
 import mosaic_ray
-from mosaic_ray.cli import commands, group, store
+from mosaic_ray.cli import commands, store
 from mosaic_ray.cli.options import print_parts
 from mosaic_ray.config.resolve import KNOBS, check_value, resolve
 from mosaic_ray.core.errors import RequestError
@@ -95,8 +96,9 @@ def test_an_error_that_nobody_foresaw_is_one_line_and_its_traceback_a_file(words
         raise KeyError("key\x1b")
 
     monkeypatch.setattr(click.Command, "invoke", broken)
-    monkeypatch.setattr(group.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     arguments = {"show": ["demo"], "report": ["."], "fetch": ["digits"], "import": ["--from", ".", "mine"]}
+    arguments |= {"diff": ["one", "two"], "completion": ["bash"]}
     line = refusal(ask(*words, *arguments.get(words[-1], [])), 1)
     path = re.fullmatch(r"mosaic: error: KeyError: .*key\\x1b.*; log: (.*error\.log)\n", line)[1]
     text = Path(path).read_text()
@@ -109,7 +111,7 @@ def test_such_an_error_is_named_even_where_no_file_can_be_written(error, monkeyp
         raise error
 
     monkeypatch.setattr(click.Command, "invoke", broken)
-    monkeypatch.setattr(group.tempfile, "tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     assert type(error).__name__ in refusal(ask("presets"), 1)
 
 
