@@ -67,14 +67,14 @@ class SweepPlan:
 
 def list_spaces() -> dict[str, str]:
     """Return the shipped spaces: name to summary."""
-    return {name: load_space(name)[1].summary for name in _shipped()}
+    return {name: load_space(name)[1].summary for name in shipped()}
 
 
 def load_space(word: str) -> tuple[str, SweepPlan]:
     """Return a short name and the plan of ``word``: a shipped name, ``module:function`` or a ``.py`` file."""
     what, place = f"--space {word}", f"{word}:plan" if word.endswith(".py") else word
     if ":" not in place:
-        if word not in (known := _shipped()):
+        if word not in (known := shipped()):
             near = neighbours(word, known)
             raise RequestError(f"{what}: unknown space; {near} (or give module:function or FILE.py)")
         place = f"{SHIPPED}.{word}:plan"
@@ -88,7 +88,8 @@ def load_space(word: str) -> tuple[str, SweepPlan]:
     return module if name == "plan" else name, plan
 
 
-def _shipped() -> list[str]:
+def shipped() -> list[str]:
+    """Return the names of the spaces that ship."""
     return sorted(found.name for found in pkgutil.iter_modules(importlib.import_module(SHIPPED).__path__))
 
 
