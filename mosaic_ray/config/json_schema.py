@@ -65,16 +65,17 @@ def _any_of(*schemas: Schema) -> Schema:
 
 def _alternatives(knob: Knob) -> list[Schema]:
     meta, kind = knob.metadata, knob.kind
-    names: Mapping[str, Any] = {
+    known: dict[str, Mapping[str, Any]] = {
         "data.name": DATASETS, "method": entries("methods"), "federation.strategy": entries("strategies"),
         "model.classifier": CLASSIFIERS, "model.student": {"": "", **CLASSIFIERS}, "model.classifiers": CLASSIFIERS,
-    }.get(knob.name, {})  # fmt: skip
+    }  # fmt: skip
+    names = known.get(knob.name)
     if meta["choices"]:
         return [{"enum": list(meta["choices"])}, *([_CODE] if meta["plug_in"] else [])]
     if names:
         # names of imported data sets, and strategies joined by a plus, are not listed
         other = {"data.name": _ANY, "federation.strategy": {"type": "string", "pattern": "[:+]"}}.get(knob.name, _CODE)
-        each = [{"enum": list(names)}, other]
+        each: list[Schema] = [{"enum": list(names)}, other]
         return [{"type": "array", "items": _any_of(*each)}, *each] if kind == tuple[str, ...] else each
     if kind in _TYPES:
         found = {"type": _TYPES[kind]} | (_bounds(knob) if kind in (int, float) else {})

@@ -201,7 +201,7 @@ def _stamps(store: Store, below: str) -> dict[str, list[int]]:
 def _read(store: Store, below: str, name: str, modified: float) -> RunRow:
     """Read the files of a run."""
     place, summary = f"{below}/{name}", _Summary()
-    row = {"name": name, "modified": min(max(modified, 0.0), _MOST_TIME)}
+    modified = min(max(modified, 0.0), _MOST_TIME)
     try:
         try:
             summary = from_json(_Summary, parse_json(store.files.read(f"{place}/summary.json")))
@@ -209,9 +209,9 @@ def _read(store: Store, below: str, name: str, modified: float) -> RunRow:
         except FileNotFoundError:
             knobs = dotted(tomllib.loads(store.files.read(f"{place}/config.toml", MOST_TOML).decode()))
         spent = [stage.computed_seconds or stage.seconds or 0.0 for stage in (summary.stages or {}).values()]
-        row |= {
-            "status": summary.status or "interrupted", "data": knobs.get("data.name"),
-            "method": summary.method or knobs.get("method"),
+        row = {
+            "name": name, "modified": modified, "status": summary.status or "interrupted",
+            "data": knobs.get("data.name"), "method": summary.method or knobs.get("method"),
             "strategy": knobs.get("federation.strategy", knobs.get("federation.optimiser")),
             "clients": knobs.get("partition.num_clients"), "omega": knobs.get("partition.omega"),
             "seed": knobs.get("seed") if summary.seed is None else summary.seed,
@@ -220,4 +220,4 @@ def _read(store: Store, below: str, name: str, modified: float) -> RunRow:
         }  # fmt: skip
         return _row(row)
     except _UNREADABLE:
-        return RunRow(name=name, modified=row["modified"], status="damaged")
+        return RunRow(name=name, modified=modified, status="damaged")

@@ -67,11 +67,12 @@ class Journal:
         if state.store.local_root is None:
             raise OSError("it takes a storage on a disk")
         import optuna
+        from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         for name in (FILE, f"{FILE}.lock"):  # of an earlier session, which may have been killed
             state.store.files.delete(f"{state.place}/{name}")
-        backend = optuna.storages.journal.JournalFileBackend(str(state.store.local_root / state.place / FILE))
+        backend = JournalFileBackend(str(state.store.local_root / state.place / FILE))
         self._storage = optuna.storages.JournalStorage(backend)
 
     def _add(self, trial: Trial) -> None:
