@@ -1,7 +1,7 @@
 """Experiments in heterogeneous federated learning, built around Mosaic (arXiv 2505.19699).
 
-From Python (``api``): ``run``, ``sweep``, ``compare``, ``configure``, ``Callback``, and ``load_run`` and ``load_sweep``
-for what is stored. Each is loaded when it is asked for.
+From Python (``api``): ``run``, ``sweep``, ``compare``, ``configure``, ``Callback``; for what is stored ``load_run``,
+``load_sweep`` and ``load_model``. Each is loaded when it is asked for.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_run", "load_sweep",
-    "run", "sweep",
+    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_model", "load_run",
+    "load_sweep", "run", "sweep",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from .api import (
     Sweep,
     compare,
     configure,
+    load_model,
     load_run,
     load_sweep,
     run,
@@ -17,6 +18,6 @@ from .api import (
 
 __version__: str
 __all__ = [
-    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_run", "load_sweep",
-    "run", "sweep",
+    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_model", "load_run",
+    "load_sweep", "run", "sweep",
 ]  # fmt: skip

@@ -12,7 +12,8 @@ Values are typed: numbers, texts, lists. A wrong request raises ``RequestError``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from typing import Any
 from .cli.request import KNOB_OF_OPTION, compare_plan, gpus_at, parse_address, parse_config, reference, sweep_request
 from .config.resolve import check_value
 from .config.schema import ExperimentConfig as Config
-from .core.errors import RequestError, RunError
-from .report.api import Run, Sweep, load_run, load_sweep
+from .core.errors import Interrupted, RequestError, RunError
+from .report.api import Run, Sweep, load_model, load_run, load_sweep
 from .storage.uri import redacted
 from .sweeps.space import Choice, SweepPlan, check_space
 from .tracking.callback import Callback
 
 __all__ = [
-    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_run", "load_sweep",
-    "run", "sweep",
+    "Callback", "Config", "RequestError", "Run", "RunError", "Sweep", "compare", "configure", "load_model", "load_run",
+    "load_sweep", "run", "sweep",
 ]  # fmt: skip
 
 #: Values of knobs by dotted name.
@@ -72,10 +73,11 @@ def run(
         config = preset
     else:
         config = _parsed(preset, knobs, place, options)
-    summary = runner.run(
-        config, storage=root, name=name, address=place, fresh=fresh, progress=progress,
-        strict_health=strict_health, callbacks=callbacks,
-    )  # fmt: skip
+    with _alone():
+        summary = runner.run(
+            config, storage=root, name=name, address=place, fresh=fresh, progress=progress,
+            strict_health=strict_health, callbacks=callbacks,
+        )  # fmt: skip
     return load_run(summary["paths"]["run"])
 
 
@@ -155,11 +157,27 @@ def _swept(
 
         points = with_controls(request.config, request.plan.points)
         request = replace(request, plan=replace(request.plan, points=points))
-    outcome = runner.run(request, storage=root, address=place, **how)
+    with _alone():
+        outcome = runner.run(request, storage=root, address=place, **how)
     if space == "compare":
         compared(request, outcome, root)
     outcome.raise_failures()
     return load_sweep(outcome.place)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Leave no Ray behind that the block started or joined; say in one line how an interrupted block goes on."""
+    from .execution.ray_session import disconnect, is_up
+
+    before = is_up()
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same call resumes") from None
+    finally:
+        if not before:
+            disconnect()
 
 
 def _plan(space: SweepPlan | Mapping[str, Sequence[Any]]) -> SweepPlan:

@@ -16,6 +16,7 @@ from ..config.resolve import to_toml
 from ..core.errors import RequestError
 from ..core.text import visible
 from .data import data
+from .export import export
 from .group import CommandGroup, resume_command
 from .options import (
     GRID,
@@ -246,7 +247,7 @@ def completion(shell: str) -> None:
     click.echo(script(shell), nl=False)
 
 
-for command in (data, sweep, compare, spaces, runs, diff, store, experiment):
+for command in (data, sweep, compare, spaces, runs, diff, store, experiment, export):
     mosaic.add_command(command)
 
 

@@ -21,7 +21,7 @@ from ..core.errors import RequestError, RunError, neighbours
 from ..core.text import visible
 
 #: Options of which an empty value would mean that they are absent.
-WITHOUT_IT = ("address", "cluster", "config", "from", "out", "png", "preset", "space", "storage")
+WITHOUT_IT = ("address", "cluster", "config", "from", "out", "output", "png", "preset", "space", "storage")
 
 
 class CommandGroup(click.Group):

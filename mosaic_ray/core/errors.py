@@ -15,6 +15,13 @@ class RequestError(Exception):
     """A wrong request of the user: one line that names the option, knob or file, its value, and allowed values."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised from Python in place of ``KeyboardInterrupt``: one line that says how to go on, alone in a notebook."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython's way to show an exception
+        return [str(self)]
+
+
 class RunError(Exception):
     """A failure of a run, with its stage and, where they apply, its round and client."""
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -61,6 +61,22 @@ class DataFacts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentations: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_json(value: Any) -> DataFacts:
+        """Check and return facts that were read from JSON; ``ValueError`` names the field that does not fit."""
+        given = from_json(dict[str, Any], value)
+        found = {name: from_json(kind, given.get(name), name) for name, kind in _FACTS.items()}
+        if not len(found["mean"]) == len(found["std"]) == found["channels"]:
+            raise ValueError("mean")
+        return DataFacts(**{name: tuple(x) if isinstance(x, list) else x for name, x in found.items()})
+
+
+_FACTS: dict[str, Any] = {
+    "name": str, "num_classes": Annotated[int, (1, 10**6)], "channels": Literal[1, 3],
+    "image_size": Annotated[int, (1, 10**4)], "mean": list[Annotated[float, (-1e3, 1e3)]],
+    "std": list[Annotated[float, (1e-6, 1e3)]], "augmentations": list[str],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

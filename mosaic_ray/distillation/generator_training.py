@@ -51,15 +51,20 @@ def classifier_view(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
     return fake if gan_range == "model_norm" else pm1_to_normalised(fake, facts.mean, facts.std)
 
 
-def to_pixels(fake: Tensor, gan_range: str, facts: DataFacts) -> np.ndarray:
-    """Convert a generator's output to uint8 images [B, channels, H, W]."""
+def pixels_of(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
+    """Convert a generator's output to uint8 images [B, channels, H, W], on its device."""
     if gan_range == "model_norm":
         shape = (1, -1, 1, 1)
         mean, std = fake.new_tensor(facts.mean).view(shape), fake.new_tensor(facts.std).view(shape)
         unit = fake * std + mean
     else:
         unit = (fake + 1) / 2
-    return (unit.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return (unit.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_pixels(fake: Tensor, gan_range: str, facts: DataFacts) -> np.ndarray:
+    """Convert a generator's output to uint8 images [B, channels, H, W]."""
+    return pixels_of(fake, gan_range, facts).cpu().numpy()
 
 
 def num_steps(config: GeneratorConfig, num_samples: int) -> int:

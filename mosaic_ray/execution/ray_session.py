@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,16 @@ def connect(address: str = "local") -> Resources:
     return all_resources()
 
 
+def is_up() -> bool:
+    """Return whether this process has started or joined Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+#: What ends the watchers of Ray's processes.
+_goodbyes: list[Callable[[], None]] = []
+
+
 def _init(address: str, options: Mapping[str, Any]) -> None:
     """Start or join Ray; start it again, up to ``MAX_STARTS`` times, where it gave up its start after 30 seconds."""
     import ray
@@ -195,6 +205,7 @@ def _watch(own: bool) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     atexit.register(goodbye)  # before Ray's own, which stops these processes
+    _goodbyes.append(goodbye)
 
 
 def all_resources() -> Resources:
@@ -273,7 +284,11 @@ def own_node() -> dict[str, float]:
 
 
 def disconnect() -> None:
-    """Leave Ray; stop a Ray that ``connect`` started here."""
-    import ray
+    """Leave Ray; stop a Ray that ``connect`` started here. Nothing happens without Ray."""
+    while _goodbyes:
+        atexit.unregister(goodbye := _goodbyes.pop())
+        goodbye()
+    if is_up():
+        import ray
 
-    ray.shutdown()
+        ray.shutdown()

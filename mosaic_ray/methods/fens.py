@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..config.schema import ExperimentConfig
+    from ..core.types import Weights
     from ..distillation.ensemble import GatedEnsemble
+    from ..federated.client import ClientContext
     from ..federated.client_models import Federation
     from ..federated.communication import Entries, Size, Tally
     from ..pipeline.context import Facts, RunContext
     from ..pipeline.rounds import Warmup
-    from ..storage.store import StageWriter
+    from ..storage.store import StageResult, StageWriter
     from ..tracking.progress import StageProgress
 
 
@@ -98,16 +100,9 @@ def train_gate(ctx: RunContext, stage: Stage, warmup: Warmup) -> GatedEnsemble:
     import numpy as np
 
     from ..core.seeding import seeded
-    from ..distillation.ensemble import (
-        Ensemble,
-        ExpertLogitsTask,
-        GatedEnsemble,
-        GateTask,
-        adam_on_server,
-        gate_network,
-    )  # fmt: skip
+    from ..distillation.ensemble import ExpertLogitsTask, GateTask, adam_on_server, gate_network
     from ..federated.communication import Tally, entries_of, size_of
-    from ..models.state_dict import load_weights, to_weights
+    from ..models.state_dict import to_weights
     from ..pipeline.context import FailedClients
     from ..pipeline.evaluate import log_validation
     from ..pipeline.stored import check_entries, check_facts
@@ -166,11 +161,21 @@ def train_gate(ctx: RunContext, stage: Stage, warmup: Warmup) -> GatedEnsemble:
         return {"communication": traffic.totals(), "findings": rows}
 
     result = ctx.find_or_compute(stage, compute)
-    with result.read_as("gate"):
-        gate = load_weights(network, result.load("gate")).requires_grad_(False)
-    found = GatedEnsemble(Ensemble(ctx.client_context, experts), gate.to(ctx.client_context.device)).eval()
+    found = read_gate(ctx.client_context, result, experts)
     log_validation(ctx, stage.name, own.rounds, result.key, found)
     return found
+
+
+def read_gate(context: ClientContext, result: StageResult, experts: dict[int, Weights]) -> GatedEnsemble:
+    """Return the ``experts`` below the gate that the stage stored."""
+    from ..core.seeding import seeded
+    from ..distillation.ensemble import Ensemble, GatedEnsemble, gate_network
+    from ..models.state_dict import load_weights
+
+    with seeded(context.config.seed, "fens", "gate"), result.read_as("gate"):
+        network = gate_network(len(experts), context.facts.num_classes, _own(context.config).hidden)
+        gate = load_weights(network, result.load("gate")).requires_grad_(False)
+    return GatedEnsemble(Ensemble(context, experts), gate.to(context.device)).eval()
 
 
 def _send_experts(tally: Tally, clients: list[int], sizes: dict[int, Size]) -> None:

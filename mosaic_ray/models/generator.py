@@ -46,7 +46,7 @@ class Generator(nn.Module):
             self.register_buffer("label_cdf", torch.from_numpy(np.arange(1, num_classes + 1) / num_classes))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        z = z.reshape(len(z), self.latent_dim)
+        z = z.flatten(1)
         z = z if labels is None else z + self.embedding(labels)
         return self.layers(z[:, :, None, None])
 

@@ -21,6 +21,7 @@ from ..core.units import size
 from ..runs.equal_compute import client_steps
 from ..sweeps.results import Point, Row
 from ..sweeps.space import point_name
+from .fragment import html_table, paragraph
 from .paired import LEVEL, POWER, paired_p, seeds_needed
 from .sweep_table import mean_and_sd, measures
 from .tables import CEILING, _table
@@ -154,6 +155,16 @@ class Comparison:
             if seed not in method.finals
         ]  # fmt: skip
         return lines + ([f"Left out of every pair, since they have no result: {'; '.join(absent)}."] if absent else [])
+
+    def _repr_html_(self) -> str:
+        tables = [
+            html_table(
+                self.heads, [self.cells(method) for method in methods], self.title(omega),
+                [number for number, method in enumerate(methods) if method.name in self.best(omega)],
+            )
+            for omega, methods in self.sections.items()
+        ]  # fmt: skip
+        return "\n".join([*tables, *map(paragraph, self.caption)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         """Yield a table for each omega, in parts where its columns do not fit."""

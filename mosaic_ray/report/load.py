@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,8 @@ from ..config.resolve import KNOBS, dotted, override, read_toml
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
 from ..core.text import visible
-from ..core.types import Weights
+from ..core.types import DataFacts, Weights
+from ..core.units import size
 from ..core.untrusted import MAX_JSON, parse_json, read_regular
 from ..runs.provenance import client_keys, joint_keys
 from ..runs.summary import Summary
@@ -30,7 +32,7 @@ from ..sweeps.space import setting_knobs
 from ..sweeps.state import PlanFile
 from .comparison import Comparison, compare
 from .sweep_table import best_sections
-from .text import labels_of
+from .text import duration, labels_of, points
 
 _METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
 
@@ -45,7 +47,8 @@ class RunReport:
 
     ``summary`` is the content of summary.json (empty before there is one), ``config`` the knobs by section, ``metrics``
     a frame [stage, tag, step, value], ``label_counts`` int64 [clients, classes] or None, ``command`` the command line.
-    ``class_names`` [classes] are there where they are more than numbers.
+    ``class_names`` [classes] are there where they are more than numbers. ``facts``: shape and constants of the images;
+    None in runs of earlier versions.
     Methods read the store when they are called and raise ``NotAvailable`` with the reason where a result is missing.
     """
 
@@ -57,17 +60,30 @@ class RunReport:
     command: str | None
     store: Store | None
     class_names: tuple[str, ...] = ()
+    facts: DataFacts | None = None
 
     def __repr__(self) -> str:
         reached = {role: value for role, value in (self.summary.accuracy or {}).items() if value is not None}
+        words = [f"{role} {reached.pop(role):.4f}" for role in ("final", "control") if role in reached]
+        words += [f"gain {points(self.gain)} points"] if self.gain is not None else []
+        at_clients = self.summary.client_accuracy.all if self.summary.client_accuracy else {}
+        stages, moved = self.summary.stages or {}, self.summary.communication_bytes or {}
+        seconds = sum(stage.seconds or 0.0 for stage in stages.values())
+        found = Counter(finding.severity for finding in self.summary.health or ())
         clients = "" if self.label_counts is None else f"{len(self.label_counts)} clients, "
-        return "\n".join([
-            f"{type(self).__name__} {visible(self.name, '')}: {self.status}",
-            f"  method    {self.summary.method or self.knob('method')}, seed {self.summary.seed}",
-            f"  data      {self.knob('data.name')}, {clients}{self.knob('partition.sampler')} sampler",
-            *(f"  accuracy  {role} {value:.4f}" for role, value in reached.items()),
-            f"  folder    {visible(str(self.folder), '')}",
-        ])  # fmt: skip
+        rows = {
+            "method": f"{self.summary.method or self.knob('method')}, seed {self.summary.seed}",
+            "data": f"{self.knob('data.name')}, {clients}{self.knob('partition.sampler')} sampler",
+            "accuracy": ", ".join(words), "others": ", ".join(f"{r} {value:.4f}" for r, value in reached.items()),
+            "clients": ", ".join(f"{n} {v['mean']:.4f}" for n, v in at_clients.items() if "mean" in v),
+            "time": f"{duration(seconds)}, {sum(s.cached for s in stages.values())} of {len(stages)} stages stored"
+                    if stages else "",
+            "sent": ", ".join(f"{size(sum(kinds.values()))} {way}" for way, kinds in moved.items()),
+            "health": ", ".join(f"{count} {severity}" for severity, count in found.items()),
+            "folder": str(self.folder),
+        }  # fmt: skip
+        lines = [f"  {name:<9} {visible(words, '')}" for name, words in rows.items() if words]
+        return "\n".join([f"{type(self).__name__} {visible(self.name, '')}: {self.status}", *lines])
 
     @property
     def name(self) -> str:
@@ -301,6 +317,7 @@ def read_run(path: str | Path) -> RunReport:
     return RunReport(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), counts, read_text(folder / "command.txt"),
         Store(above, create=False) if above else None, () if counts is None else _class_names(folder, counts.shape[1]),
+        _facts(folder),
     )  # fmt: skip
 
 
@@ -390,3 +407,12 @@ def _class_names(folder: Path, num_classes: int) -> tuple[str, ...]:
     if not isinstance(names, list) or len(names) != num_classes or names == [str(c) for c in range(num_classes)]:
         return ()
     return tuple(map(str, names))
+
+
+def _facts(folder: Path) -> DataFacts | None:
+    kept = _json(folder / "label_counts.json").get("data")
+    try:
+        return None if kept is None else DataFacts.from_json(kept)
+    except ValueError as error:
+        why = f"its data.{error} is not what a run writes; the same command writes it again"
+        raise RequestError(f"{folder / 'label_counts.json'}: {why}") from None

@@ -9,6 +9,14 @@ from ..core.text import visible
 #: Most names in a list; the others are counted.
 MOST_NAMED = 6
 
+#: What the model of each role is.
+ROLE_NAMES = {
+    "final": "after the closing rounds", "control": "the same rounds, no distillation",
+    "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
+    "ceiling": "linear probe; reads all clients' images, not a federated method",
+    "server_student": "a network that no client holds, trained on synthetic images",
+}  # fmt: skip
+
 
 def percent(share: float | None) -> str:
     """Format a share in [0, 1] as ``95.3 %``."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..core.text import visible
-from ..tracking.progress import Quiet, clock, is_terminal
+from ..tracking.notebook import Cell, in_notebook
+from ..tracking.progress import Quiet, clock, is_terminal, line_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,6 +36,7 @@ class SweepView:
     """
 
     def __init__(self, total: int, *, stream: TextIO | None = None, progress: bool | None = None) -> None:
+        self._cell = Cell() if stream is None and progress is not False and in_notebook() else None
         stream = sys.stderr if stream is None else stream
         self.total = total
         self.best: dict[str, tuple[str, float]] = {}  # setting -> label and selection
@@ -44,7 +45,8 @@ class SweepView:
         self._begun, self._slots, self._succeeded = _now(), 1, False
         self._durations: list[float] = []
         self._live: Live | None = None
-        if progress is not False and is_terminal(stream):
+        self._said: list[RenderableType] = []
+        if progress is not False and not self._cell and is_terminal(stream):
             from rich.console import Console
             from rich.live import Live
 
@@ -52,7 +54,7 @@ class SweepView:
             console, redirect = Console(file=stream, force_terminal=True), sys.stdout.isatty()
             self._live = Live(self, console=console, refresh_per_second=4, redirect_stdout=redirect)
         self._plain = Quiet(stream)
-        self._lines = self._live is None and progress is not False
+        self._lines = self._live is None and self._cell is None and progress is not False
 
     def __enter__(self) -> SweepView:
         self._begun = _now()
@@ -63,6 +65,11 @@ class SweepView:
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
+        self._draw(at_once=True)
+
+    def _draw(self, at_once: bool = False) -> None:
+        if self._cell:
+            self._cell.show(self, *self._said, at_once=at_once)
 
     def begin(self, trial: str, label: str) -> None:
         """Show that ``trial`` starts, for the first time or again."""
@@ -70,11 +77,13 @@ class SweepView:
         self._slots = max(self._slots, len(self._running))
         if self._lines:
             self.say(f"{label}: begins")
+        self._draw()
 
     def stage(self, trial: str, name: str, note: str = "") -> None:
         """Show the stage of ``trial``, with a short ``note`` such as "found"."""
         if trial in self._running:
             self._running[trial].stage = f"{name} {note}".rstrip()
+            self._draw()
 
     def found(self, status: str, selection: float | None, label: str, setting: str = "") -> None:
         """Count a trial that has finished, in this session or an earlier one."""
@@ -94,6 +103,7 @@ class SweepView:
             outcome = {"done": reached or "done", "stopped": "stopped early", "failed": "failed"}[status]
             parts = filter(None, (outcome, self._best(setting), self._left()))
             self.say(f"[{sum(self.ended.values())}/{self.total}] {label}: {', '.join(parts)}")
+        self._draw()
 
     def drop(self, trial: str) -> None:
         """Show that ``trial`` ended and is to run again."""
@@ -101,13 +111,13 @@ class SweepView:
 
     def say(self, text: str, mark: str = "") -> None:
         """Print a line, above the live view; ``mark`` is "warning" or nothing."""
-        if self._live is None:
+        if self._cell:
+            self._said.append(line_of(text, mark))
+            self._draw(at_once=True)
+        elif self._live:
+            self._live.console.print(line_of(text, mark), soft_wrap=True)
+        else:
             self._plain.say(text, mark)
-            return
-        from rich.text import Text
-
-        line = Text(visible(f"{mark}: {text}"), style="yellow") if mark else Text(visible(text))
-        self._live.console.print(line, soft_wrap=True)
 
     def seconds_left(self) -> float | None:
         """Estimate the seconds left from the mean duration of the finished trials.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TextIO
 
 from ..core.text import visible
+from .notebook import Cell, in_notebook
 
 #: ``[tag, step, value]``; the value is None where it was not finite, so that it survives JSON.
 Scalar = list[Any]
@@ -254,10 +255,11 @@ class Live(Quiet):
 
     def begin(self, stage: StageProgress) -> None:
         self.tasks[stage] = self.progress.add_task(stage.name, total=stage.total, stage=stage)
-        self.progress.start()
+        self.draw(at_once=True)
 
     def advance(self, stage: StageProgress) -> None:
         self.progress.update(self.tasks[stage], completed=stage.position)
+        self.draw()
 
     resume = inside = advance
 
@@ -265,20 +267,52 @@ class Live(Quiet):
         if stage.state == "done":
             self.progress.update(self.tasks[stage], total=max(stage.done, 1), completed=max(stage.done, 1))
         else:
-            self.progress.stop()  # restores the terminal before the failure is printed
+            self.close()  # restores the terminal before the failure is printed
 
     def cached(self, stage: StageProgress) -> None:
         self.progress.add_task(stage.name, total=1, completed=1, stage=stage)
-        self.progress.start()
+        self.draw(at_once=True)
+
+    def draw(self, at_once: bool = False) -> None:
+        """Begin to draw; from then on a thread does."""
+        if at_once:
+            self.progress.start()
 
     def say(self, text: str, mark: str) -> None:
-        from rich.text import Text
-
-        style = {"warning": "yellow", "error": "red"}.get(mark, "")
-        self.console.print(Text(visible(f"{mark}: {text}" if mark else text), style=style), soft_wrap=True)
+        self.console.print(line_of(text, mark), soft_wrap=True)
 
     def close(self) -> None:
         self.progress.stop()
+
+
+class Notebook(Live):
+    """Show the rows of ``Live`` in the output of a notebook's cell, and messages below them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self.cell, self.lines = Cell(), list[Any]()
+
+    def draw(self, at_once: bool = False) -> None:
+        self.cell.show(self.progress, *self.lines, at_once=at_once)
+
+    def end(self, stage: StageProgress) -> None:
+        super().end(stage)
+        self.draw(at_once=True)
+
+    def say(self, text: str, mark: str) -> None:
+        self.lines.append(line_of(text, mark))
+        self.draw(at_once=True)
+
+    def close(self) -> None:
+        self.draw(at_once=True)
+
+
+def line_of(text: str, mark: str) -> Any:
+    """Return a message as rich text, in the colour of its ``mark``."""
+    from rich.text import Text
+
+    style = {"warning": "yellow", "error": "red"}.get(mark, "")
+    return Text(visible(f"{mark}: {text}" if mark else text), style=style)
 
 
 def _status(stage: StageProgress) -> str:
@@ -295,7 +329,12 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def display_on(stream: TextIO, progress: bool | None) -> Quiet:
-    """Return a display for ``stream``: live on a terminal, else lines; only messages where ``progress`` is False."""
+    """Return a display for ``stream``: live on a terminal or in a notebook, else lines.
+
+    Only messages where ``progress`` is False.
+    """
     if progress is False:
         return Quiet(stream)
+    if stream is sys.stderr and in_notebook():
+        return Notebook(stream)
     return Live(stream) if is_terminal(stream) else Lines(stream)

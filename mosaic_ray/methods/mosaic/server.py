@@ -16,7 +16,8 @@ from ...distillation.meta_model import Teacher
 from ...distillation.student_training import AGAIN, make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
 from ...distillation.teacher_training import class_experts, teach
-from ...federated.client_models import Federation, group_counts
+from ...federated.client import ClientContext
+from ...federated.client_models import Federation, Models, group_counts
 from ...federated.communication import Tally, size_of_entries
 from ...models.state_dict import load_weights
 from ...pipeline.context import Facts, RunContext, known
@@ -64,14 +65,7 @@ def train_teacher(
         return {"figures": known(figures), "findings": [f.to_json() for f in findings]}
 
     result = ctx.find_or_compute(stage, compute)
-    states = tuple(
-        _read_teacher(ctx, result, _prefix(federation, name, number), warmup.models[name], name)
-        for number, name in enumerate(federation.groups)
-    )
-    teacher: TeacherState | MixedTeacher = states[0]
-    if len(states) > 1:
-        shares = group_shares(ctx.shards.counts, list(federation.groups.values()))
-        teacher = MixedTeacher(states, shares, list(federation.groups).index(federation.student))
+    teacher = read_teacher(ctx.client_context, result, warmup.models, ctx.shards.counts)
     log_validation(ctx, stage.name, config.meta.updates, result.key, teacher)
     return teacher
 
@@ -119,20 +113,37 @@ def _prefix(federation: Federation, name: str, number: int) -> str:
     return "" if name == federation.student else f"group_{number:03d}_"
 
 
-def _read_teacher(ctx: RunContext, result: StageResult, prefix: str, backbone: Weights, name: str) -> TeacherState:
+def read_teacher(
+    context: ClientContext, result: StageResult, models: Models, counts: np.ndarray
+) -> TeacherState | MixedTeacher:
+    """Return the teacher that the stage stored; ``models``: the warm-up's, ``counts`` [K, C]: the label counts."""
+    groups = context.federation.groups
+    states = tuple(
+        _read_group(context, result, _prefix(context.federation, name, number), models[name], name)
+        for number, name in enumerate(groups)
+    )
+    if len(states) == 1:
+        return states[0]
+    shares = group_shares(counts, list(groups.values()))
+    return MixedTeacher(states, shares, list(groups).index(context.federation.student))
+
+
+def _read_group(
+    context: ClientContext, result: StageResult, prefix: str, backbone: Weights, name: str
+) -> TeacherState:
     experts = tuple(result.load(part) for part in sorted(result.parts) if part.startswith(f"{prefix}expert_"))
     trained = {part: result.load(prefix + part) for part in TEACHER_PARTS if prefix + part in result.parts}
-    classes = ctx.dataset.facts.num_classes
+    classes = context.facts.num_classes
     with result.read_as(f"{prefix}teacher"):
         index = result.load(f"{prefix}index")["index"]
         state = TeacherState(backbone, experts, index, classifier=name, **trained)
-        entries = ctx.client_context.federation.entries(name)
+        entries = context.federation.entries(name)
         heads = {entry: what for entry, what in entries.items() if entry.startswith("head.")}
         for expert in experts:
-            check_entries(expert, entries if ctx.config.meta.input == "full" else heads, finite=False)
+            check_entries(expert, entries if context.config.meta.input == "full" else heads, finite=False)
         if index.shape != (classes,) or not (index.min() >= 0 and index.max() < len(experts)):
             raise ValueError("its index names other experts")
-        meta = Teacher(classes, classes, ctx.config.meta, heads["head.weight"][0][1])
+        meta = Teacher(classes, classes, context.config.meta, heads["head.weight"][0][1])
         for trained_meta in filter(None, (state.meta, state.trial_meta)):
             load_weights(meta, trained_meta)
         for head in filter(None, (state.head, state.trial_head)):

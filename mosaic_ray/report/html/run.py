@@ -19,19 +19,11 @@ from ..figures.data import progress_of, samples_of
 from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
 from ..tables import SEVERITIES, client_rows, worst_first
-from ..text import address, counted, duration, percent, points
+from ..text import ROLE_NAMES, address, counted, duration, percent, points
 from .blocks import Card, Gallery, Page, Picture, Section, Table, Text
 
 #: Most findings on the page; summary.json has all.
 MOST_FINDINGS = 40
-
-_WHAT = {
-    "final": "after the closing rounds", "control": "the same rounds, no distillation",
-    "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
-    "ceiling": "linear probe; reads all clients' images, not a federated method",
-    "server_student": "a network that no client holds, trained on synthetic images",
-}  # fmt: skip
-
 
 def run_page(run: RunReport) -> Page:
     """Return the page of ``run``, which may be unfinished."""
@@ -44,10 +36,10 @@ def run_page(run: RunReport) -> Page:
             _galleries(section, run)
         if section.figures or section.galleries or run.status == "done":
             sections.append(section)
-    return Page(run.name, _about(run), verdict(run), _cards(run), [*sections, _reproduce(run)], _failure(run))
+    return Page(run.name, about(run), verdict(run), _cards(run), [*sections, _reproduce(run)], _failure(run))
 
 
-def _about(run: RunReport) -> str:
+def about(run: RunReport) -> str:
     words = [str(run.summary.method or run.knob("method") or "a run")]
     shapes = {
         "data.name": "on {}", "partition.num_clients": "{} clients", "partition.omega": "omega {}",
@@ -92,7 +84,7 @@ def _cards(run: RunReport) -> list[Card]:
     cards = []
     if run.gain is not None:
         cards.append(Card("gain over control", points(run.gain), "points of test accuracy, final − control"))
-    cards += [Card(r, percent(run.accuracy(r)), what) for r, what in _WHAT.items() if run.accuracy(r) is not None]
+    cards += [Card(r, percent(run.accuracy(r)), what) for r, what in ROLE_NAMES.items() if run.accuracy(r) is not None]
     if (own := run.summary.personal_accuracy) is not None:
         cards.append(Card("clients' own", percent(own.own), "own models after the warm-up, on own classes; mean"))
     if run.summary.stages:

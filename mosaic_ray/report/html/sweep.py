@@ -33,15 +33,15 @@ MOST_POINTS, MOST_TRIALS = 20, 500
 def sweep_page(sweep: SweepReport, beside: Path) -> Page:
     """Return the page of ``sweep``, which may be unfinished; links are relative to the folder ``beside``."""
     best = sweep.best() if sweep.rows and len(sweep.done) and not sweep.comparison else []
-    sections = [_methods(sweep.comparison) if sweep.comparison else _best(sweep, best)]
+    sections = [methods_of(sweep.comparison) if sweep.comparison else best_of(sweep, best)]
     if failed := [row for row in sweep.rows if row["status"] == "failed"]:
         sections.append(_failures(failed))
     sections += [Section(title).show(figures, sweep) for title, figures in figures_of(sweep).items()]
     sections += [_trials(sweep, beside), _reproduce(sweep)]
-    return Page(sweep.name, _about(sweep), verdict(sweep, best), _cards(sweep, best), sections, _failure(failed))
+    return Page(sweep.name, about(sweep), verdict(sweep, best), _cards(sweep, best), sections, _failure(failed))
 
 
-def _about(sweep: SweepReport) -> str:
+def about(sweep: SweepReport) -> str:
     plan, data = sweep.plan, (sweep.plan.base or {}).get("data")
     name = f" on {data['name']}" if isinstance(data, dict) and "name" in data else ""
     seeds = plan.seeds or []
@@ -75,7 +75,7 @@ def _leaders(table: Comparison) -> str:
     return f"{words[:1].upper()}{words[1:]}."
 
 
-def _methods(table: Comparison) -> Section:
+def methods_of(table: Comparison) -> Section:
     if not table.seeds:
         return Section("Methods", "Nothing to compare yet.")
     section = Section("Methods", " ".join(table.caption))
@@ -147,7 +147,7 @@ def _failure(failed: list[dict[str, Any]]) -> tuple[str, str] | None:
     return f"{counted(len(failed), 'trial')} failed", f"{names}; the same command tries {them} again."
 
 
-def _best(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> Section:
+def best_of(sweep: SweepReport, best: list[tuple[str, list[str], list[Point]]]) -> Section:
     if not best:
         return Section("Best configurations", "Nothing to compare yet.")
     seeds = max(len(point) for *_, points_there in best for point in points_there)
