@@ -267,7 +267,7 @@ def load_model(path: str | Path, own_code: bool = False) -> ImageClassifier | Im
     ``own_code``: import the function that the file names where its network is a user's own, and call it. Nothing
     else that is read can run code. ``RequestError`` where the files are no model.
     """
-    place = Path(path).expanduser()
+    place, shown = Path(path).expanduser(), visible(str(path), "")
     try:
         if place.is_dir():
             config, arrays = parse_json(read_regular(place / CONFIG)), _arrays(place / WEIGHTS)
@@ -275,19 +275,17 @@ def load_model(path: str | Path, own_code: bool = False) -> ImageClassifier | Im
             kept = torch.load(io.BytesIO(read_regular(place, MOST_BYTES)), weights_only=True)
             config, arrays = kept["config"], {n: value.numpy() for n, value in kept["state_dict"].items()}
         if ":" in str(config.get("network", "")) and not own_code:
-            raise RequestError(
-                f"{visible(str(path), '')}: its network is {visible(str(config['network']), '')}, code that would run "
-                "here; own_code=True imports it"
-            )
+            network = visible(str(config["network"]), "")
+            raise RequestError(f"its network is {network}, code that would run here; own_code=True imports it")
         with seeded(0, "model"):
             return build(config, arrays)
-    except RequestError:
-        raise
+    except RequestError as error:
+        raise RequestError(f"{shown}: {error}") from None
     except OSError as error:
-        raise RequestError(f"{visible(str(path), '')}: {error.strerror or error}") from None
+        raise RequestError(f"{shown}: {error.strerror or error}") from None
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
-        raise RequestError(f"{visible(str(path), '')}: no model that mosaic export wrote ({visible(what)})") from None
+        raise RequestError(f"{shown}: no model that mosaic export wrote ({visible(what)})") from None
 
 
 def _arrays(file: Path) -> Weights:
