@@ -26,7 +26,7 @@ CODE = "reference/code"
 
 #: The documented modules by heading; a star stands for all modules of a package.
 MODULES: dict[str, tuple[str, ...]] = {
-    "From a notebook": ("mosaic_ray", "report.api", "report.load"),
+    "From a notebook": ("mosaic_ray", "report.api", "report.load", "report.models"),
     "A run": ("runs.experiment", "runs.runner", "runs.plan"),
     "Contracts": (
         "pipeline.graph", "pipeline.context", "methods.base", "federated.strategies.base", "federated.client",

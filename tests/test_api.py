@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from cli_runner import ask
 
 import mosaic_ray as mr
 from mosaic_ray.config.resolve import flatten, to_toml
+from mosaic_ray.execution import ray_session
 from mosaic_ray.sweeps.space import Choice, SweepPlan
 
 #: The demo in seconds.
@@ -91,6 +96,50 @@ def test_a_callback_that_fails_ends_the_run_and_the_same_call_resumes(tmp_path):
         mr.run("demo", LITTLE, callbacks=[Broken()], **how)
     found = mr.run("demo", LITTLE, **how)
     assert found.summary.stages["warmup"].cached
+
+
+def handlers():
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_an_interrupt_is_one_line_and_the_same_call_resumes(tmp_path):
+    class Stop(mr.Callback):
+        def on_round(self, stage, done, total):
+            if stage == "warmup" and done == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    how = {"host": "serial", "storage": tmp_path, "method": "fedavg"}
+    more, before = LITTLE | {"warmup.num_rounds": 3, "warmup.checkpoint_rounds": 1}, handlers()
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; the same call resumes$") as caught:
+        mr.run("demo", more, callbacks=[Stop()], **how)
+    assert caught.value._render_traceback_() == ["interrupted; the same call resumes"]
+    assert handlers() == before
+    watcher = Watcher()
+    found = mr.run("demo", more, callbacks=[watcher], **how)
+    rounds = [call[2] for call in watcher.calls if call[:2] == ("round", "warmup")]
+    assert found.status == "done" and rounds == [2, 3]  # round 2 was not stored yet
+
+
+def test_a_run_works_off_the_main_thread(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(mr.run, "demo", LITTLE, host="serial", storage=tmp_path, method="fedavg").result()
+    assert run.status == "done" and run.model()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.ray
+def test_no_ray_is_left_that_was_not_there(tmp_path):
+    before, knobs = handlers(), LITTLE | {"runtime.driver_threads": 1}
+    mr.run("demo", knobs, clients=2, storage=tmp_path, method="fedavg")
+    assert not ray_session.is_up() and handlers() == before
+    with ThreadPoolExecutor(1) as pool:  # Ray comes up again
+        pool.submit(mr.run, "demo", knobs, clients=2, seed=1, storage=tmp_path, method="fedavg").result()
+    assert not ray_session.is_up() and handlers() == before
+
+
+@pytest.mark.ray
+def test_a_ray_that_was_there_stays(tmp_path, ray_up):
+    mr.run("demo", LITTLE, clients=2, storage=tmp_path, method="fedavg")
+    assert ray_up.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -194,10 +194,13 @@ def _watch(own: bool) -> None:
     def goodbye() -> None:
         with contextlib.suppress(OSError, ValueError):  # it ended before
             watcher.stdin.write(b".")
+            watcher.stdin.close()
         watcher.wait()
 
     def follow() -> None:
-        if watcher.stdout.read(1) and ray.is_initialized():
+        with watcher.stdout:
+            died = watcher.stdout.read(1)
+        if died and ray.is_initialized():
             watcher.stdin.close()
             watcher.wait()
             os._exit(1)

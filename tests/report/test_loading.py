@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_runner import refused_by
-from reports import ACCURACY, COUNTS, make_run, make_sweep, write_run
+from reports import ACCURACY, COUNTS, Reader, make_run, make_sweep, write_run
 from trials import LAMBDA_E, OMEGA, failed, trial
 
 import mosaic_ray
@@ -43,12 +43,56 @@ def test_a_run_reads_back(tmp_path):
 
 def test_what_is_loaded_prints_as_a_few_lines(tmp_path):
     run = repr(load_run(make_run(tmp_path)))
-    assert run.count("\n") < 12 and len(run) < 1000
-    for part in ("Run one: done", "mosaic, seed 0", "digits, 3 clients", "final 0.8125", str(tmp_path)):
+    assert run.count("\n") < 10 and len(run) < 1000
+    for part in ("Run one: done", "mosaic, seed 0", "digits, 3 clients", "final 0.8125, control 0.5625, gain +25.0",
+                 "initial 0.5000", "1 of 10 stages stored", "3.0 MiB uplink", "1 warning", str(tmp_path)):  # fmt: skip
         assert part in run
     make_sweep(tmp_path / "sweeps" / "two")
     sweep = repr(load_sweep(tmp_path / "sweeps" / "two"))
     assert sweep.count("\n") < 5 and len(sweep) < 1000 and "Sweep two: " in sweep and "done" in sweep
+
+
+def test_a_run_with_everything_prints_as_ten_lines(tmp_path):
+    spread = {name: {"mean": 0.5, "sd": 0.1, "worst_tenth": 0.4} for name in ("own", "final", "adapted")}
+    record = {"all": spread, "groups": [], "clients": {name: [0.5] * 3 for name in spread}}
+    accuracy = ACCURACY | {"ceiling": 0.9, "server_student": 0.7}
+    run = load_run(make_run(tmp_path, accuracy=accuracy, client_accuracy=record))
+    assert len(repr(run).splitlines()) == 10 and "own 0.5000, final 0.5000, adapted 0.5000" in repr(run)
+    empty = load_run(write_run(tmp_path / "runs" / "begun", None))
+    assert len(repr(empty).splitlines()) <= 10 and "unfinished" in repr(empty)
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\x1b[31m"
+
+
+def test_a_notebook_shows_tables_and_no_markup_of_others(tmp_path):
+    made = make_run(tmp_path, HOSTILE.replace("/", ""), method="<script>m</script>")
+    run = load_run(made)._repr_html_()
+    page = Reader(run)
+    assert page.words["tr"][3:7] == ["final", "after the closing rounds", "81.2 %", "+25.0"]
+    assert page.text("h4").startswith("<img src=x onerror=alert(1)>")
+    assert not {"img", "script"} & {tag for tag, _ in page.tags} and "\x1b" not in run
+    assert "<script>m</script>" in page.text("p")
+    begun = load_run(write_run(tmp_path / "runs" / "begun", None))._repr_html_()
+    assert "unfinished" in Reader(begun).text("h4") and "<table" not in begun
+
+
+def test_a_notebook_shows_the_tables_of_sweeps_and_comparisons(tmp_path):
+    sweep = load_sweep(make_sweep(tmp_path / "sweeps" / "<b>two"))
+    page = Reader(sweep._repr_html_())
+    assert page.text("h4") == "<b>two" and "final" in page.words["th"] and len(page.all("table")) == 2
+    best = [attributes for attributes in page.all("tr") if attributes.get("style") == "font-weight: bold"]
+    assert len(best) == 2  # the first of each condition
+
+    points = [{"method": "fedavg"}, {"method": "<i>mine"}]
+    plain = {"method": "fedavg"}
+    results = [trial(n, seed, plain, final=0.5 + 0.1 * n + 0.01 * seed) for n in (0, 1) for seed in (0, 1)]
+    folder = make_sweep(tmp_path / "sweeps" / "compare", results, space="compare", points=points)
+    table = load_sweep(folder)
+    for html in (table._repr_html_(), table.comparison._repr_html_()):
+        page = Reader(html)
+        assert {"fedavg", "<i>mine", "vs fedavg"} <= set(page.words["th"]) and "i" not in dict(page.tags)
+        assert "paired by seed" in page.text("p")
 
 
 def test_importing_the_package_stays_light():

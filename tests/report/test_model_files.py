@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import shutil
 import sys
 import types
 import warnings
@@ -17,6 +18,7 @@ import torch
 import yaml
 from cli_runner import ask, refusal, refused_by
 from helpers import TINY, stripes_dataset
+from pages import DOCS, blocks, commands
 
 from mosaic_ray import load_model, load_run
 from mosaic_ray.config.resolve import override
@@ -293,3 +295,23 @@ def test_a_network_of_ones_own_is_imported_only_when_asked(tmp_path, monkeypatch
     assert "my_nets_of_exports:build, code that would run here" in refused_by(load_model, place)
     assert torch.equal(load_model(place, own_code=True)(IMAGES), run.model()(IMAGES))
     assert "own_code=True" in (place / "README.md").read_text()
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_runs(run, tmp_path, monkeypatch):
+    shutil.copytree(run.folder.parents[1], tmp_path / "mosaic_runs")
+    (tmp_path / "mosaic_runs" / "runs" / run.name).rename(tmp_path / "mosaic_runs" / "runs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "howto" / "export.md"
+    code = next(block.text for block in blocks(page, "python"))
+    names = {"images": IMAGES}
+    exec(compile(code.replace("=3)", "=2)"), "export.md", "exec"), names)  # this run has three clients
+    assert names["logits"].shape == (60, 3) and names["drawn"].shape == (16, 1, 8, 8)
+    asked = commands(page)
+    assert {words[words.index("--to") + 1] if "--to" in words else "pt" for words in asked} == set(model_files.FORMATS)
+    for words in asked:
+        if "onnx" not in words:
+            result = ask(*words)
+            assert result.exit_code == 0 and Path(result.stdout.strip()).exists(), result.stderr
