@@ -66,10 +66,11 @@ class DataFacts:
     def from_json(value: Any) -> DataFacts:
         """Check and return facts that were read from JSON; ``ValueError`` names the field that does not fit."""
         given = from_json(dict[str, Any], value)
-        found = {name: from_json(kind, given.get(name), name) for name, kind in _FACTS.items()}
+        found: dict[str, Any] = {name: from_json(kind, given.get(name), name) for name, kind in _FACTS.items()}
         if not len(found["mean"]) == len(found["std"]) == found["channels"]:
             raise ValueError("mean")
-        return DataFacts(**{name: tuple(x) if isinstance(x, list) else x for name, x in found.items()})
+        found |= {name: tuple(values) for name, values in found.items() if isinstance(values, list)}
+        return DataFacts(**found)
 
 
 _FACTS: dict[str, Any] = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..core.errors import RequestError
 from .fragment import html_table, paragraph
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .models import ImageClassifier, ImageGenerator
 
-    Module = ImageClassifier | ImageGenerator
+    Module: TypeAlias = ImageClassifier | ImageGenerator
 
 
 class Run(RunReport):

@@ -76,8 +76,10 @@ def export(
         if to == "hub":
             _write_folder(place, {**_folder(module), "README.md": card(run, module.config).encode()}, module)
         else:
-            make = {"pt": _pt, "torchscript": _torchscript, "onnx": partial(_onnx, packages)}[to]
-            write_whole(place, make(module))
+            makers: dict[str, Callable[[Module], bytes]] = {
+                "pt": _pt, "torchscript": _torchscript, "onnx": partial(_onnx, packages),
+            }  # fmt: skip
+            write_whole(place, makers[to](module))
     except OSError as error:
         raise RequestError(f"--output {place}: {error.strerror or error}") from None
     except (RequestError, RunError):

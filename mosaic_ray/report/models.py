@@ -56,7 +56,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MOST_BYTES = 16 << 30
 
 
-@torch.jit.script_if_tracing
+@torch.jit.script_if_tracing  # type: ignore[untyped-decorator]
 def in_unit_range(images: Tensor) -> Tensor:
     """Return ``images`` as float32 in [0, 1]: uint8 ones are divided by 255, others are taken as they are."""
     if images.dtype == torch.uint8:
