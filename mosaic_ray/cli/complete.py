@@ -233,6 +233,7 @@ COMPLETERS: dict[str, Completer] = {
     "method": methods, "methods": methods, "against": methods, "methods name": methods, "sets": knobs, "grid": knobs,
     "space": spaces, "search": one_of(("grid", "random", "optuna")), "scheduler": one_of(("fifo", "asha")),
     "address": one_of(("auto", "local")), "statuses": one_of(STATUSES), "shell": one_of(SHELLS), "a": runs, "b": runs,
+    "to": one_of(("pt", "onnx", "torchscript", "hub")),
     "sweep": sweeps, "run name": names, "sweep name": names, "compare name": names, "config": path, "png": path,
-    "out": path, "cluster": path, "source": path, "storage": folder, "path": folder,
+    "out": path, "output": path, "cluster": path, "source": path, "storage": folder, "path": folder,
 }  # fmt: skip
