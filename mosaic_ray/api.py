@@ -25,6 +25,7 @@ from .core.errors import Interrupted, RequestError, RunError
 from .report.api import Run, Sweep, load_model, load_run, load_sweep
 from .storage.uri import redacted
 from .sweeps.space import Choice, SweepPlan, check_space
+from .tracking.backends import check_trackers
 from .tracking.callback import Callback
 
 __all__ = [
@@ -46,7 +47,7 @@ def configure(
 def run(
     preset: str | Config | None = None, knobs: Knobs | None = None, *, storage: str | Path = "./mosaic_runs",
     name: str | None = None, address: str | None = None, fresh: bool = False, strict_health: bool = False,
-    progress: bool | None = None, callbacks: Sequence[Callback] = (), **options: Any,
+    progress: bool | None = None, callbacks: Sequence[Callback] = (), track: Sequence[str] = (), **options: Any,
 ) -> Run:  # fmt: skip
     """Run one experiment, as `mosaic run` does, and return it; a call that was interrupted resumes.
 
@@ -61,12 +62,13 @@ def run(
         strict_health: a finding of severity error ends the run.
         progress: False shows messages only.
         callbacks: watch the run.
+        track: trackers to report to: ``wandb``, ``mlflow``, ``trackio`` (docs/howto/trackers.md).
         options: other spellings of knobs: ``dataset``, ``clients``, ``omega``, ``method``, ``seed``, ``algorithm``,
             ``sampler``, ``host``.
     """
     from .runs import runner
 
-    place, root = parse_address(address), _folder(storage)
+    place, root, trackers = parse_address(address), _folder(storage), check_trackers(track)
     if isinstance(preset, Config):
         if knobs or options:
             raise RequestError("run: a configuration has all knobs; give configure() the others")
@@ -76,7 +78,7 @@ def run(
     with _alone():
         summary = runner.run(
             config, storage=root, name=name, address=place, fresh=fresh, progress=progress,
-            strict_health=strict_health, callbacks=callbacks,
+            strict_health=strict_health, callbacks=callbacks, track=trackers,
         )  # fmt: skip
     return load_run(summary["paths"]["run"])
 
@@ -86,7 +88,7 @@ def sweep(
     preset: str | None = None, search: str | None = None, samples: int | None = None,
     seeds: Sequence[int] | None = None, scheduler: str = "fifo", max_concurrent: int | None = None,
     storage: str | Path = "./mosaic_runs", name: str | None = None, address: str | None = None, fresh: bool = False,
-    strict_health: bool = False, progress: bool | None = None, **options: Any,
+    strict_health: bool = False, progress: bool | None = None, track: Sequence[str] = (), **options: Any,
 ) -> Sweep:  # fmt: skip
     """Run many experiments that share their common stages, as `mosaic sweep` does, and return them.
 
@@ -106,7 +108,7 @@ def sweep(
     return _swept(
         named, plan, preset, knobs, options, storage, address, search=search, samples=samples, seeds=seeds,
         scheduler=scheduler, max_concurrent=max_concurrent,
-        how={"name": name, "fresh": fresh, "strict_health": strict_health, "progress": progress},
+        how={"name": name, "fresh": fresh, "strict_health": strict_health, "progress": progress, "track": track},
     )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def compare(
     preset: str | None = None, seeds: Sequence[int] = (0, 1, 2), omegas: Sequence[float] | None = None,
     against: str | None = None, equal_compute: bool = False, max_concurrent: int | None = None,
     storage: str | Path = "./mosaic_runs", name: str | None = None, address: str | None = None, fresh: bool = False,
-    strict_health: bool = False, progress: bool | None = None, **options: Any,
+    strict_health: bool = False, progress: bool | None = None, track: Sequence[str] = (), **options: Any,
 ) -> Sweep:  # fmt: skip
     """Run methods on the same partitions, as `mosaic compare` does; ``.comparison`` of the result is their table.
 
@@ -131,7 +133,7 @@ def compare(
     plan = compare_plan(words, None if omegas is None else ",".join(map(str, omegas)))
     return _swept(
         "compare", plan, preset, knobs, options, storage, address, seeds=seeds, max_concurrent=max_concurrent,
-        how={"name": name, "fresh": fresh, "strict_health": strict_health, "progress": progress},
+        how={"name": name, "fresh": fresh, "strict_health": strict_health, "progress": progress, "track": track},
         against=reference(words, against), equal_compute=equal_compute,
     )  # fmt: skip
 
@@ -146,6 +148,7 @@ def _swept(
     from .sweeps import runner
 
     place, root = parse_address(address), _folder(storage)
+    how = {**how, "track": check_trackers(how["track"])}
     request = sweep_request(
         space, _options(options, preset), gpus_at(place), plan=plan, knobs=_typed(knobs or {}, options),
         seeds=None if seeds is None else ",".join(map(str, seeds)), samples=None if samples is None else str(samples),

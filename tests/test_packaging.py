@@ -30,7 +30,7 @@ PINNED = {
 }
 
 #: Modules of distributions with another name.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "mlflow": "mlflow-skinny", "sklearn": "scikit-learn", "tomli_w": "tomli-w", "yaml": "pyyaml"}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_pinned_packages_need_nothing_unpinned():
 
 
 def test_every_import_is_a_declared_dependency():
-    optional = [Requirement(text) for text in PROJECT["optional-dependencies"]["hf"]]
+    optional = [Requirement(text) for extra in ("hf", "track") for text in PROJECT["optional-dependencies"][extra]]
     declared = {canonicalize_name(need.name) for need in [*REQUIRED, *optional]}
     declared.add("datasets")  # comes with flwr-datasets, for partitioners of which the user imports it
     for path in [*(REPO / "mosaic_ray").rglob("*.py"), *(REPO / "tune_spaces").rglob("*.py")]:

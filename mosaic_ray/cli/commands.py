@@ -78,7 +78,7 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
     with stdout_for_json(place.as_json):
         summary = runner.run(
             config, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
-            command=resume_command(ctx.obj), strict_health=place.strict_health,
+            command=resume_command(ctx.obj), strict_health=place.strict_health, track=place.track,
         )  # fmt: skip
     print_result(place.as_json, summary, closing_table(summary))
 

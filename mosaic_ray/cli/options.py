@@ -17,6 +17,7 @@ from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
 from ..core.errors import RequestError
 from ..core.text import visible
+from ..tracking.backends import check_trackers
 from .request import parse_address
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ _RUN: dict[str, Callable[..., Any]] = {
     "strict_health": click.option(
         "--strict-health", is_flag=True, help="Stop a run where a health finding is an error; changes no result."
     ),
+    "track": click.option(
+        "--track", multiple=True, metavar="wandb|mlflow|trackio", help="Report to this tracker as well; repeatable."
+    ),
     "fresh": click.option("--fresh", is_flag=True, help="Compute every stage again."),
     "as_json": click.option(
         "--json", "as_json", is_flag=True, help="The result as JSON on standard output, all else on standard error."
@@ -82,6 +86,7 @@ class RunOptions:
     address: str
     fresh: bool
     as_json: bool
+    track: tuple[str, ...] = ()
     strict_health: bool = False
     dry_run: bool = False
     calibrate: bool = False
@@ -100,12 +105,13 @@ def common_options(*names: str) -> Decorator:
 
 def run_options(*more: str) -> Decorator:
     """Add the options of ``RunOptions`` (``more`` names those with a default) to a command, which gets a ``place``."""
-    names = ("storage", "name", "address", "fresh", "as_json", *more)
+    names = ("storage", "name", "address", "track", "fresh", "as_json", *more)
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def call(*args: Any, **options: Any) -> Any:
             own = {name: options[name] for name in names} | {"address": parse_address(options["address"])}
+            own["track"] = check_trackers(own["track"])
             if own.get("calibrate") and not own["dry_run"]:
                 raise RequestError("--calibrate: it goes with --dry-run")
             others = {name: value for name, value in options.items() if name not in own}

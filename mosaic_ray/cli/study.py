@@ -97,6 +97,6 @@ def _run_study(
         found = run_study(
             study.STUDY, config, chosen, options, storage=place.storage, name=place.name, address=place.address,
             fresh=place.fresh, command=shlex.join(resume_command(ctx.obj)),
-            progress=None if sys.stderr.isatty() else False,
+            progress=None if sys.stderr.isatty() else False, track=place.track,
         )  # fmt: skip
     print_result(place.as_json, found, table(study.STUDY, found), f"\nfiles   {found['paths']['results']}")

@@ -118,7 +118,7 @@ def _run(request: SweepRequest, place: RunOptions) -> None:
     with stdout_for_json(place.as_json):
         outcome = runner.run(
             request, storage=place.storage, name=place.name, address=place.address, fresh=place.fresh,
-            strict_health=place.strict_health,
+            strict_health=place.strict_health, track=place.track,
         )  # fmt: skip
     methods = compared(request, outcome, place.storage) if request.space == "compare" else None
     table = sweep_table(outcome.results, outcome.setting, outcome.swept, outcome.place, methods)

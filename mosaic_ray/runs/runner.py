@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +30,10 @@ from ..core.untrusted import kind_of
 from ..storage.filesystem import write_whole
 from ..storage.hashing import plain, request_name
 from ..tracking.callback import Callback, tracker_options
+from ..tracking.progress import Quiet
+from ..tracking.reports import Tracking
 from .listing import lease_of
-from .summary import StageRecord, Summary, build_summary, versions
+from .summary import StageRecord, Summary, build_summary, final_table, versions
 
 if TYPE_CHECKING:
     from ..execution.placement import Placement
@@ -74,11 +77,12 @@ def run(
     progress: bool | None = None,
     strict_health: bool = False,
     callbacks: Sequence[Callback] = (),
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run one experiment and write its files; returns the content of summary.json.
 
     ``strict_health``: a finding of severity error ends the run right after its stage; it changes no number and no key.
-    ``callbacks`` watch the run.
+    ``callbacks`` watch the run; ``track`` names trackers that it is reported to (``tracking.reports``).
     ``RequestError`` (before Ray starts) if the request is at fault, ``RunError`` for a failure while computing.
     """
     from ..execution.devices import describe, settle
@@ -95,7 +99,8 @@ def run(
     with (store.try_lease(lease_of(place)) if store.local_root else None) or nullcontext():  # it shows as running
         return execute(
             config, dataset, store, place, Placement(address), command=command, strict_health=strict_health,
-            progress=progress, notes=[config.reason, *lines], gpus=there.gpus, **tracker_options(callbacks),
+            progress=progress, notes=[config.reason, *lines], gpus=there.gpus, tracking=Tracking(tuple(track)),
+            **tracker_options(callbacks),
         )  # fmt: skip
 
 
@@ -234,13 +239,16 @@ def execute(
     notes: Sequence[str] = (),
     gpus: float = 0.0,
     finish: Callable[[Path, dict[str, Any]], None] | None = None,
+    tracking: Tracking | None = None,
+    label: str = "",
     **watch: Any,
 ) -> dict[str, Any]:
     """Run the experiment, write its files into the folder ``place`` of ``store``, and return summary.json's content.
 
     ``log_file``: messages go to log.txt instead of standard error. ``watch``: options of the ``Tracker``.
     ``notes``: lines to say first. ``gpus``: how many there are.
-    ``finish(folder, summary)`` may add files of its own. A failure ends in a ``RunError`` with its address, and in the
+    ``finish(folder, summary)`` may add files of its own. ``tracking``: where else the run is reported, with ``label``
+    beside its name. A failure ends in a ``RunError`` with its address, and in the
     folder.
     """
     from safetensors.numpy import save
@@ -261,7 +269,7 @@ def execute(
         findings.clear()
         with (
             open(folder / "log.txt", "a", encoding="utf-8", buffering=1) if log_file else nullcontext() as stream,
-            Tracker(folder, stream=stream, **watch) as tracker,
+            Tracker(folder, stream=stream, reports=reports, **watch) as tracker,
             open_run(config, dataset, store, tracker, hosts, log=log, findings=findings, strict=strict_health) as ctx,
         ):
             store.log = tracker.warn
@@ -282,12 +290,22 @@ def execute(
         student = results.pop("student")
         return build_summary(config, ctx, results).to_json(), student
 
+    def complain(text: str) -> None:
+        with open(folder / "log.txt", "a", encoding="utf-8") if log_file else nullcontext(sys.stderr) as stream:
+            Quiet(stream).say(text, "warning")
+
     keep_freed()
+    reports = (tracking or Tracking()).open(
+        store.files, f"{place}/", f"{name} {label}".strip(), "trial" if label else "run", flatten(config), complain,
+        request=flatten(without_share(config)), anew=store.fresh and not label,
+    )  # fmt: skip
     try:
         write_whole(folder / "config.toml", to_toml(config).encode())
         if command:
             write_whole(folder / "command.txt", (shlex.join(command) + "\n").encode())
-        summary, student = with_repairs(store, compute)
+        with reports:
+            summary, student = with_repairs(store, compute)
+            reports.table("final", *final_table(summary))
         summary["paths"] = {"run": store.where(place), "tensorboard": store.where(f"{place}/tensorboard")}
         if finish:
             finish(folder, summary)

@@ -174,6 +174,14 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
     )
 
 
+def final_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of the accuracies in summary.json's content: one row for each model."""
+    columns = {"accuracy": summary["accuracy"], "validation": summary.get("validation_accuracy") or {}}
+    columns |= {name: {r: row[name] for r, row in summary["calibration"].items()} for name in ("nll", "ece")}
+    roles = [role for role, value in summary["accuracy"].items() if value is not None]
+    return ["model", *columns], [[role, *(values.get(role) for values in columns.values())] for role in roles]
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages that results depend on."""
     found = {"mosaic-ray": __version__}

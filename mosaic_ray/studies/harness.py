@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.resolve import as_dict, override, to_toml, without_share
+from ..config.resolve import as_dict, dotted, flatten, override, to_toml, without_share
 from ..config.schema import ExperimentConfig
 from ..core.seeding import stream
 from ..core.text import csv_cell
@@ -137,16 +137,19 @@ def run_study(
     fresh: bool = False,
     command: str = "",
     progress: bool | None = None,
+    track: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure with every seed and write results.json, results.csv, figure.png and config.toml; returns results.json.
 
-    Its ``keys`` name the stage results that it used, which `mosaic store gc` keeps.
+    Its ``keys`` name the stage results that it used, which `mosaic store gc` keeps. ``track`` names trackers: the study
+    is a run there, and so is each seed.
 
     ``RequestError`` before anything starts, ``RunError`` for a failure met while computing.
     """
     from ..execution.devices import describe, settle
     from ..execution.placement import Placement
     from ..runs.runner import check_name, look_at_devices, prepare, with_repairs
+    from ..tracking.reports import Tracking
     from ..tracking.tracker import Tracker
 
     check_name(name, "experiments")
@@ -155,14 +158,37 @@ def run_study(
     config = settle(config, look_at_devices([config], {config.data: dataset}, there, address))
     request = as_dict(override(without_share(config), {"seed": 0})) | {"seeds": list(seeds), "options": dict(options)}
     place = f"experiments/{name or request_name('study', 1, request, study.name, plain(config.data.name))}"
-    with Tracker(None, progress=progress) as tracker:
+    tracking, group = Tracking(tuple(track)), place.rpartition("/")[2]
+    where, values = (store.files, f"{place}/"), dotted({"study": study.name, **request})
+    with (
+        Tracker(None, progress=progress) as tracker,
+        tracking.open(*where, group, "study", values, tracker.warn, anew=fresh) as reports,
+    ):
+        trackers = tracking.within(reports, group)
+
+        def measured(config: ExperimentConfig) -> StageResult:
+            if tracker.reports:
+                tracker.reports.begin_again()
+            return study.measure(context, config)
+
         store.log = tracker.warn
         for line in filter(None, [config.reason, describe(config, there)]):
             tracker.say(line)
         context = StudyContext(dataset, store, tracker, Placement(address), options)
         configs = [override(config, {"seed": seed}) for seed in seeds]
-        results = [with_repairs(store, partial(study.measure, context, config)) for config in configs]
-    rows: list[Row] = [{"seed": seed, **row} for seed, r in zip(seeds, results, strict=True) for row in r.facts["rows"]]
+        results = []
+        for config in configs:
+            prefix = f"{place}/seed{config.seed}."
+            with trackers.open(
+                store.files, prefix, f"seed {config.seed}", "run", flatten(config), tracker.warn, anew=fresh
+            ) as tracker.reports:
+                results.append(with_repairs(store, partial(measured, config)))
+        seeded = zip(seeds, results, strict=True)
+        rows: list[Row] = [{"seed": seed, **row} for seed, r in seeded for row in r.facts["rows"]]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [[row.get(name) for name in columns] for row in rows]
+        shown = [[json.dumps(cell) if isinstance(cell, list) else cell for cell in row] for row in cells]
+        reports.table("results", columns, shown)
     found = {
         "study": study.name, "command": command, "seeds": list(seeds), "options": dict(options),
         "summary": over_seeds(rows, study), "rows": rows, "config": as_dict(config),

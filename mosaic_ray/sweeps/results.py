@@ -142,6 +142,15 @@ def results_table(results: Iterable[TrialResult]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *((name, _type(name)) for name in more)]))
 
 
+def final_table(results: Iterable[TrialResult], swept: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of what trackers show of a sweep: its trials, their swept knobs, their accuracies."""
+    rows = _rows(results)
+    named = ["trial", "point", "seed", *(name for name in swept if name != "seed"), "status", "selection", "gain"]
+    named += [f"{kind}_{role}" for kind in ("accuracy", "validation") for role in ROLES]
+    columns = [name for name in named if any(row.get(name) is not None for row in rows)]
+    return columns, [[row.get(name) for name in columns] for row in rows]
+
+
 def results_files(table: pa.Table) -> dict[str, bytes]:
     """Return the content of results.csv and results.parquet."""
     shown, as_csv, as_parquet = table, pa.BufferOutputStream(), pa.BufferOutputStream()

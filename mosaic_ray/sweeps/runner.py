@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..config.resolve import as_dict, flatten, override
+from ..config.resolve import as_dict, dotted, flatten, override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
+from ..tracking.reports import Tracking
 from .search import FixedTrials, OptunaSearch, Search, searched_knobs, settings_of
 from .space import Choice, SweepPlan, check_space, describe, grid_points, random_points, setting_knobs
 from .state import REMEMBERED, PlanFile, SweepState, Trial, make_trials, plan_name
@@ -65,6 +66,7 @@ class Sweep:
     setting: tuple[str, ...]
     there: Resources | None = None  # what devices were settled by
     note: str = ""
+    tracking: Tracking = field(default_factory=Tracking)
 
     @property
     def configs(self) -> list[ExperimentConfig]:
@@ -285,8 +287,9 @@ def run(
     fresh: bool = False,
     progress: bool | None = None,
     strict_health: bool = False,
+    track: Sequence[str] = (),
 ) -> Outcome:
-    """Run the trials that have not finished, and write the results.
+    """Run the trials that have not finished, and write the results. ``track`` names trackers that get them.
 
     ``RequestError`` before any trial starts; a trial that fails is recorded and the rest go on. With ``strict_health``
     a finding of severity error is such a failure.
@@ -297,7 +300,7 @@ def run(
     from .console import SweepView
     from .journal import Journal
     from .queue import TrialQueue
-    from .results import read_results
+    from .results import final_table, read_results
 
     check_name(name, "sweeps")
     nodes = available_nodes(address)
@@ -325,8 +328,14 @@ def run(
                 view.say(line)
             journal = Journal(state, request.plan, sweep.setting, view.say)
             queue = TrialQueue(sweep.search, state, view, sweep.swept, sweep.setting, strict_health, journal)
+            tracking, plan = Tracking(tuple(track)), dotted(sweep.plan_json)
             if queue.has_unfinished():
-                _run_trials(sweep, queue, datasets, storage, address)
+                with tracking.open(
+                    store.files, f"{state.place}/", state.name, "sweep", plan, partial(view.say, mark="warning"),
+                ) as reports:  # fmt: skip
+                    sweep = replace(sweep, tracking=tracking.within(reports, state.name))
+                    _run_trials(sweep, queue, datasets, storage, address)
+                    reports.table("results", *final_table(queue.results.values(), sweep.swept))
         queue.write()
     results = sorted(queue.results.values(), key=lambda r: (r.point, r.seed))
     return Outcome(state.name, store.where(state.place), results, sweep.swept, sweep.setting)
@@ -373,7 +382,7 @@ def _run_trials(sweep: Sweep, queue: TrialQueue, datasets: dict[Any, Any], stora
     machines = nodes(expect=address != "local")
     context = TrialContext(
         sweep.base, str(store.local_root or store.uri), state.name, state.session, sweep.swept,
-        there=sweep.there, strict_health=queue.strict_health,
+        there=sweep.there, strict_health=queue.strict_health, tracking=sweep.tracking,
     )  # fmt: skip
     halving = None
     if sweep.request.scheduler == "asha":

@@ -30,6 +30,7 @@ from ..execution.devices import on_a_gpu, settle
 from ..execution.ray_session import RAY_ENVIRONMENT, Resources, own_node
 from ..execution.resource_plan import Node, ResourcePlan
 from ..runs.plan import graph_of
+from ..tracking.reports import Tracking
 from .queue import TrialQueue
 from .results import HPARAMS_FILE, TrialResult, hparams_file
 from .state import SweepState, Trial
@@ -54,6 +55,7 @@ class TrialContext:
     pool: tuple[Any, ...] = ()
     there: Resources | None = None  # what devices are decided by
     strict_health: bool = False
+    tracking: Tracking = field(default_factory=Tracking)
 
 
 def rungs(config: ExperimentConfig) -> dict[str, int]:
@@ -65,6 +67,7 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
     """Run one experiment with ``knobs``, in a process of its own. A failure goes into its summary.json."""
     for name, value in RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ |= context.tracking.environment
     import torch
 
     from ..execution.placement import Placement
@@ -98,6 +101,7 @@ def run_trial(knobs: dict[str, Any], context: TrialContext) -> None:
             config, ray.get(context.datasets[config.data]), store, state.folder(trial.name), hosts, progress=None,
             log_file=True, on_metric=on_metric, on_stage=lambda name: tune.report({"stage": name}), finish=finish,
             strict_health=context.strict_health, gpus=context.there.gpus if context.there else 0.0,
+            tracking=context.tracking, label=trial.label,
         )  # fmt: skip
         status = summary["status"]
     except RunError as error:  # its summary is written

@@ -21,6 +21,7 @@ from ..core.errors import RunError
 from ..core.text import visible
 from ..core.types import Finding
 from .progress import Inside, Scalar, StageProgress, display_on
+from .reports import Reports
 
 
 class Tracker:
@@ -30,8 +31,9 @@ class Tracker:
     them); None: no files. ``progress``: False shows messages only. ``stream``: None means standard error.
     ``on_metric(tag, step, value)`` is called for every scalar, replayed ones too, ``on_stage(name)`` when a stage
     begins or is found cached, ``on_round(stage, done, total)`` after each round, ``on_finding(finding)`` for each
-    finding that is warned of. Before a stage the tracker calls ``before_stage()``, which a caller may set, and flushes
-    TensorBoard's file; within a stage it is flushed every ten seconds.
+    finding that is warned of. ``reports`` gets scalars and images, for other projects' trackers. Before a stage the
+    tracker calls ``before_stage()``, which a caller may set, and flushes TensorBoard's file; within a stage it is
+    flushed every ten seconds.
     """
 
     before_stage: Callable[[], None] = staticmethod(lambda: None)
@@ -47,8 +49,11 @@ class Tracker:
         on_stage: Callable[[str], None] | None = None,
         on_round: Callable[[str, int, int | None], None] = lambda stage, done, total: None,
         on_finding: Callable[[Finding], None] = lambda finding: None,
+        reports: Reports | None = None,
     ) -> None:
-        self.on_round, self.on_finding = on_round, on_finding
+        self.on_round, self.on_finding, self.reports = on_round, on_finding, reports
+        if reports:
+            reports.begin_again()
         self._run_dir, self._on_metric, self._on_stage = run_dir, on_metric, on_stage or (lambda name: None)
         self._lines: TextIO | None = None
         self._board: Any = None
@@ -109,15 +114,19 @@ class Tracker:
     def _enter(self, stage_name: str) -> None:
         self.before_stage()
         self._to_board("flush")
+        if self.reports:
+            self.reports.complain(self.warn)
         self._on_stage(stage_name)
 
     @property
     def draws(self) -> bool:
         """Return whether images, histograms and texts are written."""
-        return self._board is not None
+        return self._board is not None or bool(self.reports)
 
     def image(self, tag: str, step: int, array: np.ndarray) -> None:
-        """Write an image uint8 [H, W] or [C, H, W] to TensorBoard."""
+        """Write an image uint8 [H, W] or [C, H, W] to TensorBoard and ``reports``."""
+        if self.reports:
+            self.reports.image(tag, step, array)
         self._to_board("add_image", tag, array, step, dataformats="HW" if array.ndim == 2 else "CHW")
 
     def histogram(self, tag: str, step: int, values: np.ndarray) -> None:
@@ -152,6 +161,8 @@ class Tracker:
             if self._lines:
                 self._lines.write(json.dumps({"stage": stage, "tag": tag, "step": step, "value": kept}) + "\n")
         self._to_board("add_scalar", tag, value, step)
+        if self.reports:
+            self.reports.scalar(tag, step, value)
         if self._on_metric:
             self._on_metric(tag, step, value)
         return [tag, step, kept]
