@@ -163,7 +163,8 @@ class Wandb:
         with self._quiet():
             settings = self._wandb.Settings(
                 silent=True, console="off", disable_code=True, disable_git=True, x_disable_stats=True,
-                reinit="create_new", finish_timeout=CLOSE_SECONDS, x_transaction_log_flush_interval=1.0,
+                x_save_requirements=False, reinit="create_new", finish_timeout=CLOSE_SECONDS,
+                x_transaction_log_flush_interval=1.0,
             )  # fmt: skip
             self._run = self._wandb.init(
                 project=self.place, id=known or uuid.uuid4().hex[:12], resume="allow",
