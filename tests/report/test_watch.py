@@ -108,8 +108,9 @@ def test_ctrl_c_ends_it_quietly_with_a_page_that_stays(tmp_path):
     with held(Store(tmp_path).try_lease("run-one")):
         call = [sys.executable, "-m", "mosaic_ray", "report", str(folder), "--watch", "1"]
         process = subprocess.Popen(
-            call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
+            call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in a shell's background ignore it
+        )  # fmt: skip
         try:
             until(lambda: (folder / FILE).exists() or None)
             assert "refresh" in (folder / FILE).read_text()
