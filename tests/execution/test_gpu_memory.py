@@ -308,14 +308,15 @@ def hungry(needs: float) -> type:
             super().__init__(0.0)
             self._share = share
 
-        def work(self, config, facts, task, client_id, *rest):
+        def work(self, common, client_id, *rest):
             import ray
 
             held = ray.get_runtime_context().get_assigned_resources()["GPU"]
             assert held == pytest.approx(self._share, abs=1e-4)
             if client_id % 3 == 1 and self._share < needs:
-                task = Fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
-            return super().work(config, facts, task, client_id, *rest)
+                fails = Fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+                common = (*common[:2], fails, common[3])
+            return super().work(common, client_id, *rest)
 
     return Client
 

@@ -77,9 +77,9 @@ def pretend(patch: pytest.MonkeyPatch, log: Path) -> None:
         def __init__(self, share: float) -> None:
             super().__init__(0.0)
 
-        def work(self, config, facts, task, *rest):
-            note(type(task).__name__)
-            return super().work(config, facts, task, *rest)
+        def work(self, common, *rest):
+            note(type(common[2]).__name__)
+            return super().work(common, *rest)
 
     class OwnWork(ServerActor):
         def __init__(self, gpu: bool) -> None:

@@ -36,7 +36,7 @@ NOT_OF_REQUESTS = {
     "federated/strategies/base.py:Strategy.channel_indices": "a plug-in that lacks a function",
     "federated/communication.py:Tally.__init__": "a damaged stored result, which is computed again",
     "methods/fens.py:train_gate.compute": "a damaged stored result, which is computed again",
-    "methods/mosaic/server.py:_read_teacher": "a damaged stored result, which is computed again",
+    "methods/mosaic/server.py:_read_group": "a damaged stored result, which is computed again",
     "methods/rehearsal_choice.py:score_trials": "a damaged stored result, which is computed again",
     "methods/server_side.py:in_parts.compute": "a damaged stored result, which is computed again",
     "pipeline/evaluate.py:_check": "a damaged stored result, which is computed again",
