@@ -270,7 +270,7 @@ def test_run_passes_its_options_on(launched):
     assert config == resolve(sets={"partition.omega": "2"})
     command = ["/somewhere/bin/mosaic", "run", "--omega", "2", "--storage", "s3://b/c", "--name", "mine"]
     asked = {"storage": "s3://b/c", "name": "mine", "address": "local", "fresh": True, "command": command}
-    asked["strict_health"] = False
+    asked |= {"strict_health": False, "track": ()}
     assert options == asked
     assert "75.0 %" in result.stdout
     assert "+5.0 points" in result.stdout
