@@ -29,7 +29,7 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
-_SHARED_RAY = contextlib.ExitStack()
+_SHARED_RAY, _HOME = contextlib.ExitStack(), str(Path.home())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,7 +64,11 @@ def ray_up(_no_ray_left: None) -> Any:
     import ray
     from helpers import small_ray
 
-    return ray if ray.is_initialized() else _SHARED_RAY.enter_context(small_ray(num_cpus=4))
+    if ray.is_initialized():
+        return ray
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", _HOME)  # Ray's token is read once in a process: not below the home of one test
+        return _SHARED_RAY.enter_context(small_ray(num_cpus=4))
 
 
 @pytest.fixture(scope="session")
