@@ -102,7 +102,15 @@ def handlers():
     return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
-def test_an_interrupt_is_one_line_and_the_same_call_resumes(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Let SIGINT interrupt also where tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_is_one_line_and_the_same_call_resumes(tmp_path, interruptible):
     class Stop(mr.Callback):
         def on_round(self, stage, done, total):
             if stage == "warmup" and done == 2:
