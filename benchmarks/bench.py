@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from gpu import ROOT, Bench, Row, Sizes, as_table, watched
+from gpu import ROOT, Bench, Sizes
+from measured_rows import Row, as_table, watched
 
 HERE = Path(__file__).resolve()
 BATCH, LEARNING_RATE, SAMPLES, STEPS = 32, 0.05, 160, 5  # of a client in a round

@@ -10,12 +10,10 @@ does not depend on them. Without a GPU every check is skipped.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from measured_rows import Row, as_table, watched
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a machine may have the packages that Mosaic needs, but not Mosaic itself
@@ -38,20 +37,6 @@ AT_ONCE = "{} clients on one GPU at once"
 
 #: Seconds before the limit at which nothing may compute any more, so that the table is printed in time.
 CLOSING_SECONDS = 5.0
-
-
-@dataclass
-class Row:
-    """One line of the table. ``ratio``: of the figure to that of ``against``, or as its text says."""
-
-    check: str
-    what: str
-    figure: float | None = None
-    unit: str = ""
-    ratio: float | None = None
-    against: str = ""
-    status: str = "passed"
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -503,50 +488,6 @@ def run_check(name: str, pretend: bool, rows: Path) -> None:
     with open(rows, "a", encoding="utf-8", buffering=1) as file:
         for row in CHECKS[name][0](Bench(pretend)):
             file.write(json.dumps(asdict(row)) + "\n")
-
-
-def watched(name: str, command: list[str], seconds: float) -> list[Row]:
-    """Run a check's ``command`` in a process group of its own for at most ``seconds``.
-
-    It writes rows to the file that its last argument, added here, names. Returns them, and one more where it failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        rows, log, note = Path(folder) / "rows", Path(folder) / "log", ""
-        rows.touch()
-        with open(log, "w") as stream:
-            process = subprocess.Popen([*command, str(rows)], stdout=stream, stderr=stream, start_new_session=True)
-            try:
-                if process.wait(seconds):
-                    note = f"exit status {process.returncode}"
-            except subprocess.TimeoutExpired:
-                note = f"stopped after {seconds:.0f} s"
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        found = [Row(**json.loads(line)) for line in rows.read_text().splitlines() if line.endswith("}")]
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if note:
-            found.append(Row(name, f"{name}: the rest", status="failed", note=": ".join([note, *lines[-1:]])[:300]))
-        if any(row.status == "failed" for row in found):
-            click.echo("\n".join(lines[-40:]), err=True)
-    return found
-
-
-def as_table(rows: list[Row]) -> str:
-    """Return the rows as lines of aligned columns; notes follow the table."""
-    cells = [("what", "figure", "unit", "ratio", "against", "result")]
-    for row in rows:
-        figure = "" if row.figure is None else f"{row.figure:,.4g}" if row.figure < 1000 else f"{row.figure:,.0f}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        cells.append((row.what, figure, row.unit, ratio, row.against, row.status))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = (str.ljust, str.rjust, str.ljust, str.rjust, str.ljust, str.ljust)
-    aligned = [
-        "  ".join(side(text, width) for side, text, width in zip(sides, line, widths, strict=True)) for line in cells
-    ]
-    notes = [f"{row.what}: {row.note}" for row in rows if row.note]
-    return "\n".join([*(line.rstrip() for line in aligned), *([""] if notes else []), *notes])
 
 
 @click.command()

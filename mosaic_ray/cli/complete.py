@@ -66,7 +66,7 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
         return ShellComplete.source(self)  # without starting bash
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        line, last = os.environ["COMP_LINE"], os.environ["COMP_CWORD"]
+        line, last = os.environ.get("COMP_LINE", ""), os.environ.get("COMP_CWORD", "")
         words = split_arg_string(line)[1:]
         incomplete = words.pop() if words and not line[-1:].isspace() else ""
         if not last.strip("=:"):

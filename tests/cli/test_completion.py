@@ -165,3 +165,11 @@ def test_a_real_bash(runs):
         "complete -o nosort -F _mosaic_completion mosaic", "--preset", "ce adjusted", "one", "option nospace",
         "warmup.lr_decay=",
     ], ended.stderr  # fmt: skip
+
+
+def test_a_shell_that_passes_no_line_gets_commands_and_no_traceback(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COMP_")}
+    environment |= {VARIABLE: "bash_complete", "PYTHONPATH": str(REPO)}
+    call = [sys.executable, "-m", "mosaic_ray"]
+    ended = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stderr == "" and "plain,sweep" in ended.stdout.splitlines()

@@ -27,9 +27,6 @@ class Doubling(Working):
     def ping(self) -> str:
         return "worker"
 
-    def trim_memory(self) -> None:
-        pass
-
     def work(self, common: Any, client_id: int, shard: Any, own: Any) -> tuple[float, int]:
         if client_id == 3 and len(os.listdir(self.folder)) < self.deaths:
             (self.folder / str(os.getpid())).touch()
