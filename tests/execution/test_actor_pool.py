@@ -70,7 +70,7 @@ def mapped(ray_up, tmp_path, monkeypatch):
 def test_results_come_in_order_and_no_actor_has_more_than_two_calls(mapped, actors):
     found, in_hand, begun = mapped(actors)
     assert found == [(k, 2 * k) for k in range(12)]
-    assert begun == list(range(12))
+    assert sorted(begun) == list(range(12))
     assert max(calls for calls, _ in in_hand) == 2
     # a second call only while more clients wait than there are actors: the last ones go to whichever is idle first
     assert all(waiting > actors for calls, waiting in in_hand if calls == 2)
