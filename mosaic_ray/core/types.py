@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -47,11 +47,49 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
+class Modality:
+    """One part of every sample: an image uint8 [C, H, W], a vector float32 [d], or a text int32 [L] of tokens.
+
+    ``vocabulary``: the number of tokens of a text, 0 for others; token 0 fills short texts.
+    """
+
+    name: str
+    kind: Literal["image", "vector", "text"]
+    shape: tuple[int, ...]
+    vocabulary: int = 0
+
+    @property
+    def size(self) -> int:
+        """Return the number of values of one sample."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of one sample in a record (``data.records``)."""
+        return self.size * (1 if self.kind == "image" else 4)
+
+    @staticmethod
+    def from_json(value: Any) -> Modality:
+        """Check and return a modality that was read from JSON; ``ValueError`` where it does not fit."""
+        given = from_json(dict[str, Any], value)
+        found: dict[str, Any] = {name: from_json(kind, given.get(name), name) for name, kind in _MODALITY.items()}
+        return Modality(**found | {"shape": tuple(found["shape"])})
+
+
+_MODALITY: dict[str, Any] = {
+    "name": str, "kind": Literal["image", "vector", "text"], "shape": list[Annotated[int, (1, 10**7)]],
+    "vocabulary": Annotated[int, (0, 10**7)],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
 class DataFacts:
     """Facts of a data set that clients need beside its images; plain and picklable.
 
     ``mean`` and ``std`` are per channel in units of [0, 1] intensity; ``augmentations`` names entries of
-    ``data.transforms.AUGMENTATIONS`` for classifier training.
+    ``data.transforms.AUGMENTATIONS`` for classifier training. ``modalities``: the parts of a sample, where there are
+    several; then ``ImageSet.images`` holds records (``data.records``), and ``channels``, ``image_size``, ``mean`` and
+    ``std`` are those of the image among the parts (1, 8, 0 and 1 without one).
     """
 
     name: str
@@ -61,12 +99,27 @@ class DataFacts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentations: tuple[str, ...] = ()
+    modalities: tuple[Modality, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of one sample as networks take it: [channels, side, side], or all values and the mask."""
+        if self.modalities:
+            return (sum(modality.size for modality in self.modalities) + len(self.modalities),)
+        return self.channels, self.image_size, self.image_size
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts as plain values; without ``modalities`` where samples are images alone."""
+        found = asdict(self)
+        return found if self.modalities else {name: value for name, value in found.items() if name != "modalities"}
 
     @staticmethod
     def from_json(value: Any) -> DataFacts:
         """Check and return facts that were read from JSON; ``ValueError`` names the field that does not fit."""
         given = from_json(dict[str, Any], value)
         found: dict[str, Any] = {name: from_json(kind, given.get(name), name) for name, kind in _FACTS.items()}
+        parts = from_json(list[Any], given.get("modalities", []), "modalities")
+        found["modalities"] = [Modality.from_json(part) for part in parts]
         if not len(found["mean"]) == len(found["std"]) == found["channels"]:
             raise ValueError("mean")
         found |= {name: tuple(values) for name, values in found.items() if isinstance(values, list)}

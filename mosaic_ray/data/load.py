@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,7 +38,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         facts = replace(facts, mean=mean * times, std=std * times)
     train, test = (in_channels(resized(images, size), channels) for images in (train, test))
     train_set, test_set = ImageSet(train, raw.train.labels), ImageSet(test, raw.test.labels)
-    digest = hashlib.sha256(json.dumps(astuple(replace(facts, name=""))).encode())
+    digest = hashlib.sha256(json.dumps([*replace(facts, name="").to_json().values()]).encode())
     if is_plugin(config.name):
         digest.update(digest_of(config.name).encode())
     if raw.identity:

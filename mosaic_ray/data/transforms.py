@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from ..core.types import DataFacts
+
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Return ``values`` as float32 [C, 1, 1], filled on ``device``: a copy from the host would wait for the GPU."""
@@ -20,6 +22,29 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tenso
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Convert uint8 [B, C, H, W] to a classifier's input: float32, ``(images / 255 - mean) / std`` per channel."""
     return (images.float() / 255 - _per_channel(mean, images.device)) / _per_channel(std, images.device)
+
+
+def to_input(images: torch.Tensor, facts: DataFacts) -> torch.Tensor:
+    """Convert stored samples, images uint8 [B, C, H, W] or records, to a classifier's input float32.
+
+    Images are normalised: [B, C, H, W]. Of records all values are laid side by side, and then the mask of the
+    modalities: [B, D + M] (``DataFacts.input_shape``). An image in them is normalised, vectors are standardised already
+    (``data.records``), tokens are numbers. The values of absent modalities are 0.
+    """
+    if not facts.modalities:
+        return normalise(images, facts.mean, facts.std)
+    records, at = images.flatten(1), 0
+    present = records[:, -len(facts.modalities) :].float()
+    parts = []
+    for number, modality in enumerate(facts.modalities):
+        raw = records[:, at : at + modality.num_bytes].clone(memory_format=torch.contiguous_format)  # aligned
+        at += modality.num_bytes
+        if modality.kind == "image":
+            values = normalise(raw.view(-1, *modality.shape), facts.mean, facts.std).flatten(1)
+        else:
+            values = raw.view(torch.float32 if modality.kind == "vector" else torch.int32).float()
+        parts.append(values * present[:, number : number + 1])
+    return torch.cat([*parts, present], 1)
 
 
 def to_pm1(images: torch.Tensor) -> torch.Tensor:

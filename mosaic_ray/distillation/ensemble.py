@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..core.errors import RunError
 from ..core.seeding import Address, numpy_stream, seeded, stream
 from ..core.types import DataFacts, Weights
-from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
+from ..data.transforms import augment, pm1_to_normalised, to_input, to_pm1
 from ..federated.client import ClientContext, Task, initial_weights
 from ..federated.local_training import Shard, batches
 from ..models.classifiers import Classifier
@@ -429,7 +429,7 @@ def learn_labels(
                 continue
             drawn = augment(shard.images[rows], facts.augmentations, draws)
             with use_precision(context.config.runtime.precision, context.device):
-                logits = student(normalise(drawn, facts.mean, facts.std)).float()
+                logits = student(to_input(drawn, facts)).float()
             loss = F.cross_entropy(logits, shard.labels[rows.to(context.device)])
             losses.append(descend(optimizer, loss))
             context.progress(len(losses), steps)
@@ -476,7 +476,7 @@ class ExpertLogitsTask(Task[Mapping[int, Weights], None, Weights]):
         parts = torch.from_numpy(np.sort(rows[: self.images or None])).split(256)
         found = []
         for number, part in enumerate(parts, 1):
-            images = normalise(shard.images[part.to(context.device)], facts.mean, facts.std)
+            images = to_input(shard.images[part.to(context.device)], facts)
             found.append(ensemble(images).transpose(0, 1).flatten(1).cpu().numpy())
             context.progress(number, len(parts))
         return {"logits": np.concatenate(found), "labels": shard.labels.cpu().numpy()[torch.cat(parts).numpy()]}

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..config.schema import GeneratorConfig
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Weights
-from ..data.transforms import augment, normalise, pm1_to_normalised, to_pm1
+from ..data.transforms import augment, pm1_to_normalised, to_input, to_pm1
 from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
@@ -118,7 +118,7 @@ def real_batches(
         images = shard.images[rows]
         if config.gan_augment:
             images = augment(images, facts.augmentations, draws)
-        real = normalise(images, facts.mean, facts.std) if config.gan_range == "model_norm" else to_pm1(images)
+        real = to_input(images, facts) if config.gan_range == "model_norm" else to_pm1(images)
         yield real, shard.labels[rows]
 
 
@@ -319,7 +319,7 @@ def compare_with_real(
     """
     seed, client_id = address
     rows = torch.linspace(0, len(shard) - 1, min(len(shard), NUM_COMPARED)).long()
-    real = normalise(shard.images[rows], facts.mean, facts.std)
+    real = to_input(shard.images[rows], facts)
     fake = sample(generator, NUM_COMPARED, stream(seed, "generator/compare", client_id), shard.images.device)
     probed, gaps, variances = bool(bn_statistics(classifier)), [], []
     for images in (real, classifier_view(fake, config.gan_range, facts)):

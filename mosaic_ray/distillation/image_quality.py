@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import RequestError
 from ..core.seeding import numpy_stream, seeded
 from ..core.types import DataFacts
-from ..data.transforms import normalise
+from ..data.transforms import to_input
 from ..models.classifiers import Classifier
 from ..models.state_dict import freeze
 
@@ -42,7 +42,7 @@ class Network(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        seen = normalise(images, self.facts.mean, self.facts.std)
+        seen = to_input(images, self.facts)
         outputs: Tensor = self.classifier(seen) if self.logits else self.classifier.features(seen)
         return outputs.double()
 

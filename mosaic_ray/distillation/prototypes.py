@@ -11,7 +11,7 @@ import torch
 from ..config.schema import PrototypesConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Prototypes
-from ..data.transforms import augment, normalise
+from ..data.transforms import augment, to_input
 from ..federated.communication import num_judging
 from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
@@ -57,7 +57,7 @@ def extract_features(
     chunks = torch.arange(len(shard)).split(chunk)
     for rows in chunks:
         with use_precision(precision, shard.images.device):
-            parts.append(model.features(normalise(shard.images[rows], facts.mean, facts.std)).float().cpu())
+            parts.append(model.features(to_input(shard.images[rows], facts)).float().cpu())
         progress(len(parts), len(chunks))
     return torch.cat(parts).numpy()
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.seeding import numpy_stream, seeded, stream
 from ..core.types import Weights
-from ..data.transforms import augment, normalise
+from ..data.transforms import augment, to_input
 from ..federated.client import ClientContext
 from ..models.optimizers import SGD
 from ..models.state_dict import to_weights, use_precision
@@ -56,7 +56,7 @@ def train_server_student(context: ClientContext, teacher_weights: Weights, share
             )  # fmt: skip
         rows = slice(place * section.batch_size, (place + 1) * section.batch_size)
         changed = augment(drawn.images[rows], facts.augmentations, stream(config.seed, "student/augment", step))
-        inputs, labels = normalise(changed, facts.mean, facts.std), drawn.labels[rows]
+        inputs, labels = to_input(changed, facts), drawn.labels[rows]
         optimizer.param_groups[0]["lr"] = section.lr * (1 + math.cos(math.pi * step / section.steps)) / 2
         with use_precision(precision, context.device):
             with torch.no_grad():

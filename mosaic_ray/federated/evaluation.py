@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.types import DataFacts, ImageSet
-from ..data.transforms import normalise
+from ..data.transforms import to_input
 from ..models.state_dict import use_precision
 from .local_training import no_progress
 
@@ -32,7 +32,7 @@ def logits_on(
     for start in range(0, len(data), chunk):
         images = torch.tensor(data.images[start : start + chunk], device=device)
         with use_precision(precision, device):
-            logits[start : start + chunk] = logits_of(normalise(images, facts.mean, facts.std)).float().cpu().numpy()
+            logits[start : start + chunk] = logits_of(to_input(images, facts)).float().cpu().numpy()
         progress(min(start + chunk, len(data)), len(data))
     return logits
 

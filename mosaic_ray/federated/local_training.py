@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config.schema import ExperimentConfig
 from ..core.seeding import derive, stream
 from ..core.types import DataFacts, Weights
-from ..data.transforms import augment, normalise
+from ..data.transforms import augment, to_input
 from ..models.classifiers import Classifier
 from ..models.optimizers import SGD
 from ..models.state_dict import use_precision
@@ -196,11 +196,11 @@ def train_locally(
                 continue
             rows = rows.to(device)
             labels = shard.labels[rows]
-            images = normalise(augment(shard.images[rows], facts.augmentations, draws), facts.mean, facts.std)
+            images = to_input(augment(shard.images[rows], facts.augmentations, draws), facts)
             if turns is not None and rehearsed is not None:
                 others = next(turns).to(device)
                 drawn = augment(rehearsed.shard.images[others], facts.augmentations, draws)
-                images = torch.cat([images, normalise(drawn, facts.mean, facts.std)])
+                images = torch.cat([images, to_input(drawn, facts)])
             with use_precision(precision, device):
                 outputs = objective.forward(model, images)
             logits = outputs[: len(rows)]

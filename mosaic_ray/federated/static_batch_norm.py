@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.types import DataFacts, Weights
-from ..data.transforms import normalise
+from ..data.transforms import to_input
 from ..models.state_dict import bn_statistics, use_precision
 from .local_training import Shard, no_progress
 
@@ -89,7 +89,7 @@ def moments(
         for number, rows in enumerate(chunks, 1):
             reads = 0
             with use_precision(precision, shard.images.device), contextlib.suppress(_Enough):
-                model(normalise(shard.images[rows], facts.mean, facts.std))
+                model(to_input(shard.images[rows], facts))
             wanted = reads
             progress(number, len(chunks))
     finally:

@@ -6,7 +6,7 @@ A key names all that a result depends on and nothing else. Knobs at their defaul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 from ..config.fields import changed_knobs
@@ -73,7 +73,7 @@ def _partition_knobs(inputs: KeyInputs) -> Knobs:
     """Without the data's identity a stand-in that no run has, different for different data."""
     config = inputs.config
     data = inputs.identity or {"unseen": changed_knobs(config.data, "root", "download")}
-    facts = inputs.facts and asdict(inputs.facts)
+    facts = inputs.facts and inputs.facts.to_json()
     knobs = {"data": data, "facts": facts, "partition": changed_knobs(config.partition), "seed": config.seed}
     sampler = config.partition.sampler
     kind = sampler_kind(sampler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ class Roles:
         found = {
             "library_name": "mosaic_ray", "mosaic_ray_version": __version__, "role": role, "run": visible(run.name, ""),
             "pipeline_tag": GENERATES if role.startswith("generator:") else CLASSIFIES,
-            "data": asdict(facts), "class_names": list(run.class_names), "method": self.context.config.method,
+            "data": facts.to_json(), "class_names": list(run.class_names), "method": self.context.config.method,
             "seed": self.context.config.seed, "accuracy": run.summary.accuracy or {},
         }  # fmt: skip
         return parse_json(json.dumps(found))

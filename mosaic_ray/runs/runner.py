@@ -13,7 +13,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -310,7 +309,7 @@ def execute(
         if finish:
             finish(folder, summary)
         counts = {"label_counts": summary["label_counts"], "class_names": list(dataset.class_names)}
-        counts["data"] = asdict(dataset.facts)
+        counts["data"] = dataset.facts.to_json()
         write_whole(folder / "label_counts.json", json.dumps(counts).encode())
         write_whole(folder / "student.safetensors", save(student))
         write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -113,12 +113,12 @@ def random_images(context: ClientContext, client_id: int) -> Iterator[torch.Tens
     """Yield 2,000 images of uniform independent pixels as classifier inputs."""
     import torch
 
-    from ..data.transforms import normalise
+    from ..data.transforms import to_input
 
     facts, draws = context.facts, numpy_stream(context.config.seed, "moe-weights/noise", client_id)
     for _ in range(NUM_IMAGES // CHUNK):
         pixels = draws.integers(0, 256, (CHUNK, facts.channels, facts.image_size, facts.image_size), np.uint8)
-        yield normalise(torch.tensor(pixels, device=context.device), facts.mean, facts.std)
+        yield to_input(torch.tensor(pixels, device=context.device), facts)
 
 
 def seen_shares(
