@@ -46,6 +46,12 @@ class ModelConfig:
         "", "a network that no client holds; after the closing rounds the server trains it with synthetic images"
     )
     width: int = knob(16, "channels of the classifier's first block (resnet18: 64 is the standard)", low=1, high=512)
+    fusion: str = knob(
+        "mean",
+        "how features of several modalities are joined: their mean, a mean weighted by gates, a head for each, or side "
+        "by side with zeros for absent ones",
+        choices=("mean", "gated", "late", "zero_fill"),
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,10 @@ class WarmupConfig:
     weight_decay: float = knob(1e-4, "SGD weight decay", low=0.0)
     momentum: float = knob(0.0, "SGD momentum, fresh each round", low=0.0, high=0.999)
     shuffle: bool = knob(True, "draw batches at random; off: fixed order (D8)")
+    modality_dropout: float = knob(
+        0.0, "share of a sample's modalities that clients leave out in training, at random, never all of them; in the "
+        "closing rounds too", low=0.0, high=0.9,
+    )  # fmt: skip
     checkpoint_rounds: int = knob(5, "rounds between checkpoints", low=1)
     bn: str = knob(
         "running",

@@ -108,6 +108,13 @@ class DataFacts:
             return (sum(modality.size for modality in self.modalities) + len(self.modalities),)
         return self.channels, self.image_size, self.image_size
 
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Return the shape of one sample in ``ImageSet.images``: an image's, or [1, 1, bytes] of a record."""
+        if self.modalities:
+            return 1, 1, sum(modality.num_bytes for modality in self.modalities) + len(self.modalities)
+        return self.channels, self.image_size, self.image_size
+
     def to_json(self) -> dict[str, Any]:
         """Return the facts as plain values; without ``modalities`` where samples are images alone."""
         found = asdict(self)
@@ -169,6 +176,7 @@ class Update:
     """A client's result of local training.
 
     ``message``: arrays that its strategy sends beside the weights; ``state``: the client's own, for its next round.
+    ``samples``: by modality, how many of its samples have it, where clients train what belongs to a modality on these.
     """
 
     client_id: int
@@ -177,6 +185,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     message: Weights = field(default_factory=dict)
     state: Weights = field(default_factory=dict)
+    samples: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,6 @@ MOST_IN_ALL_SUBSETS = 6
 _TYPES = {"image": np.dtype("u1"), "vector": np.dtype("<f4"), "text": np.dtype("<i4")}
 
 
-def record_size(modalities: Sequence[Modality]) -> int:
-    """Return the bytes of one record."""
-    return sum(modality.num_bytes for modality in modalities) + len(modalities)
-
-
 def pack(modalities: Sequence[Modality], values: Mapping[str, np.ndarray], present: np.ndarray) -> np.ndarray:
     """Return records uint8 [N, 1, 1, bytes].
 
@@ -33,7 +28,7 @@ def pack(modalities: Sequence[Modality], values: Mapping[str, np.ndarray], prese
         values: an array [N, *shape] for each of them, by name.
         present: bool [N, M], whether a sample has the modality; the values of absent ones are set to zero.
     """
-    records = np.zeros((len(present), record_size(modalities)), np.uint8)
+    records = np.zeros((len(present), sum(m.num_bytes for m in modalities) + len(modalities)), np.uint8)
     at = 0
     for number, modality in enumerate(modalities):
         array = np.ascontiguousarray(values[modality.name], _TYPES[modality.kind]).reshape(len(present), -1)
@@ -76,6 +71,27 @@ def in_subsets(modalities: Sequence[Modality], records: np.ndarray) -> np.ndarra
     for row, chosen in zip(masks, subsets(len(modalities)), strict=True):
         row[list(chosen)] = True
     return np.concatenate([restrict(modalities, records, mask) for mask in masks])
+
+
+def pictures(modalities: Sequence[Modality], records: np.ndarray) -> np.ndarray:
+    """Return images uint8 [N, C, H, W] to look at: those in the records, or squares of grey for other values.
+
+    Without an image the values of vectors, from -3 (black) to 3 (white), fill a square row by row; tokens stand between
+    black and white by their number.
+    """
+    values = unpack(modalities, records)
+    for modality in modalities:
+        if modality.kind == "image":
+            return values[modality.name]
+    grey = [
+        values[m.name] * (255 / max(1, m.vocabulary - 1)) if m.vocabulary else (values[m.name] + 3) * 42.5
+        for m in modalities
+    ]
+    flat = np.concatenate(grey, 1)
+    side = int(np.ceil(np.sqrt(flat.shape[1])))
+    square = np.zeros((len(flat), side * side))
+    square[:, : flat.shape[1]] = flat
+    return np.clip(square, 0, 255).astype(np.uint8).reshape(len(flat), 1, side, side)
 
 
 def sums_of(modality: Modality, values: np.ndarray) -> np.ndarray:

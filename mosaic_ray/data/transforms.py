@@ -33,6 +33,18 @@ def to_input(images: torch.Tensor, facts: DataFacts) -> torch.Tensor:
     """
     if not facts.modalities:
         return normalise(images, facts.mean, facts.std)
+    return _rows(images, facts, lambda found: normalise(found, facts.mean, facts.std))
+
+
+def to_generator_range(images: torch.Tensor, facts: DataFacts) -> torch.Tensor:
+    """Convert stored samples to what generators draw: as ``to_input``, but with images in [-1, 1]."""
+    return _rows(images, facts, to_pm1) if facts.modalities else to_pm1(images)
+
+
+def _rows(
+    images: torch.Tensor, facts: DataFacts, of_image: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Lay the values of records uint8 [B, 1, 1, bytes] side by side, with their mask; ``of_image`` converts images."""
     records, at = images.flatten(1), 0
     present = records[:, -len(facts.modalities) :].float()
     parts = []
@@ -40,7 +52,7 @@ def to_input(images: torch.Tensor, facts: DataFacts) -> torch.Tensor:
         raw = records[:, at : at + modality.num_bytes].clone(memory_format=torch.contiguous_format)  # aligned
         at += modality.num_bytes
         if modality.kind == "image":
-            values = normalise(raw.view(-1, *modality.shape), facts.mean, facts.std).flatten(1)
+            values = of_image(raw.view(-1, *modality.shape)).flatten(1)
         else:
             values = raw.view(torch.float32 if modality.kind == "vector" else torch.int32).float()
         parts.append(values * present[:, number : number + 1])
@@ -55,6 +67,37 @@ def to_pm1(images: torch.Tensor) -> torch.Tensor:
 def pm1_to_normalised(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Convert images [B, C, H, W] in [-1, 1] to a classifier's input, float32; differentiable."""
     return ((x.float() + 1) / 2 - _per_channel(mean, x.device)) / _per_channel(std, x.device)
+
+
+def drawn_to_input(x: torch.Tensor, facts: DataFacts) -> torch.Tensor:
+    """Convert what a generator draws, images [B, C, H, W] in [-1, 1] or rows, to a classifier's input; differentiable."""
+    if not facts.modalities:
+        return pm1_to_normalised(x, facts.mean, facts.std)
+    parts, first, count = [], 0, len(facts.modalities)
+    for number, modality in enumerate(facts.modalities):
+        values = x[:, first : first + modality.size]
+        if modality.kind == "image":
+            image = pm1_to_normalised(values.reshape(-1, *modality.shape), facts.mean, facts.std)
+            values = image.flatten(1) * x[:, number - count, None]
+        parts.append(values)
+        first += modality.size
+    return torch.cat([*parts, x[:, -count:]], 1)
+
+
+def drawn_to_stored(x: torch.Tensor, facts: DataFacts) -> torch.Tensor:
+    """Convert rows that a generator draws, float32 [B, D + M], to records uint8 [B, 1, 1, bytes]."""
+    parts, first, count = [], 0, len(facts.modalities)
+    present = x[:, -count:] > 0
+    for number, modality in enumerate(facts.modalities):
+        values = x[:, first : first + modality.size] * present[:, number, None]
+        if modality.kind == "image":
+            raw = (((values + 1) / 2).clamp(0, 1) * 255).round().to(torch.uint8) * present[:, number, None]
+        else:
+            kind = torch.float32 if modality.kind == "vector" else torch.int32
+            raw = values.to(kind).contiguous().view(torch.uint8)
+        parts.append(raw)
+        first += modality.size
+    return torch.cat([*parts, present.to(torch.uint8)], 1)[:, None, None]
 
 
 def augment(images: torch.Tensor, names: tuple[str, ...], generator: torch.Generator) -> torch.Tensor:
@@ -80,6 +123,24 @@ def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Mirror each image left to right with probability one half."""
     mirrored = torch.randint(0, 2, (len(images),), generator=generator).bool().to(images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def drop_modalities(records: torch.Tensor, count: int, rate: float, generator: torch.Generator) -> torch.Tensor:
+    """Return records [B, 1, 1, bytes] in which each modality is marked absent with probability ``rate``.
+
+    Where that would leave a record without any of those that it had, it keeps the one with the largest draw.
+
+    Args:
+        records: uint8; their last ``count`` bytes are the mask.
+        generator: on the CPU, so that CPU and GPU make equal draws.
+    """
+    draws = torch.rand(len(records), count, generator=generator).to(records.device)
+    there = records[:, 0, 0, -count:] > 0
+    draws = draws.masked_fill(~there, -1.0)
+    kept = there & ((draws >= rate) | (draws == draws.max(1, keepdim=True).values))
+    changed = records.clone()
+    changed[:, 0, 0, -count:] = kept.to(torch.uint8)
+    return changed
 
 
 AUGMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {"crop": crop, "flip": flip}

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from ..core.errors import RunError
 from ..core.seeding import seeded
 from ..core.types import Prototypes, Weights
+from ..data.records import pictures
 from ..federated.client import ClientContext, Round, Task, TrainTask
 from ..federated.client_models import Models
 from ..federated.local_training import LocalTrainingConfig, Rehearsed, Shard, train_locally
@@ -72,6 +74,10 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
             made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress)
         if not all(map(math.isfinite, made.figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.learning_rate:g})", client=client_id)
+        if facts.modalities:
+            seen = np.stack([pictures(facts.modalities, records) for records in made.progress["images"]])
+            progressed = {"images": seen, "steps": made.progress["steps"]}
+            made = made._replace(samples=pictures(facts.modalities, made.samples), progress=progressed)
         return made
 
 

@@ -48,11 +48,13 @@ def classifier_view(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
     With ``gan_range`` = ``model_norm`` the output is used unchanged: the GAN is trained on normalised images. Tanh
     cannot reach their values beyond [-1, 1].
     """
-    return fake if gan_range == "model_norm" else pm1_to_normalised(fake, facts.mean, facts.std)
+    return fake if gan_range == "model_norm" else drawn_to_input(fake, facts)
 
 
 def pixels_of(fake: Tensor, gan_range: str, facts: DataFacts) -> Tensor:
-    """Convert a generator's output to uint8 images [B, channels, H, W], on its device."""
+    """Convert a generator's output to uint8 images [B, channels, H, W], or to records, on its device."""
+    if facts.modalities:
+        return drawn_to_stored(fake, facts)
     if gan_range == "model_norm":
         shape = (1, -1, 1, 1)
         mean, std = fake.new_tensor(facts.mean).view(shape), fake.new_tensor(facts.std).view(shape)
@@ -118,7 +120,7 @@ def real_batches(
         images = shard.images[rows]
         if config.gan_augment:
             images = augment(images, facts.augmentations, draws)
-        real = to_input(images, facts) if config.gan_range == "model_norm" else to_pm1(images)
+        real = to_input(images, facts) if config.gan_range == "model_norm" else to_generator_range(images, facts)
         yield real, shard.labels[rows]
 
 
@@ -327,10 +329,10 @@ def compare_with_real(
             features = classifier.features(images).float()
         gaps += [float(inversion())] if probed else []
         variances.append(float(features.var(0).sum()) if len(features) > 1 else 0.0)
-    played = real if config.gan_range == "model_norm" else to_pm1(shard.images[rows])
+    played = real if config.gan_range == "model_norm" or facts.modalities else to_pm1(shard.images[rows])
     figures = {
         "variety": variances[1] / variances[0] if variances[0] > 0 else 1.0,
-        "out_of_range": float((played.abs() > 1 + 1e-6).float().mean()),
+        "out_of_range": 0.0 if facts.modalities else float((played.abs() > 1 + 1e-6).float().mean()),
     }
     return figures | ({"bn_gap": gaps[1] / gaps[0]} if probed and gaps[0] > 0 else {})
 
@@ -362,8 +364,16 @@ def allocate(shares: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
+def generator_for(config: GeneratorConfig, facts: DataFacts) -> Generator:
+    """Build a fresh generator for samples of this data set; call it inside ``seeded``."""
+    if facts.modalities:
+        made: Any = MultimodalGenerator(config, facts.modalities, facts.num_classes)
+        return made
+    return build_generator(config, facts.channels, facts.image_size, facts.num_classes)
+
+
 def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> Generator:
     """Build a frozen generator with ``weights``."""
     with uninitialised():
-        generator = build_generator(config, facts.channels, facts.image_size, facts.num_classes)
+        generator = generator_for(config, facts)
     return freeze(load_weights(generator, weights))

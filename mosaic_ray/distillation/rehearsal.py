@@ -6,20 +6,24 @@ backbone, this changes the features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from ..config.client_layout import client_modalities
 from ..config.schema import ExperimentConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Weights
 from ..federated.communication import Entries, Size, entries_of, size_of_entries
 from ..federated.local_training import Shard
-from ..models.generator import build_generator
+from ..models.multimodal_generator import generator_modality
 from ..models.state_dict import shapes_only, use_precision
-from .generator_training import load_generator, to_pixels
+from .generator_training import generator_for, load_generator, to_pixels
+
+E = TypeVar("E")
 
 #: A client lacks a class if it holds fewer of its images than this share of an equal share n_k / C.
 LACKING_BELOW = 0.1
@@ -43,15 +47,25 @@ def lacking_classes(counts: np.ndarray) -> np.ndarray:
 
 
 def allocate_draws(
-    shared: SharedGenerators, client_id: int, wanted: Sequence[int], count: int, draws: np.random.Generator
+    shared: SharedGenerators,
+    client_id: int,
+    wanted: Sequence[int],
+    count: int,
+    draws: np.random.Generator,
+    richer: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the place in ``shared`` and the label of ``count`` images: int64 [count] each, empty if nobody can draw.
 
     Labels spread evenly over the classes ``wanted`` that another client's generator can draw; among those the generator
-    is drawn with probabilities proportional to its client's images of the class.
+    is drawn with probabilities proportional to its client's images of the class. ``richer`` bool [G]: generators of
+    which all classes are wanted, since they draw modalities that the client lacks.
     """
     able = np.where(shared.counts >= LEAST_IMAGES, shared.counts, 0).astype(np.float64)
     able[[k == client_id for k in shared.clients]] = 0
+    if richer is not None:
+        asked = np.isin(np.arange(able.shape[1]), wanted)
+        able[~(asked | richer[:, None])] = 0
+        wanted = range(able.shape[1])
     classes = np.array([c for c in wanted if able[:, c].sum() > 0], np.int64)
     if not len(classes):
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -72,7 +86,7 @@ def draw_images(
     device: torch.device,
 ) -> Shard:
     """Draw one image for each row of ``places`` (of a generator in ``shared``) and ``labels``, int64 [N] each."""
-    images = np.empty((len(labels), facts.channels, facts.image_size, facts.image_size), np.uint8)
+    images = np.empty((len(labels), *facts.stored_shape), np.uint8)
     for place in np.unique(places):
         rows = np.flatnonzero(places == place)
         generator = load_generator(config.generator, facts, shared.weights[place]).to(device)
@@ -99,7 +113,11 @@ def rehearsal_images(
     phase, round_num, client_id = address
     wanted = lacking_classes(own) if config.rehearsal.classes == "lacking" else np.arange(len(own))
     draws = numpy_stream(config.seed, phase + "/rehearsal", round_num, client_id)
-    places, labels = allocate_draws(shared, client_id, list(wanted), count, draws)
+    richer = None
+    if facts.modalities:
+        held = client_modalities(config, [modality.name for modality in facts.modalities])
+        richer = np.array([not {*held[k]} <= {*held[client_id]} for k in shared.clients])
+    places, labels = allocate_draws(shared, client_id, list(wanted), count, draws, richer)
     if not len(labels):
         return None
     noise = stream(config.seed, phase + "/rehearsal/z", round_num, client_id)
@@ -109,10 +127,26 @@ def rehearsal_images(
 def generator_entries(config: ExperimentConfig, facts: DataFacts) -> Entries:
     """Return names, shapes and types of one client's generator."""
     with shapes_only():
-        made = build_generator(config.generator, facts.channels, facts.image_size, facts.num_classes)
+        made = generator_for(config.generator, facts)
     return entries_of(made.state_dict())
 
 
-def generator_size(config: ExperimentConfig, facts: DataFacts) -> Size:
-    """Return the bytes of one client's generator."""
-    return size_of_entries(generator_entries(config, facts))
+def generator_size(config: ExperimentConfig, facts: DataFacts, client_id: int | None = None) -> Size:
+    """Return the bytes of one client's generator; without ``client_id`` of a client that has all modalities."""
+    entries = generator_entries(config, facts)
+    if facts.modalities and client_id is not None:
+        entries = sent_entries(entries, client_modalities(config, [m.name for m in facts.modalities])[client_id])
+    return size_of_entries(entries)
+
+
+def sent_weights(weights: Weights, facts: DataFacts) -> Weights:
+    """Return the weights of a generator that travel: all, but for decoders that its client has no samples for."""
+    if not facts.modalities:
+        return weights
+    names = [modality.name for modality, held in zip(facts.modalities, weights["held"], strict=True) if held > 0]
+    return sent_entries(weights, names)
+
+
+def sent_entries(entries: Mapping[str, E], held: Sequence[str]) -> dict[str, E]:
+    """Return the entries of a generator that travel: not the decoders of modalities that are not ``held``."""
+    return {name: entry for name, entry in entries.items() if generator_modality(name) in ("", *held)}

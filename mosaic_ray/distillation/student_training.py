@@ -85,7 +85,7 @@ class Batcher:
         With them the labels int64 [B] that conditional generators were asked for; empty where generators take none.
         """
         task, config = self.task, self.task.config
-        images = [torch.empty(0, task.facts.channels, task.facts.image_size, task.facts.image_size, device=self.device)]
+        images = [torch.empty(0, *task.facts.input_shape, device=self.device)]
         labels = [torch.empty(0, dtype=torch.int64, device=self.device)]
         for k, generator in self.generators.items():
             draws = stream(config.seed, "distill/z", step, k)

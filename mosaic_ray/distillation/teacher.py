@@ -101,7 +101,7 @@ class TeacherNet(nn.Module):
 
         def network(weights: Weights) -> Classifier:
             name = state.classifier or None
-            model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name)
+            model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
             return load_weights(model, weights)
 
         self.backbone = network(state.backbone)

@@ -172,8 +172,10 @@ def steps_of(work: ClientWork, device: Any) -> Iterator[Any]:
     config, facts = override(work.config, short), work.facts
     context = ClientContext(config, facts, device)
     federation, warmup = context.federation, config.warmup
-    size = (work.samples, facts.channels, facts.image_size, facts.image_size)
+    size = (work.samples, *facts.stored_shape)
     images = torch.randint(256, size, dtype=torch.uint8, device=device)
+    if facts.modalities:  # random bytes are no tokens
+        images.zero_()[..., -len(facts.modalities) :] = 1
     labels = torch.arange(work.samples, device=device) % facts.num_classes
     shard = Shard(images, labels)
     small = Shard(images[: max(1, config.generator.tau - 1)], labels[: max(1, config.generator.tau - 1)])
@@ -215,7 +217,7 @@ class _Shapes:
 
 def estimated_bytes(work: ClientWork) -> int:
     """Estimate the bytes that one client takes at its peak, context included, from the networks' shapes."""
-    config, images = work.config, work.samples * work.facts.channels * work.facts.image_size**2
+    config, images = work.config, work.samples * math.prod(work.facts.input_shape)
     nets = [_classifier(config, work.facts, name, config.warmup.batch_size) for name in _names(config)]
     peak = max(4 * net.parameters + 2 * net.outputs for net in nets)
     if "generators" in _stages(config):
@@ -238,7 +240,7 @@ def surely_taken(work: ClientWork) -> dict[str, tuple[tuple[str, ...], int]]:
     images that are drawn at once; a batch of real images is no larger than ``work.samples``.
     """
     config, facts, stages = work.config, work.facts, _stages(work.config)
-    image, clients = 4 * facts.channels * facts.image_size**2, config.partition.num_clients
+    image, clients = 4 * math.prod(facts.input_shape), config.partition.num_clients
     batch = min(config.warmup.batch_size, max(1, work.samples))
     nets = [_classifier(config, facts, name, batch) for name in _names(config)]
     trained = max(2 * net.parameters + net.outputs // 2 for net in nets)
@@ -290,8 +292,9 @@ def _classifier(config: ExperimentConfig, facts: DataFacts, name: str, batch: in
 def _shapes_of_classifier(model: Any, facts: DataFacts, name: str, batch: int) -> _Shapes:
     from ..models.classifiers import build_classifier
 
-    size = (batch, facts.channels, facts.image_size, facts.image_size)
-    return _shapes(lambda: build_classifier(model, facts.num_classes, facts.channels, facts.image_size, name), size)
+    shape = facts.num_classes, facts.channels, facts.image_size
+    size = (batch, *facts.input_shape)
+    return _shapes(lambda: build_classifier(model, *shape, name, facts.modalities), size)
 
 
 def _generator_pair(config: ExperimentConfig, facts: DataFacts) -> _Shapes:

@@ -6,7 +6,7 @@ Where clients hold parts of a network (``models.submodel``), each coordinate is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -56,6 +56,54 @@ class RunningAverage:
         }
 
 
+class ModalityAverage:
+    """Average the weights of each modality over the clients that have it, and all others over all clients.
+
+    Where no client has a modality, its weights keep their ``previous`` values.
+    """
+
+    def __init__(
+        self, previous: Weights, owner: Callable[[str], str], columns: Mapping[str, slice] | None = None
+    ) -> None:
+        """``owner``: the modality that an entry belongs to, or "". ``columns``: those of the head, by modality."""
+        self._previous, self._owner, self._columns = previous, owner, dict(columns or {})
+        self._averages: dict[str, RunningAverage] = {}
+
+    def _parts(self, weights: Weights) -> dict[str, Weights]:
+        found: dict[str, Weights] = {"": {}}
+        for name, array in weights.items():
+            if name == "head.weight" and self._columns:
+                for modality, columns in self._columns.items():
+                    found.setdefault(modality, {})[name] = array[:, columns]
+            else:
+                found.setdefault(self._owner(name), {})[name] = array
+        return found
+
+    def add(self, weights: Weights, weight: float, samples: Mapping[str, float]) -> None:
+        """Add one client's ``weights``: with ``weight`` what all share, with ``samples`` what belongs to a modality.
+
+        ``samples``: by modality, the number of its samples that have it.
+        """
+        _check_names(weights, self._previous)
+        for modality, part in self._parts(weights).items():
+            held = samples.get(modality, 0.0) if modality else weight
+            if held:
+                self._averages.setdefault(modality, RunningAverage()).add(part, held)
+
+    def result(self) -> Weights:
+        """Return the averages so far, as ``RunningAverage.result`` does."""
+        averages = dict(self._previous)
+        head: list[np.ndarray] = []
+        for modality, previous in self._parts(self._previous).items():
+            found = self._averages[modality].result() if modality in self._averages else previous
+            if modality in self._columns:
+                head.append(found["head.weight"])
+            averages |= {name: array for name, array in found.items() if modality not in self._columns or name != "head.weight"}
+        if head:
+            averages["head.weight"] = np.concatenate(head, 1)
+        return averages
+
+
 class PartialAverage:
     """Average each coordinate over the clients that held it, weighted; where none did, keep ``previous``.
 
@@ -70,11 +118,13 @@ class PartialAverage:
         self._added = 0
 
     def add(
-        self, weights: Weights, weight: float, sets: ChannelIndices | None = None, classes: np.ndarray | None = None
-    ) -> None:
+        self, weights: Weights, weight: float, sets: ChannelIndices | None = None, classes: np.ndarray | None = None,
+        held: Callable[[str], float] | None = None,
+    ) -> None:  # fmt: skip
         """Add ``weights`` with ``weight`` >= 0: the part at ``sets``, or a whole network where those are None.
 
-        ``classes`` bool [C]: of the head only these rows, the classes that the client holds (HeteroFL).
+        ``classes`` bool [C]: of the head only these rows, the classes that the client holds (HeteroFL). ``held``: the
+        weight of an entry in the place of ``weight``, where entries differ; 0: the client does not hold it.
         """
         weight = _checked(weight)
         _check_names(weights, self._previous)
@@ -88,8 +138,12 @@ class PartialAverage:
                 raise ValueError(f"cannot average: {name} is {np.shape(weights[name])}, its part is {shape}")
         if weight == 0:
             return
+        whole = weight
         for name, place in places.items():
             array = weights[name]
+            weight = whole if held is None else _checked(held(name))
+            if weight == 0:
+                continue
             if classes is not None and name in self._channels.heads:
                 place, array = self._channels.part_index(name, self._sums[name].shape, sets, classes), array[classes]
             term = np.multiply(array, weight, dtype=np.float64)
@@ -97,12 +151,12 @@ class PartialAverage:
                 self._sums[name] += term
                 self._held[name] += weight
                 continue
-            held = self._held[name]
-            if not isinstance(held, np.ndarray):
+            sums = self._held[name]
+            if not isinstance(sums, np.ndarray):
                 shape, reach = self._sums[name].shape, self._channels.num_cut_axes(name)
-                held = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], held)
+                sums = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], sums)
             self._sums[name][place] += term
-            held[place] += weight
+            sums[place] += weight
         self._added += 1
 
     def result(self) -> Weights:

@@ -57,7 +57,7 @@ class ClientContext:
         facts, knobs = self.facts, self.config.model
         loads = weights is not None and (name or knobs.classifier) in CLASSIFIERS
         with uninitialised() if loads else contextlib.nullcontext():
-            model = build_classifier(knobs, facts.num_classes, facts.channels, facts.image_size, name)
+            model = build_classifier(knobs, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
         return (model if weights is None else load_weights(model, weights)).to(self.device)
 
     def client_classifier(self, client_id: int, weights: Weights) -> Classifier:
@@ -173,19 +173,34 @@ class TrainTask(Task[Round, ClientRound, Update]):
             config, context.facts, client_id, self.round_num, self.plan, model, shard.labels, broadcast.server,
             own.state,
         )  # fmt: skip
-        objective = strategy.objective(start)
+        objective, others = strategy.objective(start), self.rehearsed(context, shard, client_id, broadcast)
         with scale_activations(model, context.scale(client_id)):
             metrics = train_locally(
                 model, shard, self.plan, context.facts, (config.seed, self.phase, self.round_num, client_id),
                 config.runtime.precision, masked=config.federation.masked, objective=objective,
-                adjust=strategy.adjust_logits(start),
-                rehearsed=self.rehearsed(context, shard, client_id, broadcast), progress=context.progress,
+                adjust=strategy.adjust_logits(start), rehearsed=others, progress=context.progress,
             )  # fmt: skip
         if not math.isfinite(metrics["loss"]):
             what = f"training diverged (lr {self.plan.lr:g} gives a loss of {metrics['loss']})"
             raise RunError(what, round=self.round_num, client=client_id)
         message, state = objective.finish(model, int(metrics.pop("steps")))
-        return Update(client_id, to_weights(model), len(shard), metrics, message, state)
+        samples = modality_samples(context, shard, others)
+        return Update(client_id, to_weights(model), len(shard), metrics, message, state, samples)
+
+
+def modality_samples(context: ClientContext, shard: Shard, others: Rehearsed | None) -> dict[str, float] | None:
+    """Return by modality how many of a client's samples have it; None where all clients train everything.
+
+    Synthetic samples count by the weight of their loss, and no more of them than the client has own ones.
+    """
+    names = [modality.name for modality in context.facts.modalities]
+    if not names or context.config.model.fusion == "zero_fill":
+        return None
+    found = (shard.images[:, 0, 0, -len(names) :] > 0).sum(0).double()
+    if others is not None:
+        drawn = (others.shard.images[:, 0, 0, -len(names) :] > 0).sum(0)
+        found = found + others.weight * drawn.clamp(max=len(shard))
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

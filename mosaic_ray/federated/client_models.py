@@ -7,37 +7,45 @@ architecture's global model, and each coordinate is averaged over the clients th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import TypeVar
 
 import numpy as np
 
-from ..config.client_layout import any_partial_width, client_classifiers, client_widths, groups
+from ..config.client_layout import any_partial_width, client_classifiers, client_modalities, client_widths, groups
 from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig, ModelConfig
 from ..core.seeding import derive, seeded
-from ..core.types import DataFacts, Update, Weights
+from ..core.types import DataFacts, Modality, Update, Weights
 from ..models.classifiers import CLASSIFIERS, build_classifier, norm_depths
+from ..models.multimodal import SIDE_BY_SIDE, modality_of
 from ..models.state_dict import shapes_only
 from ..models.submodel import ChannelIndices, ChannelLayout, channel_layout, check_width, extract, num_kept
-from .aggregation import PartialAverage, RunningAverage
+from .aggregation import ModalityAverage, PartialAverage, RunningAverage
 from .communication import Entries, entries_of
 from .static_batch_norm import passes
+
+T = TypeVar("T")
 
 #: The global model of each architecture.
 Models = dict[str, Weights]
 
 
 @lru_cache(maxsize=32)
-def _channels(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> ChannelLayout:
-    return channel_layout(build_classifier(model, num_classes, channels, image_size, name))
+def _channels(
+    model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str, modalities: tuple[Modality, ...]
+) -> ChannelLayout:
+    return channel_layout(build_classifier(model, num_classes, channels, image_size, name, modalities))
 
 
 @lru_cache(maxsize=32)
-def _entries(model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str) -> Entries:
+def _entries(
+    model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str, modalities: tuple[Modality, ...]
+) -> Entries:
     with seeded(0, "entries"), shapes_only() if name in CLASSIFIERS else contextlib.nullcontext():
-        return entries_of(build_classifier(model, num_classes, channels, image_size, name).state_dict())
+        return entries_of(build_classifier(model, num_classes, channels, image_size, name, modalities).state_dict())
 
 
 @dataclass(frozen=True)
@@ -72,15 +80,38 @@ class Federation:
         """Whether some client trains only a part of its network; batch-norm statistics are then static (3.6)."""
         return any_partial_width(self.config)
 
+    @cached_property
+    def modalities(self) -> tuple[tuple[str, ...], ...]:
+        """Return each client's modalities; of data with one, none."""
+        return client_modalities(self.config, [modality.name for modality in self.facts.modalities])
+
+    def head_columns(self, name: str) -> dict[str, slice]:
+        """Return the columns of an architecture's head that belong to each modality, where features are not joined."""
+        parts = self.facts.modalities
+        if self.config.model.fusion not in SIDE_BY_SIDE or not parts:
+            return {}
+        each = self.entries(name)["head.weight"][0][1] // len(parts)
+        return {part.name: slice(k * each, (k + 1) * each) for k, part in enumerate(parts)}
+
+    def trained_entries(self, client_id: int, entries: Mapping[str, T], whole: bool = False) -> dict[str, T]:
+        """Return the ``entries`` of its network that a client trains, so that only these travel.
+
+        ``whole``: all of them, as in rounds in which clients may rehearse modalities that they lack.
+        """
+        if not self.facts.modalities or whole or self.config.model.fusion == "zero_fill":
+            return dict(entries)
+        held = ("", *self.modalities[client_id])
+        return {name: entry for name, entry in entries.items() if modality_of(name) in held}
+
     def channels(self, name: str) -> ChannelLayout:
         """Return which dimensions of an architecture's weights are channels of which group."""
         facts = self.facts
-        return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        return _channels(self.config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
 
     def entries(self, name: str, width: float = 1.0) -> Entries:
         """Return names, shapes and types of an architecture's weights at this ``width``."""
         facts = self.facts
-        whole = _entries(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        whole = _entries(self.config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
         if width == 1:
             return whole
         channels = self.channels(name)
@@ -98,7 +129,7 @@ class Federation:
     def statistics_passes(self, name: str) -> list[list[str]]:
         """Return the batch norms that each pass over the clients' images reads (static BN, 3.6)."""
         facts = self.facts
-        depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
         return passes(depths, self.config.federation.bn_passes)
 
     def parts(self, stem: str) -> dict[str, str]:
@@ -153,14 +184,22 @@ class RoundAggregator:
     def __init__(self, start: RoundStart) -> None:
         self.start = start
         self._masked = start.federation.config.federation.masked
-        self._averages: dict[str, RunningAverage | PartialAverage] = {}
+        self._averages: dict[str, RunningAverage | PartialAverage | ModalityAverage] = {}
 
     def add(self, update: Update) -> None:
         """Add one client's weights, weighted by its number of samples."""
         start, client_id = self.start, update.client_id
-        name = start.federation.classifiers[client_id]
+        name, samples = start.federation.classifiers[client_id], update.samples
+        if samples is not None and not (start.federation.partial_width or self._masked):
+            joined = self._averages.setdefault(
+                name, ModalityAverage(start.models[name], modality_of, start.federation.head_columns(name))
+            )
+            assert isinstance(joined, ModalityAverage)
+            joined.add(update.weights, update.num_samples, samples)
+            return
         if not (start.federation.partial_width or self._masked):
             average = self._averages.setdefault(name, RunningAverage())
+            assert isinstance(average, RunningAverage)
             average.add(update.weights, update.num_samples)
             return
         if name not in self._averages:
@@ -169,7 +208,10 @@ class RoundAggregator:
         indices = start.federation.indices(client_id, start.phase, start.round_num)
         partial = self._averages[name]
         assert isinstance(partial, PartialAverage)
-        partial.add(update.weights, update.num_samples, sets=indices, classes=classes)
+        held = None
+        if samples is not None:
+            held = lambda entry: samples.get(modality, 0.0) if (modality := modality_of(entry)) else update.num_samples  # noqa: E731
+        partial.add(update.weights, update.num_samples, sets=indices, classes=classes, held=held)
 
     def result(self) -> Models:
         """Return the new models; an architecture from which no update came keeps its old one."""

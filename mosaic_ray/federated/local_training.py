@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config.schema import ExperimentConfig
 from ..core.seeding import derive, stream
 from ..core.types import DataFacts, Weights
-from ..data.transforms import augment, to_input
+from ..data.transforms import augment, drop_modalities, to_input
 from ..models.classifiers import Classifier
 from ..models.optimizers import SGD
 from ..models.state_dict import use_precision
@@ -23,7 +23,7 @@ def no_progress(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Shard:
-    """A client's data on its device: images uint8 [n, C, H, W], labels int64 [n]."""
+    """A client's data on its device: images uint8 [n, C, H, W], or records, and labels int64 [n]."""
 
     images: Tensor
     labels: Tensor
@@ -45,6 +45,7 @@ class LocalTrainingConfig:
     freeze_head: bool = False
     freeze_bn: bool = False
     loss: str = "ce"
+    modality_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,15 @@ def train_locally(
     devices = [device] if device.type == "cuda" else []
     total_loss, total_right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     steps = 0
+    dropped = stream(seed, phase + "/modalities", round_num, client_id)
+
+    def seen_as(stored: Tensor) -> Tensor:
+        """Return the network's input of stored samples: augmented, and without the modalities that are left out."""
+        changed = augment(stored, facts.augmentations, draws)
+        if facts.modalities and plan.modality_dropout:
+            changed = drop_modalities(changed, len(facts.modalities), plan.modality_dropout, dropped)
+        return to_input(changed, facts)
+
     turns = None
     if rehearsed is not None:
         mixed = stream(seed, phase + "/rehearsal", round_num, client_id)
@@ -196,11 +206,10 @@ def train_locally(
                 continue
             rows = rows.to(device)
             labels = shard.labels[rows]
-            images = to_input(augment(shard.images[rows], facts.augmentations, draws), facts)
+            images = seen_as(shard.images[rows])
             if turns is not None and rehearsed is not None:
                 others = next(turns).to(device)
-                drawn = augment(rehearsed.shard.images[others], facts.augmentations, draws)
-                images = torch.cat([images, to_input(drawn, facts)])
+                images = torch.cat([images, seen_as(rehearsed.shard.images[others])])
             with use_precision(precision, device):
                 outputs = objective.forward(model, images)
             logits = outputs[: len(rows)]

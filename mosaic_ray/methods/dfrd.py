@@ -105,6 +105,7 @@ class Dfrd(Method):
     """A generator and the global model take turns after every round, with a memory of the generator."""
 
     name = "dfrd"
+    images_only = True
     about = About(
         label_counts="on the server",
         papers=(Paper(

@@ -76,6 +76,7 @@ class FedCvae(Method):
     """The server learns from decoders' images and the labels that they were asked for."""
 
     name = "fedcvae"
+    images_only = True
     about = About(
         rounds="once, after the warm-up", generators=True, label_counts="on the server",
         papers=(Paper(

@@ -99,6 +99,7 @@ class FedFtg(Method):
     """A generator and the global model take turns after every round."""
 
     name = "fedftg"
+    images_only = True
     about = About(
         label_counts="on the server",
         papers=(Paper(

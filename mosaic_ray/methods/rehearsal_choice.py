@@ -91,7 +91,7 @@ def score_trials(
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         traffic, failed = Tally(1, everyone), FailedClients(stage.name)
         if not rehearses_early(ctx.config):
-            send_generators(traffic, shared, everyone)
+            send_generators(traffic, shared, everyone, federation.facts)
         tried = []
         for models in trials:
             weights = models[federation.student]

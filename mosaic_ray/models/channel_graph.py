@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import RequestError
+from .multimodal import Encoded, Present, Tokens
 
 
 class ChannelGroup:
@@ -130,41 +131,63 @@ def trace_channels(model: nn.Module) -> tuple[dict[str, tuple[AxisGroup, ...]], 
     """
     if len(list(model.named_parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
         _refuse("this one has layers that share a parameter")
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # a user's forward may raise anything on a proxy tensor
-        reason = (str(error).splitlines() or [""])[0]
-        _refuse(f"this one cannot be traced ({type(error).__name__}: {reason})")
-    propagation, values = _Propagation(model), dict[fx.Node, Any]()
-    for node in graph.nodes:
-        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op != "output":
-            values[node] = propagation.step(node, args, kwargs)
-    (logits,) = args  # a graph ends with its output
-    if not isinstance(logits, TensorLayout):
-        _refuse("this one gives more than logits")
+    propagation = _Propagation()
+    # Image channels are never cut, so one unit stands for all of them.
+    logits = propagation.run(model, "", _uncut(4))
     logits.dim.find().group.full = True
     return propagation.entries, logits.dim.find()
+
+
+def _uncut(ndim: int, size: int = 1, unresolved: bool = True) -> TensorLayout:
+    """Return the layout of values that every client holds all of: an image, or other data."""
+    return TensorLayout(AxisGroup(ChannelGroup(size, "the image", 0, full=True)), ndim, unresolved)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves the parts of a network for several modalities whole: what they do depends on values."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, Encoded | Present | Tokens) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Propagation:
     """Evaluate a traced graph on layouts and record the axes of every state-dict entry."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules())
+    def __init__(self) -> None:
         self.entries: dict[str, tuple[AxisGroup, ...]] = {}
         self.depths = itertools.count(1)
 
-    def step(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.op == "placeholder":
-            # Image channels are never cut, so one unit stands for all of them.
-            return TensorLayout(AxisGroup(ChannelGroup(1, "the image", 0, full=True)), 4, unresolved=True)
+    def run(self, model: nn.Module, prefix: str, start: TensorLayout) -> TensorLayout:
+        """Return the layout of the outputs of ``model`` for inputs of the layout ``start``.
+
+        ``prefix``: the path of ``model`` in the whole network, with a dot behind it; "" for the network itself.
+        """
+        try:
+            graph = _Tracer().trace(model)
+        except Exception as error:  # a user's forward may raise anything on a proxy tensor
+            reason = (str(error).splitlines() or [""])[0]
+            _refuse(f"this one cannot be traced ({type(error).__name__}: {reason})")
+        modules, values = dict(model.named_modules()), dict[fx.Node, Any]()
+        for node in graph.nodes:
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.op == "placeholder":
+                values[node] = start
+            elif node.op != "output":
+                values[node] = self.step(node, args, kwargs, modules, prefix)
+        (found,) = args  # a graph ends with its output
+        if not isinstance(found, TensorLayout):
+            _refuse("this one gives more than logits")
+        return found
+
+    def step(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], modules: dict[str, nn.Module], prefix: str
+    ) -> Any:
         if node.op == "get_attr":
             _refuse(f"{node.target} is used outside a layer")
         if node.op == "call_module":
             if len(args) != 1 or kwargs or not isinstance(args[0], TensorLayout):
                 _refuse(f"{node.target} is called with something else than one tensor")
-            return self.layer(str(node.target), self.modules[str(node.target)], args[0])
+            return self.layer(f"{prefix}{node.target}", modules[str(node.target)], args[0])
         name = node.target if isinstance(node.target, str) else node.target.__name__
         made = _call(name, args, kwargs)
         if made is None:
@@ -173,6 +196,12 @@ class _Propagation:
 
     def layer(self, name: str, module: nn.Module, x: TensorLayout) -> TensorLayout:
         kind = type(module)
+        if isinstance(module, Encoded):
+            return self.run(module.encoder, f"{name}.encoder.", _uncut(1 + len(module.modality.shape)))
+        if isinstance(module, Present):
+            return _uncut(2, unresolved=False)
+        if isinstance(module, Tokens):  # every client holds whole embeddings
+            return _uncut(3, module.embedding_dim, unresolved=False)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
             x = x.resolved(module.in_channels)
             if module.groups == 1:
@@ -246,6 +275,10 @@ def _elementwise(left: Any, right: Any) -> TensorLayout | None:
         return left
     if not isinstance(left, TensorLayout) or not isinstance(right, TensorLayout) or left.ndim != right.ndim:
         return None
+    for one, many in ((left, right), (right, left)):
+        if many.unresolved and not one.unresolved and one.dim.size == 1 < many.dim.size:
+            one.dim.find().group.full = True
+            return many
     if left.unresolved != right.unresolved:
         left, right = left.resolved(right.dim.size), right.resolved(left.dim.size)
     for one, many in ((left, right), (right, left)):

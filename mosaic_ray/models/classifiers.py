@@ -6,7 +6,7 @@ Initialisers draw from torch's global generator, so build networks inside ``seed
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..config.schema import ModelConfig
 from ..core.errors import RequestError
 from ..core.seeding import seeded
+from ..core.types import DataFacts, Modality
 from .mobilenet import mobilenet
+from .multimodal import check_fusion, fused
 from .resnet import BasicBlock, Bottleneck, resnet
 from .state_dict import channels_last
 from .user_models import user_network
@@ -44,14 +46,22 @@ class Classifier(nn.Module):
 
 
 def build_classifier(
-    model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str | None = None
+    model: ModelConfig,
+    num_classes: int,
+    channels: int,
+    image_size: int,
+    name: str | None = None,
+    modalities: Sequence[Modality] = (),
 ) -> Classifier:
-    """Build a fresh classifier for square images with sides of ``image_size`` pixels.
+    """Build a fresh classifier for square images with sides of ``image_size`` pixels, or for several ``modalities``.
 
     ``name`` overrides ``model.classifier``: one of ``CLASSIFIERS``, which take 8 pixels or more (else
-    ``RequestError``), or ``module:function`` for a network of the user's (see ``user_models``).
+    ``RequestError``), or ``module:function`` for a network of the user's (see ``user_models``). With several
+    modalities it is the encoder of images (``multimodal``).
     """
     name = name or model.classifier
+    if modalities:
+        return _multimodal(model, num_classes, image_size, name, modalities)
     if name not in CLASSIFIERS:
         made = user_network(name, num_classes=num_classes, channels=channels, image_size=image_size, width=model.width)
         return Classifier(*made)
@@ -61,9 +71,26 @@ def build_classifier(
     return channels_last(Classifier(trunk, nn.Linear(feature_dim, num_classes)))
 
 
+def _multimodal(
+    model: ModelConfig, num_classes: int, image_size: int, name: str, modalities: Sequence[Modality]
+) -> Classifier:
+    check_fusion(model.fusion, [modality.name for modality in modalities])
+    if name not in CLASSIFIERS:
+        raise RequestError(f"model.classifier = {name}: with several modalities it takes one of {', '.join(CLASSIFIERS)}")
+    if image_size < MIN_IMAGE_SIZE:
+        raise RequestError(f"data.image_size = {image_size}: classifiers take {MIN_IMAGE_SIZE} pixels or more")
+    trunk, feature_dim = fused(modalities, model.width, model.fusion, partial(CLASSIFIERS[name], model.width))
+    return channels_last(Classifier(trunk, nn.Linear(feature_dim, num_classes)))
+
+
 @functools.cache
 def norm_depths(
-    model: ModelConfig, num_classes: int, channels: int, image_size: int, name: str | None = None
+    model: ModelConfig,
+    num_classes: int,
+    channels: int,
+    image_size: int,
+    name: str | None = None,
+    modalities: tuple[Modality, ...] = (),
 ) -> dict[str, int]:
     """Return the depth of each batch norm that has running statistics, in the order of the forward pass.
 
@@ -71,8 +98,12 @@ def norm_depths(
     read off the autograd graph of a forward pass, so a detached path is not counted.
     """
     with seeded(0, "norm depths"), torch.enable_grad():
-        network = build_classifier(model, num_classes, channels, image_size, name).eval()
-        images = torch.zeros(2, channels, image_size, image_size, requires_grad=True)
+        network = build_classifier(model, num_classes, channels, image_size, name, modalities).eval()
+        shape = DataFacts("", num_classes, channels, image_size, (), (), modalities=modalities).input_shape
+        images = torch.zeros(2, *shape)
+        if modalities:
+            images[:, -len(modalities) :] = 1  # all are there
+        images.requires_grad_()
         depths: dict[str, int] = {}
         depth_of: dict[Any, int] = {}  # autograd node of a batch norm -> its depth
 

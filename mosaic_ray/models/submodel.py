@@ -25,6 +25,7 @@ from ..core.errors import RequestError
 from ..core.types import Weights
 from .channel_graph import trace_channels
 from .classifiers import Classifier
+from .multimodal import Encoded
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -134,6 +135,9 @@ def fit(model: ModelT, weights: Weights) -> ModelT:
         _resize(module)
     if isinstance(model, Classifier):
         model.feature_dim = model.head.in_features
+        for part in model.modules():
+            if isinstance(part, Encoded):  # narrow ones are not laid side by side
+                part.feature_dim = model.feature_dim
     return model
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from torch import nn
 
-from ..core.types import ROLES, ImageSet, Weights
+from ..core.types import ROLES, ImageSet, Modality, Weights
+from ..data.records import subsets
 from ..distillation.teacher import MixedTeacher, TeacherState, build_teacher
 from ..federated.client import ClientContext
 from ..federated.evaluation import accuracy, calibration, confusion, logits_on, per_class_accuracy
@@ -71,7 +72,25 @@ def evaluated(
         logits = _logits(ctx, model, data, units)
         table = confusion(logits, data.labels)
         facts = {"accuracy": accuracy(table), "per_class": per_class_accuracy(table)} | calibration(logits, data.labels)
+        if split == "test":
+            facts |= by_subset(ctx.dataset.facts.modalities, logits, data.labels)
         return ctx.store.put(own, facts, {"confusion": {"table": table}})
+
+
+def by_subset(modalities: Sequence[Modality], logits: np.ndarray, labels: np.ndarray) -> Facts:
+    """Return ``subsets``: the accuracy where only these modalities are there, by their names joined by a plus.
+
+    Args:
+        modalities: the parts of a sample; without any the result is empty.
+        logits: float32 [S * N, C] of test samples that are there once for each subset (``data.records.in_subsets``).
+        labels: int64 [S * N].
+    """
+    if not modalities:
+        return {}
+    chosen = subsets(len(modalities))
+    right = (logits.argmax(1) == labels).reshape(len(chosen), -1).mean(1)
+    names = ("+".join(modalities[k].name for k in subset) for subset in chosen)
+    return {"subsets": dict(zip(names, right.tolist(), strict=True))}
 
 
 def _check(found: StageResult, classes: int) -> None:
@@ -121,9 +140,11 @@ def evaluate(ctx: RunContext, stage: Stage, models: Mapping[str, tuple[str, Mode
             {f"{role}/{split}": r.load("confusion")["table"] for split in found for role, r in found[split].items()},
         )
         accuracies = {split: {role: r.facts["accuracy"] for role, r in found[split].items()} for split in found}
-        return accuracies | {
-            name: {role: r.facts[name] for role, r in found["test"].items()} for name in ("per_class", "nll", "ece")
-        }
+        names = ("per_class", "nll", "ece", *(("subsets",) if ctx.dataset.facts.modalities else ()))
+        for role, r in found["test"].items():
+            for subset, reached in r.facts.get("subsets", {}).items():
+                progress.scalar(f"modalities/{role}/{subset}", _curve(ctx, role)[1], reached)
+        return accuracies | {name: {role: r.facts[name] for role, r in found["test"].items()} for name in names}
 
     result = ctx.find_or_compute(stage, compute)
     with result.read_as():

@@ -14,9 +14,9 @@ from ..config.plugins import strategy_named
 from ..config.schema import ExperimentConfig
 from ..core.health import closing_findings
 from ..core.seeding import numpy_stream
-from ..core.types import ImageSet, Prototypes, Update, Weights
+from ..core.types import DataFacts, ImageSet, Prototypes, Update, Weights
 from ..distillation.client_tasks import PrototypesTask, RehearsalTask
-from ..distillation.rehearsal import SharedGenerators, generator_size
+from ..distillation.rehearsal import SharedGenerators, generator_size, sent_weights
 from ..federated.client import ClientRound, Round, StatisticsTask, TrainTask, initial_models
 from ..federated.client_models import Federation, Models, RoundStart
 from ..federated.communication import (
@@ -108,6 +108,7 @@ class RoundsConfig:
     shared: SharedGenerators | None = None  # generators for rehearsal
     weight: float = 0.0  # of its loss
     send_generators: bool = True  # the clients do not have them yet
+    whole: bool = False  # clients get and send the weights of modalities that they lack, too: they may rehearse them
 
 
 @dataclass
@@ -179,7 +180,7 @@ def federated_rounds(
         for client_id, counts in enumerate(ctx.shards.counts):
             now.traffic.add("uplink", "counts", client_id, size_of({"counts": counts}))
     if rounds.shared is not None and rounds.send_generators and checkpoint is None:
-        send_generators(now.traffic, rounds.shared, config.partition.num_clients)
+        send_generators(now.traffic, rounds.shared, config.partition.num_clients, federation.facts)
     for round_num in range(now.begun, rounds.num_rounds):
         asked = cohort_of(config, rounds.address, round_num)
         answered = answering(config, rounds.address, round_num, asked)
@@ -231,7 +232,8 @@ def _one_round(
         own[client_id] = ClientRound(indices, now.clients.get(client_id, {}))
         share = federation.submodel(client_id, now.models, indices)
         if strategy.every_round or round_num == 0:
-            traffic.add("downlink", "weights", client_id, size_of(share), round_num=round_num)
+            sent = federation.trained_entries(client_id, share, rounds.whole)
+            traffic.add("downlink", "weights", client_id, size_of(sent), round_num=round_num)
         if now.server:
             traffic.add("downlink", "strategy", client_id, size_of(now.server), round_num=round_num)
     plan = replace(rounds.plan, lr=rounds.plan.lr * rounds.lr_decay**round_num)
@@ -246,7 +248,8 @@ def _one_round(
         if update.state:
             now.clients[client_id] = update.state
         if strategy.every_round or round_num == last:
-            traffic.add("uplink", "weights", client_id, size_of(update.weights), round_num=round_num)
+            sent = federation.trained_entries(client_id, update.weights, rounds.whole)
+            traffic.add("uplink", "weights", client_id, size_of(sent), round_num=round_num)
         if update.message:
             traffic.add("uplink", "strategy", client_id, size_of(update.message), round_num=round_num)
         if rounds.keep_clients and round_num == last:
@@ -257,9 +260,10 @@ def _one_round(
     return kept, losses
 
 
-def send_generators(traffic: Tally, shared: SharedGenerators, num_clients: int) -> None:
+def send_generators(traffic: Tally, shared: SharedGenerators, num_clients: int, facts: DataFacts) -> None:
     """Count the bytes of every client's download of the others' generators."""
-    sizes = dict(zip(shared.clients, map(size_of, shared.weights), strict=True))
+    sent = (size_of(sent_weights(weights, facts)) for weights in shared.weights)
+    sizes = dict(zip(shared.clients, sent, strict=True))
     for client_id in range(num_clients):
         for owner, size in sizes.items():
             if owner != client_id:
@@ -430,13 +434,14 @@ def warm_up(
     config, section = ctx.config, ctx.config.warmup
     plan = LocalTrainingConfig(
         section.local_steps, section.batch_size, section.lr, section.weight_decay, section.momentum, section.shuffle,
-        loss=section.loss,
+        loss=section.loss, modality_dropout=section.modality_dropout,
     )  # fmt: skip
     rounds = RoundsConfig(
         stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True,
         after_round=after_round, exact_bn=_exact_bn(config, section.bn),
         prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
         shared=generators and generators.shared(ctx.shards.counts), weight=config.rehearsal.weight,
+        whole=generators is not None,
     )  # fmt: skip
     result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))
     federation = ctx.client_context.federation
@@ -467,6 +472,7 @@ def close(
         validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),
         shared=shared if weight else None, weight=weight,
         send_generators=not (weights_tried(ctx.config) or rehearses_early(ctx.config)),
+        whole=stage.name == "finetune" and rehearses(ctx.config),
     )  # fmt: skip
     return _find_or_compute(ctx, stage, rounds, models)
 
@@ -485,7 +491,7 @@ def try_rehearsal(
     section, exact = ctx.config.rehearsal, _exact_bn(ctx.config, ctx.config.finetune.bn)
     rounds = RoundsConfig(
         stage.name, TRIAL, section.trial_rounds, closing_plan(ctx), ctx.config.finetune.lr_decay, exact_bn=exact,
-        shared=shared if weight else None, weight=weight, send_generators=False,
+        shared=shared if weight else None, weight=weight, send_generators=False, whole=True,
     )  # fmt: skip
     return _find_or_compute(ctx.holding_back(section.held_back), stage, rounds, models)
 
@@ -497,7 +503,7 @@ def closing_plan(ctx: RunContext) -> LocalTrainingConfig:
     frozen = section.bn == "frozen" and not ctx.client_context.federation.partial_width
     return LocalTrainingConfig(
         section.local_steps, warmup.batch_size, section.lr, warmup.weight_decay, warmup.momentum, warmup.shuffle,
-        section.freeze_head, frozen, warmup.loss,
+        section.freeze_head, frozen, warmup.loss, warmup.modality_dropout,
     )  # fmt: skip
 
 
@@ -524,7 +530,8 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
     config = federation.config
     for client_id in range(config.partition.num_clients):
         tally.add("uplink", "counts", client_id, size_of_entries({"counts": (counts.shape[1:], np.int64)}))
-    collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds, config.warmup.bn)
+    whole = rehearses_early(config)
+    collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds, config.warmup.bn, whole)
     if rehearses_early(config):
         add_generators(federation, tally)
     if config.prototypes.rounds == "all":
@@ -534,26 +541,39 @@ def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) ->
 def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the messages of the closing rounds."""
     section = federation.config.finetune
-    _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn)
+    _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn, rehearses(federation.config))
     if rehearses(federation.config) and not (weights_tried(federation.config) or rehearses_early(federation.config)):
         add_generators(federation, tally)
 
 
 def add_generators(federation: Federation, tally: Tally) -> None:
     """Add the others' generators to every client."""
-    size, clients = generator_size(federation.config, federation.facts), len(federation.classifiers)
-    for k in range(clients):
-        tally.add("downlink", "generators", k, size, times=clients - 1)
+    clients = range(len(federation.classifiers))
+    if not federation.facts.modalities:
+        size = generator_size(federation.config, federation.facts)
+        for k in clients:
+            tally.add("downlink", "generators", k, size, times=len(clients) - 1)
+        return
+    sizes = [generator_size(federation.config, federation.facts, owner) for owner in clients]
+    for k in clients:
+        for owner in clients:
+            if owner != k:
+                tally.add("downlink", "generators", k, sizes[owner])
 
 
 def trial_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the messages of one trial of a rehearsal weight."""
     config = federation.config
-    _rounds_messages(federation, tally, TRIAL, config.rehearsal.trial_rounds, config.finetune.bn)
+    _rounds_messages(federation, tally, TRIAL, config.rehearsal.trial_rounds, config.finetune.bn, True)
 
 
-def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rounds: int, bn: str) -> np.ndarray:
-    """Add the messages of rounds; returns how often each client answered in the last rounds of P3, int64 [K]."""
+def _rounds_messages(
+    federation: Federation, tally: Tally, address: str, num_rounds: int, bn: str, whole: bool
+) -> np.ndarray:
+    """Add the messages of rounds; returns how often each client answered in the last rounds of P3, int64 [K].
+
+    ``whole``: as in ``RoundsConfig``.
+    """
     config, clients = federation.config, federation.config.partition.num_clients
     asked, answered, collected = np.zeros((3, clients), np.int64)
     for round_num in range(num_rounds):
@@ -564,21 +584,24 @@ def _rounds_messages(federation: Federation, tally: Tally, address: str, num_rou
         if round_num >= num_rounds - PROTOTYPE_HISTORY:
             collected[there] += 1
     strategy = strategy_named(config.federation.strategy)
-    sizes: dict[tuple[str, float], tuple[Size, Size, Size]] = {}
+    sizes: dict[Any, tuple[Size, Size, Size]] = {}
+    modalities = federation.modalities if federation.facts.modalities else [()] * clients
     for k, maker in enumerate(zip(federation.classifiers, federation.widths, strict=True)):
-        if maker not in sizes:
+        if (maker, modalities[k]) not in sizes:
             down, up = strategy.messages(federation.entries(*maker))
-            sizes[maker] = tuple(map(size_of_entries, (federation.entries(*maker), down, up)))  # type: ignore[assignment]
-        model, down_size, up_size = sizes[maker]
+            own = federation.trained_entries(k, federation.entries(*maker), whole)
+            sizes[maker, modalities[k]] = tuple(map(size_of_entries, (own, down, up)))  # type: ignore[assignment]
+        model, down_size, up_size = sizes[maker, modalities[k]]
         for direction, extra, times in (("downlink", down_size, int(asked[k])), ("uplink", up_size, int(answered[k]))):
             tally.add(direction, "weights", k, model, times=times if strategy.every_round else min(times, 1))
             if extra.payload:
                 tally.add(direction, "strategy", k, extra, times=times)
         if _exact_bn(config, bn) and num_rounds:
-            whole = federation.entries(maker[0])
+            network = federation.entries(maker[0])
             for layers in federation.statistics_passes(maker[0]):
-                tally.add("downlink", "weights", k, size_of_entries(whole))
-                tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(whole, layers)))
+                tally.add("downlink", "weights", k, size_of_entries(network))
+                read = federation.trained_entries(k, dict.fromkeys(layers))  # absent modalities are in no sum
+                tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(network, read)))
     return collected
 
 

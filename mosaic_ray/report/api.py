@@ -56,7 +56,7 @@ class Run(RunReport):
 
     def _repr_html_(self) -> str:
         from .html.run import about, verdict
-        from .tables import client_rows
+        from .tables import client_rows, subset_rows
 
         rows = [[role, what, percent(self.accuracy(role)), points(self.gain) if role == "final" else ""]
                 for role, what in ROLE_NAMES.items() if self.accuracy(role) is not None]  # fmt: skip
@@ -65,6 +65,8 @@ class Run(RunReport):
         parts += [html_table(["model", "", "test accuracy", "gain over control"], rows, bold=bold)] if rows else []
         if self.summary.client_accuracy:
             parts.append(html_table(*client_rows(self.summary.client_accuracy)))
+        if self.summary.subset_accuracy:
+            parts.append(html_table(*subset_rows(self.summary.subset_accuracy)))
         return "\n".join(parts)
 
 

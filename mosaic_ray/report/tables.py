@@ -52,6 +52,12 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
         for label, *cells in rows:
             table.add_row(Text(label), *cells)
         parts += [table, ""]
+    if summary.subset_accuracy:
+        heads, rows = subset_rows(summary.subset_accuracy)
+        table = _table(*heads)
+        for label, *cells in rows:
+            table.add_row(Text(label), *cells)
+        parts += [table, ""]
     if summary.stages:
         parts += [_stages(summary.stages), ""]
     if summary.communication_bytes:
@@ -61,6 +67,30 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
     if summary.health:
         parts += [*_health(summary.health), ""]
     return Group(*parts, *_places(summary.paths or {}))
+
+
+def subset_rows(found: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of the table of accuracies by the modalities that are there, small sets first.
+
+    Of more than ``MOST_SUBSETS`` sets the table has single modalities and all of them, and means by their number.
+    """
+    roles = [role for role in ROLES if role in found]
+    names = list(next(iter(found.values())))
+    rows = {name: [name] for name in names}
+    if len(names) > MOST_SUBSETS:
+        by_size: dict[int, list[str]] = {}
+        for name in names:
+            by_size.setdefault(1 + name.count("+"), []).append(name)
+        largest = max(by_size)
+        rows = {name: [name] for name in by_size[1]} | {
+            f"mean of {len(group)} sets of {size}": group for size, group in by_size.items() if size < largest
+        } | {"all of them": by_size[largest]}
+    rows["mean over all sets"] = names
+    cells = [
+        [label, *(percent(sum(found[role][name] for name in group) / len(group)) for role in roles)]
+        for label, group in rows.items()
+    ]
+    return ["modalities that are there", *roles], cells
 
 
 def _accuracy(summary: Summary) -> Table:

@@ -30,7 +30,7 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
     if sampler_kind(config.partition.sampler) == "plugin":
         load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
-        norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
     if trains_generators(config):
         check_image_size(facts.image_size)
     load("methods", config.method).check_networks(config, facts)

@@ -128,11 +128,11 @@ def _drawing(config: ExperimentConfig, facts: DataFacts) -> int:
     """Return the operations of drawing one mini-batch of synthetic images."""
     import torch
 
-    from ..models.generator import build_generator
+    from ..distillation.generator_training import generator_for
 
     knobs, count = config.generator, config.warmup.batch_size
     with torch.device("meta"):
-        generator = build_generator(knobs, facts.channels, facts.image_size, facts.num_classes)
+        generator = generator_for(knobs, facts)
         z, labels = torch.empty(count, knobs.latent_dim), torch.empty(count, dtype=torch.long)
     return operations(lambda: generator(z, *((labels,) if knobs.labelled else ())))
 
@@ -158,7 +158,8 @@ def _costs(config: ExperimentConfig, facts: DataFacts, federation: Any, name: st
     from ..models.submodel import fit
 
     with seeded(0, "counted"):  # the global stream stays as it was
-        model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name)
+        shape = facts.num_classes, facts.channels, facts.image_size
+        model = build_classifier(config.model, *shape, name, facts.modalities)
     if width < 1:
         model = fit(model, {n: np.zeros(*entry) for n, entry in federation.entries(name, width).items()})
     model = model.to("meta")
@@ -179,7 +180,7 @@ def operations(step: Callable[[], None]) -> int:
 def _images(facts: DataFacts, count: int) -> Tensor:
     import torch
 
-    return torch.empty(count, facts.channels, facts.image_size, facts.image_size, device="meta")
+    return torch.empty(count, *facts.input_shape, device="meta")
 
 
 def _classifier_step(config: ExperimentConfig, facts: DataFacts, model: Classifier) -> None:
@@ -195,12 +196,18 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
     from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
     from ..models.encoder import build_encoder
     from ..models.generator import build_generator
+    from ..models.multimodal_generator import MultimodalEncoder, MultimodalGenerator
     from ..models.state_dict import freeze
 
     knobs, shape = config.generator, (facts.channels, facts.image_size, facts.num_classes)
     real, labels = _images(facts, knobs.batch_size), torch.empty(knobs.batch_size, dtype=torch.long, device="meta")
     z = torch.empty(knobs.batch_size, knobs.latent_dim, device="meta")
     with torch.device("meta"):
+        if facts.modalities:
+            mean, spread = MultimodalEncoder(knobs, facts.modalities, facts.num_classes)(real, labels)
+            parts = MultimodalGenerator(knobs, facts.modalities, facts.num_classes).parts(mean + spread * z, labels)
+            torch.cat([part.flatten(1) for part in parts.values()], 1).sum().backward()
+            return
         generator = build_generator(knobs, *shape)
         if knobs.family == "cvae":
             mean, spread = build_encoder(knobs, *shape)(real, labels)

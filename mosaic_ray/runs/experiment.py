@@ -74,6 +74,7 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
             "calibration": {r: {n: reached.facts[n][r] for n in ("nll", "ece")} for r in reached.facts["nll"]},
             "held_out_accuracy": distilled.held_out if distilled else None,
             "per_class_accuracy": reached.facts["per_class"],
+            "subset_accuracy": reached.facts.get("subsets"),
             "label_counts": ctx.shards.counts.tolist(),
             "student": final,
         }

@@ -89,7 +89,8 @@ class Summary:
     ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` describe a failure. Accuracies
     and calibration (NLL, ECE) are by role, ``communication_bytes`` [bytes] by direction and kind, ``label_counts``
     [clients, classes] counts training images, ``preset`` is the scale that the configuration began with.
-    ``personal_accuracy`` is there where the strategy has clients' own models.
+    ``personal_accuracy`` is there where the strategy has clients' own models, ``subset_accuracy`` (role -> names of
+    modalities joined by a plus -> accuracy where only these are there) where samples have several modalities.
     """
 
     status: str | None = None
@@ -106,6 +107,7 @@ class Summary:
     validation_accuracy: dict[str, Share | None] | None = None
     selection: dict[str, Any] | None = None
     per_class_accuracy: dict[str, list[Share | None]] | None = None
+    subset_accuracy: dict[str, dict[str, Share]] | None = None
     calibration: dict[str, dict[str, float | None]] | None = None
     stages: dict[str, StageRecord] | None = None
     communication_bytes: Traffic | None = None
@@ -155,7 +157,9 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
     selection = {"metric": "held-out prototypes", "value": results["held_out_accuracy"]}
     if results["validation_accuracy"]:
         selection = {"metric": "validation accuracy", "value": results["validation_accuracy"]["final"]}
-    same = ("accuracy", "validation_accuracy", "per_class_accuracy", "calibration", "label_counts")
+    same = (
+        "accuracy", "validation_accuracy", "per_class_accuracy", "subset_accuracy", "calibration", "label_counts",
+    )  # fmt: skip
     return Summary(
         **{name: results[name] for name in same},
         status="done",

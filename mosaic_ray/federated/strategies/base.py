@@ -43,6 +43,8 @@ class Strategy:
     partial_widths: bool = False
     #: Whether it needs whole models even beside a strategy that takes parts of them.
     whole_models: bool = False
+    #: Whether clients may lack modalities of the data.
+    partial_modalities: bool = True
     #: Whether models travel in every round; else down in the first one and up in the last.
     every_round: bool = True
     #: Whether clients have models of their own, which ``personal`` returns and a run evaluates after the warm-up.
@@ -117,6 +119,7 @@ class Combined(Strategy):
         self.whole_models = any(part.whole_models for part in parts)
         self.partial_widths = any(part.partial_widths for part in parts) and not self.whole_models
         self.every_round = all(part.every_round for part in parts)
+        self.partial_modalities = all(part.partial_modalities for part in parts)
         self.personal_models = any(part.personal_models for part in parts)
         self._parts = parts
         for choice in _CHOICES:

@@ -81,6 +81,7 @@ class Scaffold(Strategy):
         ),),
     )  # fmt: skip
     whole_models = True
+    partial_modalities = False
     step_cost = 1.0
 
     def check(self, config: ExperimentConfig) -> None:

@@ -14,7 +14,7 @@ from ...core.health import generator_findings, prototype_findings
 from ...core.types import Finding, Prototypes, Weights
 from ...distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
 from ...distillation.generator_training import num_steps
-from ...distillation.rehearsal import SharedGenerators, generator_size
+from ...distillation.rehearsal import SharedGenerators, generator_size, sent_weights
 from ...federated.client import initial_models
 from ...federated.client_models import Federation
 from ...federated.communication import Size, Tally, size_of, size_of_entries
@@ -235,7 +235,7 @@ def _computed(
         facts = {
             "figures": made.figures, "curve": made.curve, "losses": list(made.losses),
             "findings": [f.to_json() for f in generator_findings(client_id, made.figures)],
-            "communication": asdict(size_of(made.weights)),
+            "communication": asdict(size_of(sent_weights(made.weights, ctx.dataset.facts))),
         }  # fmt: skip
         parts = {"generator": made.weights, "samples": {"images": made.samples}, "progress": made.progress}
         yield client_id, ctx.store.put(keys[client_id], facts, parts)
@@ -243,9 +243,8 @@ def _computed(
 
 def generator_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add one generator from every client, and before it the judge's head to every client."""
-    size = generator_size(federation.config, federation.facts)
     for k in range(len(counts)):
-        tally.add("uplink", "generators", k, size)
+        tally.add("uplink", "generators", k, generator_size(federation.config, federation.facts, k))
     _add_judge(federation, tally)
 
 

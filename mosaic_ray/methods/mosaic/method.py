@@ -55,10 +55,17 @@ class Mosaic(Method):
     def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
         from ...models.classifiers import norm_depths
 
+        section = config.generator
+        if facts.modalities and section.steps + section.epochs and (section.family != "cvae" or section.feature_weight):
+            raise RequestError(
+                f"generator.family = {section.family}, generator.feature_weight = {section.feature_weight:g}: for "
+                "several modalities generators are conditional autoencoders; set generator.family=cvae and "
+                "generator.feature_weight=0"
+            )
         if config.generator.family == "cvae" or not (config.generator.lambda_i > 0 and config.generator.tau > 0):
             return
         for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
-            if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name):
+            if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities):
                 raise RequestError(
                     f"model.classifier = {name}: it has no batch norm, and the generators' inversion loss reads its "
                     "statistics; give it one, or set generator.lambda_i=0"

@@ -18,7 +18,7 @@ from ..figures.cost import time_frame, traffic
 from ..figures.data import progress_of, samples_of
 from ..figures.run import FIGURES
 from ..load import NotAvailable, RunReport, read_text
-from ..tables import SEVERITIES, client_rows, worst_first
+from ..tables import SEVERITIES, client_rows, subset_rows, worst_first
 from ..text import ROLE_NAMES, address, counted, duration, percent, points
 from .blocks import Card, Gallery, Page, Picture, Section, Table, Text
 
@@ -32,6 +32,9 @@ def run_page(run: RunReport) -> Page:
         section = Section(title).show(figures, run)
         if title == "Accuracy" and (found := run.summary.client_accuracy):
             section.tables.append(Table("Accuracy at the clients", *client_rows(found)))
+        if title == "Accuracy" and run.summary.subset_accuracy:
+            rows = subset_rows(run.summary.subset_accuracy)
+            section.tables.append(Table("Accuracy by the modalities that are there", *rows))
         if title.startswith("Data"):
             _galleries(section, run)
         if section.figures or section.galleries or run.status == "done":

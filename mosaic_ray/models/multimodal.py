@@ -1,0 +1,166 @@
+"""Networks for samples of several modalities: an encoder for each, fused over those that a sample has.
+
+A sample arrives as one row: the values of every modality, and a mask (``data.transforms.to_input``). Encoders see the
+rows that have their modality and no others, so absent ones touch neither features nor batch-norm statistics.
+
+Initialisers draw from torch's global generator, so build networks inside ``seeding.seeded(...)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import RequestError
+from ..core.types import Modality
+
+#: name -> what is made of the features of several modalities; ``model.fusion`` has these values
+FUSIONS = {
+    "mean": "the mean of the features of the modalities that a sample has",
+    "gated": "their mean weighted by a gate, a sigmoid of a linear function of each modality's features",
+    "late": "a head for each modality; the logits are the mean over the modalities that a sample has",
+    "zero_fill": "all features side by side; zeros in the place of absent modalities, which count as there",
+}
+#: Fusions that lay features side by side: the head's columns belong to modalities.
+SIDE_BY_SIDE = ("late", "zero_fill")
+
+#: Channels of a token's embedding.
+EMBEDDING = 32
+
+
+class Encoded(nn.Module):
+    """The features of one modality: rows [B, D + M] to [B, d], zeros for rows that do not have it.
+
+    ``first``, ``number``: where its values begin in a row, and its place in the mask. ``always``: rows without it are
+    encoded, too, as zeros.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, modality: Modality, first: int, number: int, count: int, feature_dim: int,
+        always: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.encoder = encoder
+        self.modality, self.first, self.place = modality, first, number - count
+        self.feature_dim, self.always = feature_dim, always
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = x[:, self.first : self.first + self.modality.size].reshape(-1, *self.modality.shape)
+        if self.always or x.is_meta:
+            return self.encoder(values)
+        present = x[:, self.place] > 0
+        if bool(present.all()):
+            return self.encoder(values)
+        if not bool(present.any()):
+            return x.new_zeros(len(x), self.feature_dim)
+        found = self.encoder(values[present])
+        return found.new_zeros(len(x), found.shape[1]).index_put((present.nonzero()[:, 0],), found)
+
+
+class Present(nn.Module):
+    """Whether a row has the modality at ``place`` of the mask: [B, D + M] to [B, 1] of 0 and 1."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.place, None]
+
+
+class Tokens(nn.Embedding):
+    """Maps token numbers as floats [B, L] to their embeddings [B, E, L]; token 0 is a zero vector."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__(vocabulary, EMBEDDING, padding_idx=0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.long()).transpose(1, 2)
+
+
+class Fusion(nn.Module):
+    """Encoders by modality, and the fusion of their features: rows [B, D + M] to features [B, d].
+
+    The features are [B, M d] where they are laid side by side. See ``FUSIONS``.
+    """
+
+    def __init__(self, modalities: Sequence[Modality], encoders: Sequence[nn.Module], dim: int, fusion: str) -> None:
+        super().__init__()
+        self.fusion, count = fusion, len(modalities)
+        self.encoders, self.present, first = nn.ModuleDict(), nn.ModuleList(), 0
+        for number, (modality, encoder) in enumerate(zip(modalities, encoders, strict=True)):
+            always = fusion == "zero_fill"
+            self.encoders[modality.name] = Encoded(encoder, modality, first, number, count, dim, always)
+            self.present.append(Present(number - count))
+            first += modality.size
+        self.gates = nn.ModuleDict({m.name: nn.Linear(dim, 1) for m in modalities} if fusion == "gated" else {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [encoder(x) for encoder in self.encoders.values()]
+        if self.fusion == "zero_fill":
+            return torch.cat(features, 1)
+        weights = [present(x) for present in self.present]
+        if self.fusion == "gated":
+            pairs = zip(self.gates.values(), features, weights, strict=True)
+            weights = [gate(found).sigmoid() * weight for gate, found, weight in pairs]
+        total = weights[0]
+        for weight in weights[1:]:
+            total = total + weight
+        total = total.clamp(min=1e-6)
+        if self.fusion == "late":
+            return torch.cat([found * (weight / total) for found, weight in zip(features, weights, strict=True)], 1)
+        fused = features[0] * weights[0]
+        for found, weight in zip(features[1:], weights[1:], strict=True):
+            fused = fused + found * weight
+        return fused / total
+
+
+def fused(
+    modalities: Sequence[Modality], width: int, fusion: str, image_trunk: Callable[[int], tuple[nn.Module, int]]
+) -> tuple[Fusion, int]:
+    """Build a trunk for samples of several modalities; returns it and the number of its features.
+
+    Every encoder gives 4 ``width`` features.
+
+    Args:
+        modalities: the parts of a sample, in the order of its row.
+        width: channels of the first layers, as ``model.width``.
+        fusion: one of ``FUSIONS``.
+        image_trunk: builds the trunk for images of so many channels: (trunk, its features).
+    """
+    dim = 4 * width
+    encoders = [_encoder(modality, width, dim, image_trunk) for modality in modalities]
+    return Fusion(modalities, encoders, dim, fusion), dim * (len(modalities) if fusion in SIDE_BY_SIDE else 1)
+
+
+def _encoder(
+    modality: Modality, width: int, dim: int, image_trunk: Callable[[int], tuple[nn.Module, int]]
+) -> nn.Module:
+    if modality.kind == "image":
+        trunk, found = image_trunk(modality.shape[0])
+        return trunk if found == dim else nn.Sequential(trunk, nn.Linear(found, dim), nn.ReLU())
+    if modality.kind == "vector":
+        return nn.Sequential(nn.Linear(modality.size, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
+    return nn.Sequential(  # Kim, "Convolutional Neural Networks for Sentence Classification", EMNLP 2014, one width
+        Tokens(modality.vocabulary), nn.Conv1d(EMBEDDING, 2 * width, 5, padding=2), nn.ReLU(),
+        nn.AdaptiveMaxPool1d(1), nn.Flatten(), nn.Linear(2 * width, dim), nn.ReLU(),
+    )  # fmt: skip
+
+
+def modality_of(entry: str) -> str:
+    """Return the modality that the entry ``entry`` of a state dict belongs to; "" for what all clients share."""
+    for stem in ("trunk.encoders.", "trunk.gates."):
+        if entry.startswith(stem):
+            return entry.removeprefix(stem).partition(".")[0]
+    return ""
+
+
+def check_fusion(fusion: str, names: Sequence[str]) -> None:
+    """Raise ``RequestError`` where a modality's name cannot be part of a weight's name."""
+    if fusion not in FUSIONS:
+        raise RequestError(f"model.fusion = {fusion}: it takes one of {', '.join(FUSIONS)}")
+    for name in names:
+        if not name or "." in name or "+" in name:
+            raise RequestError(f"data.modalities: the name {name!r} of a column holds a dot or a plus; rename it")
