@@ -16,6 +16,8 @@ from ..core.errors import RequestError
 
 #: Numbers, or the name of a rule that gives them.
 Widths = tuple[float, ...] | str
+#: Names, or a rule that draws them, which is text with a colon.
+Names = tuple[str, ...] | str
 
 #: A number, or ``auto``: the machine decides (``execution.devices.settle``).
 AutoInt, AutoFloat = int | str, float | str
@@ -26,6 +28,7 @@ _WORDS = {
     tuple[str, ...]: 'a list of names such as ["cnn", "resnet18"]',
     tuple[float, ...]: "a list of numbers such as [0.3, 1.0], each",
     Widths: "a list of numbers such as [1.0, 0.5], or a rule such as rho:3,",
+    Names: 'a list such as ["image+text", "image"], or a rule such as p:0.5 or each:2',
     AutoInt: "auto, or a whole number", AutoFloat: "auto, or a number",
 }  # fmt: skip
 
@@ -121,14 +124,15 @@ def _coerce(spec: Knob, value: Any, text: bool) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError
         return float(value) + 0.0  # so that -0.0 is 0.0
-    if spec.type is str or (spec.type == Widths and isinstance(value, str)):
+    rule = isinstance(value, str) and (spec.type == Widths or (spec.type == Names and ":" in value))
+    if spec.type is str or rule:
         if not isinstance(value, str):
             raise ValueError
         return value
     values = value if isinstance(value, list | tuple) else [value]
     if not values and spec.type == Widths:
         raise ValueError
-    each = Knob(spec.name, str if spec.type == tuple[str, ...] else float, None, spec.metadata)
+    each = Knob(spec.name, str if spec.type in (tuple[str, ...], Names) else float, None, spec.metadata)
     return tuple(_coerce(each, v, False) for v in values)
 
 
@@ -136,7 +140,9 @@ def _parsed(kind: Any, word: str) -> Any:
     """Parse a word of a command line: TOML, where quotes around names may be left out."""
     if kind is str or (kind == Widths and word[:1].isalpha()) or (kind in _NUMBER_OF and word == "auto"):
         return word
-    if kind == tuple[str, ...] and '"' not in word and "'" not in word:
+    if kind == Names and ":" in word and word[0] not in "[\"'":
+        return word
+    if kind in (tuple[str, ...], Names) and '"' not in word and "'" not in word:
         return [name.strip() for name in word.strip("[]").split(",") if name.strip()]
     import tomllib  # here, as elsewhere in this package, so that a shell's completion is quick
 

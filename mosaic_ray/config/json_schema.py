@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .fields import MOST, Knob, Widths, knobs_of
+from .fields import MOST, Knob, Names, Widths, knobs_of
 from .plugins import ALIASES, entries, load
 from .presets import ALGORITHMS, GENERIC, SCALES
 from .registry import CLASSIFIERS, DATASETS
@@ -77,6 +77,8 @@ def _alternatives(knob: Knob) -> list[Schema]:
         other = {"data.name": _ANY, "federation.strategy": {"type": "string", "pattern": "[:+]"}}.get(knob.name, _CODE)
         each: list[Schema] = [{"enum": list(names)}, other]
         return [{"type": "array", "items": _any_of(*each)}, *each] if kind == tuple[str, ...] else each
+    if kind in (tuple[str, ...], Names):
+        return [{"type": "array", "items": _ANY}, _ANY]
     if kind in _TYPES:
         found = {"type": _TYPES[kind]} | (_bounds(knob) if kind in (int, float) else {})
         return [found] if kind == knob.type else [{"const": "auto"}, found]

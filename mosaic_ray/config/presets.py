@@ -103,6 +103,7 @@ SHAPES = {
     "digits": Shape(10, 1, 8, 1_437), "mnist": Shape(10, 1, 28, 60_000), "fmnist": Shape(10, 1, 28, 60_000),
     "svhn": Shape(10, 3, 32, 73_257), "cifar10": Shape(10, 3, 32, 50_000), "cifar100": Shape(100, 3, 32, 50_000),
     "tiny_imagenet": Shape(200, 3, 64, 100_000), "food101": Shape(101, 3, 64, 75_750),
+    "mfeat": Shape(10, 1, 8, 1_500),
 }  # fmt: skip
 
 #: The schedules suit 10 clients of CIFAR's 5,000 images.

@@ -37,12 +37,19 @@ DATASETS: dict[str, Entry] = {
         "Food-101: 75,750 + 25,250 colour photographs, 101 classes; drawn at 64x64",
         "mosaic_ray.data.image_sources:FOOD101",
     ),
+    "mfeat": Entry(
+        "UCI Multiple Features: 1,500 + 500 handwritten digits in six views, each a list of numbers, 10 classes",
+        "mosaic_ray.data.modality_sources:MFEAT",
+    ),
 }
+
+#: Data sets that ship whose samples have several modalities.
+MULTIMODAL = ("mfeat",)
 
 #: Data sets that lie at a path or below the data root: prefix of ``data.name`` -> module:function of the loader.
 DATASET_PREFIXES = {
     "folder": "mosaic_ray.data.image_sources:folder",
-    "parquet": "mosaic_ray.data.image_sources:parquet",
+    "parquet": "mosaic_ray.data.modality_sources:parquet",
     "hf": "mosaic_ray.data.hub:hub",
     "imported": "mosaic_ray.data.image_cache_build:imported",
 }

@@ -18,6 +18,11 @@ class DataConfig:
     skip_bad: bool = knob(False, "leave out, and count, images that do not decode")
     image_column: str = knob("", "column of the images in parquet files; empty: found by name or type")
     label_column: str = knob("", "column of the classes in parquet files; empty: found by name or type")
+    modalities: tuple[str, ...] = knob(
+        (), "columns of parquet files, or views of mfeat, that make a sample: images, lists of numbers, text; none: an "
+        "image, or all views",
+    )  # fmt: skip
+    text_length: int = knob(64, "bytes of a text that are read, with data.modalities", low=1, high=4096)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class PartitionConfig:
     min_size: int = knob(10, "fewest samples a client may hold", low=1)
     policy: str = knob("repair", "too small a client: draw again, or move samples to it", choices=("reject", "repair"))
     max_tries: int = knob(200, "draws before reject gives up or repair repairs", low=1)
+    modalities: tuple[str, ...] | str = knob(
+        (), "modalities of each client, such as image+text, dealt in turn; or a rule: p:0.5 (each with this "
+        "probability) or each:2 (so many, drawn); none: all clients hold all",
+    )  # fmt: skip
     validation_fraction: float = knob(0.0, "share of each client's samples held out for validation", low=0.0, high=0.5)
 
 

@@ -17,7 +17,7 @@ GAN_ONLY = {
 
 def check(config: ExperimentConfig) -> ExperimentConfig:
     """Raise ``RequestError`` where knobs contradict each other; return ``config``."""
-    from .client_layout import any_partial_width
+    from .client_layout import any_partial_width, modality_rule
     from .plugins import load, strategy_named, trains_generators
     from .registry import CLASSIFIERS, DATASET_PREFIXES, DATASETS, STRATEGIES
 
@@ -36,6 +36,8 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         config.data.image_size in (0, 8, 16, 28, 32, 64),
         f"data.image_size = {config.data.image_size}: it may be 8, 16, 28, 32 or 64, or 0 for the data set's own",
     )
+    _check_modalities(config)
+    modality_rule(config)
     strategy, partial_width = strategy_named(config.federation.strategy), any_partial_width(config)
     if partial_width and not strategy.partial_widths:
         takes = [name for name in STRATEGIES if load("strategies", name).partial_widths]
@@ -171,3 +173,26 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"runtime.gpus_per_client = {gpus:g}: Ray takes a fraction up to 1 or a whole number",
     )
     return config
+
+
+def _check_modalities(config: ExperimentConfig) -> None:
+    """Raise ``RequestError`` where the data set has no columns to choose, or several modalities cannot be meant."""
+    from .registry import DATASET_PREFIXES, DATASETS, MULTIMODAL
+
+    data, names = config.data, config.data.modalities
+    what, kind = f"data.modalities = {shown(names)}", data.name.partition(":")[0]
+    takes = data.name in MULTIMODAL or (":" in data.name and kind not in ("folder", "imported"))
+    if names and not takes:
+        raise RequestError(f"{what}: {data.name} has images alone; {', '.join(MULTIMODAL)}, parquet: and hf: take it")
+    for name in names:
+        if not name or "+" in name or names.count(name) > 1:
+            why = "is there twice" if names.count(name) > 1 else "has a +, which joins names" if name else "is no name"
+            raise RequestError(f'{what}: "{name}" {why}')
+    if names and data.image_column:
+        raise RequestError(f"data.image_column = {data.image_column}: data.modalities names the columns; give one")
+    several = len(names) > 1 or (not names and data.name in MULTIMODAL)
+    if config.partition.modalities and not several and (data.name in DATASETS or kind in DATASET_PREFIXES):
+        raise RequestError(
+            f"partition.modalities = {shown(config.partition.modalities)}: samples of {data.name} have one modality; "
+            "data.modalities names several"
+        )

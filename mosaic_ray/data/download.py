@@ -46,6 +46,12 @@ def needed(config: DataConfig) -> list[Path]:
     paths = [root / given for resource in spec_of(name).resources for given in resource.gives]
     for path in paths:
         if not path.exists():
+            by_hand = next((r.by_hand for r in spec_of(name).resources if r.by_hand), "")
+            if by_hand:
+                raise RequestError(
+                    f"data.name = {name}: no {path}; put {by_hand} there, or say where the data lie by --set "
+                    "data.root=FOLDER or MOSAIC_DATA"
+                )
             raise RequestError(
                 f"data.name = {name}: no {path}; fetch it by `mosaic data fetch {name}` or --set data.download=true, "
                 "or say where the data lie by --set data.root=FOLDER or MOSAIC_DATA"
@@ -64,6 +70,9 @@ def download(name: str, root: Path) -> list[str]:
 
     if not missing():
         return []
+    for given in missing():
+        if given.by_hand:
+            raise RequestError(f"data set {name}: no address offers it; put {given.by_hand} in {root / given.path}")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with lock_folder(root):

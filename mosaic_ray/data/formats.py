@@ -101,31 +101,42 @@ def image_columns(schema: Any, path: Path, image: str = "", label: str = "") -> 
     ``image``, ``label``: the columns' names; where empty, a usual name, else the only column that the metadata calls
     an ``Image`` or a ``ClassLabel``. ``RequestError`` without one.
     """
+    found = _column(schema, image, ("img", "image"), "Image", is_image)
+    if found is None:
+        usual = f'"{image}" with bytes' if image else '"img" or "image" with bytes'
+        raise RequestError(f"{path} has no column {usual} (data.image_column names another); it has {columns(schema)}")
+    return found, *label_column(schema, path, label)
+
+
+def label_column(schema: Any, path: Path, label: str = "") -> tuple[str, tuple[str, ...]]:
+    """Return the label column and the class names, as ``image_columns`` does."""
     import pyarrow as pa
 
-    def is_image(kind: pa.DataType) -> bool:
-        return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    found = _column(schema, label, ("label", "labels", "fine_label"), "ClassLabel", pa.types.is_integer)
+    if found is None:
+        usual = f'whole numbers "{label}"' if label else 'whole numbers "label", "labels" or "fine_label"'
+        raise RequestError(f"{path} has no column {usual} (data.label_column names another); it has {columns(schema)}")
+    names = _features(schema).get(found, {}).get("names")
+    return found, tuple(map(str, names)) if isinstance(names, list) else ()
 
-    columns = {field.name: field.type for field in schema}
-    features = _features(schema)
 
-    def found(name: str, usual: tuple[str, ...], feature: str, fits: Callable[[Any], bool]) -> str | None:
-        fitting = [column for column, kind in columns.items() if fits(kind)]
-        called = [column for column in fitting if features.get(column, {}).get("_type") == feature]
-        names = (name,) if name else (*usual, *(called if len(called) == 1 else ()))
-        return next((column for column in names if column in fitting), None)
+def is_image(kind: Any) -> bool:
+    """Return whether a column of pyarrow's type ``kind`` holds encoded images."""
+    import pyarrow as pa
 
-    image_found = found(image, ("img", "image"), "Image", is_image)
-    label_found = found(label, ("label", "labels", "fine_label"), "ClassLabel", pa.types.is_integer)
-    if image_found is None or label_found is None:
-        usual = f'"{image}" with bytes' if image else '"img" or "image" with bytes'
-        if image_found is not None:
-            usual = f'whole numbers "{label}"' if label else 'whole numbers "label", "labels" or "fine_label"'
-        there = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-        knob = "image_column" if image_found is None else "label_column"
-        raise RequestError(f"{path} has no column {usual} (data.{knob} names another); it has {there}")
-    names = features.get(label_found, {}).get("names")
-    return image_found, label_found, tuple(map(str, names)) if isinstance(names, list) else ()
+    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def columns(schema: Any) -> str:
+    """Return the columns of a pyarrow schema and their types as text."""
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def _column(schema: Any, name: str, usual: tuple[str, ...], feature: str, fits: Callable[[Any], bool]) -> str | None:
+    fitting, features = [field.name for field in schema if fits(field.type)], _features(schema)
+    called = [column for column in fitting if features.get(column, {}).get("_type") == feature]
+    names = (name,) if name else (*usual, *(called if len(called) == 1 else ()))
+    return next((column for column in names if column in fitting), None)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:

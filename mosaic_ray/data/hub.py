@@ -18,10 +18,10 @@ from ..config.schema import DataConfig
 from ..core.errors import RequestError, neighbours
 from ..core.untrusted import parse_json, read_regular
 from .formats import brief
-from .image_sources import parquet_files
+from .modality_sources import parquet_files
 from .paths import data_root, lock_folder
 from .progress import warn
-from .specs import ImageFiles
+from .specs import ImageFiles, Samples
 
 #: The folder below the data root, and the file in each data set that records where it came from.
 HUB, RECORD = "hub", "source.json"
@@ -56,7 +56,7 @@ def parse(name: str) -> Name:
     return Name(*(part or "" for part in found.groups()))
 
 
-def hub(config: DataConfig) -> ImageFiles:
+def hub(config: DataConfig) -> ImageFiles | Samples:
     """List ``hf:OWNER/NAME[/CONFIG][@REVISION]``, downloaded first where it is not below the data root."""
     fetch(config.name, data_root(config))
     return parquet_files(config, (data_root(config) / HUB / parse(config.name).folder).resolve())

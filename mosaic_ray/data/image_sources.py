@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -138,7 +139,7 @@ def food101(config: DataConfig) -> ImageFiles:
     return ImageFiles(meta.parent, (*lists, *folders), listing, 64)
 
 
-def _given(config: DataConfig) -> Path:
+def given_folder(config: DataConfig) -> Path:
     """Return the folder of ``folder:PATH`` or ``parquet:PATH``, below the working directory or the data root."""
     given = Path(config.name.partition(":")[2]).expanduser()
     folder = next((path for path in (given, data_root(config) / given) if path.is_dir()), None)
@@ -149,7 +150,7 @@ def _given(config: DataConfig) -> Path:
 
 def folder(config: DataConfig) -> ImageFiles:
     """List ``folder:PATH``: ``train/<class>/*`` and ``test/<class>/*``. Classes are in order of their names."""
-    base = _given(config)
+    base = given_folder(config)
 
     def classes_of(split: str) -> dict[str, Path]:
         if not (base / split).is_dir():
@@ -171,39 +172,38 @@ def folder(config: DataConfig) -> ImageFiles:
     return ImageFiles(base, (*train.values(), *test.values()), listing)
 
 
-def parquet(config: DataConfig) -> ImageFiles:
-    """List ``parquet:PATH``: ``train*.parquet`` and ``test*.parquet`` as Hugging Face lays them out."""
-    return parquet_files(config, _given(config))
-
-
 def parquet_files(config: DataConfig, base: Path) -> ImageFiles:
     """List ``train*.parquet`` and ``test*.parquet`` in the folder ``base``."""
-    files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
-    for split, paths in files.items():
-        if not paths:
-            raise RequestError(f"data.name = {config.name}: no {split}*.parquet in {base}")
+    files = parquet_splits(config, base)
 
     def listing() -> Listing:
         (train, names), (test, _) = (_of_parquet(paths, config) for paths in files.values())
-        num_classes = _num_classes(config.name, train.labels, len(names))
-        names = names if len(names) >= num_classes else tuple(map(str, range(num_classes)))
-        return Listing(train, test, names, tuple(files["train"]))
+        return Listing(train, test, classes_named(config.name, train.labels, names), tuple(files["train"]))
 
     return ImageFiles(base, [path for paths in files.values() for path in paths], listing)
 
 
-def _num_classes(name: str, labels: np.ndarray, named: int) -> int:
-    """Return one more than the highest of ``labels``; ``RequestError`` where most numbers below it have no image.
+def parquet_splits(config: DataConfig, base: Path) -> dict[str, list[Path]]:
+    """Return the parquet files of train and test in the folder ``base``; ``RequestError`` without one of each."""
+    files = {split: sorted(base.glob(f"{split}*.parquet")) for split in ("train", "test")}
+    for split, paths in files.items():
+        if not paths:
+            raise RequestError(f"data.name = {config.name}: no {split}*.parquet in {base}")
+    return files
 
-    ``named``: the number of classes that the file names, whose gaps are meant.
+
+def classes_named(name: str, labels: np.ndarray, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the class names of the training ``labels``: ``names``, the file's, or numbers where it names too few.
+
+    ``RequestError`` where most numbers below the highest label have no image, unless the file names them.
     """
     highest, there = int(labels.max()), len(np.unique(labels))
-    if highest >= max(named, 2 * there):
+    if highest >= max(len(names), 2 * there):
         raise RequestError(
             f"data.name = {name}: labels go up to {highest}, and only {there} of these numbers occur; number the "
             f"classes from 0 to {there - 1}"
         )
-    return highest + 1
+    return names if len(names) > highest else tuple(map(str, range(highest + 1)))
 
 
 def _of_parquet(paths: list[Path], config: DataConfig) -> tuple[Part, tuple[str, ...]]:
@@ -228,15 +228,26 @@ def _of_parquet(paths: list[Path], config: DataConfig) -> tuple[Part, tuple[str,
                     row += size
         except (pa.ArrowException, OSError) as error:
             raise not_parquet(path, error) from error
-        if column.null_count:
-            raise RequestError(f'{path}: column "{label}" has empty places')
-        labels.append(column.to_numpy().astype(np.int64))
+        labels.append(whole_labels(path, label, column))
+    return Part(tasks, joined_labels(paths[0], labels)), names
+
+
+def whole_labels(path: Path, name: str, column: Any) -> np.ndarray:
+    """Return a pyarrow ``column`` of labels as int64 [n]; ``RequestError`` where it has empty places."""
+    if column.null_count:
+        raise RequestError(f'{path}: column "{name}" has empty places')
+    found: np.ndarray = np.asarray(column).astype(np.int64)
+    return found
+
+
+def joined_labels(path: Path, labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the labels of a split in one array; ``RequestError`` where there is none, or one is below 0."""
     flat = np.concatenate(labels)
     if not len(flat):
-        raise RequestError(f"{paths[0]} holds no images")
+        raise RequestError(f"{path} holds no images")
     if flat.min() < 0:
-        raise RequestError(f"{paths[0]}: a label is {flat.min()}; labels must be 0 or above")
-    return Part(tasks, flat), names
+        raise RequestError(f"{path}: a label is {flat.min()}; labels must be 0 or above")
+    return flat
 
 
 # The constants are the authors': ImageNet's for Tiny-ImageNet, CIFAR-100's for Food-101.

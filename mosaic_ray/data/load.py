@@ -16,7 +16,9 @@ from ..core.types import DataFacts, Dataset, ImageSet
 from .image_cache_build import decoded, first_form
 from .image_ops import chunks, in_channels, mean_std, resized, tally
 from .image_sources import check_classes
-from .specs import ImageFiles, is_plugin, spec_of
+from .modality_sources import chosen
+from .records import record_size
+from .specs import ImageFiles, Samples, is_plugin, spec_of
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -27,6 +29,11 @@ def load_dataset(config: DataConfig) -> Dataset:
     raw = _run_plugin(config) if is_plugin(config.name) else spec_of(config.name).load(config)
     if isinstance(raw, ImageFiles):
         raw = decoded(config, raw)
+    elif isinstance(raw, Samples):
+        raw = raw.read()
+    if raw.facts.modalities:
+        facts = replace(raw.facts, name=config.name, num_classes=len(raw.class_names))
+        return _identified(config, raw, facts, raw.train, raw.test)
     _, native, height, _ = raw.train.images.shape
     facts = replace(raw.facts, num_classes=len(raw.class_names), channels=native, image_size=height)
     facts = _requested(config, facts)
@@ -37,17 +44,21 @@ def load_dataset(config: DataConfig) -> Dataset:
         times = channels // train.shape[1]
         facts = replace(facts, mean=mean * times, std=std * times)
     train, test = (in_channels(resized(images, size), channels) for images in (train, test))
-    train_set, test_set = ImageSet(train, raw.train.labels), ImageSet(test, raw.test.labels)
+    return _identified(config, raw, facts, ImageSet(train, raw.train.labels), ImageSet(test, raw.test.labels))
+
+
+def _identified(config: DataConfig, raw: Dataset, facts: DataFacts, train: ImageSet, test: ImageSet) -> Dataset:
+    """Return the data set of ``train`` and ``test`` with its identity, a digest of ``facts`` and of what was read."""
     digest = hashlib.sha256(json.dumps([*replace(facts, name="").to_json().values()]).encode())
     if is_plugin(config.name):
         digest.update(digest_of(config.name).encode())
     if raw.identity:
         digest.update(raw.identity.encode())
     else:
-        for array in (train_set.images, train_set.labels, test_set.images, test_set.labels):
+        for array in (train.images, train.labels, test.images, test.labels):
             digest.update(str(array.shape).encode())
             digest.update(array.data)
-    return Dataset(facts, train_set, test_set, raw.class_names, digest.hexdigest()[:16], raw.copy)
+    return Dataset(facts, train, test, raw.class_names, digest.hexdigest()[:16], raw.copy)
 
 
 def shape_of(config: DataConfig) -> Shape | None:
@@ -61,6 +72,8 @@ def shape_of(config: DataConfig) -> Shape | None:
     if is_plugin(config.name):
         return None
     raw = spec.load(config)
+    if isinstance(raw, Samples):
+        return raw.shape()
     if isinstance(raw, Dataset):
         count, channels, side, _ = raw.train.images.shape
         return Shape(len(raw.class_names), channels, side, count)
@@ -73,6 +86,8 @@ def shape_of(config: DataConfig) -> Shape | None:
 def known_facts(config: DataConfig) -> DataFacts | None:
     """Return the facts of a data set without reading its files; None if they must be measured or counted."""
     known = None if is_plugin(config.name) else spec_of(config.name).facts
+    if known is not None and known.modalities:
+        return replace(known, name=config.name, modalities=chosen(config, known.modalities))
     if known is None or 0 < config.channels < known.channels:
         return None
     return _requested(config, known)
@@ -101,14 +116,21 @@ def _check(what: str, name: str, data: Dataset) -> None:
     facts, train, test = data.facts, data.train, data.test
     shapes = list(train.images.shape), list(test.images.shape)
     channels, height, width = shapes[0][1:]
-    if shapes[1][1:] != [channels, height, width] or channels not in (1, 3) or height != width:
+    if facts.modalities:
+        size = record_size(facts.modalities)
+        if shapes[0][1:] != [1, 1, size] or shapes[1][1:] != [1, 1, size]:
+            raise RequestError(f"{what}: records {shapes[0]} and {shapes[1]}; both must be [N, 1, 1, {size}]")
+        if len({modality.name for modality in facts.modalities}) < len(facts.modalities):
+            raise RequestError(f"{what}: two of its modalities share a name")
+    elif shapes[1][1:] != [channels, height, width] or channels not in (1, 3) or height != width:
         raise RequestError(f"{what}: images {shapes[0]} and {shapes[1]}; both must be [N, 1 or 3, side, side]")
     labels, classes = np.concatenate([train.labels, test.labels, [0]]), len(data.class_names)
     if not 0 <= labels.min() <= labels.max() < classes:
         raise RequestError(f"{what}: labels run from {labels.min()} to {labels.max()}; there are {classes} classes")
     check_classes(name, train.labels, test.labels, data.class_names)
-    if not len(facts.mean) == len(facts.std) in (0, channels):
-        raise RequestError(f"{what}: {len(facts.mean)} means and {len(facts.std)} deviations for {channels} channels")
+    given = (facts.channels,) if facts.modalities else (0, channels)
+    if not len(facts.mean) == len(facts.std) in given:
+        raise RequestError(f"{what}: {len(facts.mean)} means and {len(facts.std)} deviations for {given[-1]} channels")
     if strange := set(facts.augmentations) - set(AUGMENTATIONS):
         raise RequestError(f"{what}: augmentation {min(strange)}: unknown; {neighbours(min(strange), AUGMENTATIONS)}")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config.presets import Shape
 from ..config.registry import DATASET_PREFIXES, DATASETS
 from ..config.schema import DataConfig
 from ..config.user_code import load_object
@@ -55,13 +56,25 @@ class ImageFiles:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """A data set of several modalities, which is read when it is asked for: whole, or only its shape."""
+
+    read: Callable[[], Dataset]
+    shape: Callable[[], Shape]
+
+
+@dataclass(frozen=True)
 class Resource:
-    """A file to download: its addresses, its MD5, its path below the data root, and the paths that unpacking gives."""
+    """A file to download: its addresses, its MD5, its path below the data root, and the paths that unpacking gives.
+
+    ``by_hand``: without addresses, what the user has to put at the path.
+    """
 
     urls: tuple[str, ...]
     md5: str
     path: str
     gives: tuple[str, ...]
+    by_hand: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,13 +82,13 @@ class DatasetSpec:
     """A data set.
 
     ``load(config)`` returns the images, in any size and channels: a ``Dataset`` of arrays, or the ``ImageFiles`` to
-    decode. ``facts``: the constants, in the images' own size and channels; None: they are measured.
-    ``resources``: the files to download, in the order in which the loader reads them. ``num_train``: the training
-    images, from which a schedule is chosen together with ``facts``; 0: unknown (``config.presets.SHAPES`` has those of
-    the data sets that ship).
+    decode; or ``Samples`` of several modalities. ``facts``: the constants, in the images' own size and channels; None:
+    they are measured. ``resources``: the files to download, in the order in which the loader reads them.
+    ``num_train``: the training images, from which a schedule is chosen together with ``facts``; 0: unknown
+    (``config.presets.SHAPES`` has those of the data sets that ship).
     """
 
-    load: Callable[[DataConfig], Dataset | ImageFiles]
+    load: Callable[[DataConfig], Dataset | ImageFiles | Samples]
     facts: DataFacts | None = None
     resources: tuple[Resource, ...] = ()
     num_train: int = 0

@@ -91,7 +91,10 @@ def _file_digest(sampler: str) -> str:
     return read_rows(sampler).digest
 
 
-PARTITION = Stage("partition", 1, _partition_knobs, unit="draw", work=lambda config: {"draws": 1})
+PARTITION = Stage(
+    "partition", 1, _partition_knobs, unit="draw", work=lambda config: {"draws": 1},
+    messages="mosaic_ray.pipeline.partition:statistics_messages",
+)  # fmt: skip
 
 
 def _rounds_work(config: ExperimentConfig, num_rounds: int, local_steps: int) -> Work:

@@ -52,6 +52,8 @@ def check_part(federation: Federation, dataset: Dataset, part: str, arrays: Weig
     stem, clients, facts = part.partition("_")[0], federation.config.partition.num_clients, dataset.facts
     if part == "shards":
         _check_shards(dataset, clients, arrays)
+    elif part == "standardisation":
+        _check_sums(dataset, arrays)
     elif part in ("communication", "losses"):
         kind = np.dtype(np.int64 if part == "communication" else np.float32)
         _require(all(a.dtype == kind and a.ndim == 2 and a.shape[1] == clients for a in arrays.values()), "a shape")
@@ -100,6 +102,14 @@ def _check_shards(dataset: Dataset, clients: int, arrays: Weights) -> None:
     lists = np.split(arrays["train"], np.cumsum(arrays["train_sizes"])[:-1])
     counts = label_counts(labels, lists, dataset.facts.num_classes)
     _require(arrays["counts"].dtype == np.int64 and np.array_equal(arrays["counts"], counts), "counts")
+
+
+def _check_sums(dataset: Dataset, arrays: Weights) -> None:
+    vectors = {part.name: ((3, part.size), np.float64) for part in dataset.facts.modalities if part.kind == "vector"}
+    check_entries(arrays, vectors)
+    for name, (count, _, squares) in arrays.items():
+        whole = 0 <= count[0] <= len(dataset.train.labels) and count[0] == np.floor(count[0])
+        _require(bool(whole and (count == count[0]).all() and (squares >= 0).all()), name)
 
 
 def _check_prototypes(arrays: Weights, dim: int, classes: int, clients: int, finite: bool) -> None:

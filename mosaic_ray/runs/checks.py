@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..config.client_layout import client_modalities
 from ..config.fields import shown
 from ..config.plugins import load, trains_generators
 from ..config.registry import sampler_kind
@@ -25,10 +26,13 @@ from ..models.generator import check_image_size
 def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
     """Raise ``RequestError`` unless every network can be built for these images and cut to its clients' widths.
 
+    ``partition.modalities`` must name modalities that the samples have.
+
     A sampler that is user code must load, too.
     """
     if sampler_kind(config.partition.sampler) == "plugin":
         load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
+    client_modalities(config, [modality.name for modality in facts.modalities])
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
     if trains_generators(config):
