@@ -70,7 +70,10 @@ def pm1_to_normalised(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float
 
 
 def drawn_to_input(x: torch.Tensor, facts: DataFacts) -> torch.Tensor:
-    """Convert what a generator draws, images [B, C, H, W] in [-1, 1] or rows, to a classifier's input; differentiable."""
+    """Convert what a generator draws to a classifier's input; differentiable.
+
+    ``x``: images [B, C, H, W] in [-1, 1], or rows [B, D + M] whose images are in [-1, 1].
+    """
     if not facts.modalities:
         return pm1_to_normalised(x, facts.mean, facts.std)
     parts, first, count = [], 0, len(facts.modalities)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from ..config.schema import GeneratorConfig
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts, Weights
-from ..data.transforms import augment, pm1_to_normalised, to_input, to_pm1
+from ..data.transforms import augment, drawn_to_input, drawn_to_stored, to_generator_range, to_input, to_pm1
 from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
+from ..models.multimodal_generator import MultimodalGenerator
 from ..models.optimizers import Adam
 from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, uninitialised, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe

@@ -101,7 +101,8 @@ class TeacherNet(nn.Module):
 
         def network(weights: Weights) -> Classifier:
             name = state.classifier or None
-            model = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
+            shape = facts.num_classes, facts.channels, facts.image_size
+            model = build_classifier(config.model, *shape, name, facts.modalities)
             return load_weights(model, weights)
 
         self.backbone = network(state.backbone)

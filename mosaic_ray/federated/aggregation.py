@@ -98,7 +98,8 @@ class ModalityAverage:
             found = self._averages[modality].result() if modality in self._averages else previous
             if modality in self._columns:
                 head.append(found["head.weight"])
-            averages |= {name: array for name, array in found.items() if modality not in self._columns or name != "head.weight"}
+                found = {name: array for name, array in found.items() if name != "head.weight"}
+            averages |= found
         if head:
             averages["head.weight"] = np.concatenate(head, 1)
         return averages

@@ -129,7 +129,8 @@ class Federation:
     def statistics_passes(self, name: str) -> list[list[str]]:
         """Return the batch norms that each pass over the clients' images reads (static BN, 3.6)."""
         facts = self.facts
-        depths = norm_depths(self.config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
+        shape = facts.num_classes, facts.channels, facts.image_size
+        depths = norm_depths(self.config.model, *shape, name, facts.modalities)
         return passes(depths, self.config.federation.bn_passes)
 
     def parts(self, stem: str) -> dict[str, str]:

@@ -183,7 +183,7 @@ class PoolMethod(Method):
 
         names = dict.fromkeys((config.model.classifier, *config.model.classifiers))
         shape = facts.num_classes, facts.channels, facts.image_size
-        if self.own(config).bn_weight and not any(norm_depths(config.model, *shape, name, facts.modalities) for name in names):
+        if self.own(config).bn_weight and not any(norm_depths(config.model, *shape, name) for name in names):
             raise RequestError(
                 f"model.classifier = {config.model.classifier}: it has no batch norm for the inversion loss to read; "
                 f"set {self.name}.bn_weight=0"

@@ -76,7 +76,8 @@ def _multimodal(
 ) -> Classifier:
     check_fusion(model.fusion, [modality.name for modality in modalities])
     if name not in CLASSIFIERS:
-        raise RequestError(f"model.classifier = {name}: with several modalities it takes one of {', '.join(CLASSIFIERS)}")
+        known = ", ".join(CLASSIFIERS)
+        raise RequestError(f"model.classifier = {name}: with several modalities it takes one of {known}")
     if image_size < MIN_IMAGE_SIZE:
         raise RequestError(f"data.image_size = {image_size}: classifiers take {MIN_IMAGE_SIZE} pixels or more")
     trunk, feature_dim = fused(modalities, model.width, model.fusion, partial(CLASSIFIERS[name], model.width))

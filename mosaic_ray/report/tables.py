@@ -12,13 +12,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..core.types import Finding
+from ..core.types import ROLES, Finding
 from ..core.units import size
 from ..runs.plan import StageWork
 from ..runs.summary import ClientRecord, CommunicationRecord, StageRecord, Summary
+from .text import percent
 
 #: Most findings in the closing table; summary.json has all.
 MOST_FINDINGS = 12
+
+#: The most sets of modalities whose accuracies are listed one by one.
+MOST_SUBSETS = 7
 
 #: What stands beside every ceiling.
 CEILING = "ceiling: reads all clients' images; not a federated method"

@@ -18,7 +18,11 @@ from mosaic_ray.models.multimodal import FUSIONS, modality_of
 from mosaic_ray.models.state_dict import to_weights
 from mosaic_ray.models.submodel import channel_layout, extract, fit, num_kept
 
-IMAGE, VECTOR, TEXT = Modality("img", "image", (1, 8, 8)), Modality("v", "vector", (5,)), Modality("t", "text", (12,), 257)
+IMAGE, VECTOR, TEXT = (
+    Modality("img", "image", (1, 8, 8)),
+    Modality("v", "vector", (5,)),
+    Modality("t", "text", (12,), 257),
+)
 ALL = (IMAGE, VECTOR, TEXT)
 FACTS = DataFacts("made", 3, 1, 8, (0.5,), (0.3,), modalities=ALL)
 

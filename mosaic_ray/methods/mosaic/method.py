@@ -65,7 +65,8 @@ class Mosaic(Method):
         if config.generator.family == "cvae" or not (config.generator.lambda_i > 0 and config.generator.tau > 0):
             return
         for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
-            if not norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities):
+            shape = facts.num_classes, facts.channels, facts.image_size
+            if not norm_depths(config.model, *shape, name, facts.modalities):
                 raise RequestError(
                     f"model.classifier = {name}: it has no batch norm, and the generators' inversion loss reads its "
                     "statistics; give it one, or set generator.lambda_i=0"
