@@ -17,7 +17,6 @@ from .image_cache_build import decoded, first_form
 from .image_ops import chunks, in_channels, mean_std, resized, tally
 from .image_sources import check_classes
 from .modality_sources import chosen
-from .records import record_size
 from .specs import ImageFiles, Samples, is_plugin, spec_of
 
 
@@ -117,7 +116,7 @@ def _check(what: str, name: str, data: Dataset) -> None:
     shapes = list(train.images.shape), list(test.images.shape)
     channels, height, width = shapes[0][1:]
     if facts.modalities:
-        size = record_size(facts.modalities)
+        _, _, size = facts.stored_shape
         if shapes[0][1:] != [1, 1, size] or shapes[1][1:] != [1, 1, size]:
             raise RequestError(f"{what}: records {shapes[0]} and {shapes[1]}; both must be [N, 1, 1, {size}]")
         if len({modality.name for modality in facts.modalities}) < len(facts.modalities):
