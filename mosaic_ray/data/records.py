@@ -20,6 +20,11 @@ MOST_IN_ALL_SUBSETS = 6
 _TYPES = {"image": np.dtype("u1"), "vector": np.dtype("<f4"), "text": np.dtype("<i4")}
 
 
+def record_size(modalities: Sequence[Modality]) -> int:
+    """Return the bytes of one record."""
+    return sum(modality.num_bytes for modality in modalities) + len(modalities)
+
+
 def pack(modalities: Sequence[Modality], values: Mapping[str, np.ndarray], present: np.ndarray) -> np.ndarray:
     """Return records uint8 [N, 1, 1, bytes].
 
@@ -28,7 +33,7 @@ def pack(modalities: Sequence[Modality], values: Mapping[str, np.ndarray], prese
         values: an array [N, *shape] for each of them, by name.
         present: bool [N, M], whether a sample has the modality; the values of absent ones are set to zero.
     """
-    records = np.zeros((len(present), sum(m.num_bytes for m in modalities) + len(modalities)), np.uint8)
+    records = np.zeros((len(present), record_size(modalities)), np.uint8)
     at = 0
     for number, modality in enumerate(modalities):
         array = np.ascontiguousarray(values[modality.name], _TYPES[modality.kind]).reshape(len(present), -1)

@@ -317,14 +317,14 @@ def compare_with_real(
     """Compare a client's synthetic images with its real ones (docs/algorithm.md 4.1).
 
     ``variety`` >= 0: total variance of the classifier's features, relative to real images (1 if those have none);
-    ``bn_gap`` >= 0: L_inv of synthetic images over L_inv of real ones, if the classifier has batch norm;
-    ``out_of_range`` in [0, 1]: share of the real images' values outside the range of tanh (D11).
+    ``bn_gap`` >= 0: L_inv of synthetic images over L_inv of real ones, if the classifier has batch norm, and samples
+    are images alone; ``out_of_range`` in [0, 1]: share of the real images' values outside the range of tanh (D11).
     """
     seed, client_id = address
     rows = torch.linspace(0, len(shard) - 1, min(len(shard), NUM_COMPARED)).long()
     real = to_input(shard.images[rows], facts)
     fake = sample(generator, NUM_COMPARED, stream(seed, "generator/compare", client_id), shard.images.device)
-    probed, gaps, variances = bool(bn_statistics(classifier)), [], []
+    probed, gaps, variances = bool(bn_statistics(classifier)) and not facts.modalities, [], []
     for images in (real, classifier_view(fake, config.gan_range, facts)):
         with inversion_probe(classifier) as inversion:
             features = classifier.features(images).float()

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..config.client_layout import client_modalities
 from ..config.fields import shown
-from ..config.plugins import load, trains_generators
+from ..config.plugins import load, strategy_named, trains_generators
 from ..config.registry import sampler_kind
 from ..config.resolve import flatten
 from ..config.schema import ExperimentConfig
@@ -33,12 +33,28 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
     if sampler_kind(config.partition.sampler) == "plugin":
         load_object(f"partition.sampler = {config.partition.sampler}", config.partition.sampler, function=True)
     client_modalities(config, [modality.name for modality in facts.modalities])
+    if facts.modalities:
+        _check_several(config)
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
     if trains_generators(config):
         check_image_size(facts.image_size)
     load("methods", config.method).check_networks(config, facts)
     Federation(config, facts).check()
+
+
+def _check_several(config: ExperimentConfig) -> None:
+    """Raise ``RequestError`` where method or strategy cannot do with samples of several modalities."""
+    if load("methods", config.method).images_only:
+        raise RequestError(
+            f"method = {config.method}: it draws images alone, and samples of {config.data.name} have several "
+            "modalities; take mosaic, lda_head, ccvr, prototype_head or fedavg"
+        )
+    if config.partition.modalities and not strategy_named(config.federation.strategy).partial_modalities:
+        raise RequestError(
+            f"federation.strategy = {config.federation.strategy}: its arrays have the shape of the whole model, and "
+            "with partition.modalities clients lack parts of it; take fedavg or fedprox, or let all hold everything"
+        )
 
 
 def check_memory(config: ExperimentConfig, facts: DataFacts, samples: int, there: Resources) -> None:
