@@ -90,6 +90,7 @@ def run(ctx: click.Context, place: RunOptions, **typed: Any) -> None:
 def partition(png: str | None, as_json: bool, **typed: Any) -> None:
     """Show each client's number of samples by class, and save it as a heat map."""
     config = parse_config(**typed)
+    from ..config.client_layout import client_modalities
     from ..data.groups import with_groups
     from ..data.load import load_dataset
     from ..data.partition import label_counts, skew
@@ -99,20 +100,23 @@ def partition(png: str | None, as_json: bool, **typed: Any) -> None:
     num_classes = data.facts.num_classes
     shards = deal(data.train.labels, config.partition, config.seed, num_classes, data.groups)
     counts = label_counts(data.train.labels, shards, num_classes)
+    names = [modality.name for modality in data.facts.modalities]
+    modalities = client_modalities(config, names) if len(names) > 1 or config.partition.modalities else ()
     if png is not None or not as_json:
         from ..report.figures import heatmap
 
         place = f"./mosaic_runs/partitions/{heatmap.default_name(config)}" if png is None else png
         skewness = heatmap.skew_in_words(skew(counts), num_classes)
         title = f"{heatmap.heading(config)}\n{skewness}"
-        heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names))
+        heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names, modalities))
     if as_json:
         found = {"label_counts": counts.tolist(), "client_sizes": [len(shard) for shard in shards]}
+        found |= {"modalities": modalities} if modalities else {}
         click.echo(json.dumps(found | {"sampler": config.partition.sampler, "seed": config.seed}))
     else:
         from ..report.tables import partition_table
 
-        print_parts(partition_table(counts))
+        print_parts(partition_table(counts, modalities))
         click.echo(f"{skewness}\nheat map {place}")
 
 

@@ -200,23 +200,28 @@ def _places(paths: Mapping[str, str]) -> list[RenderableType]:
     return [Text(f"{what:<8}{text}", no_wrap=True, overflow="ignore") for what, text in lines if text]
 
 
-def partition_table(counts: np.ndarray) -> RenderableType:
-    """Show ``counts`` [clients, classes] as a table; for more than 10 classes only each client's largest ones."""
+def partition_table(counts: np.ndarray, modalities: Sequence[Sequence[str]] = ()) -> RenderableType:
+    """Show ``counts`` [clients, classes] as a table; for more than 10 classes only each client's largest ones.
+
+    ``modalities``: those of each client, which are shown where there are several.
+    """
     counts = np.asarray(counts)
     num_clients, num_classes = counts.shape
     sizes, held = counts.sum(axis=1), (counts > 0).sum(axis=1)
+    head, every = (["modalities"], [""]) if modalities else ([], [])
+    own = [[Text("+".join(names))] for names in modalities] or [[]] * num_clients
     if num_classes <= 10:
-        table = _table("client", *map(str, range(num_classes)), "all", gap=1)
+        table = _table("client", *map(str, range(num_classes)), "all", *head, gap=1)
         for client, row in enumerate(counts):
-            table.add_row(str(client), *("." if n == 0 else str(n) for n in row), str(sizes[client]))
-        table.add_row("all", *map(str, counts.sum(axis=0)), str(sizes.sum()), style="bold")
+            table.add_row(str(client), *("." if n == 0 else str(n) for n in row), str(sizes[client]), *own[client])
+        table.add_row("all", *map(str, counts.sum(axis=0)), str(sizes.sum()), *every, style="bold")
     else:
-        table = _table("client", "samples", "classes", "largest (class: samples)")
+        table = _table("client", "samples", "classes", "largest (class: samples)", *head)
         for client, row in enumerate(counts):
             largest = [c for c in np.argsort(-row, kind="stable")[:4] if row[c]]
             shown = ", ".join(f"{c}: {row[c]}" for c in largest)
-            table.add_row(str(client), str(sizes[client]), str(held[client]), shown)
-        table.add_row("all", str(sizes.sum()), str((counts.sum(axis=0) > 0).sum()), "", style="bold")
+            table.add_row(str(client), str(sizes[client]), str(held[client]), shown, *own[client])
+        table.add_row("all", str(sizes.sum()), str((counts.sum(axis=0) > 0).sum()), "", *every, style="bold")
     facts = (
         f"{num_clients} clients hold {sizes.min()} to {sizes.max()} samples (median {np.median(sizes):g}), "
         f"of {held.min()} to {held.max()} of {num_classes} classes"

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 from .. import __version__
+from ..config.client_layout import client_modalities
 from ..config.resolve import as_dict
 from ..config.schema import ExperimentConfig
 from ..core.serialization import from_json
@@ -89,6 +90,7 @@ class Summary:
     ``status`` is done, failed or stopped; ``error``, ``stage``, ``round`` and ``client`` describe a failure. Accuracies
     and calibration (NLL, ECE) are by role, ``communication_bytes`` [bytes] by direction and kind, ``label_counts``
     [clients, classes] counts training images, ``preset`` is the scale that the configuration began with.
+    ``modalities`` are those of each client, where samples have several.
     ``personal_accuracy`` is there where the strategy has clients' own models, ``subset_accuracy`` (role -> names of
     modalities joined by a plus -> accuracy where only these are there) where samples have several modalities.
     """
@@ -116,6 +118,7 @@ class Summary:
     config: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
     label_counts: list[list[int]] | None = None
+    modalities: list[list[str]] | None = None
     paths: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +149,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
 
     from .communication import COMPARISONS, communication
 
+    names = [modality.name for modality in run.dataset.facts.modalities]
     traffic: Traffic = {"uplink": {}, "downlink": {}}
     for stage, kinds in run.traffic.items():
         if stage in COMPARISONS:
@@ -172,6 +176,7 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
         client_accuracy=from_json(ClientRecord, results["client_accuracy"]),
         communication_bytes=traffic,
         communication=CommunicationRecord(**communication(run, np.array(results["label_counts"]))),
+        modalities=[list(own) for own in client_modalities(config, names)] if len(names) > 1 else None,
         health=run.findings,
         config=as_dict(config),
         versions=versions(),

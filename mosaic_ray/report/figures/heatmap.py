@@ -88,24 +88,34 @@ def heat_map(
 
 @style()
 def partition_figure(
-    counts: np.ndarray, least: tuple[float, float] = (0.0, 0.0), names: Sequence[str] = ()
+    counts: np.ndarray,
+    least: tuple[float, float] = (0.0, 0.0),
+    names: Sequence[str] = (),
+    modalities: Sequence[Sequence[str]] = (),
 ) -> Figure:
     """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
 
     The colour is the share of the client's samples, on a root scale from 0 to 1 that is the same in every figure; a
     class without samples stays blank. ``least``: the least width and height of the map [inches]. ``names`` [C] label
-    few classes.
+    few classes. ``modalities``: those of each client, which are then marked in a map between the two.
     """
     num_clients, num_classes = counts.shape
     sizes = counts.sum(axis=1)
     each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
     width = max(0.31 * num_classes if each else 4.2, least[0])
     height = max(0.28 * num_clients if each else 4.0, least[1])
-    figure = Figure((width + 1.45, height + 0.75), layout="constrained")
-    table, bars = figure.subplots(1, 2, sharey=True, width_ratios=(width, 0.9))
+    parts = list(dict.fromkeys(name for own in modalities for name in own))
+    wide = [0.31 * len(parts)] if parts else []
+    figure = Figure((width + sum(wide) + 1.45, height + 0.75), layout="constrained")
+    table, *marks, bars = figure.subplots(1, 2 + len(wide), sharey=True, width_ratios=(width, *wide, 0.9))
     heat_map(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None, "client")
     if names and num_classes <= MOST_COLUMNS:
         table.set_xticks(range(num_classes), names, rotation=40, ha="right", rotation_mode="anchor")
+    for over in marks:
+        held = np.array([[name in own for name in parts] for own in modalities], float)
+        heat_map(over, held, np.full(held.shape, "") if each else None, "", "modality")
+        over.set_xticks(range(len(parts)), labels_of(parts), rotation=40, ha="right", rotation_mode="anchor")
+        over.tick_params(axis="y", labelleft=False)
     bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
     bars.set_xticks([] if each else [0, sizes.max()], [] if each else ["0", f"{sizes.max():,}"])
@@ -119,10 +129,15 @@ def partition_figure(
 
 
 @style()
-def partition_heatmap(counts: np.ndarray, title: str, class_names: Sequence[str] = ()) -> bytes:
-    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] that are no numbers label few."""
+def partition_heatmap(
+    counts: np.ndarray, title: str, class_names: Sequence[str] = (), modalities: Sequence[Sequence[str]] = ()
+) -> bytes:
+    """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] that are no numbers label few.
+
+    ``modalities``: those of each client, where samples have several.
+    """
     own = list(class_names) != [str(c) for c in range(np.shape(counts)[1])]
-    figure = partition_figure(np.asarray(counts), (4.2, 3.0), labels_of(class_names) if own else ())
+    figure = partition_figure(np.asarray(counts), (4.2, 3.0), labels_of(class_names) if own else (), modalities)
     text = f"{title}\ncolour: share of the client's images (root scale)"
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(13 * figure.get_figwidth()))]
     figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
