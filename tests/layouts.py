@@ -181,3 +181,14 @@ def write_folder(folder: Path, size: int = 8, num_train: int = 20, **knobs) -> n
     write_parquet(folder / "train-00001-of-00002.parquet", contents[half:], labels[half:], **knobs)
     write_parquet(folder / "test-00000-of-00001.parquet", contents[:4], labels[:4], **knobs)
     return images.transpose(0, 3, 1, 2)
+
+
+def write_mfeat(root: Path, train: int = 40, test: int = 20, views: dict[str, int] | None = None) -> None:
+    """Write the layout of Multiple Features: a column for each view, and ten classes in turn."""
+    sizes = {"pix": 240, "fou": 76, "fac": 216, "kar": 64, "zer": 47, "mor": 6} | (views or {})
+    (root / "mfeat").mkdir(parents=True)
+    for split, count in (("train", train), ("test", test)):
+        draws = np.random.default_rng(count)
+        table = {"label": np.arange(count) % 10}
+        table |= {name: [*draws.normal(3, 2, (count, size)).astype(np.float32)] for name, size in sizes.items()}
+        pq.write_table(pa.table(table), root / "mfeat" / f"{split}-00000.parquet")

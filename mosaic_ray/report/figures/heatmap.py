@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from ...config.registry import sampler_kind
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
+from ...core.text import visible
+from ...runs.plan import merged
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
 from ..text import labels_of
@@ -104,7 +106,7 @@ def partition_figure(
     each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
     width = max(0.31 * num_classes if each else 4.2, least[0])
     height = max(0.28 * num_clients if each else 4.0, least[1])
-    parts = list(dict.fromkeys(name for own in modalities for name in own))
+    parts = merged(modalities)
     wide = [0.31 * len(parts)] if parts else []
     figure = Figure((width + sum(wide) + 1.45, height + 0.75), layout="constrained")
     table, *marks, bars = figure.subplots(1, 2 + len(wide), sharey=True, width_ratios=(width, *wide, 0.9))
@@ -114,7 +116,7 @@ def partition_figure(
     for over in marks:
         held = np.array([[name in own for name in parts] for own in modalities], float)
         heat_map(over, held, np.full(held.shape, "") if each else None, "", "modality")
-        over.set_xticks(range(len(parts)), labels_of(parts), rotation=40, ha="right", rotation_mode="anchor")
+        over.set_xticks(range(len(parts)), [visible(name)[:12] for name in parts], rotation=40, ha="right", rotation_mode="anchor")
         over.tick_params(axis="y", labelleft=False)
     bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
