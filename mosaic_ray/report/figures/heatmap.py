@@ -116,7 +116,8 @@ def partition_figure(
     for over in marks:
         held = np.array([[name in own for name in parts] for own in modalities], float)
         heat_map(over, held, np.full(held.shape, "") if each else None, "", "modality")
-        over.set_xticks(range(len(parts)), [visible(name)[:12] for name in parts], rotation=40, ha="right", rotation_mode="anchor")
+        labels = [visible(name)[:12] for name in parts]
+        over.set_xticks(range(len(parts)), labels, rotation=40, ha="right", rotation_mode="anchor")
         over.tick_params(axis="y", labelleft=False)
     bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
