@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ..core.types import Modality
 #: Every set of modalities up to so many modalities; of more, single ones, pairs, and all.
 MOST_IN_ALL_SUBSETS = 6
 
-_TYPES = {"image": np.dtype("u1"), "vector": np.dtype("<f4"), "text": np.dtype("<i4")}
+_TYPES: dict[str, np.dtype[Any]] = {"image": np.dtype("u1"), "vector": np.dtype("<f4"), "text": np.dtype("<i4")}
 
 
 def record_size(modalities: Sequence[Modality]) -> int:

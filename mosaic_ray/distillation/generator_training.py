@@ -365,16 +365,15 @@ def allocate(shares: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
-def generator_for(config: GeneratorConfig, facts: DataFacts) -> Generator:
-    """Build a fresh generator for samples of this data set; call it inside ``seeded``."""
+def generator_for(config: GeneratorConfig, facts: DataFacts) -> Any:
+    """Build a fresh ``Generator``, or a ``MultimodalGenerator``, for this data set; call it inside ``seeded``."""
     if facts.modalities:
-        made: Any = MultimodalGenerator(config, facts.modalities, facts.num_classes)
-        return made
+        return MultimodalGenerator(config, facts.modalities, facts.num_classes)
     return build_generator(config, facts.channels, facts.image_size, facts.num_classes)
 
 
 def load_generator(config: GeneratorConfig, facts: DataFacts, weights: Weights) -> Generator:
     """Build a frozen generator with ``weights``."""
     with uninitialised():
-        generator = generator_for(config, facts)
+        generator: Generator = generator_for(config, facts)
     return freeze(load_weights(generator, weights))

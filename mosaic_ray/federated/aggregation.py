@@ -139,25 +139,24 @@ class PartialAverage:
                 raise ValueError(f"cannot average: {name} is {np.shape(weights[name])}, its part is {shape}")
         if weight == 0:
             return
-        whole = weight
         for name, place in places.items():
             array = weights[name]
-            weight = whole if held is None else _checked(held(name))
-            if weight == 0:
+            amount = weight if held is None else _checked(held(name))
+            if amount == 0:
                 continue
             if classes is not None and name in self._channels.heads:
                 place, array = self._channels.part_index(name, self._sums[name].shape, sets, classes), array[classes]
-            term = np.multiply(array, weight, dtype=np.float64)
+            term = np.multiply(array, amount, dtype=np.float64)
             if place is None:
                 self._sums[name] += term
-                self._held[name] += weight
+                self._held[name] += amount
                 continue
             sums = self._held[name]
             if not isinstance(sums, np.ndarray):
                 shape, reach = self._sums[name].shape, self._channels.num_cut_axes(name)
                 sums = self._held[name] = np.full([*shape[:reach], *[1] * (len(shape) - reach)], sums)
             self._sums[name][place] += term
-            sums[place] += weight
+            sums[place] += amount
         self._added += 1
 
     def result(self) -> Weights:
