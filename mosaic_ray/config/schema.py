@@ -318,6 +318,10 @@ class RehearsalConfig:
         "lacking", "classes drawn: those of which a client holds less than a tenth of an equal share, or all",
         choices=("lacking", "all"),
     )  # fmt: skip
+    modalities: str = knob(
+        "joined", "modalities of a synthetic sample: each from a generator that has it, drawn independently given the "
+        "class, or all from one generator", choices=("joined", "single"),
+    )  # fmt: skip
     candidates: tuple[float, ...] = knob(
         (), "weights tried beside 0: clients' held-back images choose one, in place of weight; a method without "
         "generators has none to try", above=0.0,

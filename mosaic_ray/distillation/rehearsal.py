@@ -17,6 +17,7 @@ from ..config.client_layout import client_modalities
 from ..config.schema import ExperimentConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Weights
+from ..data.transforms import drawn_to_stored
 from ..federated.communication import Entries, Size, entries_of, size_of_entries
 from ..federated.local_training import Shard
 from ..models.multimodal_generator import generator_modality
@@ -121,7 +122,64 @@ def rehearsal_images(
     if not len(labels):
         return None
     noise = stream(config.seed, phase + "/rehearsal/z", round_num, client_id)
+    if facts.modalities and config.rehearsal.modalities == "joined":
+        owners = allocate_modalities(shared, client_id, labels, draws)
+        return draw_joined(config, facts, shared, owners, labels, noise, device)
     return draw_images(config, facts, shared, places, labels, noise, device)
+
+
+def allocate_modalities(
+    shared: SharedGenerators, client_id: int, labels: np.ndarray, draws: np.random.Generator
+) -> np.ndarray:
+    """Return the place in ``shared`` of the generator that draws each modality of each sample, int64 [N, M].
+
+    Among the other clients' generators that have the modality one is drawn with probabilities proportional to its
+    client's samples of the class; -1 where there is none. ``labels``: int64 [N].
+    """
+    able = np.where(shared.counts >= LEAST_IMAGES, shared.counts, 0).astype(np.float64)
+    able[[k == client_id for k in shared.clients]] = 0
+    held = np.stack([weights["held"] for weights in shared.weights]) > 0
+    owners = np.full((len(labels), held.shape[1]), -1, np.int64)
+    for modality in range(held.shape[1]):
+        weights = able * held[:, modality, None]
+        total = weights.sum(0)
+        shares = weights.cumsum(0) / np.maximum(total, 1)
+        places = (draws.random(len(labels)) >= shares[:, labels]).sum(0)
+        owners[:, modality] = np.where(total[labels] > 0, np.minimum(places, len(able) - 1), -1)
+    return owners
+
+
+@torch.no_grad()
+def draw_joined(
+    config: ExperimentConfig,
+    facts: DataFacts,
+    shared: SharedGenerators,
+    owners: np.ndarray,
+    labels: np.ndarray,
+    noise: torch.Generator,
+    device: torch.device,
+) -> Shard:
+    """Draw samples whose modalities come from the generators ``owners`` [N, M] (places in ``shared``, -1: absent).
+
+    Given the class the modalities are independent of each other. ``labels``: int64 [N].
+    """
+    count = len(facts.modalities)
+    rows = torch.zeros(len(labels), *facts.input_shape, device=device)
+    asked = torch.as_tensor(labels, device=device)
+    for place in np.unique(owners[owners >= 0]):
+        generator = load_generator(config.generator, facts, shared.weights[place]).to(device)
+        chosen = np.flatnonzero((owners == place).any(1))
+        z = torch.randn(len(chosen), config.generator.latent_dim, generator=noise).to(device)
+        with use_precision(config.runtime.precision, device):
+            drawn = generator(z, asked[chosen]).float()
+        first = 0
+        for number, modality in enumerate(facts.modalities):
+            own = owners[chosen, number] == place
+            columns = slice(first, first + modality.size)
+            rows[chosen[own], columns] = drawn[own, columns]
+            rows[chosen[own], number - count] = 1.0
+            first += modality.size
+    return Shard(drawn_to_stored(rows, facts), asked)
 
 
 def generator_entries(config: ExperimentConfig, facts: DataFacts) -> Entries:

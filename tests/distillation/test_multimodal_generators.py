@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from mosaic_ray.config.schema import GeneratorConfig, ModelConfig
+from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ExperimentConfig, GeneratorConfig, ModelConfig
 from mosaic_ray.core.seeding import seeded
 from mosaic_ray.core.types import DataFacts, Modality
 from mosaic_ray.data.records import pack, pictures, present_in, unpack
 from mosaic_ray.data.transforms import drawn_to_input, drawn_to_stored, to_generator_range, to_input
 from mosaic_ray.distillation.cvae_training import joint_reconstruction_loss, train_cvae
 from mosaic_ray.distillation.generator_training import generator_for, load_generator
-from mosaic_ray.distillation.rehearsal import SharedGenerators, allocate_draws, sent_weights
+from mosaic_ray.distillation.rehearsal import (
+    SharedGenerators,
+    allocate_draws,
+    allocate_modalities,
+    draw_joined,
+    sent_weights,
+)
 from mosaic_ray.federated.local_training import Shard
 from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.multimodal_generator import MultimodalGenerator, generator_modality
@@ -127,3 +134,36 @@ def test_pictures_show_the_image_or_all_values() -> None:
 def test_weights_of_a_generator_are_named_by_modality() -> None:
     names = {generator_modality(name) for name in to_weights(generator())}
     assert names == {"", "img", "v", "t"}
+
+
+def held_by(weights: list[list[int]]) -> tuple[dict[str, np.ndarray], ...]:
+    return tuple({"held": np.array(row, np.float32)} for row in weights)
+
+
+def test_each_modality_is_drawn_from_a_client_that_has_it() -> None:
+    counts = np.array([[10, 0], [30, 10], [10, 10], [50, 50]])
+    shared = SharedGenerators(held_by([[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]]), (0, 1, 2, 3), counts)
+    labels = np.repeat([0, 1], 4000)
+    owners = allocate_modalities(shared, 3, labels, np.random.default_rng(0))
+    zero, one = owners[:4000], owners[4000:]
+    assert {*zero[:, 0]} == {0, 1, 2} and {*one[:, 0]} == {1, 2} and {*owners[:, 1]} == {1} and {*owners[:, 2]} == {-1}
+    assert np.mean(zero[:, 0] == 1) == pytest.approx(0.6, abs=0.03)
+
+
+def test_joined_samples_have_the_values_of_their_generators() -> None:
+    first, second = generator(), generator()
+    first.held.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    second.held.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    shared = SharedGenerators((to_weights(first), to_weights(second)), (0, 1), np.full((2, 3), 10))
+    config = override(
+        ExperimentConfig(), {f"generator.{n}": v for n, v in vars(KNOBS).items()} | {"runtime.precision": "fp32"}
+    )
+    owners, labels = np.array([[-1, 0, 1], [-1, 0, -1]]), np.array([2, 0])
+    made = draw_joined(config, FACTS, shared, owners, labels, torch.Generator().manual_seed(3), torch.device("cpu"))
+    draws = torch.Generator().manual_seed(3)
+    vector = first(torch.randn(2, 6, generator=draws), torch.tensor(labels))[:, 64:69]
+    text = second(torch.randn(1, 6, generator=draws), torch.tensor(labels[:1]))[:, 69:75]
+    values = unpack(ALL, made.images.numpy())
+    np.testing.assert_array_equal(values["v"], vector.detach().numpy())
+    np.testing.assert_array_equal(values["t"][0], text[0].numpy())
+    assert present_in(ALL, made.images.numpy()).tolist() == [[False, True, True], [False, True, False]]
