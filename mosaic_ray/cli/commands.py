@@ -108,7 +108,8 @@ def partition(png: str | None, as_json: bool, **typed: Any) -> None:
         place = f"./mosaic_runs/partitions/{heatmap.default_name(config)}" if png is None else png
         skewness = heatmap.skew_in_words(skew(counts), num_classes)
         title = f"{heatmap.heading(config)}\n{skewness}"
-        heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names, modalities))
+        held = {name: [name in own for own in modalities] for name in names if modalities}
+        heatmap.save_png(place, heatmap.partition_heatmap(counts, title, data.class_names, held))
     if as_json:
         found = {"label_counts": counts.tolist(), "client_sizes": [len(shard) for shard in shards]}
         found |= {"modalities": modalities} if modalities else {}

@@ -84,6 +84,25 @@ def test_names_are_taken_as_they_are():
     assert len(area(plain, WHOLE)) > 1000
 
 
+def marks(**held: list[bool]) -> np.ndarray:
+    """Where modalities of three clients are marked, beside their classes: [n, 2]. No class is drawn in their colour."""
+    png = partition_heatmap(np.full((3, 4), 5), "a title", (), held)
+    return area(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")), WHOLE)
+
+
+def test_modalities_are_marked_beside_the_classes():
+    yes, no = True, False
+    all_six = marks(a=[yes, yes, yes], b=[yes, yes, yes])
+    rows, columns = marks(a=[yes, no, yes], b=[no, yes, yes]).T
+    assert len(rows) == pytest.approx(len(all_six) * 4 / 6, rel=0.03)
+    assert not len(marks(a=[no, no, no])) and not len(marks())
+    middle = columns.min() + np.ptp(columns) / 2
+    first, second = rows[columns < middle], rows[columns > middle]
+    assert first.min() < second.min() and first.max() == second.max(), "the first client holds a alone"
+    third = rows.min() + np.ptp(rows) / 3
+    assert not ((first > third + 9) & (first < third + np.ptp(rows) / 3 - 9)).any(), "the second does not hold it"
+
+
 def test_the_picture_depends_on_its_arguments_alone_and_leaves_nothing_behind():
     counts = np.arange(12).reshape(3, 4)
     before = dict(rcParams)

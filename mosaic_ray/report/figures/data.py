@@ -30,17 +30,16 @@ def partition(run: RunReport) -> Drawing:
     largest = {"classes": held, "largest class": counts.argmax(axis=1)}
     frame = pd.DataFrame(counts if counts.shape[1] <= MOST_COLUMNS else largest).rename(columns=run.class_labels)
     frame = frame.replace({"largest class": run.class_labels}).assign(images=sizes).rename_axis("client")
-    modalities = run.summary.modalities or ()
-    if len(modalities) == len(counts):
+    modalities, marked = run.summary.modalities or [], {}
+    if run.facts and len(modalities) == len(counts):
+        marked = {part.name: [part.name in own for own in modalities] for part in run.facts.modalities}
         frame = frame.assign(modalities=["+".join(own) for own in modalities])
-    else:
-        modalities = ()
     words = (
         f"{counted(len(counts), 'client')} hold {sizes.min():,} to {sizes.max():,} training images of {held.min()} to "
         f"{held.max()} of {counted(counts.shape[1], 'class', 'classes')}; "
         f"{skew_in_words(skew(counts), counts.shape[1])}. Colour is the share of the client's images."
     )
-    drawn = partition_figure(counts, names=[*run.class_labels.values()], modalities=modalities)
+    drawn = partition_figure(counts, names=[*run.class_labels.values()], held=marked)
     return Drawing(drawn, frame, words)
 
 

@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from ...config.registry import sampler_kind
 from ...config.schema import ExperimentConfig
 from ...core.errors import RequestError
 from ...core.text import visible
-from ...runs.plan import merged
 from ...storage.filesystem import write_whole
 from ...storage.uri import reason
 from ..text import labels_of
@@ -93,31 +92,30 @@ def partition_figure(
     counts: np.ndarray,
     least: tuple[float, float] = (0.0, 0.0),
     names: Sequence[str] = (),
-    modalities: Sequence[Sequence[str]] = (),
+    held: Mapping[str, Sequence[bool]] = {},
 ) -> Figure:
     """Draw ``counts`` [clients, classes] as a heat map, with the clients' sizes as bars on its right.
 
     The colour is the share of the client's samples, on a root scale from 0 to 1 that is the same in every figure; a
     class without samples stays blank. ``least``: the least width and height of the map [inches]. ``names`` [C] label
-    few classes. ``modalities``: those of each client, which are then marked in a map between the two.
+    few classes. ``held``: modality -> whether each client holds it, which is marked in a map between the two.
     """
     num_clients, num_classes = counts.shape
     sizes = counts.sum(axis=1)
     each = num_clients <= MOST_ROWS and num_classes <= MOST_COLUMNS
     width = max(0.31 * num_classes if each else 4.2, least[0])
     height = max(0.28 * num_clients if each else 4.0, least[1])
-    parts = merged(modalities)
-    wide = [0.31 * len(parts)] if parts else []
+    wide = [0.31 * len(held)] if held else []
     figure = Figure((width + sum(wide) + 1.45, height + 0.75), layout="constrained")
     table, *marks, bars = figure.subplots(1, 2 + len(wide), sharey=True, width_ratios=(width, *wide, 0.9))
     heat_map(table, counts / np.maximum(sizes, 1)[:, None], counts if each else None, "client")
     if names and num_classes <= MOST_COLUMNS:
         table.set_xticks(range(num_classes), names, rotation=40, ha="right", rotation_mode="anchor")
     for over in marks:
-        held = np.array([[name in own for name in parts] for own in modalities], float)
-        heat_map(over, held, np.full(held.shape, "") if each else None, "", "modality")
-        labels = [visible(name)[:12] for name in parts]
-        over.set_xticks(range(len(parts)), labels, rotation=40, ha="right", rotation_mode="anchor")
+        marked = np.array([*held.values()], float).T
+        heat_map(over, marked, np.full(marked.shape, "") if each else None, "", "modality")
+        labels = [visible(name)[:12] for name in held]
+        over.set_xticks(range(len(held)), labels, rotation=40, ha="right", rotation_mode="anchor")
         over.tick_params(axis="y", labelleft=False)
     bars.stairs(sizes, np.arange(num_clients + 1) - 0.5, orientation="horizontal", fill=True, color=colour("s6"), lw=0)
     bars.set(xlabel="images", xlim=(0, (2.0 if each else 1.4) * max(sizes.max(), 1)))
@@ -133,14 +131,14 @@ def partition_figure(
 
 @style()
 def partition_heatmap(
-    counts: np.ndarray, title: str, class_names: Sequence[str] = (), modalities: Sequence[Sequence[str]] = ()
+    counts: np.ndarray, title: str, class_names: Sequence[str] = (), held: Mapping[str, Sequence[bool]] = {}
 ) -> bytes:
     """Draw ``counts`` [clients, classes] as PNG below ``title``; ``class_names`` [C] that are no numbers label few.
 
-    ``modalities``: those of each client, where samples have several.
+    ``held``: modality -> whether each client holds it, where samples have several.
     """
     own = list(class_names) != [str(c) for c in range(np.shape(counts)[1])]
-    figure = partition_figure(np.asarray(counts), (4.2, 3.0), labels_of(class_names) if own else (), modalities)
+    figure = partition_figure(np.asarray(counts), (4.2, 3.0), labels_of(class_names) if own else (), held)
     text = f"{title}\ncolour: share of the client's images (root scale)"
     lines = [part for line in text.splitlines() for part in textwrap.wrap(line, int(13 * figure.get_figwidth()))]
     figure.set_figheight(figure.get_figheight() + 0.2 * len(lines))
