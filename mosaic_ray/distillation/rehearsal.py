@@ -21,7 +21,7 @@ from ..data.transforms import drawn_to_stored
 from ..federated.communication import Entries, Size, entries_of, size_of_entries
 from ..federated.local_training import Shard
 from ..models.multimodal_generator import generator_modality
-from ..models.state_dict import shapes_only, use_precision
+from ..models.state_dict import load_weights, shapes_only, use_precision
 from .generator_training import generator_for, load_generator, to_pixels
 
 E = TypeVar("E")
@@ -165,9 +165,13 @@ def draw_joined(
     """
     count = len(facts.modalities)
     rows = torch.zeros(len(labels), *facts.input_shape, device=device)
-    asked = torch.as_tensor(labels, device=device)
+    asked, generator = torch.as_tensor(labels, device=device), None
     for place in np.unique(owners[owners >= 0]):
-        generator = load_generator(config.generator, facts, shared.weights[place]).to(device)
+        weights = shared.weights[place]
+        if generator is None:
+            generator = load_generator(config.generator, facts, weights).to(device)
+        else:  # building one takes as long as drawing
+            load_weights(generator, weights)
         chosen = np.flatnonzero((owners == place).any(1))
         z = torch.randn(len(chosen), config.generator.latent_dim, generator=noise).to(device)
         with use_precision(config.runtime.precision, device):

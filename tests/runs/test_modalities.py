@@ -1,0 +1,146 @@
+"""Whole runs on samples of several modalities: image and text of which neither alone tells the class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import TINY, assert_same, interrupted
+from safetensors.numpy import load_file
+
+from mosaic_ray.config.resolve import override
+from mosaic_ray.core.errors import RequestError
+from mosaic_ray.core.types import DataFacts, Dataset, ImageSet, Modality
+from mosaic_ray.data.records import pack
+from mosaic_ray.runs import runner
+
+MODALITIES = (Modality("image", "image", (1, 8, 8)), Modality("text", "text", (6,), 9), Modality("v", "vector", (4,)))
+FACTS = DataFacts("signs", 4, 1, 8, (0.4,), (0.3,), modalities=MODALITIES)
+NAMES = ("image", "text", "v")
+SOME = ("image+text", "text+v", "image+v")
+
+REHEARSAL = {
+    "method": "mosaic", "algorithm": "fixed", "generator.family": "cvae", "distill.steps": 0, "warmup.bn": "exact", "finetune.bn": "exact",
+    "finetune.head": "refit", "rehearsal.weight": 1.0, "partition.modalities": SOME,
+}  # fmt: skip
+
+
+def signs(count: int, seed: int) -> ImageSet:
+    """Return samples whose class is 2 x (bright image) + (word of the text); the vector is noise around the class."""
+    draws = np.random.default_rng(seed)
+    bright, word = draws.integers(0, 2, (2, count))
+    labels = 2 * bright + word
+    values = {
+        "image": draws.integers(0, 128, (count, 1, 8, 8)) + 127 * bright[:, None, None, None],
+        "text": np.where(np.arange(6) < 4, 1 + draws.integers(0, 3, (count, 6)) + 4 * word[:, None], 0),
+        "v": draws.normal(size=(count, 4)) * 3 + labels[:, None] * 0.5 + 7,
+    }
+    return ImageSet(pack(MODALITIES, values, np.ones((count, 3), bool)), labels.astype(np.int64))
+
+
+@pytest.fixture(autouse=True)
+def signs_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Dataset(FACTS, signs(240, 0), signs(80, 1), ("ww", "wb", "bw", "bb"), "signs")
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: data)
+    monkeypatch.setattr("mosaic_ray.data.load.known_facts", lambda config: FACTS)
+
+
+def go(tmp_path: Path, knobs: dict | None = None, **options) -> dict:
+    return runner.run(override(TINY, knobs or {}), storage=str(tmp_path), progress=False, **options)
+
+
+def student(summary: dict) -> dict[str, np.ndarray]:
+    return load_file(Path(summary["paths"]["run"]) / "student.safetensors")
+
+
+def test_the_fused_network_beats_each_modality_by_ten_points(tmp_path: Path) -> None:
+    knobs = {
+        "method": "fedavg", "partition.omega": 100.0, "warmup.num_rounds": 12, "warmup.local_steps": 8,
+        "warmup.lr": 0.1, "warmup.momentum": 0.9,
+    }  # fmt: skip
+    found = go(tmp_path, knobs)["subset_accuracy"]["final"]
+    single = max(found["image"], found["text"], found["v"])
+    assert found["image+text"] >= single + 0.1 and found["image+text+v"] >= single + 0.1
+    assert max(found["image"], found["text"]) < 0.7  # each tells one of two bits
+
+
+def test_the_accuracy_of_a_run_is_the_mean_over_the_sets(tmp_path: Path) -> None:
+    summary = go(tmp_path, {"method": "fedavg"})
+    for role, sets in summary["subset_accuracy"].items():
+        assert len(sets) == 7
+        assert summary["accuracy"][role] == pytest.approx(np.mean(list(sets.values())))
+
+
+@pytest.mark.parametrize("fusion", ["mean", "gated", "late", "zero_fill"])
+def test_rehearsal_runs_with_every_fusion_and_sends_what_is_predicted(tmp_path: Path, fusion: str) -> None:
+    summary = go(tmp_path, REHEARSAL | {"model.fusion": fusion})
+    assert summary["communication"]["measured_over_predicted"] == 1
+    assert summary["accuracy"]["final"] > 0
+    again = go(tmp_path, REHEARSAL | {"model.fusion": fusion})
+    assert all(stage["cached"] for stage in again["stages"].values())
+
+
+def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
+    whole, some = (go(tmp_path, {"method": "fedavg", "partition.modalities": held}) for held in ((), SOME))
+    assert some["communication_bytes"]["uplink"]["weights"] < 0.8 * whole["communication_bytes"]["uplink"]["weights"]
+    assert some["communication"]["measured_over_predicted"] == 1
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"method": "lda_head"},
+        {"method": "prototype_head"},
+        {"method": "ccvr"},
+        {"method": "centralised"},
+        {"federation.widths": (1.0, 0.5), "federation.strategy": "fedrolex", "method": "lda_head"},
+        {"federation.strategy": "fedprox", "warmup.modality_dropout": 0.5},
+        {"federation.strategy": "ditto"},
+        {"federation.strategy": "fedbn"},
+        {"algorithm": "distilled", "generator.family": "cvae", "method": "mosaic"},
+        REHEARSAL | {"rehearsal.modalities": "single", "rehearsal.weight": 0.0, "rehearsal.candidates": (1.0,)},
+        REHEARSAL | {"rehearsal.begins": "warmup", "generator.stage": "before"},
+        REHEARSAL | {"federation.widths": (1.0, 0.5), "federation.strategy": "heterofl"},
+    ],
+    ids=lambda knobs: "-".join(map(str, [*knobs.values()][:2])),
+)
+def test_methods_and_strategies_run(tmp_path: Path, knobs: dict) -> None:
+    summary = go(tmp_path, {"partition.modalities": SOME, "method": "fedavg"} | knobs)
+    assert 0 < summary["accuracy"]["final"] <= 1
+    assert summary["communication"]["measured_over_predicted"] in (1, None) or knobs.get("rehearsal.candidates")
+
+
+def test_an_interrupted_run_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole", REHEARSAL)
+    with interrupted(2, "local"):
+        go(tmp_path / "cut", REHEARSAL | {"warmup.checkpoint_rounds": 1})
+    resumed = go(tmp_path / "cut", REHEARSAL | {"warmup.checkpoint_rounds": 1})
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert_same(student(resumed), student(whole))
+
+
+@pytest.mark.ray
+def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up) -> None:
+    serial = go(tmp_path / "serial", REHEARSAL)
+    ray = go(tmp_path / "ray", REHEARSAL | {"runtime.host": "ray"}, address="auto")
+    assert serial["accuracy"] == ray["accuracy"]
+    assert_same(student(serial), student(ray))
+
+
+@pytest.mark.parametrize(
+    "knobs, says",
+    [
+        ({"method": "dense"}, "several modalities"),
+        ({"method": "fedcvae"}, "several modalities"),
+        ({"federation.strategy": "scaffold", "partition.modalities": SOME}, "scaffold"),
+        ({"method": "mosaic"}, "generator.family=cvae"),
+        ({"partition.modalities": ("image+sound",)}, "sound"),
+        ({"partition.modalities": ("image", "text")}, "no client holds v"),
+        ({"federation.widths": (0.5,), "model.fusion": "late", "federation.strategy": "fedrolex"}, "narrow clients"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, knobs: dict, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        go(tmp_path, {"method": "fedavg"} | knobs)
+    assert not list(tmp_path.rglob("objects/*"))
