@@ -7,7 +7,7 @@ Gaussian a class and trains the head on them. docs/algorithm.md 3.11, 3.12.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,6 +43,17 @@ class ClassStatistics:
 
 
 @dataclass(frozen=True)
+class ModalityStatistics:
+    """One client's message where every modality has a head: its statistics in the features of each that it has."""
+
+    parts: Mapping[str, ClassStatistics]
+
+    def arrays(self) -> Weights:
+        """Return the fields of all parts by modality and name."""
+        return {f"{m}/{name}": array for m, part in self.parts.items() for name, array in part.arrays().items()}
+
+
+@dataclass(frozen=True)
 class PooledStatistics:
     """The statistics of all clients' images: counts int64 [C], means float64 [C, d], covariance float64.
 
@@ -54,22 +65,62 @@ class PooledStatistics:
     means: np.ndarray
     covariance: np.ndarray
 
+    def arrays(self) -> Weights:
+        """Return the fields as arrays by name."""
+        return dict(vars(self))
+
 
 @dataclass(frozen=True)
-class ClassStatisticsTask(Task[Models, None, ClassStatistics]):
-    """Compute a client's class statistics under its architecture's global model, which runs forward only."""
+class PooledModalities:
+    """The statistics of all clients' samples in the features of each modality."""
+
+    parts: Mapping[str, PooledStatistics]
+
+    def arrays(self) -> Weights:
+        """Return the fields of all parts by modality and name."""
+        return {f"{m}/{name}": array for m, part in self.parts.items() for name, array in part.arrays().items()}
+
+
+Pooled = PooledStatistics | PooledModalities
+
+
+def read_pooled(arrays: Weights) -> Pooled:
+    """Return the statistics that ``arrays`` made these arrays of."""
+    names = dict.fromkeys(name.partition("/")[0] for name in arrays if "/" in name)
+    if not names:
+        return PooledStatistics(**arrays)
+    parts = {m: {n.removeprefix(f"{m}/"): a for n, a in arrays.items() if n.startswith(f"{m}/")} for m in names}
+    return PooledModalities({modality: PooledStatistics(**fields) for modality, fields in parts.items()})
+
+
+@dataclass(frozen=True)
+class ClassStatisticsTask(Task[Models, None, ClassStatistics | ModalityStatistics]):
+    """Compute a client's class statistics under its architecture's global model, which runs forward only.
+
+    Where every modality has a head (``model.fusion = late``) they are those of each modality's features, unless
+    ``per_class``.
+    """
 
     per_class: bool
     unit: ClassVar[str] = "batch"
 
     def run(
         self, context: ClientContext, shard: Shard, client_id: int, broadcast: Models, own: None
-    ) -> ClassStatistics:
+    ) -> ClassStatistics | ModalityStatistics:
         name = context.federation.classifiers[client_id]
         model = context.classifier(broadcast[name], name)
         precision = context.config.runtime.precision
         features = extract_features(model, shard, context.facts, precision, progress=context.progress)
-        return class_statistics(features, shard.labels.cpu().numpy(), per_class=self.per_class)
+        labels, late = shard.labels.cpu().numpy(), context.config.model.fusion == "late"
+        columns = context.federation.head_columns(name) if late and not self.per_class else {}
+        if not columns:
+            return class_statistics(features, labels, per_class=self.per_class)
+        parts = {}
+        for modality, block in columns.items():
+            values, shares = features[:, block][:, :-1], features[:, block][:, -1:]
+            if len(rows := np.flatnonzero(shares)):
+                parts[modality] = class_statistics(values[rows] / shares[rows], labels[rows], per_class=False)
+        return ModalityStatistics(parts)
 
 
 def class_statistics(features: np.ndarray, labels: np.ndarray, *, per_class: bool) -> ClassStatistics:
@@ -84,6 +135,19 @@ def class_statistics(features: np.ndarray, labels: np.ndarray, *, per_class: boo
         scatters.append((rows.T @ rows)[triangle])
     scatter = np.stack(scatters) if per_class else np.sum(scatters, axis=0)[None]
     return ClassStatistics(held, counts.astype(np.int64), np.asarray(means, np.float32), scatter.astype(np.float32))
+
+
+def pool_all(parts: Sequence[ClassStatistics | ModalityStatistics], num_classes: int, *, per_class: bool) -> Pooled:
+    """Return the statistics of all clients' images together, of each modality where clients sent those."""
+    whole = [part for part in parts if isinstance(part, ClassStatistics)]
+    if whole:
+        return pool(whole, num_classes, per_class=per_class)
+    sent: dict[str, list[ClassStatistics]] = {}
+    for part in parts:
+        assert isinstance(part, ModalityStatistics)
+        for modality, own in part.parts.items():
+            sent.setdefault(modality, []).append(own)
+    return PooledModalities({modality: pool(own, num_classes, per_class=False) for modality, own in sent.items()})
 
 
 def pool(parts: Sequence[ClassStatistics], num_classes: int, *, per_class: bool) -> PooledStatistics:
@@ -129,6 +193,29 @@ def lda_head(pooled: PooledStatistics, shrinkage: float) -> tuple[np.ndarray, np
     priors = (pooled.counts + 1) / (pooled.counts.sum() + len(pooled.counts))
     bias = np.log(priors) - 0.5 * (matrix * pooled.means).sum(1)
     return matrix.astype(np.float32), bias.astype(np.float32)
+
+
+def lda_by_modality(
+    pooled: PooledModalities, shrinkage: float, columns: Mapping[str, slice], counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a head with LDA of each modality: weights float32 [C, M (d + 1)], biases float32 [C].
+
+    The logits are the mean over the modalities that are there of log p(g_m | c), up to a constant: naive Bayes, in
+    which they are independent given the class. The bias log(pi_c) / M is that of a sample that has them all.
+
+    Args:
+        pooled: the statistics of every modality.
+        shrinkage: as for ``lda_head``.
+        columns: each modality's columns of the head, the last of them its bias.
+        counts: the samples of each class, int64 [C].
+    """
+    weights = np.zeros((len(counts), max(block.stop for block in columns.values())), np.float32)
+    for modality, part in pooled.parts.items():
+        matrix, bias = lda_head(part, shrinkage)
+        own = np.log((part.counts + 1) / (part.counts.sum() + len(part.counts)))
+        weights[:, columns[modality]] = np.concatenate([matrix, (bias - own)[:, None]], 1)
+    priors = (counts + 1) / (counts.sum() + len(counts))
+    return weights, (np.log(priors) / len(columns)).astype(np.float32)
 
 
 def draw_features(pooled: PooledStatistics, per_class: int, clip: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:

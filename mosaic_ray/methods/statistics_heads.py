@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from .base import Distilled, Method
 
 if TYPE_CHECKING:
     from ..core.types import Weights
-    from ..distillation.class_statistics import PooledStatistics
+    from ..distillation.class_statistics import Pooled
     from ..federated.client_models import Federation, Models
     from ..federated.communication import Tally
     from ..pipeline.context import Facts, FailedClients, RunContext
@@ -97,7 +97,7 @@ class StatisticsHead(Method):
         """Add the bytes of ``tried``."""
         statistics_messages(federation, counts, tally, self.per_class)
 
-    def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
+    def head(self, ctx: RunContext, weights: Weights, pooled: Pooled) -> tuple[np.ndarray, np.ndarray]:
         """Return the new head, V [C, d] and b [C]."""
         raise NotImplementedError
 
@@ -109,10 +109,15 @@ class LdaHead(StatisticsHead):
         rounds="once, after the warm-up", statistics="class means and one scatter", label_counts="on the server"
     )
 
-    def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
-        from ..distillation.class_statistics import lda_head
+    def head(self, ctx: RunContext, weights: Weights, pooled: Pooled) -> tuple[np.ndarray, np.ndarray]:
+        from ..distillation.class_statistics import PooledModalities, lda_by_modality, lda_head
 
-        return lda_head(pooled, section_of(ctx.config, self.name, LdaKnobs).shrinkage)
+        shrinkage = section_of(ctx.config, self.name, LdaKnobs).shrinkage
+        if isinstance(pooled, PooledModalities):
+            federation = ctx.client_context.federation
+            columns = federation.head_columns(federation.student)
+            return lda_by_modality(pooled, shrinkage, columns, ctx.shards.counts.sum(0))
+        return lda_head(pooled, shrinkage)
 
 
 class Ccvr(StatisticsHead):
@@ -126,10 +131,11 @@ class Ccvr(StatisticsHead):
         ),),
     )  # fmt: skip
 
-    def head(self, ctx: RunContext, weights: Weights, pooled: PooledStatistics) -> tuple[np.ndarray, np.ndarray]:
-        from ..distillation.class_statistics import calibrate_head, draw_features
+    def head(self, ctx: RunContext, weights: Weights, pooled: Pooled) -> tuple[np.ndarray, np.ndarray]:
+        from ..distillation.class_statistics import PooledStatistics, calibrate_head, draw_features
         from ..models.state_dict import head_of
 
+        assert isinstance(pooled, PooledStatistics)  # CCVR's clients send one scatter a class
         own = section_of(ctx.config, self.name, CcvrKnobs)
         features, labels = draw_features(pooled, own.samples, own.clip, ctx.config.seed)
         return calibrate_head(
@@ -150,23 +156,23 @@ CLOSING_CCVR = Ccvr("ccvr", True, CcvrKnobs, *_CLOSING)
 JUDGE = LdaHead("lda_head", False, LdaKnobs, "warmup", ("judge_statistics", "judge"), "")
 
 
-def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class: bool) -> PooledStatistics:
+def collect_statistics(ctx: RunContext, stage: Stage, models: Models, per_class: bool) -> Pooled:
     """Return the class statistics of the clients with the student's network, pooled on the server."""
-    from ..distillation.class_statistics import PooledStatistics
+    from ..distillation.class_statistics import read_pooled
     from ..federated.communication import Tally
     from ..pipeline.context import FailedClients
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         traffic, failed = Tally(1, ctx.config.partition.num_clients), FailedClients(stage.name)
         pooled = gather_statistics(ctx, models, per_class, traffic, failed, progress.advance)
-        writer.add("pooled", vars(pooled))
+        writer.add("pooled", pooled.arrays())
         writer.add("communication", traffic.arrays())
         rows = [finding.to_json() for finding in failed.findings()]
         return {"communication": traffic.totals(), "findings": rows}
 
     result = ctx.find_or_compute(stage, compute)
     with result.read_as("pooled"):
-        return PooledStatistics(**result.load("pooled"))
+        return read_pooled(result.load("pooled"))
 
 
 def gather_statistics(
@@ -176,12 +182,12 @@ def gather_statistics(
     traffic: Tally,
     failed: FailedClients,
     advance: Callable[[], object] | None = None,
-) -> PooledStatistics:
+) -> Pooled:
     """Collect class statistics from the clients with the student's network and pool them.
 
     ``advance`` is called after each client, whose work is then one unit of the running stage.
     """
-    from ..distillation.class_statistics import ClassStatisticsTask, pool
+    from ..distillation.class_statistics import ClassStatisticsTask, pool_all
     from ..federated.communication import size_of
 
     federation = ctx.client_context.federation
@@ -196,10 +202,10 @@ def gather_statistics(
         traffic.add("uplink", "class_statistics", client_id, size_of(part.arrays()))
         if advance:
             advance()
-    return pool(parts, ctx.dataset.facts.num_classes, per_class=per_class)
+    return pool_all(parts, ctx.dataset.facts.num_classes, per_class=per_class)
 
 
-def fit(ctx: RunContext, stage: Stage, weights: Weights, pooled: PooledStatistics, method: StatisticsHead) -> Weights:
+def fit(ctx: RunContext, stage: Stage, weights: Weights, pooled: Pooled, method: StatisticsHead) -> Weights:
     """Return the global model ``weights`` with the head of ``method``."""
     from ..pipeline.evaluate import log_validation
 
@@ -221,12 +227,22 @@ def statistics_messages(federation: Federation, counts: np.ndarray, tally: Tally
 
     entries = federation.entries(federation.student)
     feature_dim = entries["head.weight"][0][1]
+    columns = federation.head_columns(federation.student) if federation.config.model.fusion == "late" else {}
     for k in federation.groups[federation.student]:
         held = int((counts[k] > 0).sum())
-        message = {
-            "labels": ((held,), np.int64), "counts": ((held,), np.int64), "means": ((held, feature_dim), np.float32),
-            "scatter": ((held if per_class else 1, feature_dim * (feature_dim + 1) // 2), np.float32),
-        }  # fmt: skip
+
+        def sums(dim: int, held: int = held) -> dict[str, tuple[tuple[int, ...], Any]]:
+            return {
+                "labels": ((held,), np.int64), "counts": ((held,), np.int64), "means": ((held, dim), np.float32),
+                "scatter": ((held if per_class else 1, dim * (dim + 1) // 2), np.float32),
+            }  # fmt: skip
+
+        message = sums(feature_dim)
+        if columns and not per_class:
+            message = {
+                f"{modality}/{name}": entry for modality in federation.modalities[k]
+                for name, entry in sums(columns[modality].stop - columns[modality].start - 1).items()
+            }  # fmt: skip
         tally.add("downlink", "weights", k, size_of_entries(entries))
         tally.add("uplink", "class_statistics", k, size_of_entries(message))
 

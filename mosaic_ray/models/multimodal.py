@@ -83,7 +83,8 @@ class Tokens(nn.Embedding):
 class Fusion(nn.Module):
     """Encoders by modality, and the fusion of their features: rows [B, D + M] to features [B, d].
 
-    The features are [B, M d] where they are laid side by side. See ``FUSIONS``.
+    See ``FUSIONS``. Side by side they are [B, M d]; with ``late`` [B, M (d + 1)]: each modality's block is its features
+    and a one, all times its share of the modalities that are there, so that the head has a bias for each.
     """
 
     def __init__(self, modalities: Sequence[Modality], encoders: Sequence[nn.Module], dim: int, fusion: str) -> None:
@@ -110,7 +111,10 @@ class Fusion(nn.Module):
             total = total + weight
         total = total.clamp(min=1e-6)
         if self.fusion == "late":
-            return torch.cat([found * (weight / total) for found, weight in zip(features, weights, strict=True)], 1)
+            blocks = []
+            for found, weight in zip(features, weights, strict=True):
+                blocks += [found * (weight / total), weight / total]
+            return torch.cat(blocks, 1)
         fused = features[0] * weights[0]
         for found, weight in zip(features[1:], weights[1:], strict=True):
             fused = fused + found * weight
@@ -132,7 +136,8 @@ def fused(
     """
     dim = 4 * width
     encoders = [_encoder(modality, width, dim, image_trunk) for modality in modalities]
-    return Fusion(modalities, encoders, dim, fusion), dim * (len(modalities) if fusion in SIDE_BY_SIDE else 1)
+    found = {"late": (dim + 1) * len(modalities), "zero_fill": dim * len(modalities)}.get(fusion, dim)
+    return Fusion(modalities, encoders, dim, fusion), found
 
 
 def _encoder(

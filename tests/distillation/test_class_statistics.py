@@ -5,12 +5,17 @@ import pytest
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from mosaic_ray.distillation.class_statistics import (
+    ModalityStatistics,
+    PooledModalities,
     PooledStatistics,
     calibrate_head,
     class_statistics,
     draw_features,
+    lda_by_modality,
     lda_head,
     pool,
+    pool_all,
+    read_pooled,
 )
 
 
@@ -105,3 +110,33 @@ def test_ccvr_on_exactly_gaussian_features_recovers_the_bayes_head():
     logits, best = features @ matrix.T + bias, features @ bayes.T + offset
     assert (logits.argmax(1) == best.argmax(1)).mean() > 0.98
     assert (best.argmax(1) == labels).mean() < 0.98  # the classes overlap, so the agreement says something
+
+
+def test_lda_of_each_modality_is_naive_bayes() -> None:
+    draws = np.random.default_rng(0)
+    labels, columns = np.repeat([0, 1, 2], 40), {"a": slice(0, 4), "b": slice(4, 7)}
+    values = {"a": draws.normal(size=(120, 3)) + labels[:, None], "b": draws.normal(size=(120, 2)) - labels[:, None]}
+    clients = [
+        ModalityStatistics({"a": class_statistics(values["a"][:50].astype(np.float32), labels[:50], per_class=False)}),
+        ModalityStatistics(
+            {m: class_statistics(values[m][50:].astype(np.float32), labels[50:], per_class=False) for m in ("a", "b")}
+        ),
+    ]
+    pooled = pool_all(clients, 3, per_class=False)
+    assert isinstance(pooled, PooledModalities)
+    again = read_pooled(pooled.arrays())
+    assert isinstance(again, PooledModalities) and again.parts.keys() == pooled.parts.keys()
+    weights, bias = lda_by_modality(pooled, 0.01, columns, np.bincount(labels))
+    x = {"a": draws.normal(size=3), "b": draws.normal(size=2)}
+    for there in (("a",), ("b",), ("a", "b")):
+        features, wanted = np.zeros(7), np.log(np.full(3, 1 / 3))
+        for modality in there:
+            block = columns[modality]
+            features[block] = np.append(x[modality], 1.0) / len(there)
+            part = pooled.parts[modality]
+            dim, within = len(x[modality]), part.covariance
+            shrunk = 0.99 * within + 0.01 * np.trace(within) / dim * np.eye(dim)
+            apart = x[modality] - part.means
+            wanted = wanted - 0.5 * np.einsum("ci,ij,cj->c", apart, np.linalg.inv(shrunk), apart)
+        found = (weights @ features + bias) * len(there)
+        np.testing.assert_allclose(found - found[0], wanted - wanted[0], rtol=1e-4, atol=1e-4)

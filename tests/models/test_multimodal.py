@@ -73,7 +73,8 @@ def test_a_fusion_is_its_formula(fusion: str) -> None:
         gates = torch.stack([model.trunk.gates[m.name](f).sigmoid() for m, f in zip(ALL, each, strict=True)])  # type: ignore
         wanted = (each * gates * there).sum(0) / (gates * there).sum(0)
     elif fusion == "late":
-        wanted = (each * there / there.sum(0)).transpose(0, 1).flatten(1)
+        ones = torch.ones(3, 3, 1)
+        wanted = (torch.cat([each, ones], 2) * there / there.sum(0)).transpose(0, 1).flatten(1)
     else:
         wanted = each.transpose(0, 1).flatten(1)
     torch.testing.assert_close(model.features(x), wanted, rtol=1e-5, atol=1e-6)
@@ -82,8 +83,9 @@ def test_a_fusion_is_its_formula(fusion: str) -> None:
 def test_late_fusion_is_the_mean_of_heads() -> None:
     model, x = network("late").eval(), rows([[1, 0, 1]])
     each = own_features(model, x)[:, 0]
-    heads = model.head.weight.split(16, 1)
-    wanted = (heads[0] @ each[0] + heads[2] @ each[2]) / 2 + model.head.bias
+    heads = model.head.weight.split(17, 1)
+    own = [heads[k][:, :16] @ each[k] + heads[k][:, 16] for k in (0, 2)]
+    wanted = (own[0] + own[1]) / 2 + model.head.bias
     torch.testing.assert_close(model(x)[0], wanted, rtol=1e-5, atol=1e-6)
 
 

@@ -21,8 +21,8 @@ NAMES = ("image", "text", "v")
 SOME = ("image+text", "text+v", "image+v")
 
 REHEARSAL = {
-    "method": "mosaic", "algorithm": "fixed", "generator.family": "cvae", "distill.steps": 0, "warmup.bn": "exact", "finetune.bn": "exact",
-    "finetune.head": "refit", "rehearsal.weight": 1.0, "partition.modalities": SOME,
+    "method": "mosaic", "algorithm": "fixed", "generator.family": "cvae", "distill.steps": 0, "warmup.bn": "exact",
+    "finetune.bn": "exact", "finetune.head": "refit", "rehearsal.weight": 1.0, "partition.modalities": SOME,
 }  # fmt: skip
 
 
