@@ -56,10 +56,10 @@ class ModelConfig:
     )
     width: int = knob(16, "channels of the classifier's first block (resnet18: 64 is the standard)", low=1, high=512)
     fusion: str = knob(
-        "mean",
-        "how features of several modalities are joined: their mean, a mean weighted by gates, a head for each, or side "
-        "by side with zeros for absent ones",
-        choices=("mean", "gated", "late", "zero_fill"),
+        "late",
+        "how several modalities are joined: a head for each, the mean of their features, a mean weighted by gates, or "
+        "features side by side with zeros for absent ones",
+        choices=("late", "mean", "gated", "zero_fill"),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..config.client_layout import client_modalities
+from ..config.client_layout import any_partial_width, client_modalities
 from ..config.fields import shown
 from ..config.plugins import load, strategy_named, trains_generators
 from ..config.registry import sampler_kind
@@ -21,6 +21,7 @@ from ..execution.ray_session import Resources
 from ..federated.client_models import Federation
 from ..models.classifiers import norm_depths
 from ..models.generator import check_image_size
+from ..models.multimodal import SIDE_BY_SIDE
 
 
 def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
@@ -49,6 +50,11 @@ def _check_several(config: ExperimentConfig) -> None:
         raise RequestError(
             f"method = {config.method}: it draws images alone, and samples of {config.data.name} have several "
             "modalities; take mosaic, lda_head, ccvr, prototype_head or fedavg"
+        )
+    if config.model.fusion in SIDE_BY_SIDE and any_partial_width(config):
+        raise RequestError(
+            f"model.fusion = {config.model.fusion}: features side by side cannot be cut to federation.widths; take "
+            "mean or gated"
         )
     if config.partition.modalities and not strategy_named(config.federation.strategy).partial_modalities:
         raise RequestError(

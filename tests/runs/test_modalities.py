@@ -56,8 +56,8 @@ def student(summary: dict) -> dict[str, np.ndarray]:
 
 def test_the_fused_network_beats_each_modality_by_ten_points(tmp_path: Path) -> None:
     knobs = {
-        "method": "fedavg", "partition.omega": 100.0, "warmup.num_rounds": 12, "warmup.local_steps": 8,
-        "warmup.lr": 0.1, "warmup.momentum": 0.9,
+        "method": "fedavg", "model.fusion": "mean", "partition.omega": 100.0, "warmup.num_rounds": 12,
+        "warmup.local_steps": 8, "warmup.lr": 0.1, "warmup.momentum": 0.9,
     }  # fmt: skip
     found = go(tmp_path, knobs)["subset_accuracy"]["final"]
     single = max(found["image"], found["text"], found["v"])
@@ -94,14 +94,19 @@ def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
         {"method": "prototype_head"},
         {"method": "ccvr"},
         {"method": "centralised"},
-        {"federation.widths": (1.0, 0.5), "federation.strategy": "fedrolex", "method": "lda_head"},
+        {
+            "federation.widths": (1.0, 0.5),
+            "federation.strategy": "fedrolex",
+            "method": "lda_head",
+            "model.fusion": "mean",
+        },
         {"federation.strategy": "fedprox", "warmup.modality_dropout": 0.5},
         {"federation.strategy": "ditto"},
         {"federation.strategy": "fedbn"},
         {"algorithm": "distilled", "generator.family": "cvae", "method": "mosaic"},
         REHEARSAL | {"rehearsal.modalities": "single", "rehearsal.weight": 0.0, "rehearsal.candidates": (1.0,)},
         REHEARSAL | {"rehearsal.begins": "warmup", "generator.stage": "before"},
-        REHEARSAL | {"federation.widths": (1.0, 0.5), "federation.strategy": "heterofl"},
+        REHEARSAL | {"federation.widths": (1.0, 0.5), "federation.strategy": "heterofl", "model.fusion": "gated"},
     ],
     ids=lambda knobs: "-".join(map(str, [*knobs.values()][:2])),
 )
@@ -137,7 +142,7 @@ def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up) -> None:
         ({"method": "mosaic"}, "generator.family=cvae"),
         ({"partition.modalities": ("image+sound",)}, "sound"),
         ({"partition.modalities": ("image", "text")}, "no client holds v"),
-        ({"federation.widths": (0.5,), "model.fusion": "late", "federation.strategy": "fedrolex"}, "narrow clients"),
+        ({"federation.widths": (0.5,), "model.fusion": "late", "federation.strategy": "fedrolex"}, "cannot be cut"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, knobs: dict, says: str) -> None:
