@@ -205,6 +205,19 @@ def test_the_folder_that_the_page_writes_is_read(tmp_path, monkeypatch):
     assert sum(json.loads(result.stdout)["client_sizes"]) == 120
 
 
+def test_the_samples_of_several_modalities_that_the_page_writes_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = titled("howto/modalities.md", "write_samples.py")
+    exec(compile(code, "write_samples.py", "exec"), {"__name__": "__main__"})
+    sets = ("data.modalities=[image,caption]", "data.text_length=16", "partition.modalities=[image,caption]")
+    words = [word for item in (*sets, f"data.root={tmp_path}") for word in ("--set", item)]
+    result = ask("partition", "--dataset", "parquet:signs", "--clients", "4", *words, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert sum(found["client_sizes"]) == 600
+    assert found["modalities"] == [["image"], ["caption"]] * 2
+
+
 def test_the_network_of_the_page_is_taken(tmp_path, monkeypatch):
     from mosaic_ray.core.types import DataFacts
     from mosaic_ray.runs.checks import check_models
