@@ -59,10 +59,12 @@ types: $(STAMP) ## check the types
 
 .PHONY: docs
 docs: $(STAMP) ## build site/: the documentation, any warning fails
+	$(BIN)/python docs/write_pages.py
 	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 .PHONY: docs-serve
 docs-serve: $(STAMP) ## show it at http://127.0.0.1:8000, and again when a page changes
+	$(BIN)/python docs/write_pages.py
 	$(BIN)/python -m mkdocs serve $(ARGS)
 
 .PHONY: wheel
@@ -73,5 +75,5 @@ wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.
 
 .PHONY: clean
 clean: ## remove built files, but not results in mosaic_runs/
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site docs/reference .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

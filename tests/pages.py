@@ -15,8 +15,14 @@ from mosaic_ray.cli.commands import mosaic
 REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
 
+#: Folders of pages that docs/write_pages.py writes.
+MADE = ("reference",)
+
 #: Every page that is written by hand, README.md first.
-PAGES = [REPO / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    REPO / "README.md",
+    *sorted(page for page in DOCS.rglob("*.md") if page.relative_to(DOCS).parts[0] not in MADE),
+]
 
 _BLOCK = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 #: Words that stand for something that only the reader knows.

@@ -57,7 +57,7 @@ def inversion_probe(model: nn.Module, targets: Weights | None = None) -> Iterato
     L_inv = sum over batch norms of ||mean - running mean||_2 + ||variance - running variance||_2, population
     statistics over (N, H, W) of each batch norm's *input*: a scalar in [0, inf). Gradients flow to the images. Inside
     the block the model is in eval mode, so running statistics stay as they are; modes and hooks are put back after it.
-    ``targets``: state dict of another model, such as the global one; its running statistics are the targets::
+    ``targets``: state dict of another model, such as the global one; its running statistics are the targets:
 
         with inversion_probe(model) as inversion:
             logits = model(images)

@@ -1,7 +1,7 @@
 """Load networks that users define: ``model.classifier = my_lab.nets:build``.
 
 ``build(num_classes, channels, image_size, width)`` is called with these names and returns an ``nn.Module`` that maps
-images [B, channels, H, W] to logits [B, num_classes], with an ``nn.Linear`` as its last step (no softmax after it)::
+images [B, channels, H, W] to logits [B, num_classes], with an ``nn.Linear`` as its last step (no softmax after it):
 
     def build(num_classes, channels, image_size, width):
         return nn.Sequential(nn.Conv2d(channels, width, 3), nn.BatchNorm2d(width), nn.ReLU(),

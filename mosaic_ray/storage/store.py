@@ -1,6 +1,6 @@
 """Store stage results under a hash of their inputs, so that killed runs resume and trials of a sweep share results.
 
-Layout below the storage path, which is local or any URI that ``pyarrow.fs`` opens::
+Layout below the storage path, which is local or any URI that ``pyarrow.fs`` opens:
 
     objects/<key>/manifest.json                      facts, session, and each payload's name, size and SHA-256
     objects/<key>/part-<12 hex of SHA-256>.safetensors

@@ -1,17 +1,20 @@
-"""Generate pages when the site is built: all knobs, all commands, and the docstrings of public modules."""
+"""Write the pages that are made from the code: all knobs, all commands, and the docstrings of public modules.
+
+`make docs` runs this before the site is built. The pages lie in docs/reference/, which git ignores; the menu in
+mkdocs.yml names them, so that whatever reads it can build the site.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+import yaml
 
 from mosaic_ray.cli.commands import mosaic
 from mosaic_ray.config.fields import Knob, knobs_of
@@ -19,35 +22,9 @@ from mosaic_ray.config.plugins import load
 from mosaic_ray.config.registry import METHODS, STRATEGIES
 from mosaic_ray.config.resolve import KNOBS, SECTIONS
 
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
 PACKAGE = Path(importlib.util.find_spec("mosaic_ray").origin).parent
-
-#: Folder of the pages that modules get.
-CODE = "reference/code"
-
-#: The documented modules by heading; a star stands for all modules of a package.
-MODULES: dict[str, tuple[str, ...]] = {
-    "From a notebook": ("mosaic_ray", "report.api", "report.load", "report.models"),
-    "A run": ("runs.experiment", "runs.runner", "runs.plan"),
-    "Contracts": (
-        "pipeline.graph", "pipeline.context", "methods.base", "federated.strategies.base", "federated.client",
-        "execution.backend", "config.plugins",
-    ),
-    "Methods": (
-        "methods.prototype_head", "methods.statistics_heads", "methods.mosaic.*", "methods.server_side",
-        "methods.dense", "methods.co_boosting", "methods.fedftg", "methods.dfrd", "methods.fedcvae", "methods.fens",
-        "methods.centralised",
-    ),
-    "Stages of every run": ("pipeline.stages", "pipeline.partition", "pipeline.rounds", "pipeline.evaluate"),
-    "Distillation": ("distillation.*",),
-    "Federated rounds": ("federated.*", "federated.strategies.*"),
-    "Models": (
-        "models.classifiers", "models.generator", "models.discriminator", "models.user_models", "models.submodel",
-    ),
-    "Data": ("data.load", "data.specs", "data.partition", "data.transforms"),
-    "Storage": ("storage.store", "storage.hashing"),
-    "Configuration": ("config.schema", "config.fields", "config.resolve", "config.presets", "config.registry"),
-    "Foundations": ("core.types", "core.seeding", "core.errors", "spaces"),
-}  # fmt: skip
 
 #: The subject of each section of knobs.
 ABOUT = {
@@ -63,28 +40,6 @@ ABOUT = {
     "finetune": "The closing rounds, the student's and the control's alike.",
     "runtime": "Where things run. These knobs change speed; where one shows in a result, its meaning says so.",
 }
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
-    pages = {"reference/knobs.md": knobs_page(), "reference/commands.md": commands_page()} | dict(code_pages())
-    for place, content in pages.items():
-        files.append(File.generated(config, place, content=content))
-    return files
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add the pages in depth and the reference to the menu."""
-    deep = sorted(path.name for path in Path(config.docs_dir).glob("[A-Z]*.md"))
-    code = [{heading: [f"{CODE}/{name}.md" for name in names]} for heading, names in modules().items()]
-    reference = ["reference/knobs.md", "reference/commands.md", {"Code": [f"{CODE}/index.md", *code]}]
-    config.nav = [*config.nav, {"In depth": deep}, {"Reference": reference}]
-    return config
-
-
-def on_page_content(html: str, **_: Any) -> str:
-    """Replace the two colons with which docstrings introduce code by one."""
-    return html.replace("::</p>", ":</p>")
 
 
 # --- knobs -----------------------------------------------------------------------------------------------------------
@@ -218,21 +173,16 @@ def _paragraph(text: str) -> str:
 
 
 def modules() -> dict[str, list[str]]:
-    """Return the full names of the documented modules by heading."""
-    found: dict[str, list[str]] = {}
-    for heading, names in MODULES.items():
-        found[heading] = []
-        for name in names:
-            package, star, _ = name.partition(".*")
-            folder = PACKAGE.joinpath(*package.split("."))
-            below = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__") if star else []
-            full = "mosaic_ray" if name == "mosaic_ray" else f"mosaic_ray.{package}"
-            found[heading] += [f"{full}.{stem}" for stem in below] if star else [full]
-    return found
+    """Return the full names of the modules that the menu of mkdocs.yml has below Code, by heading."""
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    [reference] = [entry["Reference"] for entry in menu if "Reference" in entry]
+    [code] = [entry["Code"] for entry in reference if "Code" in entry]
+    parts = {heading: pages for entry in code if isinstance(entry, dict) for heading, pages in entry.items()}
+    return {heading: [Path(page).stem for page in pages] for heading, pages in parts.items()}
 
 
 def code_pages() -> Iterator[tuple[str, str]]:
-    """Yield a page for each module, and their index."""
+    """Yield the name and text of a page for each module, and of their index."""
     index = [
         "# Code",
         "The public modules, generated from their docstrings. Shapes are in square brackets: K clients, C classes, N "
@@ -242,11 +192,10 @@ def code_pages() -> Iterator[tuple[str, str]]:
     for heading, names in modules().items():
         rows = []
         for name in names:
-            page = f"{name}.md"
-            rows.append(f"| [`{name}`]({page}) | {_cell(summary_of(name))} |")
-            yield f"{CODE}/{page}", f"# {name.removeprefix('mosaic_ray.')}\n\n::: {name}\n"
+            rows.append(f"| [`{name}`]({name}.md) | {_cell(summary_of(name))} |")
+            yield f"code/{name}.md", f"# {name.removeprefix('mosaic_ray.')}\n\n::: {name}\n"
         index += [f"## {heading}", "\n".join(["| module | content |", "|---|---|", *rows])]
-    yield f"{CODE}/index.md", "\n\n".join(index) + "\n"
+    yield "code/index.md", "\n\n".join(index) + "\n"
 
 
 def summary_of(name: str) -> str:
@@ -255,3 +204,21 @@ def summary_of(name: str) -> str:
     path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return " ".join(text.partition("\n\n")[0].split())
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, pages: Mapping[str, str]) -> None:
+    """Make ``folder`` hold ``pages``, text by name, and no others; write only files that change."""
+    wanted = {folder / name: text for name, text in pages.items()}
+    for stale in {*folder.rglob("*.md")} - wanted.keys():
+        stale.unlink()
+    for path, text in wanted.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(DOCS / "reference", {"knobs.md": knobs_page(), "commands.md": commands_page()} | dict(code_pages()))
