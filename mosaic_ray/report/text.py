@@ -11,7 +11,7 @@ MOST_NAMED = 6
 
 #: What the model of each role is.
 ROLE_NAMES = {
-    "final": "after the closing rounds", "control": "the same rounds, no distillation",
+    "final": "after the closing rounds", "control": "FedAvg after the same rounds",
     "distilled": "the distilled student", "teacher": "experts and meta model", "initial": "after the warm-up",
     "ceiling": "linear probe; reads all clients' images, not a federated method",
     "server_student": "a network that no client holds, trained on synthetic images",

@@ -65,9 +65,7 @@ def verdict(run: RunReport) -> str:
     text = f"The final model is right on {percent(final)} of the test images"
     if gain is None:
         return f"{text}; there is no control to compare it with."
-    if run.accuracy("distilled") is None:
-        return f"{text}. Nothing was distilled, so it is its own control ({percent(control)})."
-    against = f"the control, which had the same closing rounds without distillation ({percent(control)})"
+    against = f"the control, plain federated averaging with the same closing rounds ({percent(control)})"
     if abs(gain) < 0.0005:  # less than the last digit shows
         text = f"{text}, exactly as many as {against}"
     else:
