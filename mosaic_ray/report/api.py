@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,7 +31,7 @@ class Run(RunReport):
         """Draw the figure ``name``, such as ``rounds``; ``NotAvailable`` where this run lacks its data."""
         from .figures.run import PLOTS
 
-        return _named(PLOTS, name)(self, **options)
+        return _drawn(PLOTS, name, self, options)
 
     def model(self, role: str = "final", *, client: int | None = None, generator: int | None = None) -> Module:
         """Return a model as a ``torch.nn.Module`` in eval mode that takes images as the data set has them.
@@ -81,7 +83,7 @@ class Sweep(SweepReport):
         """Draw the figure ``name``, such as ``ladder``; ``response`` takes ``knob=``."""
         from .figures.sweep import PLOTS
 
-        return _named(PLOTS, name)(self, **options)
+        return _drawn(PLOTS, name, self, options)
 
     def _repr_html_(self) -> str:
         from .html.sweep import about, best_of, verdict
@@ -115,7 +117,17 @@ def load_model(path: str | Path, own_code: bool = False) -> Module:
     return load_model(path, own_code)
 
 
-def _named(figures: Mapping[str, Any], name: str) -> Any:
+def _drawn(figures: Mapping[str, Callable[..., Figure]], name: str, report: Any, options: dict[str, Any]) -> Figure:
+    """Draw a figure that notebooks show: Matplotlib arranges that itself only once pyplot was imported."""
     if name not in figures:
         raise RequestError(f'plot("{name}"): it may be {", ".join(figures)}')
-    return figures[name]
+    figure = figures[name](report, **options)
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined] # what IPython asks an object for
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    """Return ``figure`` as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
+    return file.getvalue()

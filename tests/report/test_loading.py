@@ -95,6 +95,12 @@ def test_a_notebook_shows_the_tables_of_sweeps_and_comparisons(tmp_path):
         assert "paired by seed" in page.text("p")
 
 
+def test_a_notebook_shows_figures_as_pictures(tmp_path):
+    run, sweep = load_run(make_run(tmp_path / "one")), load_sweep(make_sweep(tmp_path / "two"))
+    for figure in (run.plot("rounds"), sweep.plot("ladder")):
+        assert figure._repr_png_().startswith(b"\x89PNG\r\n")
+
+
 def test_importing_the_package_stays_light():
     code = (
         "import sys, mosaic_ray\n"
