@@ -67,6 +67,14 @@ docs-serve: $(STAMP) ## show it at http://127.0.0.1:8000, and again when a page 
 	$(BIN)/python docs/write_pages.py
 	$(BIN)/python -m mkdocs serve $(ARGS)
 
+.PHONY: gallery
+gallery: $(STAMP) ## the three reports of the documentation's gallery again (a minute or two)
+	$(BIN)/python docs/write_pages.py --gallery
+
+.PHONY: notebooks
+notebooks: $(STAMP) ## run examples/*.ipynb and keep what their cells show
+	$(BIN)/python docs/run_notebooks.py
+
 .PHONY: wheel
 wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.py
 	rm -rf dist
@@ -75,5 +83,5 @@ wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.
 
 .PHONY: clean
 clean: ## remove built files, but not results in mosaic_runs/
-	rm -rf .venv build dist site docs/reference .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist site docs/gallery docs/notebooks docs/reference .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

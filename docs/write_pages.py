@@ -1,14 +1,23 @@
-"""Write the pages that are made from the code: all knobs, all commands, and the docstrings of public modules.
+"""Write the pages that are not written by hand, before the site is built: `make docs` runs this.
 
-`make docs` runs this before the site is built. The pages lie in docs/reference/, which git ignores; the menu in
-mkdocs.yml names them, so that whatever reads it can build the site.
+The reference has all knobs, all commands and the docstrings of public modules; the notebooks of examples/ become pages;
+the gallery has the reports of the commands on its page, which run for a minute or two the first time. All of it lies in
+folders of docs/ that git ignores. The menu in mkdocs.yml names the pages, so that whatever reads it can build the site.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
+import hashlib
 import importlib.util
+import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -206,19 +215,89 @@ def summary_of(name: str) -> str:
     return " ".join(text.partition("\n\n")[0].split())
 
 
+# --- notebooks -------------------------------------------------------------------------------------------------------
+
+
+def notebook_pages() -> Iterator[tuple[str, str | bytes]]:
+    """Yield the name and content of a page for each notebook in examples/, and of the pictures in it."""
+    for path in sorted((ROOT / "examples").glob("*.ipynb")):
+        parts = []
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+            for output in cell.get("outputs", ()):
+                data = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
+                if "image/png" in data:
+                    picture = f"{path.stem}_{len(parts)}.png"
+                    parts.append(f"![What the cell above shows]({picture})")
+                    yield picture, base64.b64decode(data["image/png"])
+                elif "text/html" in data:
+                    parts.append(_plain_html(data["text/html"]))
+                else:
+                    parts.append(f"```text\n{''.join(output.get('text', data.get('text/plain', ''))).rstrip()}\n```")
+        parts.append(f"The notebook is `examples/{path.name}` of the checkout.")
+        yield f"{path.stem}.md", "\n\n".join(parts) + "\n"
+
+
+def _plain_html(text: str) -> str:
+    """Return the HTML of an output on one line, which Markdown leaves as it is, in the site's own style."""
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<(table|tr)\b[^>]*>", r"<\1>", text)
+    return f"<div>{' '.join(text.split())}</div>"
+
+
+# --- the gallery -----------------------------------------------------------------------------------------------------
+
+
+#: The command of this checkout; reports quote it as it is named here.
+_MOSAIC = "import sys; sys.argv[0] = 'mosaic'; from mosaic_ray.cli import main; main()"
+
+
+def make_gallery(again: bool = False) -> None:
+    """Run the commands of docs/gallery.md and copy the reports that they write; not if that was done before.
+
+    The commands run in build/gallery, and what they store stays there, so that a change of one runs little else.
+    """
+    text, work, out = (DOCS / "gallery.md").read_text(encoding="utf-8"), ROOT / "build" / "gallery", DOCS / "gallery"
+    [(title, file)] = re.findall(r'^```toml title="([^"]+)"\n(.*?)^```', text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    reports = [words[-1] for words in lines if "--out" in words]
+    made, digest = work / "made", hashlib.sha256(repr((file, lines)).encode()).hexdigest()
+    there = made.exists() and made.read_text() == digest and all((out / name).exists() for name in reports)
+    if there and not again:
+        return
+    print("the gallery's runs, a minute or two ...", flush=True)
+    work.mkdir(parents=True, exist_ok=True)
+    (work / title).write_text(file, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    for words in lines:
+        done = subprocess.run(
+            [sys.executable, "-c", _MOSAIC, *words[1:]], cwd=work, env=environment, capture_output=True, text=True
+        )
+        if done.returncode:
+            sys.exit(f"{shlex.join(words)}: {done.stderr}")
+    out.mkdir(exist_ok=True)
+    for name in reports:
+        shutil.copy(work / name, out / name)
+    made.write_text(digest)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, pages: Mapping[str, str]) -> None:
-    """Make ``folder`` hold ``pages``, text by name, and no others; write only files that change."""
-    wanted = {folder / name: text for name, text in pages.items()}
-    for stale in {*folder.rglob("*.md")} - wanted.keys():
+def write(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    """Make ``folder`` hold ``files``, contents by name, and no others; write only files that change."""
+    wanted = {folder / name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
+    for stale in {path for path in folder.rglob("*") if path.is_file()} - wanted.keys():
         stale.unlink()
-    for path, text in wanted.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+    for path, content in wanted.items():
+        if not path.exists() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
 
 
 if __name__ == "__main__":
     write(DOCS / "reference", {"knobs.md": knobs_page(), "commands.md": commands_page()} | dict(code_pages()))
+    write(DOCS / "notebooks", dict(notebook_pages()))
+    make_gallery(again="--gallery" in sys.argv[1:])

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[1]
 DOCS = REPO / "docs"
 
 #: Folders of pages that docs/write_pages.py writes.
-MADE = ("reference",)
+MADE = ("gallery", "notebooks", "reference")
 
 #: Every page that is written by hand, README.md first.
 PAGES = [

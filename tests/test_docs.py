@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from cli_runner import ask
+from filelock import FileLock
 from pages import DOCS, MADE, PAGES, REPO, blocks, commands, headings, links, make_targets, parsed, titled
 
 from mosaic_ray.cli.commands import mosaic
@@ -145,7 +146,7 @@ def test_blocks_of_code_are_whole(page):
 def test_links_resolve(page):
     for target in links(page):
         place, _, anchor = target.partition("#")
-        if "{" in place or place.startswith(("../reference/", "reference/")):
+        if "{" in place or place.removeprefix("../").split("/")[0] in MADE:
             continue  # made with the site, which checks these
         file = (page.parent / place).resolve() if place else page
         assert file.exists(), f"{page.name}: {target}"
@@ -307,13 +308,25 @@ def test_the_entry_point_of_the_page_is_read(page, kind, monkeypatch):
 # --- the site --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """The site, built from a copy of this checkout's documentation by the steps of `make docs`; any warning fails."""
+    """The site, built from a copy of this checkout's documentation by the steps of `make docs`; any warning fails.
+
+    It is built once for all processes of a test session.
+    """
     for name in ("material", "mkdocstrings"):
         pytest.importorskip(name)
-    place = tmp_path_factory.mktemp("checkout")
-    for name in ("docs", "mosaic_ray"):
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkout"
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            _build_site(place.with_name("building"))
+            place.with_name("building").rename(place)
+    return place / "site"
+
+
+def _build_site(place: Path) -> None:
+    for name in ("docs", "examples", "mosaic_ray", "tune_spaces"):
         shutil.copytree(REPO / name, place / name, ignore=shutil.ignore_patterns(*MADE, "__pycache__"))
     shutil.copy(REPO / "mkdocs.yml", place)
     recipe = re.search(r"^docs: .*\n((?:\t.*\n)+)", (REPO / "Makefile").read_text(), re.MULTILINE)[1]
@@ -322,17 +335,17 @@ def site(tmp_path_factory) -> Path:
         command = [sys.executable, *step.split()]
         done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return place / "site"
 
 
+@pytest.mark.ray
 def test_pages_are_written_before_the_build_and_again_only_where_they_change(site):
     docs = site.parent / "docs"
     (docs / "reference" / "code" / "gone.md").touch()
     (docs / "reference" / "knobs.md").write_text("")
-    before = {path: path.stat().st_mtime_ns for path in docs.rglob("*.md")}
+    before = {path: path.stat().st_mtime_ns for path in docs.rglob("*.*")}
     environment = os.environ | {"PYTHONPATH": str(site.parent)}
     subprocess.run([sys.executable, str(docs / "write_pages.py")], cwd=site, env=environment, check=True)
-    after = {path: path.stat().st_mtime_ns for path in docs.rglob("*.md")}
+    after = {path: path.stat().st_mtime_ns for path in docs.rglob("*.*")}
     assert before.items() ^ after.items() == {
         (docs / "reference" / "code" / "gone.md", before[docs / "reference" / "code" / "gone.md"]),
         *((docs / "reference" / "knobs.md", times[docs / "reference" / "knobs.md"]) for times in (before, after)),
@@ -347,6 +360,7 @@ def test_the_menu_has_every_module_of_a_package_that_is_shown_whole(package):
     assert set(listed) == {path.stem for path in folder.glob("[!_]*.py")}
 
 
+@pytest.mark.ray
 def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
     for page in PAGES[1:]:
         assert (site / page.relative_to(DOCS)).with_suffix(".html").exists(), page
@@ -357,6 +371,19 @@ def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
     assert not list(site.rglob("*.py"))
 
 
+@pytest.mark.ray
+def test_the_gallery_has_the_reports_of_its_commands(site):
+    page = (site / "gallery.html").read_text(encoding="utf-8")
+    shown = {"run": "points", "sweep": "3 finished trials", "compare": "The highest mean is that of"}
+    assert re.findall(r'<iframe class="report" src="gallery/(\w+).html"', page) == [*shown]
+    for name, words in shown.items():
+        report = (site / "gallery" / f"{name}.html").read_text(encoding="utf-8")
+        assert f"<h1>{name}</h1>" in report and words in report
+        assert str(site.parent) not in report and sys.executable not in report
+        assert f'<a href="gallery/{name}.html"' in page
+
+
+@pytest.mark.ray
 def test_the_site_can_be_searched(site):
     index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
     places = {entry["location"].partition("#")[0] for entry in index["docs"]}
@@ -366,6 +393,7 @@ def test_the_site_can_be_searched(site):
     assert 'src="assets/iframe-worker.js"' in (site / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.ray
 def test_the_reference_has_every_knob_command_and_module(site):
     knobs = (site / "reference" / "knobs.html").read_text(encoding="utf-8")
     for name, knob in KNOBS.items():
