@@ -76,10 +76,19 @@ notebooks: $(STAMP) ## run examples/*.ipynb and keep what their cells show
 	$(BIN)/python docs/run_notebooks.py
 
 .PHONY: wheel
-wheel: $(STAMP) ## build dist/: the wheel, the versions it was tested with, cli.py
+wheel: $(STAMP) ## build dist/: wheel and sdist, checked; the versions it was tested with, cli.py
 	rm -rf dist
-	$(BIN)/python -m build --wheel --no-isolation
-	cp constraints.txt cli.py dist/
+	$(BIN)/python -m build --sdist --wheel --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	cp constraints.txt pylock.toml cli.py dist/
+
+# All extras but those of trackio, which takes no pillow as new as constraints.txt has.
+LOCKED := dev docs hf mlflow onnx test wandb
+
+.PHONY: lock
+lock: $(STAMP) ## write pylock.toml: the files and hashes of the versions in constraints.txt
+	$(BIN)/python -m uv pip compile pyproject.toml $(LOCKED:%=--extra %) -c constraints.txt --universal --python-version 3.11 \
+		--default-index https://pypi.org/simple --custom-compile-command 'make lock' --quiet --output-file pylock.toml
 
 .PHONY: clean
 clean: ## remove built files, but not results in mosaic_runs/
