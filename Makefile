@@ -80,7 +80,7 @@ wheel: $(STAMP) ## build dist/: wheel and sdist, checked; the versions it was te
 	rm -rf dist
 	$(BIN)/python -m build --sdist --wheel --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
-	cp constraints.txt pylock.toml cli.py dist/
+	cp constraints.txt cli.py dist/
 
 # All extras but those of trackio, which takes no pillow as new as constraints.txt has.
 LOCKED := dev docs hf mlflow onnx test wandb
