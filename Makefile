@@ -75,6 +75,10 @@ gallery: $(STAMP) ## the three reports of the documentation's gallery again (a m
 notebooks: $(STAMP) ## run examples/*.ipynb and keep what their cells show
 	$(BIN)/python docs/run_notebooks.py
 
+.PHONY: picture
+picture: $(STAMP) ## the picture of a report in README.md; needs Chromium
+	$(BIN)/python docs/picture.py
+
 .PHONY: wheel
 wheel: $(STAMP) ## build dist/: wheel and sdist, checked; the versions it was tested with, cli.py
 	rm -rf dist
@@ -83,7 +87,7 @@ wheel: $(STAMP) ## build dist/: wheel and sdist, checked; the versions it was te
 	cp constraints.txt cli.py dist/
 
 # All extras but those of trackio, which takes no pillow as new as constraints.txt has.
-LOCKED := dev docs hf mlflow onnx test wandb
+LOCKED := aws dev docs fid gcp hf mlflow onnx test wandb
 
 .PHONY: lock
 lock: $(STAMP) ## write pylock.toml: the files and hashes of the versions in constraints.txt

@@ -134,7 +134,7 @@ def inception_weights() -> Path:
 
     place = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
     if find_spec("torch_fidelity") is None:
-        raise RequestError("--inception: it needs the package torch-fidelity, which is not installed; or leave it out")
+        raise RequestError("--inception: it needs torch-fidelity; pip install 'mosaic-ray[fid]', or leave it out")
     if not place.is_file():
         raise RequestError(
             f"--inception: there is no {place}, and nothing is downloaded unasked; put torch-fidelity's release file "

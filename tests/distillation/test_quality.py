@@ -166,7 +166,7 @@ def test_inceptions_weights_are_never_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("it fetched"))
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    assert "torch-fidelity, which is not installed" in refused_by(inception_weights)
+    assert "pip install 'mosaic-ray[fid]'" in refused_by(inception_weights)
     there = ModuleType("torch_fidelity")
     there.__spec__ = sys.__spec__
     monkeypatch.setitem(sys.modules, "torch_fidelity", there)
