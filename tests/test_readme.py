@@ -58,3 +58,12 @@ def test_readme_make_targets_exist():
     named = [shlex.split(line, comments=True)[1] for line in readme_commands() if re.match(r"make [a-z]", line)]
     assert named, "README.md shows no make target"
     assert set(named) <= set(targets)
+
+
+def test_readme_is_short_and_shows_a_report():
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60
+    [picture] = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert (REPO / picture).stat().st_size < 150_000 and (REPO / picture).read_bytes().startswith(b"\x89PNG")
+    writer = (REPO / "docs" / "picture.py").read_text(encoding="utf-8")
+    assert picture == "/".join(re.search(r'ROOT / "(\w+)" / "(\w+)" / "(\w+\.png)"', writer).groups())
