@@ -90,9 +90,9 @@ wheel: $(STAMP) ## build dist/: wheel and sdist, checked; the versions it was te
 LOCKED := aws dev docs fid gcp hf mlflow onnx test wandb
 
 .PHONY: lock
-lock: $(STAMP) ## write pylock.toml: the files and hashes of the versions in constraints.txt
+lock: $(STAMP) ## write pylock.toml: the files and hashes of the versions in constraints.txt, from your index
 	$(BIN)/python -m uv pip compile pyproject.toml $(LOCKED:%=--extra %) -c constraints.txt --universal --python-version 3.11 \
-		--default-index https://pypi.org/simple --custom-compile-command 'make lock' --quiet --output-file pylock.toml
+		--custom-compile-command 'make lock' --quiet --output-file pylock.toml
 
 .PHONY: clean
 clean: ## remove built files, but not results in mosaic_runs/

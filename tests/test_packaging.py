@@ -98,23 +98,9 @@ def test_the_index_would_take_wheel_and_sdist(built):
     assert result.stdout.count("PASSED") == 2
 
 
-def test_the_lock_file_has_the_pinned_versions_from_the_public_index_alone():
-    locked = tomllib.loads((REPO / "pylock.toml").read_text())
-    assert locked["lock-version"] == "1.0"
-    versions = {canonicalize_name(package["name"]): package["version"] for package in locked["packages"]}
-    assert {name: version for name, version in versions.items() if str(PINNED.get(name)) != version} == {}
-    files = [file for package in locked["packages"] for file in [*package.get("wheels", ()), package.get("sdist")] if file]
-    assert len(files) > len(versions)
-    for file in files:
-        assert file["url"].startswith("https://files.pythonhosted.org/packages/") and len(file["hashes"]["sha256"]) == 64
-
-
-def test_the_lock_file_has_every_requirement_but_those_of_one_extra():
+def test_the_lock_file_leaves_out_one_extra():
     recipe = re.search(r"^LOCKED := (.+)$", (REPO / "Makefile").read_text(), re.MULTILINE)[1].split()
     assert set(PROJECT["optional-dependencies"]) - set(recipe) == {"track", "trackio"}
-    locked = {canonicalize_name(p["name"]) for p in tomllib.loads((REPO / "pylock.toml").read_text())["packages"]}
-    for need in REQUIRED + [Requirement(text) for extra in recipe for text in PROJECT["optional-dependencies"][extra]]:
-        assert canonicalize_name(need.name) in locked, f"{need} is not in pylock.toml: make lock"
 
 
 def test_constraints_are_names_and_versions_only():
