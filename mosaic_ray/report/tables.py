@@ -50,14 +50,9 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_accuracy(summary), ""]
     if (summary.accuracy or {}).get("ceiling") is not None:
         parts.insert(1, Text(f"* {CEILING}"))
-    if summary.client_accuracy:
-        heads, rows = client_rows(summary.client_accuracy)
-        table = _table(*heads)
-        for label, *cells in rows:
-            table.add_row(Text(label), *cells)
-        parts += [table, ""]
-    if summary.subset_accuracy:
-        heads, rows = subset_rows(summary.subset_accuracy)
+    more = [client_rows(summary.client_accuracy)] if summary.client_accuracy else []
+    more += [subset_rows(summary.subset_accuracy)] if summary.subset_accuracy else []
+    for heads, rows in more:
         table = _table(*heads)
         for label, *cells in rows:
             table.add_row(Text(label), *cells)
