@@ -165,5 +165,5 @@ def test_joined_samples_have_the_values_of_their_generators() -> None:
     text = second(torch.randn(1, 6, generator=draws), torch.tensor(labels[:1]))[:, 69:75]
     values = unpack(ALL, made.images.numpy())
     np.testing.assert_array_equal(values["v"], vector.detach().numpy())
-    np.testing.assert_array_equal(values["t"][0], text[0].numpy())
+    np.testing.assert_array_equal(values["t"][0], text[0].detach().numpy())
     assert present_in(ALL, made.images.numpy()).tolist() == [[False, True, True], [False, True, False]]
