@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# The command mosaic as an image, for CPUs (some 2 GB) or for NVIDIA's GPUs (some 8 GB):
+# The command mosaic as an image, for CPUs or for NVIDIA's GPUs:
 #   docker build --target cpu -t mosaic:cpu .
 #   docker build --target cuda -t mosaic:cuda .
 #   docker run --rm --shm-size=2g -v "$PWD/results:/work" mosaic:cpu run

@@ -71,9 +71,14 @@ def allocate_draws(
     if not len(classes):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     labels = draws.permutation(np.resize(draws.permutation(classes), count))
+    return _drawn_owners(able, labels, draws), labels
+
+
+def _drawn_owners(able: np.ndarray, labels: np.ndarray, draws: np.random.Generator) -> np.ndarray:
+    """Draw a row of ``able`` float64 [G, C] for each of ``labels`` int64 [N], in proportion to its column."""
     shares = able.cumsum(0) / np.maximum(able.sum(0), 1)
-    places = (draws.random(count) >= shares[:, labels]).sum(0)
-    return np.minimum(places, len(able) - 1), labels
+    places: np.ndarray = (draws.random(len(labels)) >= shares[:, labels]).sum(0)
+    return np.asarray(np.minimum(places, len(able) - 1))
 
 
 @torch.no_grad()
@@ -142,10 +147,8 @@ def allocate_modalities(
     owners = np.full((len(labels), held.shape[1]), -1, np.int64)
     for modality in range(held.shape[1]):
         weights = able * held[:, modality, None]
-        total = weights.sum(0)
-        shares = weights.cumsum(0) / np.maximum(total, 1)
-        places = (draws.random(len(labels)) >= shares[:, labels]).sum(0)
-        owners[:, modality] = np.where(total[labels] > 0, np.minimum(places, len(able) - 1), -1)
+        drawn = _drawn_owners(weights, labels, draws)
+        owners[:, modality] = np.where(weights.sum(0)[labels] > 0, drawn, -1)
     return owners
 
 

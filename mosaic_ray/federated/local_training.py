@@ -186,12 +186,13 @@ def train_locally(
     devices = [device] if device.type == "cuda" else []
     total_loss, total_right, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
     steps = 0
-    dropped = stream(seed, phase + "/modalities", round_num, client_id)
+    drops = bool(facts.modalities) and plan.modality_dropout > 0
+    dropped = stream(seed, phase + "/modalities", round_num, client_id) if drops else None
 
     def seen_as(stored: Tensor) -> Tensor:
         """Return the network's input of stored samples: augmented, and without the modalities that are left out."""
         changed = augment(stored, facts.augmentations, draws)
-        if facts.modalities and plan.modality_dropout:
+        if dropped is not None:
             changed = drop_modalities(changed, len(facts.modalities), plan.modality_dropout, dropped)
         return to_input(changed, facts)
 

@@ -134,7 +134,7 @@ def _gather(
 def messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the student's model to every client with its network, and prototypes back."""
     from ..federated.communication import size_of_entries
-    from ..pipeline.rounds import add_prototypes
+    from ..pipeline.round_messages import add_prototypes
 
     times = np.zeros(len(counts), np.int64)
     for client_id in federation.groups[federation.student]:

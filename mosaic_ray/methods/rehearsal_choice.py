@@ -129,7 +129,7 @@ def score_trials(
 def messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
     """Add the others' generators, what each trial's head is made from, each trial's model, and its scores."""
     from ..federated.communication import size_of_entries
-    from ..pipeline.rounds import add_generators
+    from ..pipeline.round_messages import add_generators
 
     config = federation.config
     if not rehearses_early(config):

@@ -19,7 +19,7 @@ from ..core.errors import RequestError
 from ..core.seeding import seeded
 from ..core.types import DataFacts, Modality
 from .mobilenet import mobilenet
-from .multimodal import check_fusion, fused
+from .multimodal import check_names, fused
 from .resnet import BasicBlock, Bottleneck, resnet
 from .state_dict import channels_last
 from .user_models import user_network
@@ -74,7 +74,7 @@ def build_classifier(
 def _multimodal(
     model: ModelConfig, num_classes: int, image_size: int, name: str, modalities: Sequence[Modality]
 ) -> Classifier:
-    check_fusion(model.fusion, [modality.name for modality in modalities])
+    check_names([modality.name for modality in modalities])
     if name not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
         raise RequestError(f"model.classifier = {name}: with several modalities it takes one of {known}")

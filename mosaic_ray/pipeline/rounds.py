@@ -16,17 +16,12 @@ from ..core.health import closing_findings
 from ..core.seeding import numpy_stream
 from ..core.types import DataFacts, ImageSet, Prototypes, Update, Weights
 from ..distillation.client_tasks import PrototypesTask, RehearsalTask
-from ..distillation.rehearsal import SharedGenerators, generator_size, sent_weights
+from ..distillation.rehearsal import SharedGenerators, sent_weights
 from ..federated.client import ClientRound, Round, StatisticsTask, TrainTask, initial_models
 from ..federated.client_models import Federation, Models, RoundStart
 from ..federated.communication import (
-    Size,
     Tally,
-    num_prototypes,
-    prototype_entries,
     size_of,
-    size_of_entries,
-    statistics_entries,
 )
 from ..federated.evaluation import accuracy
 from ..federated.local_training import LocalTrainingConfig
@@ -438,7 +433,7 @@ def warm_up(
     )  # fmt: skip
     rounds = RoundsConfig(
         stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True,
-        after_round=after_round, exact_bn=_exact_bn(config, section.bn),
+        after_round=after_round, exact_bn=exact_bn_at_end(config, section.bn),
         prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
         shared=generators and generators.shared(ctx.shards.counts), weight=config.rehearsal.weight,
         whole=generators is not None,
@@ -469,7 +464,7 @@ def close(
         return ctx.find_or_compute(stage, partial(_copy, same, stage.name))
     rounds = RoundsConfig(
         stage.name, CLOSING, section.num_rounds, closing_plan(ctx), section.lr_decay,
-        validation=validation_images(ctx), exact_bn=_exact_bn(ctx.config, section.bn),
+        validation=validation_images(ctx), exact_bn=exact_bn_at_end(ctx.config, section.bn),
         shared=shared if weight else None, weight=weight,
         send_generators=not (weights_tried(ctx.config) or rehearses_early(ctx.config)),
         whole=stage.name == "finetune" and rehearses(ctx.config),
@@ -488,7 +483,7 @@ def try_rehearsal(
     ctx: RunContext, stage: Stage, models: Models, shared: SharedGenerators, weight: float
 ) -> StageResult:
     """Run a few rounds like the closing ones, but without the images that clients hold back."""
-    section, exact = ctx.config.rehearsal, _exact_bn(ctx.config, ctx.config.finetune.bn)
+    section, exact = ctx.config.rehearsal, exact_bn_at_end(ctx.config, ctx.config.finetune.bn)
     rounds = RoundsConfig(
         stage.name, TRIAL, section.trial_rounds, closing_plan(ctx), ctx.config.finetune.lr_decay, exact_bn=exact,
         shared=shared if weight else None, weight=weight, send_generators=False, whole=True,
@@ -507,7 +502,7 @@ def closing_plan(ctx: RunContext) -> LocalTrainingConfig:
     )  # fmt: skip
 
 
-def _exact_bn(config: ExperimentConfig, bn: str) -> bool:
+def exact_bn_at_end(config: ExperimentConfig, bn: str) -> bool:
     """Return whether rounds with the knob ``bn`` end with exact statistics; no others fit partial widths."""
     return bn == "exact" or any_partial_width(config)
 
@@ -523,93 +518,3 @@ def _find_or_compute(ctx: RunContext, stage: Stage, rounds: RoundsConfig, models
     if ctx.log[stage.name]["cached"]:
         show_losses(ctx, stage.name, result.load("losses")["losses"])
     return result
-
-
-def warmup_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add the messages of the warm-up: label counts, models, and prototypes if they are sent after every round."""
-    config = federation.config
-    for client_id in range(config.partition.num_clients):
-        tally.add("uplink", "counts", client_id, size_of_entries({"counts": (counts.shape[1:], np.int64)}))
-    whole = rehearses_early(config)
-    collected = _rounds_messages(federation, tally, ADDRESS, config.warmup.num_rounds, config.warmup.bn, whole)
-    if rehearses_early(config):
-        add_generators(federation, tally)
-    if config.prototypes.rounds == "all":
-        add_prototypes(federation, counts, tally, collected)
-
-
-def closing_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add the messages of the closing rounds."""
-    section = federation.config.finetune
-    _rounds_messages(federation, tally, CLOSING, section.num_rounds, section.bn, rehearses(federation.config))
-    if rehearses(federation.config) and not (weights_tried(federation.config) or rehearses_early(federation.config)):
-        add_generators(federation, tally)
-
-
-def add_generators(federation: Federation, tally: Tally) -> None:
-    """Add the others' generators to every client."""
-    clients = range(len(federation.classifiers))
-    if not federation.facts.modalities:
-        size = generator_size(federation.config, federation.facts)
-        for k in clients:
-            tally.add("downlink", "generators", k, size, times=len(clients) - 1)
-        return
-    sizes = [generator_size(federation.config, federation.facts, owner) for owner in clients]
-    for k in clients:
-        for owner in clients:
-            if owner != k:
-                tally.add("downlink", "generators", k, sizes[owner])
-
-
-def trial_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:
-    """Add the messages of one trial of a rehearsal weight."""
-    config = federation.config
-    _rounds_messages(federation, tally, TRIAL, config.rehearsal.trial_rounds, config.finetune.bn, True)
-
-
-def _rounds_messages(
-    federation: Federation, tally: Tally, address: str, num_rounds: int, bn: str, whole: bool
-) -> np.ndarray:
-    """Add the messages of rounds; returns how often each client answered in the last rounds of P3, int64 [K].
-
-    ``whole``: as in ``RoundsConfig``.
-    """
-    config, clients = federation.config, federation.config.partition.num_clients
-    asked, answered, collected = np.zeros((3, clients), np.int64)
-    for round_num in range(num_rounds):
-        cohort = cohort_of(config, address, round_num)
-        there = answering(config, address, round_num, cohort)
-        asked[cohort] += 1
-        answered[there] += 1
-        if round_num >= num_rounds - PROTOTYPE_HISTORY:
-            collected[there] += 1
-    strategy = strategy_named(config.federation.strategy)
-    sizes: dict[Any, tuple[Size, Size, Size]] = {}
-    modalities = federation.modalities if federation.facts.modalities else [()] * clients
-    for k, maker in enumerate(zip(federation.classifiers, federation.widths, strict=True)):
-        if (maker, modalities[k]) not in sizes:
-            down, up = strategy.messages(federation.entries(*maker))
-            own = federation.trained_entries(k, federation.entries(*maker), whole)
-            sizes[maker, modalities[k]] = tuple(map(size_of_entries, (own, down, up)))  # type: ignore[assignment]
-        model, down_size, up_size = sizes[maker, modalities[k]]
-        for direction, extra, times in (("downlink", down_size, int(asked[k])), ("uplink", up_size, int(answered[k]))):
-            tally.add(direction, "weights", k, model, times=times if strategy.every_round else min(times, 1))
-            if extra.payload:
-                tally.add(direction, "strategy", k, extra, times=times)
-        if _exact_bn(config, bn) and num_rounds:
-            network = federation.entries(maker[0])
-            for layers in federation.statistics_passes(maker[0]):
-                tally.add("downlink", "weights", k, size_of_entries(network))
-                read = federation.trained_entries(k, dict.fromkeys(layers))  # absent modalities are in no sum
-                tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(network, read)))
-    return collected
-
-
-def add_prototypes(federation: Federation, counts: np.ndarray, tally: Tally, times: np.ndarray) -> None:
-    """Add each client's prototypes, ``times`` [K] times."""
-    section = federation.config.prototypes
-    for k, name in enumerate(federation.classifiers):
-        count = int(num_prototypes(counts[k], section).sum())
-        feature_dim = federation.entries(name)["head.weight"][0][1]
-        message = size_of_entries(prototype_entries(count, feature_dim, section.judging > 0))
-        tally.add("uplink", "prototypes", k, message, times=int(times[k]))

@@ -134,7 +134,7 @@ def _warmup(
         name, 3, knobs, upstream=("partition", *reads), kind="warmup", role=role,
         total=lambda config: config.warmup.num_rounds,
         work=lambda config: _rounds_work(config, config.warmup.num_rounds, config.warmup.local_steps),
-        messages="mosaic_ray.pipeline.rounds:warmup_messages" if role else "",
+        messages="mosaic_ray.pipeline.round_messages:warmup_messages" if role else "",
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def closing(name: str, role: str, start: str) -> Stage:
         name, 3, knobs, upstream=upstream, kind="rounds", role=role,
         total=lambda config: config.finetune.num_rounds,
         work=lambda config: _rounds_work(config, config.finetune.num_rounds, config.finetune.local_steps),
-        messages="mosaic_ray.pipeline.rounds:closing_messages" if own else "",
+        messages="mosaic_ray.pipeline.round_messages:closing_messages" if own else "",
     )  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def _trial(weight: float, start: str) -> Stage:
         f"trial_{weight:g}", 1, knobs, upstream=("partition", start, *(("generators",) if weight else ())),
         kind="rounds", total=lambda config: config.rehearsal.trial_rounds,
         work=lambda config: _rounds_work(config, config.rehearsal.trial_rounds, config.finetune.local_steps),
-        messages="mosaic_ray.pipeline.rounds:trial_messages",
+        messages="mosaic_ray.pipeline.round_messages:trial_messages",
     )  # fmt: skip
 
 

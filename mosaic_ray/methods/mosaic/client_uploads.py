@@ -20,7 +20,8 @@ from ...federated.client_models import Federation
 from ...federated.communication import Size, Tally, size_of, size_of_entries
 from ...pipeline.context import POLL_SECONDS, Facts, FailedClients, RunContext
 from ...pipeline.graph import Stage
-from ...pipeline.rounds import Warmup, add_prototypes, last_channels
+from ...pipeline.round_messages import add_prototypes
+from ...pipeline.rounds import Warmup, last_channels
 from ...pipeline.stored import check_facts, check_figures
 from ...storage.locks import Lease
 from ...storage.store import StageResult, StageWriter
