@@ -54,8 +54,6 @@ TINY = Sizes(
 class OnCpu(Bench):
     """The inputs of the measurements, on the CPU; ``pretend``: at sizes ``TINY``."""
 
-    knobs: dict[str, Any] = dataclasses.field(default_factory=dict)
-
     @property
     def sizes(self) -> Sizes:
         return TINY if self.pretend else SMALL
@@ -297,6 +295,17 @@ def training(bench: OnCpu) -> Iterator[Row]:
         yield Row("training", f"local training: {name}", images / ours, "images/s", bare / ours, "a bare loop")
 
 
+def many_clients(bench: OnCpu) -> Iterator[Row]:
+    """Clients of small networks trained with their weights stacked, against each by itself."""
+    count = 2 if bench.pretend else 20
+    for size, width in ((8, 4),) if bench.pretend else ((8, 4), (8, 16), (16, 8), (28, 16)):
+        knobs = {"model.classifier": "cnn", "model.width": width, "data.image_size": size, "warmup.batch_size": BATCH}
+        small = OnCpu(bench.pretend, knobs)
+        one, many = small.in_turn(small.of_clients(count, 1), small.of_clients(count, count), repeats=3)
+        what = f"{count} clients together: cnn of width {width}, images of {size} pixels"
+        yield Row("many clients", what, count / many, "clients/s", one / many, "each by itself")
+
+
 def generators(bench: OnCpu) -> Iterator[Row]:
     """A generator's step, in steps of the classifier on as many images."""
     from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
@@ -398,8 +407,8 @@ QUICK = [
 
 #: The checks in order, each with the seconds that it may take.
 CHECKS: dict[str, tuple[Callable[[OnCpu], Iterator[Row]], float]] = {
-    "rounds": (rounds, 900), "growth": (growth, 600), "training": (training, 300), "generators": (generators, 300),
-    "server": (server, 300), "commands": (commands, 600),
+    "rounds": (rounds, 900), "growth": (growth, 600), "training": (training, 300), "many clients": (many_clients, 300),
+    "generators": (generators, 300), "server": (server, 300), "commands": (commands, 600),
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ sys.path.insert(0, str(ROOT))  # a machine may have the packages that Mosaic nee
 
 #: A row that the projection reads.
 AT_ONCE = "{} clients on one GPU at once"
+
+#: Clients with small networks that share a process.
+MANY = 100
 
 #: Seconds before the limit at which nothing may compute any more, so that the table is printed in time.
 CLOSING_SECONDS = 5.0
@@ -65,9 +68,10 @@ TINY = Sizes(
 
 @dataclass(frozen=True)
 class Bench:
-    """The inputs of the measurements; ``pretend``: on the CPU, at sizes ``TINY``."""
+    """The inputs of the measurements; ``pretend``: on the CPU, at sizes ``TINY``. ``knobs``: changes of it."""
 
     pretend: bool = False
+    knobs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> Sizes:
@@ -86,7 +90,7 @@ class Bench:
 
         knobs = {"runtime.device": "cuda", "runtime.gpus_per_client": 1.0, "runtime.precision": "bf16"}
         knobs |= {"generator.epochs": 0, "generator.family": "dcgan"} | self.sizes.knobs
-        return resolve("cifar10+distilled", sets=knobs)
+        return resolve("cifar10+distilled", sets=knobs | self.knobs)
 
     def with_knobs(self, **knobs: Any) -> Any:
         """``bench.with_knobs(generator__steps=5)``."""
@@ -193,6 +197,28 @@ class Bench:
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 optimiser.step()
+
+        return work
+
+    def of_clients(self, count: int, together: int) -> Callable[[], None]:
+        """Local training of ``count`` clients with equally many images, ``together`` at once (1: each by itself)."""
+        from mosaic_ray.federated.batched_training import train_together
+        from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
+
+        weights, shard = self.weights(), self.shard()
+        warmup, precision = self.config.warmup, self.config.runtime.precision
+        plan = LocalTrainingConfig(self.sizes.few, warmup.batch_size, warmup.lr, warmup.weight_decay, warmup.momentum)
+
+        def work() -> None:
+            context = self.context()
+            for first in range(0, count, together):
+                clients = range(first, min(count, first + together))
+                models = [context.classifier(weights) for _ in clients]
+                addresses = [(0, "bench", 0, client) for client in clients]
+                if together == 1:
+                    train_locally(models[0], shard, plan, self.facts, addresses[0], precision)
+                else:
+                    train_together(models, [shard] * len(models), plan, self.facts, addresses, precision)
 
         return work
 
@@ -346,6 +372,19 @@ def training(bench: Bench) -> Iterator[Row]:
         yield Row("training", f"the same with {what}", images / changed, "images/s", ours / changed, "local training")
 
 
+def many_clients(bench: Bench) -> Iterator[Row]:
+    """Many clients with small networks in one process: each by itself, and with their weights stacked."""
+    knobs = {"model.classifier": "cnn"} | ({} if bench.pretend else {"model.width": 16})
+    small, count = Bench(bench.pretend, knobs), 2 if bench.pretend else MANY
+    alone = small.of_clients(count, 1)
+    for together in (2,) if bench.pretend else (8, 32, MANY):
+        one, many = small.in_turn(alone, small.of_clients(count, together), repeats=1 if bench.pretend else 3)
+        if together in (2, 8):
+            yield Row("many clients", f"{count} clients (cnn, width 16), each by itself", count / one, "clients/s")
+        what = f"the same with runtime.clients_per_batch={together}"
+        yield Row("many clients", what, count / many, "clients/s", one / many, "each by itself")
+
+
 def generator(bench: Bench) -> Iterator[Row]:
     """A generator's step: discriminator, generator, and the classifier's terms."""
     weights, shard = bench.weights(), bench.shard()
@@ -473,7 +512,8 @@ def projection(rows: list[Row], bench: Bench) -> list[Row]:
 #: The checks in order, each with the largest share of the limit that it may take.
 CHECKS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {
     "machine": (machine, 0.2), "tests": (tests, 0.6), "training": (training, 0.3), "clients": (clients, 0.3),
-    "generator": (generator, 0.25), "server": (server, 0.25), "same bits": (same_bits, 0.3),
+    "many clients": (many_clients, 0.2), "generator": (generator, 0.25), "server": (server, 0.25),
+    "same bits": (same_bits, 0.3),
 }  # fmt: skip
 
 

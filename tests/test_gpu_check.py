@@ -130,7 +130,7 @@ def test_make_needs_no_network(tmp_path, words, expected):
 @pytest.mark.slow
 def test_every_measurement_runs_on_a_pretended_gpu(tmp_path):
     """All checks but the tests, which are those of ``test_gpu.py``."""
-    checks = "machine,training,clients,generator,server,same bits"
+    checks = "machine,training,clients,many clients,generator,server,same bits"
     out = tmp_path / "gpu.json"
     words = ["--pretend", "--only", checks, "--limit-s", "3000", "--out", str(out)]
     command = [sys.executable, "benchmarks/gpu.py", *words]

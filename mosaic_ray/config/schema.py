@@ -354,6 +354,12 @@ class RuntimeConfig:
     gpus_per_client: float | str = knob(
         "auto", "GPU share of a client actor; auto: as many clients a GPU as its memory holds; 0: CPUs", low=0.0
     )
+    clients_per_batch: int | str = knob(
+        1,
+        "most clients of one network that are trained together, with their weights stacked; above 1 the last bits of "
+        "results differ; auto: 8 where small networks are trained on GPUs, else 1",
+        low=1,
+    )
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
     client_timeout: float = knob(
         0.0,

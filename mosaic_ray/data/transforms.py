@@ -6,7 +6,7 @@ range of tanh; ``pm1_to_normalised`` converts it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,28 +103,39 @@ def drawn_to_stored(x: torch.Tensor, facts: DataFacts) -> torch.Tensor:
     return torch.cat([*parts, present.to(torch.uint8)], 1)[:, None, None]
 
 
-def augment(images: torch.Tensor, names: tuple[str, ...], generator: torch.Generator) -> torch.Tensor:
+#: A source of draws for all images of a batch, or sources of several clients and how many of the images each has.
+Draws = torch.Generator | Sequence[tuple[torch.Generator, int]]
+
+
+def augment(images: torch.Tensor, names: tuple[str, ...], generator: Draws) -> torch.Tensor:
     """Apply the named ``AUGMENTATIONS`` to ``images`` uint8 [B, C, H, W], in order.
 
-    ``generator`` is on the CPU for ``images`` on any device, so that CPU and GPU make equal draws.
+    ``generator`` is on the CPU for ``images`` on any device, so that CPU and GPU make equal draws. Several clients'
+    images in one batch, one client's after the other's, are changed as each client's alone would be.
     """
     for name in names:
         images = AUGMENTATIONS[name](images, generator)
     return images
 
 
-def crop(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _integers(below: int, rows: int, num_images: int, generator: Draws) -> torch.Tensor:
+    """Draw int64 [rows, num_images] in [0, below)."""
+    parts = [(generator, num_images)] if isinstance(generator, torch.Generator) else generator
+    return torch.cat([torch.randint(0, below, (rows, count), generator=draws) for draws, count in parts], 1)
+
+
+def crop(images: torch.Tensor, generator: Draws) -> torch.Tensor:
     """Pad each image with zeros by an eighth of its side (4 pixels at 32), and crop it at a random place."""
     num_images, _, height, width = images.shape
     pad = max(1, height // 8)
-    top, left = torch.randint(0, 2 * pad + 1, (2, num_images), generator=generator).to(images.device)
+    top, left = _integers(2 * pad + 1, 2, num_images, generator).to(images.device)
     windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)  # views, no copies
     return windows[torch.arange(num_images, device=images.device), :, top, left]
 
 
-def flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def flip(images: torch.Tensor, generator: Draws) -> torch.Tensor:
     """Mirror each image left to right with probability one half."""
-    mirrored = torch.randint(0, 2, (len(images),), generator=generator).bool().to(images.device)
+    mirrored = _integers(2, 1, len(images), generator)[0].bool().to(images.device)
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
@@ -146,4 +157,4 @@ def drop_modalities(records: torch.Tensor, count: int, rate: float, generator: t
     return changed
 
 
-AUGMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {"crop": crop, "flip": flip}
+AUGMENTATIONS: dict[str, Callable[[torch.Tensor, Draws], torch.Tensor]] = {"crop": crop, "flip": flip}

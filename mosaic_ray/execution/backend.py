@@ -88,18 +88,20 @@ def run_task(
 ) -> R:
     """Run one client's task in this process; any failure is a ``RunError`` that names round and client.
 
-    ``shard``: the client's images uint8 [n, C, H, W] and labels int64 [n]. ``progress(done, total)`` counts steps.
+    ``shard``: the client's images uint8 [n, C, H, W] and labels int64 [n], and those of each further client that a
+    ``Batch`` works on. ``progress(done, total)`` counts steps.
     """
     import torch
 
-    from ..federated.client import ClientContext
+    from ..federated.client import Batch, ClientContext
 
     torch.set_num_threads(client_threads(config))
     choose_kernels(config)
     context = ClientContext(config, facts, torch.device(device), progress)
-    images, labels = shard
     try:
-        return task.run(context, context.shard(images, labels), client_id, broadcast, own)
+        shards = [context.shard(images, labels) for images, labels in zip(shard[::2], shard[1::2], strict=True)]
+        data: Any = shards if isinstance(task, Batch) else shards[0]
+        return task.run(context, data, client_id, broadcast, own)
     except RunError:
         raise
     except Exception as error:
@@ -134,6 +136,13 @@ def take_device(share: float) -> str:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(max(share / 2, share - CONTEXT_BYTES / total))
     return "cuda"
+
+
+def members_of(task: Task[Any, Any, Any], client_id: int) -> tuple[int, ...]:
+    """Return the clients whose data the work of ``client_id`` reads: itself, or those of its ``Batch``."""
+    from ..federated.client import Batch
+
+    return task.members[client_id] if isinstance(task, Batch) else (client_id,)
 
 
 def ship_by_value(*things: Any) -> None:
@@ -171,8 +180,9 @@ class SerialBackend:
         device = device_of(self._config).type
         threads = torch.get_num_threads()
         for client_id in sorted(clients):
-            shard = self._shards(client_id)
-            arrays, own = (shard.images, shard.labels), per_client(client_id)
+            shards = map(self._shards, members_of(task, client_id))
+            arrays = [array for shard in shards for array in (shard.images, shard.labels)]
+            own = per_client(client_id)
             result: R | ClientFailure
             began = time.perf_counter()
             step = partial(events.step, client_id)
@@ -228,13 +238,14 @@ class ClientActor(Working):
         self,
         common: tuple[ExperimentConfig, DataFacts, Task[Any, Any, Any], Any],
         client_id: int,
-        shard: tuple[Any, Any],
+        shard: tuple[Any, ...],
         own: Any,
     ) -> tuple[float, Any]:
         """Return (seconds, result): two values, so that the driver learns of the end without fetching the result.
 
         ``common``: configuration, facts, task and broadcast, the same for all clients. ``shard`` holds references to
-        the client's images and labels. All arrays are read in place from shared memory.
+        the images and labels of the client, or of each client of a ``Batch``. All arrays are read in place from shared
+        memory.
         """
         import ray
 
@@ -348,11 +359,12 @@ class RayBackend:
                 shard = self._shards(client_id)
                 self._refs[client_id] = (ray.put(shard.images), ray.put(shard.labels))
         call = (self._config, self._facts, task)
-        ship_by_value(task)
+        ship_by_value(task, getattr(task, "task", task))
         failures = self._config.federation.max_client_failures
-        yield from ClientMap(
-            pool, self._refs, call, sorted(clients), broadcast, per_client, cost, failures, events
-        ).results(ordered)
+        data = {first: tuple(ref for k in members_of(task, first) for ref in self._refs[k]) for first in clients}
+        yield from ClientMap(pool, data, call, sorted(clients), broadcast, per_client, cost, failures, events).results(
+            ordered
+        )
         for actor in pool.actors:
             if pool.is_up(actor):
                 actor.trim_memory.remote()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from ..config.client_layout import client_classifiers
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
@@ -17,6 +18,9 @@ from .resource_plan import UNITS, Node
 
 #: The most clients that share a GPU: more of them only wait for one another.
 MOST_ON_A_GPU = 16
+
+#: Clients that ``runtime.clients_per_batch = auto`` trains together on a GPU, and networks that leave it idle alone.
+BATCH_ON_A_GPU, SMALL_NETWORKS = 8, ("cnn", "mobilenet")
 
 #: The share of a client if its memory is unknown, and the bytes of a GPU if they are unknown.
 USUAL_SHARE, USUAL_GPU_BYTES = 0.25, 16 * 2**30
@@ -52,6 +56,9 @@ def settle(config: ExperimentConfig, there: Resources) -> ExperimentConfig:
     if knobs.precision == "auto":
         native = there.bf16 if device == "cuda" and there.bf16 is not None else has_native_bf16(device == "cuda")
         values["runtime.precision"] = "bf16" if native else "fp32"
+    if knobs.clients_per_batch == "auto":
+        small = {config.model.classifier, *client_classifiers(config)} <= set(SMALL_NETWORKS)
+        values["runtime.clients_per_batch"] = BATCH_ON_A_GPU if device == "cuda" and small else 1
     if config.distill.workers == "auto":
         values["distill.workers"] = int(device == "cuda" and knobs.host == "ray")
     return override(config, values)

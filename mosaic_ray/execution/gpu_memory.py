@@ -186,7 +186,10 @@ def steps_of(work: ClientWork, device: Any) -> Iterator[Any]:
     for clients in federation.groups.values():
         client_id = max(clients, key=federation.widths.__getitem__)
         indices = federation.indices(client_id, "probe", 0)
-        task = TrainTask("probe", 0, plan)
+        task, together = TrainTask("probe", 0, plan), min(clients_together(config), len(clients))
+        if together > 1 and task.alike(context, client_id) is not None:
+            several, owns = [client_id] * together, [ClientRound(indices)] * together
+            yield functools.partial(task.run_batch, context, [shard] * together, several, start, owns)
         yield functools.partial(task.run, context, shard, client_id, start, ClientRound(indices))
         own = GeneratorInput(federation.submodel(client_id, models, indices), indices)
         if "generators" in stages:
@@ -220,6 +223,8 @@ def estimated_bytes(work: ClientWork) -> int:
     config, images = work.config, work.samples * math.prod(work.facts.input_shape)
     nets = [_classifier(config, work.facts, name, config.warmup.batch_size) for name in _names(config)]
     peak = max(4 * net.parameters + 2 * net.outputs for net in nets)
+    if (together := min(clients_together(config), config.partition.num_clients)) > 1:
+        peak, images = together * (peak + images), together * images  # each batch's images are copied side by side
     if "generators" in _stages(config):
         pair, batch = _generator_pair(config, work.facts), config.generator.batch_size
         beside = max((_classifier(config, work.facts, name, batch) for name in _names(config)), key=_size)
@@ -274,6 +279,12 @@ def largest(works: Sequence[ClientWork]) -> list[ClientWork]:
         alike = (*known, config.warmup.batch_size, knobs.tau, config.runtime.precision, shapes)
         found[alike] = max(work, found.get(alike, work), key=lambda other: other.samples)
     return sorted(found.values(), key=estimated_bytes, reverse=True)[:MOST_MEASURED]
+
+
+def clients_together(config: ExperimentConfig) -> int:
+    """Return the most clients that are trained together; 1 while it is not decided."""
+    together = config.runtime.clients_per_batch
+    return 1 if isinstance(together, str) else together
 
 
 def _names(config: ExperimentConfig) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -25,9 +25,10 @@ from ..core.types import DataFacts, ImageSet, Update, Weights
 from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import load_weights, to_weights, uninitialised
 from ..models.submodel import ChannelIndices, fit, scale_activations
+from .batched_training import train_together
 from .client_models import Federation, Models
 from .evaluation import confusion, logits_on, own_accuracy, per_class_accuracy
-from .local_training import LocalStart, LocalTrainingConfig, Rehearsed, Shard, no_progress, train_locally
+from .local_training import LocalStart, LocalTrainingConfig, Objective, Rehearsed, Shard, no_progress, train_locally
 from .static_batch_norm import Moments, moments, pooled
 
 B = TypeVar("B")
@@ -100,6 +101,16 @@ class Task(Generic[B, P, R]):
         """Do the work on one client's data."""
         raise NotImplementedError
 
+    def alike(self, context: ClientContext, client_id: int) -> Hashable:
+        """Return what clients must have in common for ``run_batch``; None: this client's work is done alone."""
+        return None
+
+    def run_batch(
+        self, context: ClientContext, shards: Sequence[Shard], clients: Sequence[int], broadcast: B, owns: Sequence[P]
+    ) -> list[R | RunError]:
+        """Do the work of several clients at once, up to rounding as one by one; an error is that client's alone."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class OnPart(Task[B, P, R]):
@@ -119,9 +130,62 @@ class OnPart(Task[B, P, R]):
         return getattr(self.task, "round_num", None)
 
     def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: B, own: P) -> R:
+        return self.task.run(context, self._part(context, shard, client_id), client_id, broadcast, own)
+
+    def alike(self, context: ClientContext, client_id: int) -> Hashable:
+        return self.task.alike(context, client_id)
+
+    def run_batch(
+        self, context: ClientContext, shards: Sequence[Shard], clients: Sequence[int], broadcast: B, owns: Sequence[P]
+    ) -> list[R | RunError]:
+        parts = [self._part(context, *pair) for pair in zip(shards, clients, strict=True)]
+        return self.task.run_batch(context, parts, clients, broadcast, owns)
+
+    def _part(self, context: ClientContext, shard: Shard, client_id: int) -> Shard:
         held = held_back(shard.labels.cpu().numpy(), self.share, context.config.seed, client_id)
         rows = torch.from_numpy(np.flatnonzero(held == self.held_back)).to(shard.labels.device)
-        return self.task.run(context, Shard(shard.images[rows], shard.labels[rows]), client_id, broadcast, own)
+        return Shard(shard.images[rows], shard.labels[rows])
+
+
+@dataclass(frozen=True)
+class Batch(Task[B, Sequence[P], list[R | RunError]]):
+    """Do ``task`` for several clients at once. Hosts run it for the first client of a batch, with a shard for each.
+
+    ``members``: all clients of each batch by its first one; ``own`` holds the input of each of them.
+    """
+
+    task: Task[B, P, R]
+    members: Mapping[int, tuple[int, ...]]
+    unit: ClassVar[str] = "step"
+
+    @property
+    def round_num(self) -> int | None:
+        """Return the round of ``task``, which failures name, if it has one."""
+        return getattr(self.task, "round_num", None)
+
+    def run(
+        self, context: ClientContext, shard: Any, client_id: int, broadcast: B, own: Sequence[P]
+    ) -> list[R | RunError]:
+        """Implement ``Task.run``; ``shard`` is a list of the members' shards."""
+        return self.task.run_batch(context, shard, self.members[client_id], broadcast, own)
+
+
+def batches_of(task: Task[Any, Any, Any], context: ClientContext, clients: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Return the clients that work together, by the first of them: at most ``runtime.clients_per_batch``, all alike."""
+    most = context.config.runtime.clients_per_batch
+    if most == 1:
+        return {client_id: (client_id,) for client_id in clients}
+    found: dict[int, tuple[int, ...]] = {}
+    open_ones: dict[Hashable, int] = {}
+    for client_id in sorted(clients):
+        kind = task.alike(context, client_id)
+        first = open_ones.get(kind, client_id)
+        found[first] = (*found.get(first, ()), client_id)
+        if kind is not None and len(found[first]) < int(most):
+            open_ones[kind] = first
+        else:
+            open_ones.pop(kind, None)
+    return found
 
 
 def held_back(labels: np.ndarray, share: float, seed: int, client_id: int) -> np.ndarray:
@@ -165,10 +229,8 @@ class TrainTask(Task[Round, ClientRound, Update]):
         return None
 
     def run(self, context: ClientContext, shard: Shard, client_id: int, broadcast: Round, own: ClientRound) -> Update:
-        config, federation = context.config, context.federation
-        strategy = strategy_named(config.federation.strategy)
-        weights = federation.submodel(client_id, broadcast.models, own.indices)
-        model = context.client_classifier(client_id, strategy.receive(weights, own.state))
+        config = context.config
+        strategy, model = strategy_named(config.federation.strategy), self._model(context, client_id, broadcast, own)
         start = LocalStart(
             config, context.facts, client_id, self.round_num, self.plan, model, shard.labels, broadcast.server,
             own.state,
@@ -176,10 +238,55 @@ class TrainTask(Task[Round, ClientRound, Update]):
         objective, others = strategy.objective(start), self.rehearsed(context, shard, client_id, broadcast)
         with scale_activations(model, context.scale(client_id)):
             metrics = train_locally(
-                model, shard, self.plan, context.facts, (config.seed, self.phase, self.round_num, client_id),
-                config.runtime.precision, masked=config.federation.masked, objective=objective,
-                adjust=strategy.adjust_logits(start), rehearsed=others, progress=context.progress,
+                model, shard, self.plan, context.facts, self._address(context, client_id), config.runtime.precision,
+                masked=config.federation.masked, objective=objective, adjust=strategy.adjust_logits(start),
+                rehearsed=others, progress=context.progress,
             )  # fmt: skip
+        return self._update(context, shard, client_id, model, metrics, objective, others)
+
+    def alike(self, context: ClientContext, client_id: int) -> Hashable:
+        """Return network and width, where local steps are those of plain training on images with a network of ours."""
+        federation, strategy = context.federation, strategy_named(context.config.federation.strategy)
+        name = federation.classifiers[client_id]
+        if context.facts.modalities or name not in CLASSIFIERS or not strategy.plain_steps:
+            return None
+        return name, federation.widths[client_id]
+
+    def run_batch(
+        self, context: ClientContext, shards: Sequence[Shard], clients: Sequence[int], broadcast: Round,
+        owns: Sequence[ClientRound],
+    ) -> list[Update | RunError]:  # fmt: skip
+        models = [self._model(context, client, broadcast, own) for client, own in zip(clients, owns, strict=True)]
+        others = [self.rehearsed(context, *pair, broadcast) for pair in zip(shards, clients, strict=True)]
+        with scale_activations(models[0], context.scale(clients[0])):
+            metrics = train_together(
+                models, shards, self.plan, context.facts, [self._address(context, client) for client in clients],
+                context.config.runtime.precision, masked=context.config.federation.masked, rehearsed=others,
+                progress=context.progress,
+            )  # fmt: skip
+        found: list[Update | RunError] = []
+        for trained in zip(shards, clients, models, metrics, others, strict=True):
+            shard, client_id, model, figures, synthetic = trained
+            try:
+                found.append(self._update(context, shard, client_id, model, figures, Objective(), synthetic))
+            except RunError as error:
+                found.append(error)
+        return found
+
+    def _model(self, context: ClientContext, client_id: int, broadcast: Round, own: ClientRound) -> Classifier:
+        """Build the network that a client begins with."""
+        weights = context.federation.submodel(client_id, broadcast.models, own.indices)
+        strategy = strategy_named(context.config.federation.strategy)
+        return context.client_classifier(client_id, strategy.receive(weights, own.state))
+
+    def _address(self, context: ClientContext, client_id: int) -> tuple[int, str, int, int]:
+        return context.config.seed, self.phase, self.round_num, client_id
+
+    def _update(
+        self, context: ClientContext, shard: Shard, client_id: int, model: Classifier, metrics: dict[str, float],
+        objective: Objective, others: Rehearsed | None,
+    ) -> Update:  # fmt: skip
+        """Return what a client sends; ``RunError`` where its training diverged."""
         if not math.isfinite(metrics["loss"]):
             what = f"training diverged (lr {self.plan.lr:g} gives a loss of {metrics['loss']})"
             raise RunError(what, round=self.round_num, client=client_id)

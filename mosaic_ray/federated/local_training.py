@@ -130,6 +130,38 @@ def batches(
         yield order[place * batch_size : (place + 1) * batch_size]
 
 
+@dataclass(frozen=True)
+class RowsOfStep:
+    """The rows of a mini-batch, int64 [B] of the client's own samples and [S] of synthetic ones (None: without)."""
+
+    own: Tensor
+    synthetic: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Return the numbers of own and of synthetic samples."""
+        return len(self.own), 0 if self.synthetic is None else len(self.synthetic)
+
+
+def rows_of_steps(
+    num_samples: int, plan: LocalTrainingConfig, address: tuple[int, str, int, int], rehearsed: Rehearsed | None
+) -> Iterator[RowsOfStep]:
+    """Yield the rows of each mini-batch of a client's local training, on the CPU, from its own random streams.
+
+    ``address`` is (seed, phase, round, client). A last mini-batch of one sample is skipped, since batch norm may see a
+    single value per channel; this happens only if the number of samples leaves a remainder of one.
+    """
+    seed, phase, round_num, client_id = address
+    order = stream(seed, phase, round_num, client_id) if plan.shuffle else None
+    turns = None
+    if rehearsed is not None:
+        mixed = stream(seed, phase + "/rehearsal", round_num, client_id)
+        turns = batches(len(rehearsed.shard), rehearsed.per_step, plan.steps, generator=mixed)
+    for rows in batches(num_samples, plan.batch_size, plan.steps, offset=round_num * plan.steps, generator=order):
+        if len(rows) > 1 or num_samples == 1:
+            yield RowsOfStep(rows, None if turns is None else next(turns))
+
+
 def prepare(model: Classifier, plan: LocalTrainingConfig) -> torch.optim.SGD:
     """Set what ``plan`` trains of ``model``, and its modes; return a fresh optimizer of these parameters."""
     model.train()
@@ -171,12 +203,10 @@ def train_locally(
     2021): a class that it lacks is left out of the softmax, masked or not. Synthetic images' logits stay as they are.
     ``progress(done, total)`` is called after each step.
 
-    A last mini-batch of one image is skipped if a batch norm would see a single value per channel. This happens only
-    if the shard's size leaves a remainder of one.
+    A last mini-batch of one image is skipped (``rows_of_steps``).
     """
     seed, phase, round_num, client_id = address
     device = shard.images.device
-    order = stream(seed, phase, round_num, client_id) if plan.shuffle else None
     draws = stream(seed, phase + "/augment", round_num, client_id)
     optimiser = prepare(model, plan)
     objective = objective or Objective()
@@ -196,20 +226,14 @@ def train_locally(
             changed = drop_modalities(changed, len(facts.modalities), plan.modality_dropout, dropped)
         return to_input(changed, facts)
 
-    turns = None
-    if rehearsed is not None:
-        mixed = stream(seed, phase + "/rehearsal", round_num, client_id)
-        turns = batches(len(rehearsed.shard), rehearsed.per_step, plan.steps, generator=mixed)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive(seed, phase + "/dropout", round_num, client_id))
-        for rows in batches(len(shard), plan.batch_size, plan.steps, offset=round_num * plan.steps, generator=order):
-            if len(rows) == 1 and len(shard) > 1:
-                continue
-            rows = rows.to(device)
+        for drawn in rows_of_steps(len(shard), plan, address, rehearsed):
+            rows = drawn.own.to(device)
             labels = shard.labels[rows]
             images = seen_as(shard.images[rows])
-            if turns is not None and rehearsed is not None:
-                others = next(turns).to(device)
+            if rehearsed is not None and drawn.synthetic is not None:
+                others = drawn.synthetic.to(device)
                 images = torch.cat([images, seen_as(rehearsed.shard.images[others])])
             with use_precision(precision, device):
                 outputs = objective.forward(model, images)

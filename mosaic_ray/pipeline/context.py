@@ -22,7 +22,7 @@ from ..execution.backend import ClientBackend
 from ..execution.malloc import give_back
 from ..execution.server import Server
 from ..execution.watch import MapEvents
-from ..federated.client import ClientContext, OnPart, Task
+from ..federated.client import Batch, ClientContext, OnPart, Task, batches_of
 from ..storage.locks import Lease
 from ..storage.store import CorruptResult, StageResult, StageWriter, Store
 from ..tracking.progress import StageProgress
@@ -217,23 +217,31 @@ class RunContext:
     ) -> Iterator[tuple[int, R]]:
         """Yield (client, result) of the clients that succeed; arguments as in ``ClientBackend.map``.
 
+        Clients of which ``runtime.clients_per_batch`` asks it are worked on together, as far as the task allows it.
         ``units``: units of the running stage that all clients' work makes. ``label``: what is shown before their steps.
         Up to ``max_missing`` clients (None: ``failure_budget``) that fail for good are added to ``failed_clients``; the
         next failure raises its ``RunError``.
         """
         max_missing = self.failure_budget(len(clients)) if max_missing is None else max_missing
         task = OnPart(task, self.held_back) if self.held_back else task
-        inside = self.tracker.inside(f"{label} {task.unit}".strip(), len(clients), units)
+        members = batches_of(task, self.client_context, clients)
+        inside = self.tracker.inside(f"{label} {task.unit}".strip(), len(members), units)
 
         def hung(client_id: int, seconds: float) -> None:
             message = f"its actor gave no sign of life for {seconds:.0f} s and was killed; its work is done again"
             self.add_findings([HUNG_CLIENT.finding(message, seconds, client=client_id, stage=failed_clients.stage)])
 
-        found = self.backend.map(
-            task, clients, broadcast, per_client, ordered=ordered, cost=cost, events=MapEvents(inside, hung)
-        )
+        def step(first: int, done: int, total: int) -> None:
+            inside(first, done * len(members[first]), total * len(members[first]))
+
+        events = MapEvents(step, hung)
+        if len(members) == len(clients):
+            found = self.backend.map(task, clients, broadcast, per_client, ordered=ordered, cost=cost, events=events)
+        else:
+            found = self._map_batches(Batch(task, members), clients, broadcast, per_client, ordered, cost, events)
         for client_id, result in found:
-            inside.finish(client_id)
+            if client_id in members:
+                inside.finish(client_id)
             if not isinstance(result, ClientFailure):
                 yield client_id, result
                 continue
@@ -242,6 +250,32 @@ class RunContext:
             max_missing -= 1
             failed_clients.note(client_id, result)
         inside.close()
+
+    def _map_batches(
+        self,
+        batch: Batch[Any, Any, Any],
+        clients: Sequence[int],
+        broadcast: Any,
+        per_client: Callable[[int], Any],
+        ordered: bool,
+        cost: Callable[[int], float] | None,
+        events: MapEvents,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield (client, result) of the clients of all batches, in client order where ``ordered``."""
+        members, each = batch.members, cost or (lambda client_id: 0.0)
+        found = self.backend.map(
+            batch, list(members), broadcast, lambda first: [per_client(k) for k in members[first]], ordered=ordered,
+            cost=lambda first: sum(map(each, members[first])), events=events,
+        )  # fmt: skip
+        waiting: dict[int, Any] = {}
+        turn = sorted(clients)
+        for first, results in found:
+            for place, client_id in enumerate(members[first]):
+                result = results if isinstance(results, ClientFailure) else results[place]
+                waiting[client_id] = ClientFailure(result, 1) if isinstance(result, RunError) else result
+            while waiting and (not ordered or turn[0] in waiting):
+                client_id = turn.pop(0) if ordered else next(iter(waiting))
+                yield client_id, waiting.pop(client_id)
 
     def failure_budget(self, asked: int) -> int:
         """How many of ``asked`` clients may fail to answer: no more than a cohort may lack (``min_cohort``)."""

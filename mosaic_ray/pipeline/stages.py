@@ -48,7 +48,9 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
     device = config.runtime.device if config.runtime.device != "auto" else "cpu"
     known = {"precision": config.runtime.precision, "threads": client_threads(config), "device": device}
     any_order = device == "cuda" and not config.runtime.deterministic
-    return known | ({"deterministic": False} if any_order else {})
+    together = config.runtime.clients_per_batch
+    batches = {"clients_per_batch": together} if together not in (1, "auto") else {}
+    return known | batches | ({"deterministic": False} if any_order else {})
 
 
 def prototype_split(config: ExperimentConfig) -> Knobs:

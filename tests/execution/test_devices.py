@@ -36,6 +36,21 @@ def test_auto_is_the_gpus_that_are_there():
     assert settled(runtime__device="cuda", runtime__gpus_per_client=2.0) == ("cuda", 2.0)
 
 
+@pytest.mark.parametrize(
+    "knobs, together",
+    [
+        ({}, 1),
+        ({"runtime__clients_per_batch": 3, "runtime__device": "cpu"}, 3),
+        ({"runtime__clients_per_batch": "auto", "runtime__device": "cpu"}, 1),
+        ({"runtime__clients_per_batch": "auto"}, 8),
+        ({"runtime__clients_per_batch": "auto", "model__classifiers": ("cnn", "mobilenet")}, 8),
+        ({"runtime__clients_per_batch": "auto", "model__classifiers": ("cnn", "resnet18")}, 1),
+    ],
+)
+def test_small_networks_are_trained_together_on_gpus_where_that_is_left_to_auto(knobs, together):
+    assert settle(config(partition__num_clients=100, **knobs), STATION).runtime.clients_per_batch == together
+
+
 def test_settled_stays_as_it_is():
     for there in (LAPTOP, STATION):
         once = settle(config(), there)

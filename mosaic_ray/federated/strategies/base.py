@@ -86,6 +86,12 @@ class Strategy:
         """
         return None
 
+    @property
+    def plain_steps(self) -> bool:
+        """Return whether a client's local steps are those of plain training."""
+        plain = (Strategy.objective, Strategy.adjust_logits)
+        return all(getattr(getattr(self, of.__name__), "__func__", None) is of for of in plain)
+
     def personal(self, weights: Weights, state: Weights) -> Weights:
         """Return a client's own model, from the global one of its network and its ``state`` after the last round."""
         return weights
