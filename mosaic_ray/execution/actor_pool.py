@@ -19,8 +19,12 @@ LOOK_SECONDS = 2.0
 #: Consecutive deaths of actors without work before the run gives up.
 MAX_LOSSES = 5
 
-#: In the place of a client: a ping, and work of an actor that was killed because it hung.
-_PING, _ENDED = -1, -2
+#: A call takes so many seconds, as far as it can be foreseen, by the work of at most so many clients one after another:
+#: where their work is short, the driver would spend as long on a call as an actor. It changes no number.
+CALL_SECONDS, MOST_IN_A_CALL = 0.25, 16
+
+#: In the place of a call's clients: a ping, and work of an actor that was killed because it hung.
+_PING, _ENDED = (-1,), (-2,)
 
 #: Seconds to wait while no actor is alive: other jobs use the cluster, or its autoscaler is starting machines.
 PATIENCE_SECONDS, PATIENCE_FOR_MACHINES = 120.0, 1800.0
@@ -57,6 +61,7 @@ class ActorPool:
         self.watch = Watch(timeout)
         self.patience_seconds = patience_seconds
         self.seconds = 0.0  # that finished client tasks took, all together
+        self.pace: dict[str, float] = {}  # kind of task -> recent seconds of one client's work
         self._up: dict[int, str] = {}  # actor -> its worker's id
         self._more, self._fewer, self._looked = more, fewer, time.monotonic()
 
@@ -146,8 +151,14 @@ class ClientMap:
         self._common, self._round_num = ray.put((*call, broadcast)), getattr(call[2], "round_num", None)
         self._queue = [(-self._cost(c), c) for c in clients]
         heapq.heapify(self._queue)
-        self._running: dict[Any, tuple[int, Any, Any]] = {}  # done -> (client, _PING or _ENDED; value; actor)
-        self._arrived: dict[int, Any] = {}  # references, not values: early results wait in the object store
+        self._kind = type(getattr(call[2], "task", call[2])).__name__
+        #: done -> (the call's clients, _PING or _ENDED; value; actor)
+        self._running: dict[Any, tuple[tuple[int, ...], Any, Any]] = {}
+        #: client -> a failure, or (reference to the value of its call, its place in it, None: it is the value itself);
+        #: references, not values: early results wait in the object store
+        self._arrived: dict[int, ClientFailure | tuple[Any, int | None]] = {}
+        self._read: tuple[Any, Any] = (None, None)  # the reference that was read last, and its value
+        self._alone: set[int] = set()  # clients that share no call, since one of theirs failed
         self._failures: dict[int, int] = {}
         self._hangs: dict[int, int] = {}
         self._beside: dict[int, int] = {}  # client -> number of actors when its work began
@@ -174,12 +185,13 @@ class ClientMap:
                     client_id = due if ordered else next(iter(self._arrived))
                     if client_id not in self._arrived:
                         break
-                    value = self._arrived.pop(client_id)
                     try:
-                        value = value if isinstance(value, ClientFailure) else ray.get(value)
+                        value = self._value(self._arrived[client_id])
                     except ObjectLostError:  # with its node; it is computed again
                         self._again(client_id)
+                        del self._arrived[client_id]
                         break
+                    del self._arrived[client_id]
                     yield client_id, value
                     del value
                     due = next(turn, None)
@@ -188,8 +200,23 @@ class ClientMap:
                 with contextlib.suppress(Exception):  # best effort; an actor's running call cannot be interrupted
                     ray.cancel(done, force=False)
 
+    def _value(self, found: ClientFailure | tuple[Any, int | None]) -> Any:
+        """Return the result of a client that has arrived."""
+        import ray
+
+        if isinstance(found, ClientFailure):
+            return found
+        reference, place = found
+        if self._read[0] is not reference:
+            self._read = (None, None)  # its arrays may go
+            self._read = reference, ray.get(reference)
+        if place is not None:
+            return self._read[1][place]
+        value, self._read = self._read[1], (None, None)
+        return value
+
     def _dispatch(self) -> None:
-        """Give every idle actor a client, and every other one a second, which then need not wait for the driver.
+        """Give every idle actor a call, and every other one a second, which then need not wait for the driver.
 
         No second one where runs share the actors, nor for the last clients, which the first idle actor takes.
         """
@@ -202,19 +229,31 @@ class ClientMap:
                 self._call(actor)
 
     def _call(self, actor: Any) -> None:
-        _, client_id = heapq.heappop(self._queue)
-        self._beside[client_id] = len(self._pool.actors)
-        done, value = actor.work.options(num_returns=2).remote(
-            self._common, client_id, self._shards[client_id], self._per_client(client_id)
-        )
+        clients = self._next()
+        for client_id in clients:
+            self._beside[client_id] = len(self._pool.actors)
+        inputs = [(client_id, self._shards[client_id], self._per_client(client_id)) for client_id in clients]
+        if len(inputs) == 1:
+            done, value = actor.work.options(num_returns=2).remote(self._common, *inputs[0])
+        else:
+            done, value = actor.work_in_turn.options(num_returns=2).remote(self._common, inputs)
         if not self._in_hand(actor):
-            self._begin(client_id, actor)
-        self._running[done] = (client_id, value, actor)
+            self._begin(clients, actor)
+        self._running[done] = (clients, value, actor)
 
-    def _begin(self, client_id: int, actor: Any) -> None:
-        """Note that the work of a client begins."""
+    def _next(self) -> tuple[int, ...]:
+        """Take the clients of the next call from the queue: several where their work is short."""
+        pace, each = self._pool.pace.get(self._kind), len(self._queue) // (2 * len(self._pool.actors))
+        most = min(MOST_IN_A_CALL, each, int(CALL_SECONDS / pace)) if pace else 1
+        clients = [heapq.heappop(self._queue)[1]]
+        while len(clients) < most and not self._alone & {clients[0], self._queue[0][1]}:
+            clients.append(heapq.heappop(self._queue)[1])
+        return tuple(clients)
+
+    def _begin(self, clients: tuple[int, ...], actor: Any) -> None:
+        """Note that a call's work begins."""
         self._pool.watch.begin(actor)
-        self._events.step(client_id, 0, 0)
+        self._events.step(clients[0], 0, 0)
 
     def _in_hand(self, actor: Any) -> list[Any]:
         """Return the calls that ``actor`` has in hand, in the order in which it works on them."""
@@ -245,19 +284,19 @@ class ClientMap:
         watch = self._pool.watch
         if not watch.is_due():
             return
-        for done, (client_id, value, actor) in list(self._running.items()):
-            if client_id < 0 or self._running.get(done, (_ENDED,))[0] == _ENDED or self._in_hand(actor)[0] is not done:
+        for done, (clients, value, actor) in list(self._running.items()):
+            if clients[0] < 0 or self._running.get(done, (_ENDED,))[0] == _ENDED or self._in_hand(actor)[0] is not done:
                 continue
             sign, behind = watch.look(actor), self._is_behind(done, actor)
             if sign.answer and sign.answer[0] == _id(done):
-                self._events.step(client_id, *sign.answer[1:])
+                self._events.step(clients[0], *sign.answer[1:])
             if sign.silent > watch.limit:
                 self._drop_waiting(actor)
                 self._running[done] = (_ENDED, value, actor)
-                self._hung(client_id, actor, sign.silent, behind)
+                self._hung(clients, actor, sign.silent, behind)
 
-    def _hung(self, client_id: int, actor: Any, seconds: float, behind: bool) -> None:
-        """Kill a hung actor, which Ray starts again, and queue its client; ``RunError`` where it hangs each time.
+    def _hung(self, clients: tuple[int, ...], actor: Any, seconds: float, behind: bool) -> None:
+        """Kill a hung actor, which Ray starts again, and queue its clients; ``RunError`` where one hangs each time.
 
         ``behind``: another run's work hangs, and this client's waits for it.
         """
@@ -266,12 +305,12 @@ class ClientMap:
         self._pool.mark_down(actor)
         with contextlib.suppress(Exception):  # it may have died meanwhile
             ray.kill(actor, no_restart=False)  # by SIGKILL after some seconds, which ends a stopped process, too
-        if not behind:
-            hangs = self._hangs[client_id] = self._hangs.get(client_id, 0) + 1
-            self._events.hung(client_id, seconds)
+        if not behind and len(clients) == 1:
+            hangs = self._hangs[clients[0]] = self._hangs.get(clients[0], 0) + 1
+            self._events.hung(clients[0], seconds)
             if hangs >= self._max_failures:
-                raise RunError(no_sign(seconds, hangs), round=self._round_num, client=client_id)
-        self._again(client_id)
+                raise RunError(no_sign(seconds, hangs), round=self._round_num, client=clients[0])
+        self._again(*clients)
 
     def _is_behind(self, done: Any, actor: Any) -> bool:
         """Return whether an actor that runs share had another call in hand when it last answered."""
@@ -280,7 +319,7 @@ class ClientMap:
     def _drop_waiting(self, actor: Any) -> None:
         """Queue the clients again whose work waits at ``actor`` behind that in hand."""
         for done in self._in_hand(actor)[1:]:
-            self._again(self._running.pop(done)[0])
+            self._again(*self._running.pop(done)[0])
 
     def _end(self, done: Any) -> None:
         """Handle the end of a call, which may have ended with another that its actor died in."""
@@ -289,88 +328,103 @@ class ClientMap:
 
         if done not in self._running:
             return
-        client_id, value, actor = self._running[done]
+        clients, value, actor = self._running[done]
         try:
             answer = ray.get(done)
         except RayActorError as error:
             first = self._in_hand(actor)[0]
             self._drop_waiting(actor)
-            client_id = self._running.pop(first)[0]
-            if client_id == _ENDED:
+            clients = self._running.pop(first)[0]
+            if clients == _ENDED:
                 self._ping(actor)
             else:
-                self._lost(client_id, actor, error, client_id >= 0 and self._is_behind(first, actor))
+                self._lost(clients, actor, error, clients[0] >= 0 and self._is_behind(first, actor))
             return
         except RayTaskError as error:
             answer = error
         del self._running[done]
-        if client_id == _ENDED:  # it hung until it was done
+        if clients == _ENDED:  # it hung until it was done
             self._ping(actor)
             return
         self._pool.watch.end(actor)
         if waiting := self._in_hand(actor):
             self._begin(self._running[waiting[0]][0], actor)
-        if isinstance(answer, RayTaskError):
-            self._raised(client_id, actor, answer, idle=not waiting)
+        if clients == _PING:
+            if isinstance(answer, RayTaskError):
+                raise RunError(f"a client actor cannot start: {first_line(answer.cause or answer)}") from answer
+            self._idle.append(actor)
+            self._pool.mark_up(actor, answer)
+            self._losses = 0
             return
         if not waiting:
             self._idle.append(actor)
-        if client_id >= 0:
-            self._arrived[client_id] = value
-            self._pool.seconds += answer
-        else:
-            self._pool.mark_up(actor, answer)
-            self._losses = 0
-
-    def _raised(self, client_id: int, actor: Any, error: Any, idle: bool) -> None:
-        """Handle an exception of a client's work, or of an actor's start."""
-        if client_id < 0:
-            raise RunError(f"a client actor cannot start: {first_line(error.cause or error)}") from error
-        cause = error.cause if isinstance(error.cause, RunError) else None
-        if isinstance(cause, OutOfGpuMemory) and (new := self._pool.halve(cause)):
-            self._begin_anew(new, client_id)
+        if isinstance(answer, RayTaskError):
+            unknown = RunError(first_line(answer.cause or answer), client=clients[0])
+            self._raised(clients, answer.cause if isinstance(answer.cause, RunError) else unknown)
             return
-        if idle:
-            self._idle.append(actor)
-        self._failed(client_id, cause or RunError(first_line(error.cause or error), client=client_id))
+        several = len(clients) > 1
+        seconds, num_done, failed = answer if several else (answer, 1, None)
+        for place, client_id in enumerate(clients[:num_done]):
+            self._arrived[client_id] = value, place if several else None
+        self._pool.seconds += seconds
+        if num_done:
+            pace = seconds / num_done
+            self._pool.pace[self._kind] = (self._pool.pace.get(self._kind, pace) + pace) / 2
+        if failed is not None:
+            self._again(*clients[num_done + 1 :])
+            self._raised(clients[num_done : num_done + 1], failed)
+
+    def _raised(self, clients: tuple[int, ...], error: RunError) -> None:
+        """Handle an exception of the work of ``clients``; several are tried again, each by itself."""
+        if isinstance(error, OutOfGpuMemory) and (new := self._pool.halve(error)):
+            self._begin_anew(new, clients)
+        elif len(clients) > 1:
+            self._again(*clients)
+        else:
+            self._failed(clients[0], error)
 
     def _failed(self, client_id: int, error: RunError) -> None:
         failures = self._failures[client_id] = self._failures.get(client_id, 0) + 1
+        self._alone.add(client_id)
         if failures < self._max_failures:
             self._again(client_id)
         else:
             self._arrived[client_id] = ClientFailure(error, failures)
 
-    def _begin_anew(self, actors: Sequence[Any], client_id: int) -> None:
-        """Queue the clients in hand again, ``client_id`` among them, for ``actors`` in the place of all others."""
-        for waiting in [client_id, *(running for running, _, _ in self._running.values())]:
-            if waiting >= 0:
-                self._again(waiting)
+    def _begin_anew(self, actors: Sequence[Any], clients: tuple[int, ...]) -> None:
+        """Queue the clients in hand again, ``clients`` among them, for ``actors`` in the place of all others."""
+        for waiting in [clients, *(running for running, _, _ in self._running.values())]:
+            if waiting[0] >= 0:
+                self._again(*waiting)
         self._running.clear()
         self._idle.clear()
         for actor in actors:
             self._ping(actor)
 
-    def _again(self, client_id: int) -> None:
-        heapq.heappush(self._queue, (-self._cost(client_id), client_id))
+    def _again(self, *clients: int) -> None:
+        """Queue clients again; each of several by itself, since one of them may have ended their call."""
+        self._alone |= set(clients) if len(clients) > 1 else set()
+        for client_id in clients:
+            heapq.heappush(self._queue, (-self._cost(client_id), client_id))
 
-    def _lost(self, client_id: int, actor: Any, error: Exception, behind: bool) -> None:
-        """Handle the death of an actor, perhaps with a client's work, and ping it until Ray has restarted it.
+    def _lost(self, clients: tuple[int, ...], actor: Any, error: Exception, behind: bool) -> None:
+        """Handle the death of an actor, perhaps with clients' work, and ping it until Ray has restarted it.
 
-        ``behind``: the client's work had not begun.
+        ``behind``: the work had not begun.
         """
         worker_id = self._pool.mark_down(actor)
         starved = bool(worker_id) and killed_for_memory(worker_id)
         if starved and self._pool.remove(actor):
             left = len(self._pool.actors)
             self._pool.say(f"out of memory: a client actor was killed; going on with {left} at once")
-            if client_id >= 0:
-                self._again(client_id)  # its client has not failed
+            if clients != _PING:
+                self._again(*clients)  # its clients have not failed
             return
-        if behind or (starved and self._beside.get(client_id, 1) > 1):  # the last of several that were killed at once
-            self._again(client_id)
-        elif client_id >= 0:
-            self._failed(client_id, RunError(f"its actor died: {first_line(error)}", client=client_id))
+        several = behind or len(clients) > 1
+        if several or (starved and self._beside.get(clients[0], 1) > 1):  # the last of several that were killed at once
+            self._again(*clients)
+        elif clients != _PING:
+            self._failed(clients[0], RunError(f"its actor died: {first_line(error)}", client=clients[0]))
         else:
             self._losses += 1
             if self._losses > MAX_LOSSES:

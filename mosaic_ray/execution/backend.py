@@ -269,6 +269,22 @@ class ClientActor(Working):
             self.now = "", 0, 0
 
 
+    def work_in_turn(self, common: Any, inputs: Sequence[tuple[int, Any, Any]]) -> tuple[Any, list[Any]]:
+        """Do ``work`` for several clients, each with its (client, shard, own), up to the first that fails.
+
+        Returns (seconds, number of results, that error or None) and the results.
+        """
+        seconds, results = 0.0, list[Any]()
+        for client_id, shard, own in inputs:
+            try:
+                taken, result = self.work(common, client_id, shard, own)
+            except RunError as error:
+                return (seconds, len(results), error), results
+            seconds += taken
+            results.append(result)
+        return (seconds, len(results), None), results
+
+
 def start_hosts(needs: Mapping[str, float], counts: Mapping[str, int]) -> list[Any]:
     """Start client actors that hold ``needs`` ("CPU", "GPU", "memory" in bytes) each.
 

@@ -49,6 +49,7 @@ FOLLOWS = {
     "runtime": set(), "runtime.ceiling": {"ceiling", "evaluate"},
     "runtime.driver_threads": AFTER_TEACHER | {"own_models"}, "runtime.precision": AFTER_PARTITION,
     "runtime.cpus_per_client": AFTER_PARTITION, "runtime.device": AFTER_PARTITION,
+    "runtime.clients_per_batch": AFTER_PARTITION,
 }  # fmt: skip
 
 
