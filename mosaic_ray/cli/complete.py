@@ -25,10 +25,9 @@ from click.shell_completion import (
 )
 
 from ..config.presets import ALGORITHMS, GENERIC, SCALES, scale_named
-from ..config.registry import CLASSIFIERS, DATASETS, METHODS, STATUSES, STRATEGIES
+from ..config.registry import CLASSIFIERS, DATASETS, METHODS, STATUSES, STRATEGIES, TRACKERS
 from ..config.resolve import KNOBS
 from ..core.errors import RequestError
-from ..tracking.backends import BACKENDS
 
 Items = list[CompletionItem[str]]
 Completer = Callable[..., Items]  # of the context, the incomplete word, and the parameter as ``param``
@@ -234,7 +233,7 @@ COMPLETERS: dict[str, Completer] = {
     "method": methods, "methods": methods, "against": methods, "methods name": methods, "sets": knobs, "grid": knobs,
     "space": spaces, "search": one_of(("grid", "random", "optuna")), "scheduler": one_of(("fifo", "asha")),
     "address": one_of(("auto", "local")), "statuses": one_of(STATUSES), "shell": one_of(SHELLS), "a": runs, "b": runs,
-    "track": one_of(BACKENDS), "to": one_of(("pt", "onnx", "torchscript", "hub")),
+    "track": one_of(TRACKERS), "to": one_of(("pt", "onnx", "torchscript", "hub")),
     "sweep": sweeps, "run name": names, "sweep name": names, "compare name": names, "config": path, "png": path,
     "out": path, "output": path, "cluster": path, "source": path, "storage": folder, "path": folder,
 }  # fmt: skip

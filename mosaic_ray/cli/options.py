@@ -17,7 +17,6 @@ from ..config.presets import ALGORITHMS
 from ..config.resolve import KNOBS
 from ..core.errors import RequestError
 from ..core.text import visible
-from ..tracking.backends import check_trackers
 from .request import parse_address
 
 if TYPE_CHECKING:
@@ -111,7 +110,10 @@ def run_options(*more: str) -> Decorator:
         @functools.wraps(command)
         def call(*args: Any, **options: Any) -> Any:
             own = {name: options[name] for name in names} | {"address": parse_address(options["address"])}
-            own["track"] = check_trackers(own["track"])
+            if own["track"]:
+                from ..tracking.backends import check_trackers
+
+                own["track"] = check_trackers(own["track"])
             if own.get("calibrate") and not own["dry_run"]:
                 raise RequestError("--calibrate: it goes with --dry-run")
             others = {name: value for name, value in options.items() if name not in own}

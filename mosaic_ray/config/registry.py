@@ -167,6 +167,9 @@ METHODS: dict[str, Entry] = {
     "fedavg": Entry("the warm-up and the closing rounds alone", "mosaic_ray.methods.base:NONE"),
 }
 
+#: Trackers of other projects, by name of option, module and extra (``tracking.backends``).
+TRACKERS = ("wandb", "mlflow", "trackio")
+
 #: Statuses of runs. running: its process holds the lease. interrupted: neither that nor a summary. damaged: its files
 #: are not what a run writes.
 STATUSES = ("running", "done", "failed", "stopped", "interrupted", "damaged")

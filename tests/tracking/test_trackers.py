@@ -292,6 +292,10 @@ def test_each_tracker_is_taken_once(memory):
 @pytest.mark.parametrize(
     "content", ["raise ImportError('no\\nway')", "raise SystemExit(3)", "def __getattr__(name): 1 / 0"]
 )
+def test_the_names_that_shells_complete_are_the_trackers():
+    assert tuple(backends.BACKENDS) == TRACKERS
+
+
 @pytest.mark.parametrize("name", list(backends.BACKENDS))
 def test_a_module_that_fails_everywhere_is_warned_of_once(name, content, tmp_path, monkeypatch, capsys):
     for module in [m for m in sys.modules if m.partition(".")[0] == name]:
