@@ -23,6 +23,7 @@ from cli_runner import ask, refusal, refused_by
 from helpers import TINY, interrupted, stripes_dataset
 
 import mosaic_ray as mr
+from mosaic_ray.config.registry import TRACKERS
 from mosaic_ray.config.resolve import flatten, override
 from mosaic_ray.runs import runner
 from mosaic_ray.storage.store import Store
@@ -265,6 +266,10 @@ def test_an_unknown_tracker_is_refused_in_one_line(words, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+def test_the_names_that_shells_complete_are_the_trackers():
+    assert tuple(backends.BACKENDS) == TRACKERS
+
+
 def test_a_tracker_that_is_not_installed_is_refused_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in backends.BACKENDS:
@@ -292,10 +297,6 @@ def test_each_tracker_is_taken_once(memory):
 @pytest.mark.parametrize(
     "content", ["raise ImportError('no\\nway')", "raise SystemExit(3)", "def __getattr__(name): 1 / 0"]
 )
-def test_the_names_that_shells_complete_are_the_trackers():
-    assert tuple(backends.BACKENDS) == TRACKERS
-
-
 @pytest.mark.parametrize("name", list(backends.BACKENDS))
 def test_a_module_that_fails_everywhere_is_warned_of_once(name, content, tmp_path, monkeypatch, capsys):
     for module in [m for m in sys.modules if m.partition(".")[0] == name]:
