@@ -51,6 +51,8 @@ class Method:
     #: What it needs of its clients and where it was published; None: nothing is declared.
     about: About | None = None
     stages: Graph = ()
+    #: Whether the student is the warm-up's model with another head.
+    head_only: bool = False
     #: Whether samples must be images alone.
     images_only: bool = False
     #: The server's work after every round of the warm-up, for methods that distil in each (``AfterRound``), or None.

@@ -39,6 +39,7 @@ class PrototypeHead(Method):
 
     name = "prototype_head"
     about = About(rounds="once, after the warm-up", statistics="prototypes")
+    head_only = True
     stages = (PROTOTYPES, REFIT)
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:

@@ -57,6 +57,8 @@ class StatisticsHead(Method):
     ``after``: the stage whose model gets the head. ``names``: of its two stages; ``role``: of its model.
     """
 
+    head_only = True
+
     def __init__(
         self, name: str, per_class: bool, knobs: type, after: str = "warmup",
         names: tuple[str, str] = ("class_statistics", "distill"), role: str = "distilled",

@@ -313,6 +313,7 @@ def student_of(own: Graph) -> str:
 
 def whole_graph(
     own: Graph,
+    start: str,
     distils_in_rounds: bool = False,
     trials: Graph = (),
     head: Graph = (),
@@ -321,6 +322,7 @@ def whole_graph(
 ) -> Graph:
     """Return all stages of a run, in order: ``own`` are the method's.
 
+    ``start``: the stage at whose model the closing rounds begin.
     ``trials``: stages that choose the weight of rehearsal.
     ``early``: clients rehearse in the warm-up, which needs the generators first; its control needs one without.
     ``head``: stages that make the student's head anew after the closing rounds; the last makes the final model.
@@ -328,11 +330,10 @@ def whole_graph(
     ``further``: stages before the evaluation on which no other depends.
     """
     first: Graph = (PARTITION, METHOD_WARMUP, CONTROL_WARMUP) if distils_in_rounds else (PARTITION, WARMUP)
-    student = student_of(own)
     if early:
         before = tuple(stage for stage in own if stage.name == "generators")
         first = (PARTITION, *before, REHEARSED_WARMUP, CONTROL_WARMUP)
         own = tuple(stage for stage in own if stage.name != "generators")
     control = closing("control", "control", "control_warmup" if distils_in_rounds or early else "warmup")
-    graph = (*first, *own, *trials, closing("finetune", "" if head else "final", student), *head, control, *further)
+    graph = (*first, *own, *trials, closing("finetune", "" if head else "final", start), *head, control, *further)
     return (*graph, _evaluate(graph))

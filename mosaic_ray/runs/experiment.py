@@ -41,6 +41,8 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     # FT. closing federated rounds on real data; the control's are the same rounds without the method
     shared, head = distilled.shared if distilled else None, closing_head(ctx.config)
     start = warmup.with_student(student | warmup.head if head else student)
+    if head and method.head_only:
+        start = warmup.models  # then all such methods and the control share these rounds
     weight = choose_weight(ctx, stages, start, shared)
     closed = close(ctx, stages["finetune"], start, shared, weight)
     final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")

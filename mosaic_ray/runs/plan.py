@@ -36,6 +36,7 @@ def graph_of(config: ExperimentConfig) -> Graph:
     own, head = method.graph(config), closing_head(config)
     trials, in_rounds = choice_stages(config, student_of(own)), method.after_round is not None
     final = head.fit.name if head else "finetune"
+    start = "warmup" if head and method.head_only else student_of(own)
     further = (
         (ceiling(), config.runtime.ceiling),
         (server_student(final), config.model.student),
@@ -43,7 +44,7 @@ def graph_of(config: ExperimentConfig) -> Graph:
         (final_models(final), config.finetune.adapt_steps or len(groups(config)) > 1),
     )
     wanted = tuple(stage for stage, asked in further if asked)
-    return whole_graph(own, in_rounds, trials, head.stages if head else (), wanted, rehearses_early(config))
+    return whole_graph(own, start, in_rounds, trials, head.stages if head else (), wanted, rehearses_early(config))
 
 
 def stage_keys(

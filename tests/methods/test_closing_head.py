@@ -10,10 +10,12 @@ import pytest
 from helpers import TINY, assert_same, stripes_dataset
 from safetensors.numpy import load_file
 
+from mosaic_ray.config.plugins import load
 from mosaic_ray.config.registry import METHODS
 from mosaic_ray.config.resolve import override
 from mosaic_ray.methods.closing_head import CLOSING_HEADS, closing_head
 from mosaic_ray.runs import runner
+from mosaic_ray.storage.store import Store
 
 ON = {"finetune.bn": "exact", "finetune.lr": 0.02, "finetune.num_rounds": 2, "runtime.eval_rounds": 0}
 
@@ -47,6 +49,20 @@ def test_without_closing_rounds_the_head_is_the_one_that_the_method_makes(tmp_pa
     assert both["accuracy"]["final"] == both["accuracy"]["distilled"]
     alone = go(tmp_path, method=head, finetune__num_rounds=0, warmup__bn="exact")
     assert_same(student(both), student(alone))
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if load("methods", name).head_only])
+def test_methods_that_change_the_head_alone_share_the_closing_rounds_of_the_control(tmp_path, method):
+    anew = {"finetune__head": "refit", "warmup__bn": "exact"}
+    plain, other = go(tmp_path, method="fedavg", **anew), go(tmp_path, method=method, **anew)
+    assert other["stages"]["finetune"]["cached"]
+    assert other["stages"]["finetune"]["key"] == other["stages"]["control"]["key"] == plain["stages"]["control"]["key"]
+    assert other["communication"]["measured_over_predicted"] == 1
+    store = Store(str(tmp_path))
+    before, after = (store.get(other["stages"][name]["key"]).load("global") for name in ("warmup", "distill"))
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == {"head.weight", "head.bias"}
+    kept = go(tmp_path, method=method)  # without a new head the rounds begin at the student
+    assert kept["stages"]["finetune"]["key"] != kept["stages"]["control"]["key"]
 
 
 @pytest.mark.parametrize("head", sorted(CLOSING_HEADS))
