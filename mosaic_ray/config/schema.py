@@ -148,7 +148,10 @@ class GeneratorConfig:
     lambda_i: float = knob(10.0, "weight of the inversion loss", low=0.0)
     inversion_scale: float = knob(1e-3, "scale of the inversion sum before lambda_i", low=0.0)
     tau: int = knob(300, "clients with fewer samples than this use the inversion loss", low=0)
-    div_support: str = knob("owned", "classes that diversity spreads over (G8)", choices=("all", "owned"))
+    div_support: str = knob(
+        "owned", "classes that diversity spreads over (G8); shares: the owned ones, as often as the client has them",
+        choices=("all", "owned", "shares"),
+    )  # fmt: skip
     drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
     gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
     conditional: bool = knob(False, "another way to ask for generator.family = cgan")
@@ -243,7 +246,7 @@ class DistillConfig:
     backbone_lr: float = knob(0.0, "Adam learning rate below the head; 0 freezes it", low=0.0)
     samples_per_generator: int = knob(32, "synthetic images per generator and step, on average", low=1, high=1_000_000)
     gen_sampling: str = knob(
-        "quality", "share of each generator in a batch (K4)", choices=("uniform", "proportional", "quality")
+        "quality", "share of each generator in a batch (K4)", choices=("uniform", "proportional", "quality", "covered")
     )
     temperature: float = knob(1.0, "T", above=0.0)
     soft_weight: float = knob(0.8, "alpha: weight of KL, with 1 - alpha on the hard label", low=0.0, high=1.0)

@@ -171,7 +171,8 @@ def train_generator(
     freeze(classifier)
     classifier.train(config.classifier_mode == "train")
     counts = torch.bincount(shard.labels, minlength=facts.num_classes)
-    support = counts > 0 if config.div_support == "owned" else None
+    support = None if config.div_support == "all" else counts > 0
+    shares = counts.float() / counts.sum() if config.div_support == "shares" else None
     inverts = len(shard) < config.tau and config.lambda_i > 0
     lr, betas = config.learning_rate, (config.beta1, config.beta2)
     adam_g = Adam(generator.parameters(), lr=lr, betas=betas)
@@ -208,7 +209,7 @@ def train_generator(
             inversion = block.enter_context(inversion_probe(classifier, bn_targets)) if inverts else None
             block.enter_context(use_precision(precision, device))
             logits = classifier(seen).float()
-        entropy, diversity = entropy_loss(logits), diversity_loss(logits, support)
+        entropy, diversity = entropy_loss(logits), diversity_loss(logits, support, shares)
         loss_g = adversarial_loss(discriminate(fake, asked))
         if asked:
             loss_g = loss_g + config.lambda_e * nn.functional.cross_entropy(logits, asked[0])
@@ -344,14 +345,16 @@ def sampling_shares(config_sampling: str, sizes: np.ndarray, figures: list[dict[
     ``uniform``: equal (the authors). ``proportional``: by n_k. ``quality`` (ours): by sqrt(n_k) x coverage x owned
     mass, so that neither a client with few images nor a collapsed generator dominates. If conditional, label agreement
     replaces coverage x owned mass: it is at most the owned mass, falls with every class that is not shown, and classes
-    with few images hardly change it.
+    with few images hardly change it. ``covered`` (ours): as ``quality``, with the share of the client's images whose
+    classes are shown in the place of coverage, in which a class of one image counts as much as any.
     """
     if config_sampling == "uniform":
         shares: np.ndarray = np.ones(len(sizes))
     elif config_sampling == "proportional":
         shares = sizes.astype(np.float64)
     else:
-        quality = np.array([f.get("label_agreement", f["coverage"] * f["owned_mass"]) for f in figures])
+        shown = "image_coverage" if config_sampling == "covered" else "coverage"
+        quality = np.array([f.get("label_agreement", f[shown] * f["owned_mass"]) for f in figures])
         shares = np.sqrt(sizes) * np.maximum(quality, 1e-3)
     return np.asarray(shares / shares.sum())
 

@@ -34,7 +34,7 @@ def entropy_loss(logits: Tensor) -> Tensor:
     return -(y * (y + 1e-5).log()).sum(1).mean()
 
 
-def diversity_loss(logits: Tensor, support: Tensor | None = None) -> Tensor:
+def diversity_loss(logits: Tensor, support: Tensor | None = None, shares: Tensor | None = None) -> Tensor:
     """L_div: scalar, small when the batch as a whole spreads over the classes.
 
     Without ``support``, DeGAN's sum_c ybar_c log ybar_c, the negative entropy of ybar, in [-log C, 0].
@@ -42,12 +42,15 @@ def diversity_loss(logits: Tensor, support: Tensor | None = None) -> Tensor:
     mass of ybar on the owned classes and r_c = ybar_c / m there, sum_owned r_c log r_c - log m, in [-log |owned|, inf).
     Its one minimum on the simplex is the uniform distribution over the owned classes with no mass outside; with every
     class owned, m = 1 and it is DeGAN's.
+    With ``shares`` (float [C], sum 1, above 0 on the support) as well, KL(r || shares) - log m: its minimum is 0, at
+    ybar = shares. For equal shares it is the loss without them plus log |owned|.
     """
     log_mean = _log_softmax(logits).logsumexp(0) - math.log(len(logits))  # [C]
     owned = log_mean if support is None else log_mean.masked_fill(~support, -math.inf)
     log_mass = owned.logsumexp(0)
     # Outside the support softmax is 0 and the other factor finite: no 0 * inf, in value or gradient (G7).
-    return (owned.softmax(0) * (log_mean - log_mass)).sum() - log_mass
+    target = 0.0 if shares is None else torch.where(shares > 0, shares, 1.0).log()
+    return (owned.softmax(0) * (log_mean - log_mass - target)).sum() - log_mass
 
 
 @contextlib.contextmanager

@@ -136,6 +136,15 @@ def test_k4_shares_of_each_rule():
     np.testing.assert_allclose(sampling_shares("quality", sizes, figures), [10 / 15, 5 / 15])
 
 
+def test_s5_one_image_of_a_class_that_is_not_shown_costs_a_covered_client_next_to_nothing():
+    """One client shows its class of 396 images and none of four classes of one image, the other all of both classes."""
+    one = {"coverage": 0.2, "image_coverage": 0.99, "owned_mass": 1.0}
+    both = {"coverage": 1.0, "image_coverage": 1.0, "owned_mass": 1.0}
+    sizes = np.array([400, 400])
+    np.testing.assert_allclose(sampling_shares("quality", sizes, [one, both]), [0.2 / 1.2, 1 / 1.2])
+    np.testing.assert_allclose(sampling_shares("covered", sizes, [one, both]), [0.99 / 1.99, 1 / 1.99])
+
+
 def test_collapse_and_low_coverage_are_reported_and_a_sound_generator_is_not():
     sound = {"owned_classes": 4.0, "marginal_entropy": 0.9, "coverage": 1.0}
     assert generator_findings(0, sound) == []

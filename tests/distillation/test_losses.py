@@ -93,6 +93,36 @@ def test_g8_owned_range_and_minimum(logits, owned):
     assert diversity_loss(best, support).item() == pytest.approx(floor, abs=1e-6)
 
 
+@given(batches, st.lists(st.integers(0, 50), min_size=C, max_size=C).filter(any))
+@few
+def test_s3_the_clients_shares_are_the_one_minimum(logits, counts):
+    shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+    support, mean = shares > 0, logits.double().softmax(1).mean(0)
+    inside = mean[support].sum()
+    r = mean[support] / inside
+    by_hand = (r * (r.log() - shares[support].log())).sum() - inside.log()
+    torch.testing.assert_close(diversity_loss(logits.double(), support, shares), by_hand)
+    assert by_hand >= -1e-9
+    best = torch.where(support, shares.clamp(min=1e-9).log(), -1e4).expand(B, C)
+    assert diversity_loss(best, support, shares).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_s3_with_equal_shares_only_a_constant_is_added():
+    logits, support = normal(B, C, seed=3), torch.tensor([True, True, False, True, False])
+    shares = support / support.sum()
+    torch.testing.assert_close(
+        diversity_loss(logits, support, shares), diversity_loss(logits, support) + math.log(3), atol=1e-5, rtol=0
+    )
+
+
+def test_s3_the_gradient_pulls_to_the_shares_and_not_to_equal_ones():
+    support, shares = torch.tensor([True, True, False, False, False]), torch.tensor([0.99, 0.01, 0, 0, 0])
+    logits = torch.where(support, 0.0, -20.0).repeat(B, 1).requires_grad_()
+    assert gradient(diversity_loss(logits, support), logits).abs().max() < 1e-6
+    step = logits - gradient(diversity_loss(logits, support, shares), logits)
+    assert step.softmax(1).mean(0)[0] > 0.51
+
+
 def test_g8_mass_outside_the_owned_classes_costs():
     support = torch.tensor([True, True, False, False, False])
     outside = [-20.0, -1.0, 0.0, 5.0, 1e4]
