@@ -107,6 +107,10 @@ STRATEGIES: dict[str, Entry] = {
         "FedAvg, and a personal model at every client (Li, Hu et al. 2021)",
         "mosaic_ray.federated.strategies.ditto:DITTO",
     ),
+    "pmcmfl": Entry(
+        "class prototypes stand in for absent modalities (Bao et al. 2023)",
+        "mosaic_ray.federated.strategies.pmcmfl:PMCMFL",
+    ),
     "local": Entry("no averaging before the end: clients train alone", "mosaic_ray.federated.strategies.local:LOCAL"),
 }
 

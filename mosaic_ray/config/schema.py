@@ -58,8 +58,8 @@ class ModelConfig:
     fusion: str = knob(
         "late",
         "how several modalities are joined: a head for each, the mean of their features, a mean weighted by gates, or "
-        "features side by side with zeros for absent ones",
-        choices=("late", "mean", "gated", "zero_fill"),
+        "features side by side with zeros for absent ones, or with prototypes (federation.strategy = pmcmfl)",
+        choices=("late", "mean", "gated", "zero_fill", "prototypes"),
     )
 
 

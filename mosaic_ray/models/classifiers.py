@@ -80,7 +80,8 @@ def _multimodal(
         raise RequestError(f"model.classifier = {name}: with several modalities it takes one of {known}")
     if image_size < MIN_IMAGE_SIZE:
         raise RequestError(f"data.image_size = {image_size}: classifiers take {MIN_IMAGE_SIZE} pixels or more")
-    trunk, feature_dim = fused(modalities, model.width, model.fusion, partial(CLASSIFIERS[name], model.width))
+    image_trunk = partial(CLASSIFIERS[name], model.width)
+    trunk, feature_dim = fused(modalities, model.width, model.fusion, num_classes, image_trunk)
     return channels_last(Classifier(trunk, nn.Linear(feature_dim, num_classes)))
 
 

@@ -22,9 +22,12 @@ FUSIONS = {
     "gated": "their mean weighted by a gate, a sigmoid of a linear function of each modality's features",
     "late": "a head for each modality; the logits are the mean over the modalities that a sample has",
     "zero_fill": "all features side by side; zeros in the place of absent modalities, which count as there",
+    "prototypes": "all features side by side; a class's prototypes in the place of absent modalities (PmcmFL)",
 }
 #: Fusions that lay features side by side: the head's columns belong to modalities.
 SIDE_BY_SIDE = ("late", "zero_fill")
+#: The entry of a state dict that holds the prototypes, float32 [M, C, d].
+PROTOTYPES = "trunk.prototypes"
 
 #: Channels of a token's embedding.
 EMBEDDING = 32
@@ -87,7 +90,11 @@ class Fusion(nn.Module):
     and a one, all times its share of the modalities that are there, so that the head has a bias for each.
     """
 
-    def __init__(self, modalities: Sequence[Modality], encoders: Sequence[nn.Module], dim: int, fusion: str) -> None:
+    prototypes: Tensor
+
+    def __init__(
+        self, modalities: Sequence[Modality], encoders: Sequence[nn.Module], dim: int, fusion: str, num_classes: int
+    ) -> None:
         super().__init__()
         self.fusion, count = fusion, len(modalities)
         self.encoders, self.present, first = nn.ModuleDict(), nn.ModuleList(), 0
@@ -96,13 +103,37 @@ class Fusion(nn.Module):
             self.encoders[modality.name] = Encoded(encoder, modality, first, number, count, dim, always)
             self.present.append(Present(number - count))
             first += modality.size
+        if fusion == "prototypes":
+            self.register_buffer("prototypes", torch.zeros(count, num_classes, dim))
         self.gates = nn.ModuleDict({m.name: nn.Linear(dim, 1) for m in modalities} if fusion == "gated" else {})
 
+    def encode(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each modality's features [B, d], zeros where absent, and whether it is there, [B, 1] of 0 and 1."""
+        return [encoder(x) for encoder in self.encoders.values()], [present(x) for present in self.present]
+
+    def complete(
+        self, features: Sequence[Tensor], present: Sequence[Tensor], labels: Tensor | None = None
+    ) -> Tensor:
+        """Return features side by side [B, M d], with the prototypes of ``labels`` [B] in place of absent modalities.
+
+        Without labels the class is the one with the nearest prototypes, by the mean of the squared distances in the
+        modalities that a sample has.
+        """
+        if labels is None:
+            far = [
+                there * torch.cdist(found.detach().float(), prototypes).square()
+                for found, there, prototypes in zip(features, present, self.prototypes, strict=True)
+            ]
+            labels = torch.stack(far).sum(0).argmin(1)
+        pairs = zip(features, present, self.prototypes, strict=True)
+        return torch.cat([found + (1 - there) * known[labels] for found, there, known in pairs], 1)
+
     def forward(self, x: Tensor) -> Tensor:
-        features = [encoder(x) for encoder in self.encoders.values()]
+        features, weights = self.encode(x)
         if self.fusion == "zero_fill":
             return torch.cat(features, 1)
-        weights = [present(x) for present in self.present]
+        if self.fusion == "prototypes":
+            return self.complete(features, weights)
         if self.fusion == "gated":
             pairs = zip(self.gates.values(), features, weights, strict=True)
             weights = [gate(found).sigmoid() * weight for gate, found, weight in pairs]
@@ -122,7 +153,11 @@ class Fusion(nn.Module):
 
 
 def fused(
-    modalities: Sequence[Modality], width: int, fusion: str, image_trunk: Callable[[int], tuple[nn.Module, int]]
+    modalities: Sequence[Modality],
+    width: int,
+    fusion: str,
+    num_classes: int,
+    image_trunk: Callable[[int], tuple[nn.Module, int]],
 ) -> tuple[Fusion, int]:
     """Build a trunk for samples of several modalities; returns it and the number of its features.
 
@@ -132,12 +167,14 @@ def fused(
         modalities: the parts of a sample, in the order of its row.
         width: channels of the first layers, as ``model.width``.
         fusion: one of ``FUSIONS``.
+        num_classes: of the prototypes, where the fusion has any.
         image_trunk: builds the trunk for images of so many channels: (trunk, its features).
     """
     dim = 4 * width
     encoders = [_encoder(modality, width, dim, image_trunk) for modality in modalities]
-    found = {"late": (dim + 1) * len(modalities), "zero_fill": dim * len(modalities)}.get(fusion, dim)
-    return Fusion(modalities, encoders, dim, fusion), found
+    joined = dim * len(modalities)
+    found = {"late": joined + len(modalities), "zero_fill": joined, "prototypes": joined}.get(fusion, dim)
+    return Fusion(modalities, encoders, dim, fusion, num_classes), found
 
 
 def _encoder(

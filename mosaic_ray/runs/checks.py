@@ -36,6 +36,11 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
     client_modalities(config, [modality.name for modality in facts.modalities])
     if facts.modalities:
         _check_several(config)
+    elif strategy_named(config.federation.strategy).several_modalities:
+        raise RequestError(
+            f"federation.strategy = {config.federation.strategy}: it is about samples of several modalities, and those "
+            f"of {config.data.name} have one; see docs/howto/modalities.md"
+        )
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
     if trains_generators(config):
@@ -51,7 +56,13 @@ def _check_several(config: ExperimentConfig) -> None:
             f"method = {config.method}: it draws images alone, and samples of {config.data.name} have several "
             "modalities; take mosaic, lda_head, ccvr, prototype_head or fedavg"
         )
-    if config.model.fusion in SIDE_BY_SIDE and any_partial_width(config):
+    several = strategy_named(config.federation.strategy).several_modalities
+    if config.model.fusion == "prototypes" and not several:
+        raise RequestError(
+            f"federation.strategy = {config.federation.strategy}: model.fusion = prototypes needs a strategy that "
+            "makes them; take pmcmfl"
+        )
+    if config.model.fusion in (*SIDE_BY_SIDE, "prototypes") and any_partial_width(config):
         raise RequestError(
             f"model.fusion = {config.model.fusion}: features side by side cannot be cut to federation.widths; take "
             "mean or gated"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TINY, assert_same, interrupted
+from helpers import TINY, assert_same, interrupted, stripes_dataset
 from safetensors.numpy import load_file
 
 from mosaic_ray.config.resolve import override
@@ -99,6 +99,7 @@ def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
             "model.fusion": "mean",
         },
         {"federation.strategy": "fedprox", "warmup.modality_dropout": 0.5},
+        {"federation.strategy": "pmcmfl", "model.fusion": "prototypes", "method": "lda_head"},
         {"algorithm": "distilled", "generator.family": "cvae", "method": "mosaic"},
         REHEARSAL | {"rehearsal.modalities": "single", "rehearsal.weight": 0.0, "rehearsal.candidates": (1.0,)},
         REHEARSAL | {"rehearsal.begins": "warmup", "generator.stage": "before"},
@@ -121,10 +122,35 @@ def test_an_interrupted_run_ends_with_the_same_numbers(tmp_path: Path) -> None:
     assert_same(student(resumed), student(whole))
 
 
+PMCMFL = {
+    "method": "fedavg", "federation.strategy": "pmcmfl", "model.fusion": "prototypes", "partition.modalities": SOME,
+    "pmcmfl.mu": 0.1,
+}  # fmt: skip
+
+
+def test_pmcmfl_makes_prototypes_goes_on_with_them_and_sends_what_is_predicted(tmp_path: Path) -> None:
+    whole = go(tmp_path / "whole", PMCMFL)
+    assert whole["communication"]["measured_over_predicted"] == 1
+    prototypes = student(whole)["trunk.prototypes"]
+    assert prototypes.shape == (3, 4, 16) and (np.abs(prototypes).sum(2) > 0).all()
+    with interrupted(2, "local"):
+        go(tmp_path / "cut", PMCMFL | {"warmup.checkpoint_rounds": 1})
+    resumed = go(tmp_path / "cut", PMCMFL | {"warmup.checkpoint_rounds": 1})
+    assert_same(student(resumed), student(whole))
+
+
+def test_pmcmfl_is_about_several_modalities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    monkeypatch.setattr("mosaic_ray.data.load.known_facts", lambda config: stripes_dataset().facts)
+    with pytest.raises(RequestError, match="samples of several modalities"):
+        go(tmp_path, PMCMFL | {"partition.modalities": ()})
+
+
 @pytest.mark.ray
-def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up) -> None:
-    serial = go(tmp_path / "serial", REHEARSAL)
-    ray = go(tmp_path / "ray", REHEARSAL | {"runtime.host": "ray"}, address="auto")
+@pytest.mark.parametrize("knobs", [REHEARSAL, PMCMFL], ids=["rehearsal", "pmcmfl"])
+def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up, knobs: dict) -> None:
+    serial = go(tmp_path / "serial", knobs)
+    ray = go(tmp_path / "ray", knobs | {"runtime.host": "ray"}, address="auto")
     assert serial["accuracy"] == ray["accuracy"]
     assert_same(student(serial), student(ray))
 
@@ -139,6 +165,7 @@ def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up) -> None:
         ({"partition.modalities": ("image+sound",)}, "sound"),
         ({"partition.modalities": ("image", "text")}, "no client holds v"),
         ({"federation.widths": (0.5,), "model.fusion": "late", "federation.strategy": "fedrolex"}, "cannot be cut"),
+        ({"model.fusion": "prototypes"}, "take pmcmfl"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, knobs: dict, says: str) -> None:

@@ -45,6 +45,8 @@ class Strategy:
     whole_models: bool = False
     #: Whether clients may lack modalities of the data.
     partial_modalities: bool = True
+    #: Whether samples must have several modalities.
+    several_modalities: bool = False
     #: Whether models travel in every round; else down in the first one and up in the last.
     every_round: bool = True
     #: Whether clients have models of their own, which ``personal`` returns and a run evaluates after the warm-up.
@@ -126,6 +128,7 @@ class Combined(Strategy):
         self.partial_widths = any(part.partial_widths for part in parts) and not self.whole_models
         self.every_round = all(part.every_round for part in parts)
         self.partial_modalities = all(part.partial_modalities for part in parts)
+        self.several_modalities = any(part.several_modalities for part in parts)
         self.personal_models = any(part.personal_models for part in parts)
         self._parts = parts
         for choice in _CHOICES:
