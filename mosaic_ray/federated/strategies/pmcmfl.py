@@ -143,7 +143,7 @@ class Pmcmfl(Strategy):
         statistics="sums of features by modality and class, in every round",
         papers=(Paper(
             "bao2023multimodal", "Multimodal Federated Learning with Missing Modality via Prototype Mask and Contrast",
-            "arXiv", 2023, "Guangyin Bao and others",
+            "", 2023, "Guangyin Bao and others",
             arxiv="2312.13508",
         ),),
     )  # fmt: skip
