@@ -78,7 +78,8 @@ FIXED: dict[str, Any] = {
     "finetune.lr": 0.02,
     "finetune.bn": "exact",
     "finetune.head": "refit",
-    "rehearsal.candidates": (0.3, 1.0),
+    "rehearsal.candidates": (1.0,),
+    "rehearsal.trial_rounds": 10,
 }
 
 ALGORITHMS: dict[str, tuple[dict[str, Any], str]] = {
