@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core.types import Prototypes, Weights
-from ..models.optimizers import Adam
 from ..models.state_dict import head_of
 from .prototypes import prototype_weights
 
 FIT_STEPS, FIT_LR, PATIENCE = 1000, 1e-2, 200
-
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8  # of Adam
 
 #: A trained state replaces its start only if its loss is lower by so many standard errors of the difference. Held-out
 #: centroids are few, and easier than images, so that a more confident state often has a slightly lower loss by chance.
@@ -47,17 +47,29 @@ def scores(logits: Tensor, prototypes: Prototypes) -> tuple[float, float]:
 
 
 def descent(prototypes: Prototypes, start: tuple[np.ndarray, np.ndarray], weighting: str) -> Iterator[list[Tensor]]:
-    """Yield the head (V [C, d], b [C]) before each step of full-batch Adam on the weighted cross-entropy."""
+    """Yield the head (V [C, d], b [C]) before each step of full-batch Adam on the weighted cross-entropy.
+
+    Gradient and step are written out, with the bits of autograd and ``torch.optim.Adam``: those take four times as long
+    for so few numbers. The tensors that are yielded change in the next step.
+    """
     vectors, labels = torch.tensor(prototypes.vectors), torch.tensor(prototypes.labels)
     weights = torch.tensor(prototype_weights(prototypes, weighting))
-    head = [torch.tensor(part, requires_grad=True) for part in start]
-    optimiser = Adam(head, lr=FIT_LR)
-    while True:
-        yield [part.detach() for part in head]
-        optimiser.zero_grad()
-        losses = nn.functional.cross_entropy(vectors @ head[0].T + head[1], labels, reduction="none")
-        (weights * losses).mean().backward()
-        optimiser.step()
+    head = [torch.tensor(part) for part in start]
+    means, squares = ([torch.zeros_like(part) for part in head] for _ in range(2))
+    shares = weights * (torch.ones(()) / len(labels))
+    # the gradient by the log-probabilities [P, C]
+    by_log = torch.zeros(len(labels), len(head[1])).scatter_(1, labels[:, None], -shares[:, None])
+    for step in count(1):
+        yield head
+        logs = (vectors @ head[0].T + head[1]).log_softmax(1)
+        by_logits = torch.ops.aten._log_softmax_backward_data(by_log, logs, 1, logs.dtype)
+        corrections = 1 - BETA1**step, math.sqrt(1 - BETA2**step)
+        for part, mean, square, slope in zip(
+            head, means, squares, (by_logits.T @ vectors, by_logits.sum(0)), strict=True
+        ):
+            mean.lerp_(slope, 1 - BETA1)
+            square.mul_(BETA2).addcmul_(slope, slope, value=1 - BETA2)
+            part.addcdiv_(mean, (square.sqrt() / corrections[1]).add_(EPS), value=-FIT_LR / corrections[0])
 
 
 def fit_head(
