@@ -300,4 +300,5 @@ def write(folder: Path, files: Mapping[str, str | bytes]) -> None:
 if __name__ == "__main__":
     write(DOCS / "reference", {"knobs.md": knobs_page(), "commands.md": commands_page()} | dict(code_pages()))
     write(DOCS / "notebooks", dict(notebook_pages()))
-    make_gallery(again="--gallery" in sys.argv[1:])
+    if "--without-gallery" not in sys.argv[1:]:
+        make_gallery(again="--gallery" in sys.argv[1:])

@@ -57,8 +57,8 @@ def train_together(
         models: K networks with equally large weights, without dropout; a user's network may not be what ``vmap`` takes.
         shards: images of one modality.
         addresses: (seed, phase, round, client) of each client.
+        plan: the same for all clients, as ``facts``, ``precision``, ``masked`` and ``progress``, all as there.
         rehearsed: synthetic images of each client, or None; empty: none.
-        masked, progress: as in ``train_locally``.
     """
     together = _Together(models, shards, plan, facts, addresses, precision, masked, rehearsed or [None] * len(models))
     for step, drawn in enumerate(zip_longest(*together.rows), 1):
