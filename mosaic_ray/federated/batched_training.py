@@ -57,14 +57,14 @@ def train_together(
         models: K networks with equally large weights, without dropout; a user's network may not be what ``vmap`` takes.
         shards: images of one modality.
         addresses: (seed, phase, round, client) of each client.
-        plan: the same for all clients, as ``facts``, ``precision``, ``masked`` and ``progress``, all as there.
+        plan: the same for all clients, as ``facts``, ``precision`` and ``masked``; see ``train_locally``.
         rehearsed: synthetic images of each client, or None; empty: none.
     """
     together = _Together(models, shards, plan, facts, addresses, precision, masked, rehearsed or [None] * len(models))
     for step, drawn in enumerate(zip_longest(*together.rows), 1):
         alike: dict[tuple[int, int], list[_Drawn]] = defaultdict(list)
         for place, rows in enumerate(drawn):
-            if rows is not None:  # this client takes fewer steps
+            if rows is not None:  # else it has taken all of its steps
                 alike[rows.sizes].append((place, rows))
         for clients in alike.values():
             together.step(clients)
