@@ -137,6 +137,9 @@ STAGES = {
         (dry("federation.strategy=local", "federation.cohort_size=2"), ["cohort_size = 2", "local"]),
         ([*dry("federation.strategy=local"), "--method", "fedftg"], ["method fedftg", "local has none"]),
     ],
+    "federated/strategies/pmcmfl.py:Pmcmfl.check": [
+        (dry("federation.strategy=pmcmfl"), ["model.fusion = late", "--set model.fusion=prototypes"])
+    ],
     "federated/strategies/scaffold.py:Scaffold.check": [
         (dry("federation.strategy=scaffold", "warmup.momentum=0.9"), ["warmup.momentum = 0.9"]),
         (

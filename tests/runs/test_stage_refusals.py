@@ -31,7 +31,7 @@ NOT_OF_REQUESTS = {
     "federated/aggregation.py:PartialAverage.add": "a caller's mistake",
     "federated/aggregation.py:_checked": "a caller's mistake",
     "federated/aggregation.py:_check_names": "a caller's mistake",
-    "federated/client.py:TrainTask.run": "divergence",
+    "federated/client.py:TrainTask._update": "divergence",
     "federated/static_batch_norm.py:with_statistics": "a caller's mistake",
     "federated/strategies/base.py:Strategy.channel_indices": "a plug-in that lacks a function",
     "federated/communication.py:Tally.__init__": "a damaged stored result, which is computed again",
