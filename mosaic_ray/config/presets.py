@@ -231,7 +231,8 @@ _DEMO = Scale(
         "generator.latent_dim": 32,
         "runtime.eval_rounds": 1,
     },
-    {"fixed": {"finetune.num_rounds": 5}},  # digits are learnt to the end in more
+    # digits are learnt to the end in more rounds, and a trial is no longer than the closing rounds
+    {"fixed": {"finetune.num_rounds": 5, "rehearsal.trial_rounds": 5}},
 )
 
 
