@@ -376,13 +376,13 @@ def many_clients(bench: Bench) -> Iterator[Row]:
     """Many clients with small networks in one process: each by itself, and with their weights stacked."""
     knobs = {"model.classifier": "cnn"} | ({} if bench.pretend else {"model.width": 16})
     small, count = Bench(bench.pretend, knobs), 2 if bench.pretend else MANY
-    alone = small.of_clients(count, 1)
-    for together in (2,) if bench.pretend else (8, 32, MANY):
-        one, many = small.in_turn(alone, small.of_clients(count, together), repeats=1 if bench.pretend else 3)
-        if together in (2, 8):
-            yield Row("many clients", f"{count} clients (cnn, width 16), each by itself", count / one, "clients/s")
-        what = f"the same with runtime.clients_per_batch={together}"
-        yield Row("many clients", what, count / many, "clients/s", one / many, "each by itself")
+    sizes = (1, 2) if bench.pretend else (1, 8, 32, MANY)
+    one, *many = small.in_turn(*(small.of_clients(count, size) for size in sizes), repeats=1 if bench.pretend else 3)
+    width = small.config.model.width
+    yield Row("many clients", f"{count} clients (cnn, width {width}), each by itself", count / one, "clients/s")
+    for size, seconds in zip(sizes[1:], many, strict=True):
+        what = f"the same with runtime.clients_per_batch={size}"
+        yield Row("many clients", what, count / seconds, "clients/s", one / seconds, "each by itself")
 
 
 def generator(bench: Bench) -> Iterator[Row]:

@@ -138,7 +138,11 @@ STAGES = {
         ([*dry("federation.strategy=local"), "--method", "fedftg"], ["method fedftg", "local has none"]),
     ],
     "federated/strategies/pmcmfl.py:Pmcmfl.check": [
-        (dry("federation.strategy=pmcmfl"), ["model.fusion = late", "--set model.fusion=prototypes"])
+        (dry("federation.strategy=pmcmfl"), ["model.fusion = late", "--set model.fusion=prototypes"]),
+        (
+            dry("federation.strategy=pmcmfl", "model.fusion=prototypes", "warmup.loss=adjusted"),
+            ["warmup.loss = adjusted", "take ce, and false"],
+        ),
     ],
     "federated/strategies/scaffold.py:Scaffold.check": [
         (dry("federation.strategy=scaffold", "warmup.momentum=0.9"), ["warmup.momentum = 0.9"]),

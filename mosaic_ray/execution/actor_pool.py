@@ -305,7 +305,9 @@ class ClientMap:
         self._pool.mark_down(actor)
         with contextlib.suppress(Exception):  # it may have died meanwhile
             ray.kill(actor, no_restart=False)  # by SIGKILL after some seconds, which ends a stopped process, too
-        if not behind and len(clients) == 1:
+        if not behind and len(clients) > 1:
+            self._pool.say(f"a client actor gave no sign of life for {seconds:.0f} s; its clients are tried one by one")
+        elif not behind:
             hangs = self._hangs[clients[0]] = self._hangs.get(clients[0], 0) + 1
             self._events.hung(clients[0], seconds)
             if hangs >= self._max_failures:

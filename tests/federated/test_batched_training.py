@@ -184,7 +184,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path, monkeypatch):
     same_results(resumed, whole)
 
 
-class Tasks(TrainTask):
+class Diverging(TrainTask):
     """Local training in which client 1 diverges."""
 
     def run_batch(self, context, shards, clients, broadcast, owns):
@@ -228,7 +228,7 @@ def test_results_come_in_client_order_whatever_the_batches(tmp_path):
 
 
 def test_a_client_that_fails_fails_alone(tmp_path):
-    found, failed = mapped(tmp_path, Tasks("local", 0, PLAN))
+    found, failed = mapped(tmp_path, Diverging("local", 0, PLAN))
     assert [client for client, _ in found] == [0, 2, 3, 4]
     assert list(failed.rounds) == [1]
     for client, weights in mapped(tmp_path, TRAIN)[0]:

@@ -158,6 +158,15 @@ class Pmcmfl(Strategy):
                 f"model.fusion = {config.model.fusion}: pmcmfl fills absent modalities with prototypes; "
                 "--set model.fusion=prototypes"
             )
+        masked = config.federation.masked
+        if config.warmup.loss != "ce" or masked:
+            raise RequestError(
+                f"warmup.loss = {config.warmup.loss}, federation.masked = {str(masked).lower()}: pmcmfl computes the "
+                "logits of its loss itself; take ce, and false"
+            )
+
+    def adjust_logits(self, start: LocalStart) -> None:
+        """Return None; set here so that a strategy that adjusts logits, which the loss would not see, is refused."""
 
     def objective(self, start: LocalStart) -> Objective:
         return PrototypeObjective(section_of(start.config, self.name, PmcmflKnobs), start.facts.num_classes)

@@ -143,6 +143,17 @@ def test_the_server_takes_means_over_all_samples_and_keeps_what_nobody_has():
     assert (found[untouched] == 7).all() and found.dtype == np.float32
 
 
+def test_what_its_loss_would_not_see_is_refused():
+    fits = {"federation.strategy": "pmcmfl", "model.fusion": "prototypes"}
+    check(override(TINY, fits))
+    for knobs in ({"warmup.loss": "adjusted"}, {"federation.masked": True}):
+        with pytest.raises(RequestError, match="take ce, and false"):
+            check(override(TINY, fits | knobs))
+    for other in ("fedrs", "fedlc"):
+        with pytest.raises(RequestError, match="both set adjust_logits"):
+            check(override(TINY, fits | {"federation.strategy": f"pmcmfl+{other}"}))
+
+
 def test_another_fusion_is_refused():
     with pytest.raises(RequestError, match=r"--set model\.fusion=prototypes"):
         check(override(TINY, {"federation.strategy": "pmcmfl"}))
