@@ -111,6 +111,17 @@ def sums_of(modality: Modality, values: np.ndarray) -> np.ndarray:
     return np.stack([np.full(modality.size, float(len(values))), wide.sum(0), np.square(wide).sum(0)])
 
 
+def mean_and_scale(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return means and standard deviations, float64 [d] each, of ``sums`` [3, d] as ``sums_of`` gives them.
+
+    The deviation of a value that never varies is infinite, so that dividing by it gives 0.
+    """
+    count, total, squares = sums
+    mean = total / np.maximum(count, 1)
+    spread = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+    return mean, np.where(spread > 1e-6 * (np.abs(mean) + 1e-12), spread, np.inf)
+
+
 def standardise(
     modalities: Sequence[Modality], records: np.ndarray, sums: Mapping[str, np.ndarray]
 ) -> np.ndarray:
@@ -121,9 +132,6 @@ def standardise(
     values = unpack(modalities, records)
     for modality in modalities:
         if modality.kind == "vector":
-            count, total, squares = sums[modality.name]
-            mean = total / np.maximum(count, 1)
-            spread = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
-            scale = np.where(spread > 1e-6 * (np.abs(mean) + 1e-12), spread, np.inf)
+            mean, scale = mean_and_scale(sums[modality.name])
             values[modality.name] = ((values[modality.name] - mean) / scale).astype(np.float32)
     return pack(modalities, values, present_in(modalities, records))

@@ -13,7 +13,7 @@ from ..core.errors import RequestError
 from ..core.health import partition_findings
 from ..core.types import DataFacts, Dataset, ImageSet
 from ..data.partition import label_counts, partition, split_validation
-from ..data.records import in_subsets, present_in, restrict, standardise, subsets, sums_of, unpack
+from ..data.records import in_subsets, mean_and_scale, present_in, restrict, standardise, subsets, sums_of, unpack
 from ..federated.client_models import Federation
 from ..federated.communication import Entries, Tally, size_of, size_of_entries
 from ..storage.store import StageWriter
@@ -127,6 +127,20 @@ def as_held(data: Dataset, rows: Sequence[np.ndarray], masks: np.ndarray, sums: 
     test = in_subsets(modalities, standardise(modalities, data.test.images, sums))
     labels = np.tile(data.test.labels, len(subsets(len(modalities))))
     return replace(data, train=ImageSet(train, data.train.labels), test=ImageSet(test, labels))
+
+
+def standardisation(ctx: RunContext) -> dict[str, dict[str, list[float]]]:
+    """Return by which means and standard deviations vectors are standardised: by modality ``mean`` and ``scale``, [d].
+
+    A scale of 0 stands for a value that never varies, which becomes 0. Empty where samples have no vectors.
+    """
+    vectors = [modality.name for modality in ctx.dataset.facts.modalities if modality.kind == "vector"]
+    sums = ctx.results[PARTITION.name].load(SUMS) if vectors else {}
+    found = {name: mean_and_scale(sums[name]) for name in vectors}
+    return {
+        name: {"mean": mean.tolist(), "scale": np.where(np.isinf(scale), 0, scale).tolist()}
+        for name, (mean, scale) in found.items()
+    }
 
 
 def statistics_messages(federation: Federation, counts: np.ndarray, tally: Tally) -> None:

@@ -24,7 +24,7 @@ from ..core.errors import RequestError, RunError
 from ..core.health import device_findings
 from ..core.serialization import from_json
 from ..core.text import visible
-from ..core.types import Dataset, Finding, Weights
+from ..core.types import DataFacts, Dataset, Finding, Weights
 from ..core.untrusted import kind_of
 from ..storage.filesystem import write_whole
 from ..storage.hashing import plain, request_name
@@ -171,19 +171,31 @@ def load_data(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, Dataset]:
     ``RequestError`` where a network cannot take its images: before any is read, if their size is known by then.
     """
     from ..data.groups import with_groups
-    from ..data.load import known_facts, load_dataset
+    from ..data.load import load_dataset
     from .checks import check_models
 
-    known = {config.data: known_facts(config.data) for config in configs}
-    for config in configs:
-        if (facts := known[config.data]) is not None:
-            check_models(config, facts)
+    known = check_known(configs)
     sections = {data: [config.partition for config in configs if config.data == data] for data in known}
     datasets = {data: with_groups(load_dataset(data), sections[data]) for data in known}
     for config in configs:
         if known[config.data] is None:
             check_models(config, datasets[config.data].facts)
     return datasets
+
+
+def check_known(configs: Sequence[ExperimentConfig]) -> dict[DataConfig, DataFacts | None]:
+    """Return the facts of the data sets that experiments read, None where these are not known before the data are read.
+
+    ``RequestError`` where a network cannot take images that are known.
+    """
+    from ..data.load import known_facts
+    from .checks import check_models
+
+    known = {config.data: known_facts(config.data) for config in configs}
+    for config in configs:
+        if (facts := known[config.data]) is not None:
+            check_models(config, facts)
+    return known
 
 
 @contextlib.contextmanager
@@ -253,6 +265,7 @@ def execute(
     from safetensors.numpy import save
 
     from ..execution.malloc import keep_freed
+    from ..pipeline.partition import standardisation
     from ..tracking.tensorboard_images import TensorBoardImages
     from ..tracking.tracker import Tracker
     from .experiment import run_experiment
@@ -263,7 +276,7 @@ def execute(
     log: dict[str, dict[str, Any]] = {}
     findings: list[Finding] = []
 
-    def compute() -> tuple[dict[str, Any], Weights]:
+    def compute() -> tuple[dict[str, Any], Weights, dict[str, Any]]:
         log.clear()
         findings.clear()
         with (
@@ -286,8 +299,9 @@ def execute(
             tracker.before_stage = boards.catch_up
             results = run_experiment(ctx)
             boards.catch_up()
+            standard = standardisation(ctx)
         student = results.pop("student")
-        return build_summary(config, ctx, results).to_json(), student
+        return build_summary(config, ctx, results).to_json(), student, standard
 
     def complain(text: str) -> None:
         with open(folder / "log.txt", "a", encoding="utf-8") if log_file else nullcontext(sys.stderr) as stream:
@@ -303,13 +317,14 @@ def execute(
         if command:
             write_whole(folder / "command.txt", (shlex.join(command) + "\n").encode())
         with reports:
-            summary, student = with_repairs(store, compute)
+            summary, student, standard = with_repairs(store, compute)
             reports.table("final", *final_table(summary))
         summary["paths"] = {"run": store.where(place), "tensorboard": store.where(f"{place}/tensorboard")}
         if finish:
             finish(folder, summary)
         counts = {"label_counts": summary["label_counts"], "class_names": list(dataset.class_names)}
         counts["data"] = dataset.facts.to_json()
+        counts |= {"standardisation": standard} if standard else {}
         write_whole(folder / "label_counts.json", json.dumps(counts).encode())
         write_whole(folder / "student.safetensors", save(student))
         write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())

@@ -206,7 +206,7 @@ def dry_run(
     from ..runs.earlier import read_earlier
     from ..runs.estimate import gpus_held
     from ..runs.plan import unique_work
-    from ..runs.runner import check_name, estimate_devices
+    from ..runs.runner import check_known, check_name, estimate_devices
 
     check_name(name, "sweeps")
     nodes = available_nodes(address)
@@ -214,6 +214,7 @@ def dry_run(
     there = estimate_devices(sweep.configs, _shared(of_nodes(nodes, address), sweep))
     sweep = prepare(request, there=there)
     resources = resources_of(sweep, nodes, storage)
+    check_known(sweep.configs)
     lines = resources.lines()
     if line := describe(settle(request.config, there), there):
         lines.insert(0, line)

@@ -8,41 +8,16 @@ import numpy as np
 import pytest
 from helpers import TINY, assert_same, interrupted, stripes_dataset
 from safetensors.numpy import load_file
+from signs import FACTS, REHEARSAL, SOME, signs_dataset
 
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
-from mosaic_ray.core.types import DataFacts, Dataset, ImageSet, Modality
-from mosaic_ray.data.records import pack
 from mosaic_ray.runs import runner
-
-MODALITIES = (Modality("image", "image", (1, 8, 8)), Modality("text", "text", (6,), 9), Modality("v", "vector", (4,)))
-FACTS = DataFacts("signs", 4, 1, 8, (0.4,), (0.3,), modalities=MODALITIES)
-NAMES = ("image", "text", "v")
-SOME = ("image+text", "text+v", "image+v")
-
-REHEARSAL = {
-    "method": "mosaic", "algorithm": "fixed", "generator.family": "cvae", "distill.steps": 0, "warmup.bn": "exact",
-    "finetune.bn": "exact", "finetune.head": "refit", "rehearsal.weight": 1.0, "partition.modalities": SOME,
-}  # fmt: skip
-
-
-def signs(count: int, seed: int) -> ImageSet:
-    """Return samples whose class is 2 x (bright image) + (word of the text); the vector is noise around the class."""
-    draws = np.random.default_rng(seed)
-    bright, word = draws.integers(0, 2, (2, count))
-    labels = 2 * bright + word
-    values = {
-        "image": draws.integers(0, 128, (count, 1, 8, 8)) + 127 * bright[:, None, None, None],
-        "text": np.where(np.arange(6) < 4, 1 + draws.integers(0, 3, (count, 6)) + 4 * word[:, None], 0),
-        "v": draws.normal(size=(count, 4)) * 3 + labels[:, None] * 0.5 + 7,
-    }
-    return ImageSet(pack(MODALITIES, values, np.ones((count, 3), bool)), labels.astype(np.int64))
 
 
 @pytest.fixture(autouse=True)
 def signs_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Dataset(FACTS, signs(240, 0), signs(80, 1), ("ww", "wb", "bw", "bb"), "signs")
-    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: data)
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: signs_dataset())
     monkeypatch.setattr("mosaic_ray.data.load.known_facts", lambda config: FACTS)
 
 
