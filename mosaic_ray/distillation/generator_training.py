@@ -36,6 +36,8 @@ from ..models.optimizers import Adam
 from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, uninitialised, use_precision
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
+AnyGenerator = Generator | MultimodalGenerator
+
 NUM_SAMPLES = 64  # sample images that are stored
 NUM_EVALUATED = 512  # images for the health figures, at least
 NUM_EVALUATED_PER_CLASS = 16  # the same per class that the client owns
@@ -75,7 +77,7 @@ def num_steps(config: GeneratorConfig, num_samples: int) -> int:
     return config.epochs * max(1, -(-num_samples // config.batch_size)) if config.epochs else config.steps
 
 
-def latents(generator: Generator, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
+def latents(generator: AnyGenerator, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
     """Draw z ~ N(0, I) [count, latent_dim] on the CPU, so that all devices get the same numbers."""
     return torch.randn(count, generator.latent_dim, generator=draws).to(device)
 
@@ -85,7 +87,7 @@ def label_cdf(labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(labels, minlength=num_classes).cumsum(0).double() / len(labels)
 
 
-def draw(generator: Generator, count: int, draws: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
+def draw(generator: AnyGenerator, count: int, draws: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
     """Draw the generator's inputs: (latents,), or (latents, labels int64 [count]) if it is conditional.
 
     Labels are a systematic sample of its label distribution in random order: the count of each class differs from its

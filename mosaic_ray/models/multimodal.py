@@ -37,7 +37,8 @@ class Encoded(nn.Module):
     """Computes the features of one modality: rows [B, D + M] to [B, d], zeros for rows that do not have it.
 
     ``first``, ``number``: where its values begin in a row, and its place in the mask. ``always``: rows without it are
-    encoded, too, as zeros.
+    encoded, too, as zeros. ``masked``, in eval mode alone: all rows are encoded, and the features of those without it
+    set to zero, so that no shape depends on the data, as files for others need it.
     """
 
     def __init__(
@@ -47,12 +48,15 @@ class Encoded(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.modality, self.first, self.place = modality, first, number - count
-        self.feature_dim, self.always = feature_dim, always
+        self.feature_dim, self.always, self.masked = feature_dim, always, False
 
     def forward(self, x: Tensor) -> Tensor:
         values = x[:, self.first : self.first + self.modality.size].reshape(-1, *self.modality.shape)
         if self.always or x.is_meta:
             return self.encoder(values)
+        if self.masked:
+            features: Tensor = self.encoder(values)
+            return features * x[:, self.place, None]
         present = x[:, self.place] > 0
         if bool(present.all()):
             return self.encoder(values)
@@ -121,7 +125,7 @@ class Fusion(nn.Module):
         """
         if labels is None:
             far = [
-                there * torch.cdist(found.detach().float(), prototypes).square()
+                there * _squared_distances(found.detach().float(), prototypes)
                 for found, there, prototypes in zip(features, present, self.prototypes, strict=True)
             ]
             labels = torch.stack(far).sum(0).argmin(1)
@@ -150,6 +154,11 @@ class Fusion(nn.Module):
         for found, weight in zip(features[1:], weights[1:], strict=True):
             fused = fused + found * weight
         return fused / total
+
+
+def _squared_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Return squared distances [B, C] of ``rows`` [B, d] and ``others`` [C, d]; torch.cdist cannot go into ONNX."""
+    return rows.square().sum(1, keepdim=True) - 2 * rows @ others.T + others.square().sum(1)
 
 
 def fused(

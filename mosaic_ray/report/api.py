@@ -19,9 +19,9 @@ from .text import ROLE_NAMES, percent, points
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .models import ImageClassifier, ImageGenerator
+    from .models import ImageClassifier, ImageGenerator, SampleClassifier, SampleGenerator
 
-    Module: TypeAlias = ImageClassifier | ImageGenerator
+    Module: TypeAlias = ImageClassifier | ImageGenerator | SampleClassifier | SampleGenerator
 
 
 class Run(RunReport):
@@ -39,7 +39,9 @@ class Run(RunReport):
         ``run.model()`` is the final one, ``run.model("initial")`` that of another role, ``run.model(client=3)`` a
         client's own after the warm-up, ``run.model(generator=3)`` a client's generator; ``client:3`` and
         ``generator:3`` name the same. Classifiers map images [N, C, H, W], uint8 or floats in [0, 1], to logits;
-        generators map latents, or how many, to images. A network of your own is imported by its name.
+        generators map latents, or how many, to images. Samples of several modalities are mappings by name of modality:
+        a classifier takes one, ``model({"image": images})``, with what is absent left out; a generator returns one. A
+        network of your own is imported by its name.
 
         Raises:
             RequestError: where the run lacks this model; it names those that there are.

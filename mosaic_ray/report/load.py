@@ -8,10 +8,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from ..config.plugins import load_named
 from ..config.resolve import KNOBS, dotted, override, read_toml
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError, RunError
+from ..core.serialization import from_json
 from ..core.text import visible
 from ..core.types import DataFacts, Weights
 from ..core.units import size
@@ -35,6 +36,10 @@ from .sweep_table import best_sections
 from .text import duration, labels_of, points
 
 _METRIC: dict[str, Any] = {"stage": str, "tag": str, "step": int, "value": (int, float, type(None))}
+_Number = Annotated[float, (-1e300, 1e300)]
+
+#: By vector: ``mean`` and ``scale``, a number for each value; scale 0 where it never varies.
+Standardisation = dict[str, dict[str, list[float]]]
 
 
 class NotAvailable(LookupError):
@@ -48,7 +53,7 @@ class RunReport:
     ``summary`` is the content of summary.json (empty before there is one), ``config`` the knobs by section, ``metrics``
     a frame [stage, tag, step, value], ``label_counts`` int64 [clients, classes] or None, ``command`` the command line.
     ``class_names`` [classes] are there where they are more than numbers. ``facts``: shape and constants of the images;
-    None in runs of earlier versions.
+    None in runs of earlier versions. ``standardisation``: by vector, ``pipeline.partition.standardisation``.
     Methods read the store when they are called and raise ``NotAvailable`` with the reason where a result is missing.
     """
 
@@ -61,6 +66,7 @@ class RunReport:
     store: Store | None
     class_names: tuple[str, ...] = ()
     facts: DataFacts | None = None
+    standardisation: Standardisation = field(default_factory=dict)
 
     def __repr__(self) -> str:
         reached = {role: value for role, value in (self.summary.accuracy or {}).items() if value is not None}
@@ -313,11 +319,11 @@ def read_run(path: str | Path) -> RunReport:
     toml = folder / "config.toml"
     config = summary.config or (read_toml(toml) if toml.is_file() else {})
     above = next((above for above in list(folder.parents)[:4] if (above / OBJECTS).is_dir()), None)
-    counts = _label_counts(folder, summary)
+    counts, facts = _label_counts(folder, summary), _facts(folder)
     return RunReport(
         folder, summary, config, _metrics(folder / "metrics.jsonl"), counts, read_text(folder / "command.txt"),
         Store(above, create=False) if above else None, () if counts is None else _class_names(folder, counts.shape[1]),
-        _facts(folder),
+        facts, _standardisation(folder, facts) if facts else {},
     )  # fmt: skip
 
 
@@ -416,3 +422,25 @@ def _facts(folder: Path) -> DataFacts | None:
     except ValueError as error:
         why = f"its data.{error} is not what a run writes; the same command writes it again"
         raise RequestError(f"{folder / 'label_counts.json'}: {why}") from None
+
+
+def _standardisation(folder: Path, facts: DataFacts) -> Standardisation:
+    kept = _json(folder / "label_counts.json").get("standardisation")
+    try:
+        return {} if kept is None else check_standardisation(kept, facts)
+    except ValueError as error:
+        why = f"its {error} is not what a run writes; the same command writes it again"
+        raise RequestError(f"{folder / 'label_counts.json'}: {why}") from None
+
+
+def check_standardisation(given: Any, facts: DataFacts) -> Standardisation:
+    """Return how vectors are standardised, as it was read from JSON; ``ValueError`` where it does not fit ``facts``."""
+    found: Standardisation = from_json(dict[str, dict[str, list[_Number]]], given, "standardisation")
+    sizes = {modality.name: modality.size for modality in facts.modalities if modality.kind == "vector"}
+    fits = found.keys() == sizes.keys() and all(
+        part.keys() == {"mean", "scale"} and all(len(values) == sizes[name] for values in part.values())
+        and min(part["scale"]) >= 0 for name, part in found.items()
+    )  # fmt: skip
+    if not fits:
+        raise ValueError("standardisation")
+    return found

@@ -13,6 +13,7 @@ from ..config.resolve import KNOBS, dotted
 from ..core.about import About, Paper
 from ..core.errors import RequestError
 from ..core.text import visible
+from ..data.modality_sources import VOCABULARY
 from ..methods.mosaic.method import MOSAIC
 from ..storage.hashing import plain
 from .export import _md, _md_row
@@ -22,15 +23,23 @@ from .text import ROLE_NAMES, percent, points
 #: Knobs that say where files lie on the author's machine, or where work ran.
 _PRIVATE = ("data.root", "data.name", "preset")
 
+#: What the shape of a modality counts, and the form in which a model takes it.
+_UNITS = {"image": "pixels", "vector": "numbers", "text": "tokens"}
+_FORMS = {
+    "image": "images uint8, or floats in [0, 1], [N, C, H, W]", "vector": "float32 [N, d]",
+    "text": "tokens int64 [N, L], such as model.tokens(texts)",
+}  # fmt: skip
+
 
 def card(run: RunReport, config: Mapping[str, Any]) -> str:
     """Return the card, in Markdown, of the model of ``run`` that ``config`` describes."""
     role, data, counts = config["role"], config["data"], run.label_counts
     head = {"library_name": "mosaic_ray", "pipeline_tag": config["pipeline_tag"],
             "tags": ["federated-learning", "mosaic_ray", plain(config["method"])]}  # fmt: skip
-    side, names = data["image_size"], config["class_names"]
+    names = config["class_names"]
     clients, omega = run.knob("partition.num_clients"), run.knob("partition.omega")
-    held = f", {int(counts.sum()):,} training images" if counts is not None else ""
+    noun = "samples" if data.get("modalities") else "images"
+    held = f", {int(counts.sum()):,} training {noun}" if counts is not None else ""
     parts = [
         f"---\n{_yaml(head)}---\n",
         f"# {_md(config['run'])}: {_md(role)}\n",
@@ -42,8 +51,9 @@ def card(run: RunReport, config: Mapping[str, Any]) -> str:
         "## Accuracy\n",
         _accuracy(run, role),
         "## Data and partition\n",
-        f"{_md(data['name'])}: {data['num_classes']} classes, {data['channels']} x {side} x {side} pixels{held}, dealt "
+        f"{_md(data['name'])}: {data['num_classes']} classes, {_samples(data)}{held}, dealt "
         f"to {clients} clients by the sampler {_md(str(run.knob('partition.sampler')))} with omega {omega}.\n",
+        *_modalities(run, data),
         *([f"Classes: {', '.join(map(_md, names))}.\n"] if names else []),
         "## Configuration\n",
         f"All knobs that differ from their defaults:\n\n```toml\n{_knobs(run)}```\n",
@@ -56,6 +66,34 @@ def card(run: RunReport, config: Mapping[str, Any]) -> str:
         f"```bibtex\n{_bibtex(run)}\n```\n",
     ]
     return visible("\n".join(parts))
+
+
+def _samples(data: Mapping[str, Any]) -> str:
+    """Return the form of a sample in words."""
+    side, parts = data["image_size"], data.get("modalities", ())
+    if not parts:
+        return f"{data['channels']} x {side} x {side} pixels"
+    return "samples of " + ", ".join(
+        f"{_md(part['name'])} ({' x '.join(map(str, part['shape']))} {_UNITS[part['kind']]})" for part in parts
+    )
+
+
+def _modalities(run: RunReport, data: Mapping[str, Any]) -> list[str]:
+    """Return what is to be known of samples of several modalities."""
+    parts = data.get("modalities", ())
+    if not parts:
+        return []
+    given = run.knob("partition.modalities")
+    held = _md(given if isinstance(given, str) else ", ".join(given)) if given else "all of them"
+    lines = [
+        f"Modalities of the clients (`partition.modalities`): {held}. Test accuracy is the mean over the sets of "
+        "modalities that a sample may have.\n"
+    ]
+    if any(part["kind"] == "vector" for part in parts):
+        lines.append("Vectors are taken in the data set's units; the model standardises them.\n")
+    if any(part["vocabulary"] == VOCABULARY for part in parts):
+        lines.append("A text is the bytes of its UTF-8, each plus 1, cut or filled with 0 to its length.\n")
+    return lines
 
 
 def _what(role: str) -> str:
@@ -74,7 +112,15 @@ def _yaml(head: Mapping[str, Any]) -> str:
 def _snippet(config: Mapping[str, Any]) -> str:
     own = ", own_code=True" if ":" in str(config.get("network", "")) else ""
     lines = [f'model = mr.load_model(snapshot_download("OWNER/NAME"){own})  # or the path of this folder']
-    if "generator" in config:
+    if parts := config["data"].get("modalities", ()):
+        names = [json.dumps(part["name"]) for part in parts]
+        if "generator" in config:
+            lines += [f"samples = model(16)  # by name, those that its client holds of {', '.join(names)}"]
+        else:
+            forms = [f"{name}: {_FORMS[part['kind']]}" for name, part in zip(names, parts, strict=True)]
+            lines += ["# samples: a dict with one or more of", *(f"#   {form}" for form in forms)]
+            lines += ["logits = model(samples)"]
+    elif "generator" in config:
         lines += ["images = model(16)  # uint8 [16, C, H, W]"]
     else:
         lines += ["logits = model(images)  # images uint8, or floats in [0, 1]: [N, C, H, W]"]

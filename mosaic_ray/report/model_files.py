@@ -11,7 +11,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,17 @@ from ..models.state_dict import to_weights
 from ..storage.filesystem import write_whole
 from .load import RunReport
 from .model_card import card
-from .models import CONFIG, WEIGHTS, ImageClassifier, ImageGenerator, chosen, load_model, model_of
-
-Module = ImageClassifier | ImageGenerator
+from .models import (
+    CONFIG,
+    WEIGHTS,
+    ImageClassifier,
+    Module,
+    SampleClassifier,
+    SampleGenerator,
+    chosen,
+    load_model,
+    model_of,
+)
 
 #: The end of a file's name by format.
 FORMATS = {"pt": ".pt", "onnx": ".onnx", "torchscript": ".torchscript.pt", "hub": "-hub"}
@@ -39,7 +47,10 @@ FORMATS = {"pt": ".pt", "onnx": ".onnx", "torchscript": ".torchscript.pt", "hub"
 #: The packages of ``--to onnx``; the last one runs its files.
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 
-#: Images that a file is checked with. ONNX Runtime adds in another order than torch: logits may differ by this share
+#: The inputs and outputs of files beside modalities, and the mask of these.
+NAMES, MASK = ("z", "labels", "logits"), "present"
+
+#: Samples that a file is checked with. ONNX Runtime adds in another order than torch: logits may differ by this share
 #: of the largest one.
 NUM_CHECKED, TOLERANCE = 7, 1e-5
 
@@ -69,6 +80,9 @@ def export(
     module = model_of(run, role)
     if to in ("pt", "hub") and not module.config.get("network", module.config.get("generator")):
         raise RequestError(f"--to {to}: a teacher is many networks; take onnx or torchscript")
+    taken = {*NAMES, MASK}.intersection(part["name"] for part in module.config["data"].get("modalities", ()))
+    if taken and to == "onnx":
+        raise RequestError(f"--to onnx: a modality is called {min(taken)}, as another input is; take torchscript")
     for part in module.modules():
         if isinstance(part, MetaModel):
             part.max_rows = 2**31  # one batch: a file would keep the number of parts of the batch that it was made with
@@ -114,6 +128,8 @@ def _check_place(place: Path, to: str, force: bool) -> None:
 def inputs_of(module: Module, count: int = NUM_CHECKED) -> dict[str, Tensor]:
     """Return inputs to try a module with, by the names that they have in files."""
     data, draws = module.config["data"], stream(0, "export")
+    if isinstance(module, SampleClassifier):
+        return _samples(module, count, draws)
     if isinstance(module, ImageClassifier):
         shape = count, data["channels"], data["image_size"], data["image_size"]
         return {"images": torch.randint(0, 256, shape, generator=draws, dtype=torch.uint8)}
@@ -123,16 +139,62 @@ def inputs_of(module: Module, count: int = NUM_CHECKED) -> dict[str, Tensor]:
     return found
 
 
-def _compare(what: str, module: Module, answer: Callable[..., Any]) -> None:
-    """Raise ``RunError`` unless ``answer`` gives the logits of ``module``, or images that differ by a level at most."""
+def _samples(module: SampleClassifier, count: int, draws: torch.Generator) -> dict[str, Tensor]:
+    found = {}
+    for modality in module.facts.modalities:
+        shape = count, *modality.shape
+        if modality.kind == "image":
+            found[modality.name] = torch.randint(0, 256, shape, generator=draws, dtype=torch.uint8)
+        elif modality.kind == "vector":
+            found[modality.name] = module.vectors.restored(modality.name, torch.randn(shape, generator=draws))
+        else:
+            found[modality.name] = torch.randint(0, modality.vocabulary, shape, generator=draws)
+    places = torch.arange(len(found))
+    sets = 1 + torch.arange(count) % (2 ** len(found) - 1)  # each sample has one modality or more
+    return found | {MASK: (sets[:, None] >> places) % 2 > 0}
+
+
+def arguments(module: Module, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments by which a module takes ``inputs``, which have the names of ``inputs_of``."""
+    if not isinstance(module, SampleClassifier):
+        return tuple(inputs.values())
+    return {name: value for name, value in inputs.items() if name != MASK}, inputs[MASK]
+
+
+def outputs_of(found: Any) -> list[np.ndarray]:
+    """Return as arrays what a module or a file answers: one of them, or one for each modality."""
+    parts = [*found.values()] if isinstance(found, dict) else found if isinstance(found, list) else [found]
+    return [np.asarray(part) for part in parts]
+
+
+def output_names(module: Module) -> list[str]:
+    """Return the names of what a module answers: logits, images, or the modalities of a generator."""
+    if isinstance(module, SampleGenerator):
+        return [*module.held]
+    return ["logits" if isinstance(module, ImageClassifier | SampleClassifier) else "images"]
+
+
+def _compare(what: str, module: Module, answer: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Raise ``RunError`` unless ``answer`` gives what ``module`` does.
+
+    Images may differ by a level, logits and vectors by ``TOLERANCE``, tokens at one place of a hundred.
+    """
     inputs = inputs_of(module)
     with torch.no_grad():
-        wanted = module(*inputs.values()).numpy()
-    found = np.asarray(answer(*inputs.values()))
-    close = 1 if isinstance(module, ImageGenerator) else TOLERANCE * max(1.0, float(np.abs(wanted).max()))
-    apart = np.abs(found.astype(np.float64) - wanted).max() if found.shape == wanted.shape else np.inf
-    if not apart <= close:
-        raise RunError(f"--to {what}: the file answers otherwise than the model (by {apart:.3g}); nothing was written")
+        pairs = zip(outputs_of(module(*arguments(module, inputs))), outputs_of(answer(inputs)), strict=True)
+        far = [_apart(found, wanted) for wanted, found in pairs]
+    if not max(far) <= 1:
+        raise RunError(f"--to {what}: the file answers otherwise than the model; nothing was written")
+
+
+def _apart(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Return how far an answer is from a module's, in units of what is allowed."""
+    if found.shape != wanted.shape:
+        return np.inf
+    if wanted.dtype == np.int64:
+        return float(np.mean(found != wanted)) / 0.01
+    far = float(np.abs(found.astype(np.float64) - wanted).max())
+    return far if wanted.dtype == np.uint8 else far / (TOLERANCE * max(1.0, float(np.abs(wanted).max())))
 
 
 @contextlib.contextmanager
@@ -156,10 +218,11 @@ def _pt(module: Module) -> bytes:
 def _torchscript(module: Module) -> bytes:
     data = io.BytesIO()
     with _quiet():
-        traced = torch.jit.trace(module, tuple(inputs_of(module, 3).values()), check_trace=False)
+        given = arguments(module, inputs_of(module, 3))
+        traced = torch.jit.trace(module, given, check_trace=False, strict=not isinstance(module, SampleGenerator))
         torch.jit.save(traced, data, _extra_files={CONFIG: json.dumps(module.config)})
         again = torch.jit.load(io.BytesIO(data.getvalue()))
-        _compare("torchscript", module, again)
+        _compare("torchscript", module, lambda tried: again(*arguments(module, tried)))
     return data.getvalue()
 
 
@@ -168,18 +231,17 @@ def _onnx(packages: Sequence[Any], module: Module) -> bytes:
     with _quiet():
         batch = torch.export.Dim("batch", min=1)
         made = torch.onnx.export(
-            module, tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs),
-            output_names=["logits" if isinstance(module, ImageClassifier) else "images"],
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            module, arguments(module, inputs), dynamo=True, verbose=False, input_names=list(inputs),
+            output_names=output_names(module),
+            dynamic_shapes=arguments(module, {name: {0: batch} for name in inputs}),
         )  # fmt: skip
         assert made is not None
         made.model.metadata_props["mosaic_ray"] = json.dumps(module.config)
         data: bytes = made.model_proto.SerializeToString()
         session = runtime.InferenceSession(data, providers=["CPUExecutionProvider"])
 
-        def answer(*tried: Tensor) -> Any:
-            [found] = session.run(None, {name: x.numpy() for name, x in zip(inputs, tried, strict=True)})
-            return found
+        def answer(tried: dict[str, Tensor]) -> Any:
+            return session.run(None, {name: value.numpy() for name, value in tried.items()})
 
         _compare("onnx", module, answer)
     return data
@@ -199,7 +261,7 @@ def _write_folder(place: Path, files: dict[str, bytes], module: Module) -> None:
             write_whole(new / name, data)
         again = load_model(new, own_code=True)
         with torch.no_grad():
-            _compare("hub", module, again)
+            _compare("hub", module, lambda tried: again(*arguments(module, tried)))
         if place.exists():
             place.rename(old)
         new.rename(place)
