@@ -159,7 +159,8 @@ class Dataset:
     """A whole data set in memory. ``identity`` goes into cache keys: it changes when the images do.
 
     ``copy``: the folder of its decoded copy, with further columns of the training images; "" without one.
-    ``groups``: the groups that samplers deal by, by ``partition.sampler``.
+    ``tables``: else the parquet files of the training samples, with further columns; ``kept``: which of their rows are
+    training samples, bool [rows]. ``groups``: the groups that samplers deal by, by ``partition.sampler``.
     """
 
     facts: DataFacts
@@ -168,6 +169,8 @@ class Dataset:
     class_names: tuple[str, ...]
     identity: str
     copy: str = ""
+    tables: tuple[str, ...] = ()
+    kept: np.ndarray | None = None
     groups: Mapping[str, Groups] = field(default_factory=dict)
 
 

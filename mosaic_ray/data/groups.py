@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,26 @@ def _values(data: Dataset, column: str, what: str) -> Groups:
 
     Reads this column alone, some rows at a time.
     """
+    numbers: dict[Any, int] = {}
+    codes = [np.zeros(0, np.int64)]
+    for part in _in_tables(data, column, what) if data.tables else _in_copy(data, column, what):
+        found = part.dictionary_encode()
+        values = found.dictionary.to_pylist()
+        own = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
+        codes.append(np.array([*own, -1])[found.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
+        if len(numbers) > MOST_VALUES:
+            raise RequestError(f"{what}: the column has more than {MOST_VALUES:,} values")
+    if not numbers:
+        raise RequestError(f"{what}: the column has no values")
+    ranks = np.empty(len(numbers), np.int64)
+    ranks[[numbers[value] for value in sorted(numbers)]] = np.arange(len(numbers))
+    code = np.concatenate(codes)
+    rows = np.flatnonzero(code >= 0)
+    return Groups(rows, ranks[code[rows]])
+
+
+def _in_copy(data: Dataset, column: str, what: str) -> Iterator[Any]:
+    """Yield the values in ``column`` of the decoded copy, as arrays of pyarrow."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -134,32 +154,52 @@ def _values(data: Dataset, column: str, what: str) -> Groups:
             f"{what}: {data.facts.name} has no columns; it takes parquet:PATH, hf:OWNER/NAME or a data set imported "
             "from parquet files, and a data root that can be written"
         )
-    numbers: dict[Any, int] = {}
-    codes = [np.zeros(0, np.int64)]
     try:
         if _checksum(path) != checksum:
             raise OSError("its checksum differs")
         with open_regular(path) as opened, ParquetFile(opened) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                there = neighbours(column, names) if names else "there is none of text or whole numbers"
-                raise RequestError(f"{what}: {data.facts.name} has no such column; {there}")
+            _check_there(data, column, file.schema_arrow.names, what)
             for batch in file.iter_batches(_BATCH, columns=[column]):
-                found = batch.column(0).dictionary_encode()
-                values = found.dictionary.to_pylist()
-                own = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in values]
-                codes.append(np.array([*own, -1])[found.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
-                if len(numbers) > MOST_VALUES:
-                    raise RequestError(f"{what}: the column has more than {MOST_VALUES:,} values")
+                yield batch.column(0)
     except (OSError, pa.ArrowException) as error:
         raise RequestError(f"{what}: {path} cannot be read ({brief(error)}); remove its folder") from error
-    if not numbers:
-        raise RequestError(f"{what}: the column has no values")
-    ranks = np.empty(len(numbers), np.int64)
-    ranks[[numbers[value] for value in sorted(numbers)]] = np.arange(len(numbers))
-    code = np.concatenate(codes)
-    rows = np.flatnonzero(code >= 0)
-    return Groups(rows, ranks[code[rows]])
+
+
+def _in_tables(data: Dataset, column: str, what: str) -> Iterator[Any]:
+    """Yield the values in ``column`` of the files of samples of several modalities, as arrays of pyarrow."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile, read_schema
+
+    path, start = Path(data.tables[0]), 0
+    try:
+        names = [field.name for field in _plain_fields([read_schema(path) for path in data.tables])]
+        _check_there(data, column, names, what)
+        for path in map(Path, data.tables):
+            with open_regular(path, follow=True) as opened, ParquetFile(opened) as file:
+                for batch in file.iter_batches(_BATCH, columns=[column]):
+                    kept = None if data.kept is None else data.kept[start : start + batch.num_rows]
+                    start += batch.num_rows
+                    yield batch.column(0) if kept is None else batch.column(0).filter(pa.array(kept))
+    except (OSError, pa.ArrowException) as error:
+        raise RequestError(f"{what}: {path} cannot be read ({brief(error)})") from error
+
+
+def _check_there(data: Dataset, column: str, names: Sequence[str], what: str) -> None:
+    if column not in names:
+        there = neighbours(column, names) if names else "there is none of text or whole numbers"
+        raise RequestError(f"{what}: {data.facts.name} has no such column; {there}")
+
+
+def _plain_fields(schemas: Sequence[Any]) -> list[Any]:
+    """Return pyarrow's fields of text and whole numbers that all ``schemas`` have."""
+    import pyarrow as pa
+
+    def plain(kind: pa.DataType) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    fields = [f for f in schemas[0] if plain(f.type) and all(f.name in s.names for s in schemas)]
+    return [f for f in fields if all(s.field(f.name).type == f.type for s in schemas)]
 
 
 def write_columns(folder: Path, tables: tuple[Path, ...], kept: np.ndarray) -> int:
@@ -170,14 +210,8 @@ def write_columns(folder: Path, tables: tuple[Path, ...], kept: np.ndarray) -> i
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile, ParquetWriter, read_schema
 
-    def plain(kind: pa.DataType) -> bool:
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
     try:
-        schemas = [read_schema(path) for path in tables]
-        fields = [f for f in schemas[0] if plain(f.type) and all(f.name in s.names for s in schemas)]
-        fields = [f for f in fields if all(s.field(f.name).type == f.type for s in schemas)]
+        fields = _plain_fields([read_schema(path) for path in tables])
         names, start = [field.name for field in fields], 0
         with ParquetWriter(folder / COLUMNS, pa.schema([(field.name, field.type) for field in fields])) as writer:
             for path in tables:

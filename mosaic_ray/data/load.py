@@ -57,7 +57,8 @@ def _identified(config: DataConfig, raw: Dataset, facts: DataFacts, train: Image
         for array in (train.images, train.labels, test.images, test.labels):
             digest.update(str(array.shape).encode())
             digest.update(array.data)
-    return Dataset(facts, train, test, raw.class_names, digest.hexdigest()[:16], raw.copy)
+    identity = digest.hexdigest()[:16]
+    return Dataset(facts, train, test, raw.class_names, identity, raw.copy, raw.tables, raw.kept)
 
 
 def shape_of(config: DataConfig) -> Shape | None:

@@ -135,7 +135,8 @@ def _read(config: DataConfig, files: Mapping[str, Sequence[Path]], names: Sequen
         parts[split] = parts[split] if kept[split].all() else parts[split].take(kept[split])
     check_classes(config.name, parts["train"].labels, parts["test"].labels, class_names)
     facts = DataFacts(config.name, len(class_names), **constants, modalities=tuple(modalities))
-    return Dataset(facts, parts["train"], parts["test"], class_names, "")
+    tables = tuple(str(path) for path in files["train"])
+    return Dataset(facts, parts["train"], parts["test"], class_names, "", tables=tables, kept=kept["train"])
 
 
 def _shape(config: DataConfig, files: Mapping[str, Sequence[Path]], names: Sequence[str]) -> Shape:

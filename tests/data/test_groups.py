@@ -254,6 +254,43 @@ def test_images_that_are_left_out_take_their_values_with_them(place):
     assert [{kept[row] for row in shard} for shard in shards] == [{"ann"}, {"bob"}, {"zoe"}]
 
 
+@pytest.mark.parametrize("bad", [(), (1, 6, 8)])
+def test_samples_of_several_modalities_are_dealt_by_column_and_by_file(place, bad, capsys):
+    write_written("p", bad=bad)
+    for part in Path("p").glob("*.parquet"):
+        table = pq.read_table(part)
+        pq.write_table(table.append_column("note", pa.array([f"row {n}" for n in range(len(table))])), part)
+    data = load(place, "parquet:p", modalities=("image", "note"), text_length=8, skip_bad=bool(bad))
+    kept = [writer for row, writer in enumerate(WRITERS) if row not in bad]
+    capsys.readouterr()
+    words = sorted({writer for writer in kept if writer})
+    shards = dealt("natural:writer", data, clients=len(words), min_size=1)
+    assert [sorted(shard) for shard in shards] == [[r for r, w in enumerate(kept) if w == word] for word in words]
+    assert "1 of " in capsys.readouterr().err
+    shards = dealt(write_rows("rows.csv", [(0, 2), (1, 0), (0, 1)]), data, clients=2, min_size=1)
+    assert [sorted(shard) for shard in shards] == [[1, 2], [0]]
+    assert 'no such column; did you mean "writer"' in refusal("natural:writers", data=data)
+    assert "no such column" in refusal("natural:score", data=data)
+    assert "row 12, and rows run from 0 to" in refusal(write_rows("far.csv", [(0, 12)]), data=data)
+    Path("p/train-1.parquet").unlink()
+    assert "cannot be read" in refusal("natural:writer", data=data)
+
+
+@pytest.mark.parametrize("sampler", ["natural:writer", "file:rows.csv"])
+def test_what_clients_hold_goes_with_any_sampler(place, sampler):
+    write_written("p", [*"aabbcc"] * 2)
+    for part in Path("p").glob("*.parquet"):
+        table = pq.read_table(part)
+        pq.write_table(table.append_column("note", pa.array([f"row {n}" for n in range(len(table))])), part)
+    write_rows("rows.csv", [(row // 2 % 3, row) for row in range(12)])
+    words = ["--dataset", "parquet:p", "--sampler", sampler, "--clients", "3", "--json"]
+    sets = ("data.modalities=[image,note]", "partition.modalities=[image,note]", "partition.min_size=1")
+    result = ask("partition", *words, *(word for knob in sets for word in ("--set", knob)))
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["modalities"] == [["image"], ["note"], ["image"]] and sum(map(sum, found["label_counts"])) == 12
+
+
 def test_other_columns_are_refused(place, monkeypatch):
     write_written("p")
     data = load(place, "parquet:p")
