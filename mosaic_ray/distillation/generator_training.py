@@ -16,7 +16,7 @@ images have other label frequencies than real ones, the discriminator can rely o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
+from ..models.joint_discriminator import JointDiscriminator, JointSamples, read_samples, relaxed_texts, straight_through
 from ..models.multimodal_generator import MultimodalGenerator
 from ..models.optimizers import Adam
 from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, uninitialised, use_precision
@@ -158,14 +159,20 @@ def train_generator(
     ``classifier`` is the client's, frozen and in eval mode unless ``classifier_mode`` is train (as the authors': batch
     statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv.
     ``progress(done, total)`` counts steps, and then batches of the images that are measured.
+
+    Samples of several modalities meet a ``JointDiscriminator``, and no inversion loss; the classifier reads their texts
+    as weights of tokens.
     """
     seed, client_id = address
     device = shard.images.device
     with seeded(seed, "generator/init", client_id):
         shape = facts.channels, facts.image_size, facts.num_classes
-        generator = build_generator(config, *shape).to(device)
-        if config.discriminator == "dcgan":
-            discriminator: nn.Module = build_discriminator(config, *shape).to(device)
+        generator = generator_for(config, facts).to(device)
+        if facts.modalities:
+            generator.held.copy_((shard.images[:, 0, 0, -len(facts.modalities) :] > 0).any(0))
+            discriminator: nn.Module = JointDiscriminator(config, facts.modalities, facts.num_classes).to(device)
+        elif config.discriminator == "dcgan":
+            discriminator = build_discriminator(config, *shape).to(device)
         else:
             discriminator = SharedTrunkDiscriminator(classifier, generator.num_classes).to(device)
     if config.labelled:
@@ -175,7 +182,7 @@ def train_generator(
     counts = torch.bincount(shard.labels, minlength=facts.num_classes)
     support = None if config.div_support == "all" else counts > 0
     shares = counts.float() / counts.sum() if config.div_support == "shares" else None
-    inverts = len(shard) < config.tau and config.lambda_i > 0
+    inverts = len(shard) < config.tau and config.lambda_i > 0 and not facts.modalities
     lr, betas = config.learning_rate, (config.beta1, config.beta2)
     adam_g = Adam(generator.parameters(), lr=lr, betas=betas)
     adam_d = Adam([p for p in discriminator.parameters() if p.requires_grad], lr=lr, betas=betas)
@@ -185,18 +192,28 @@ def train_generator(
     snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, stream(seed, "generator/watched", client_id), device)
     shared = config.discriminator == "shared_trunk"
 
-    def discriminate(images: Tensor, labels: Sequence[Tensor] = ()) -> Tensor:
+    def discriminate(images: Any, labels: Sequence[Tensor] = ()) -> Tensor:
         # A shared trunk belongs to a classifier, so it always reads classifier inputs.
         images = classifier_view(images, config.gan_range, facts) if shared else images
         with use_precision(precision, device):
             logits: Tensor = discriminator(images, *labels)
         return logits.float()
 
+    real: Any
+    fake: Any
     for step, (real, labels) in enumerate(real_batches(shard, config, facts, address, steps)):
         z, *asked = draw(generator, config.batch_size, draws, device)
-        with use_precision(precision, device):
-            fake = generator(z, *asked)
-        fake = fake.float()
+        if facts.modalities:
+            real = read_samples(real, facts.modalities)
+            with use_precision(precision, device):
+                found = generator.parts(z, *asked, held=True)
+            fake, texts = relaxed(found, real, len(z), facts)
+            seen = classifier_view(generator.rows(found, len(z)), config.gan_range, facts)
+        else:
+            with use_precision(precision, device):
+                fake = generator(z, *asked)
+            fake, texts = fake.float(), {}
+            seen = classifier_view(fake, config.gan_range, facts)
         on_real, on_fake = discriminate(real, [labels] if asked else []), discriminate(fake.detach(), asked)
         loss_d = discriminator_loss(on_real, on_fake)
         if step >= steps - -(-steps // 4):
@@ -206,8 +223,8 @@ def train_generator(
         loss_d.backward()
         adam_d.step()
 
-        seen = classifier_view(fake, config.gan_range, facts)
         with contextlib.ExitStack() as block:
+            block.enter_context(relaxed_texts(classifier, texts))
             inversion = block.enter_context(inversion_probe(classifier, bn_targets)) if inverts else None
             block.enter_context(use_precision(precision, device))
             logits = classifier(seen).float()
@@ -244,6 +261,26 @@ def train_generator(
     snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken
     pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
     return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures)
+
+
+def relaxed(
+    found: Mapping[str, Tensor], real: JointSamples, count: int, facts: DataFacts
+) -> tuple[JointSamples, dict[str, Tensor]]:
+    """Return drawn samples as a discriminator reads them, and their texts as weights of tokens [count, V, L].
+
+    A synthetic sample has the modalities of a real one, so that their absence tells nothing.
+
+    Args:
+        found: what the decoders of the modalities that the client has give (``MultimodalGenerator.parts``).
+        real: the real samples of the step.
+        count: the number of synthetic ones.
+        facts: of the data set.
+    """
+    kinds = {modality.name: modality.kind for modality in facts.modalities}
+    texts = {name: straight_through(value) for name, value in found.items() if kinds[name] == "text"}
+    values = {name: texts.get(name, value.float()) for name, value in found.items()}
+    present = real.present[torch.arange(count, device=real.present.device) % len(real.present)]
+    return JointSamples(values, present), texts
 
 
 def snapshot_steps(steps: int) -> tuple[int, ...]:

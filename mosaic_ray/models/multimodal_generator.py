@@ -5,7 +5,7 @@ Initialisers draw from torch's global generator, so build networks inside ``seed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -37,22 +37,34 @@ class MultimodalGenerator(nn.Module):
         self.register_buffer("label_cdf", torch.from_numpy(np.arange(1, num_classes + 1) / num_classes))
         self.register_buffer("held", torch.ones(len(self.modalities)))
 
-    def parts(self, z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return what each decoder gives: images [B, C, H, W], vectors [B, d], logits of tokens [B, V, L]."""
+    def parts(self, z: Tensor, labels: Tensor, held: bool = False) -> dict[str, Tensor]:
+        """Return what each decoder gives: images [B, C, H, W], vectors [B, d], logits of tokens [B, V, L].
+
+        ``held``: only those of the modalities that the client has.
+        """
         z = z.flatten(1) + self.embedding(labels)
         found = {}
-        for modality in self.modalities:
+        for number, modality in enumerate(self.modalities):
+            if held and not self.held[number]:
+                continue
             made = self.decoders[modality.name](z[:, :, None, None] if modality.kind == "image" else z)
             found[modality.name] = made.view(-1, modality.vocabulary, *modality.shape) if modality.vocabulary else made
         return found
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        found, rows = self.parts(z, labels), []
+        return self.rows(self.parts(z, labels), len(z))
+
+    def rows(self, found: Mapping[str, Tensor], count: int) -> Tensor:
+        """Return what ``parts`` found as rows [count, D + M]; a text is its likeliest tokens."""
+        rows = []
         for number, modality in enumerate(self.modalities):
+            if modality.name not in found:
+                rows.append(self.held.new_zeros(count, modality.size))
+                continue
             made = found[modality.name]
             made = made.argmax(1) if modality.kind == "text" else made
             rows.append(made.float().flatten(1) * self.held[number])
-        return torch.cat([*rows, self.held.expand(len(z), -1)], 1)
+        return torch.cat([*rows, self.held.expand(count, -1)], 1)
 
 
 def _decoder(config: GeneratorConfig, modality: Modality) -> nn.Module:
@@ -82,7 +94,7 @@ class MultimodalEncoder(nn.Module):
         super().__init__()
         hidden = 8 * config.ndf
         self.modalities, self.num_classes = tuple(modalities), num_classes
-        self.encoders = nn.ModuleDict({m.name: _encoder(config, m, hidden) for m in modalities})
+        self.encoders = nn.ModuleDict({m.name: modality_encoder(config, m, hidden) for m in modalities})
         self.head = nn.Linear(hidden + num_classes, 2 * config.latent_dim)
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +108,8 @@ class MultimodalEncoder(nn.Module):
         return mean, log_variance
 
 
-def _encoder(config: GeneratorConfig, modality: Modality, hidden: int) -> nn.Module:
+def modality_encoder(config: GeneratorConfig, modality: Modality, hidden: int) -> nn.Module:
+    """Build a network from one modality's values to hidden features [B, hidden]; a text's begins with ``Tokens``."""
     if modality.kind == "vector":
         return nn.Sequential(nn.Linear(modality.size, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
     if modality.kind == "text":

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config.plugins import load, parts, trains_generators
 from ..config.resolve import override
-from ..config.schema import ExperimentConfig
+from ..config.schema import ExperimentConfig, GeneratorConfig
 from ..core.errors import RequestError
 from ..core.seeding import seeded
 from ..core.types import DataFacts
@@ -203,6 +203,9 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
     real, labels = _images(facts, knobs.batch_size), torch.empty(knobs.batch_size, dtype=torch.long, device="meta")
     z = torch.empty(knobs.batch_size, knobs.latent_dim, device="meta")
     with torch.device("meta"):
+        if facts.modalities and knobs.family != "cvae":
+            _joint_step(knobs, facts, freeze(model), real, labels, z)
+            return
         if facts.modalities:
             mean, spread = MultimodalEncoder(knobs, facts.modalities, facts.num_classes)(real, labels)
             parts = MultimodalGenerator(knobs, facts.modalities, facts.num_classes).parts(mean + spread * z, labels)
@@ -227,6 +230,24 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
     fake = generator(z, *asked)
     (judge(real, *asked) + judge(fake.detach(), *asked)).sum().backward()
     (judge(fake, *asked).sum() + model(fake).sum()).backward()
+
+
+def _joint_step(
+    knobs: GeneratorConfig, facts: DataFacts, model: Classifier, rows: Tensor, labels: Tensor, z: Tensor
+) -> None:
+    """Do what a step of a GAN for several modalities does; all of it is on the device meta."""
+    from ..distillation.generator_training import relaxed
+    from ..models.joint_discriminator import JointDiscriminator, read_samples, relaxed_texts
+    from ..models.multimodal_generator import MultimodalGenerator
+
+    generator = MultimodalGenerator(knobs, facts.modalities, facts.num_classes)
+    judge = JointDiscriminator(knobs, facts.modalities, facts.num_classes)
+    real, found = read_samples(rows, facts.modalities), generator.parts(z, labels)
+    fake, texts = relaxed(found, real, len(z), facts)
+    (judge(real, labels) + judge(fake.detach(), labels)).sum().backward()
+    with relaxed_texts(model, texts):
+        seen = model(generator.rows(found, len(z)))
+    (judge(fake, labels).sum() + seen.sum()).backward()
 
 
 def with_controls(config: ExperimentConfig, points: Sequence[Point]) -> tuple[Point, ...]:

@@ -76,6 +76,8 @@ def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
         {"federation.strategy": "fedprox", "warmup.modality_dropout": 0.5},
         {"federation.strategy": "pmcmfl", "model.fusion": "prototypes", "method": "lda_head"},
         {"algorithm": "distilled", "generator.family": "cvae", "method": "mosaic"},
+        {"algorithm": "distilled", "generator.family": "cgan", "method": "mosaic"},
+        REHEARSAL | {"generator.family": "cgan"},
         REHEARSAL | {"rehearsal.modalities": "single", "rehearsal.weight": 0.0, "rehearsal.candidates": (1.0,)},
         REHEARSAL | {"rehearsal.begins": "warmup", "generator.stage": "before"},
         REHEARSAL | {"federation.widths": (1.0, 0.5), "federation.strategy": "heterofl", "model.fusion": "gated"},
@@ -122,7 +124,9 @@ def test_pmcmfl_is_about_several_modalities(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("knobs", [REHEARSAL, PMCMFL], ids=["rehearsal", "pmcmfl"])
+@pytest.mark.parametrize(
+    "knobs", [REHEARSAL, PMCMFL, REHEARSAL | {"generator.family": "cgan"}], ids=["rehearsal", "pmcmfl", "cgan"]
+)
 def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up, knobs: dict) -> None:
     serial = go(tmp_path / "serial", knobs)
     ray = go(tmp_path / "ray", knobs | {"runtime.host": "ray"}, address="auto")
@@ -136,7 +140,10 @@ def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up, knobs: dict) -> N
         ({"method": "dense"}, "several modalities"),
         ({"method": "fedcvae"}, "several modalities"),
         ({"federation.strategy": "scaffold", "partition.modalities": SOME}, "scaffold"),
-        ({"method": "mosaic"}, "generator.family=cvae"),
+        ({"method": "mosaic"}, "generator.family=cvae or cgan"),
+        ({"method": "mosaic", "generator.family": "cvae", "generator.feature_weight": 1.0}, "feature_weight=0"),
+        ({"method": "mosaic", "generator.family": "cgan", "generator.discriminator": "shared_trunk"}, "dcgan"),
+        ({"method": "mosaic", "generator.family": "cgan", "generator.gan_range": "model_norm"}, "pm1_then_renorm"),
         ({"partition.modalities": ("image+sound",)}, "sound"),
         ({"partition.modalities": ("image", "text")}, "no client holds v"),
         ({"federation.widths": (0.5,), "model.fusion": "late", "federation.strategy": "fedrolex"}, "cannot be cut"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...config.schema import ExperimentConfig
+from ...config.fields import shown
+from ...config.schema import ExperimentConfig, GeneratorConfig
 from ...core.about import About, Paper
 from ...core.errors import RequestError
 from ...core.types import DataFacts
@@ -56,12 +57,9 @@ class Mosaic(Method):
         from ...models.classifiers import norm_depths
 
         section = config.generator
-        if facts.modalities and section.steps + section.epochs and (section.family != "cvae" or section.feature_weight):
-            raise RequestError(
-                f"generator.family = {section.family}, generator.feature_weight = {section.feature_weight:g}: for "
-                "several modalities generators are conditional autoencoders; set generator.family=cvae and "
-                "generator.feature_weight=0"
-            )
+        if facts.modalities:
+            _check_joint(section)
+            return
         if config.generator.family == "cvae" or not (config.generator.lambda_i > 0 and config.generator.tau > 0):
             return
         for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
@@ -85,6 +83,20 @@ class Mosaic(Method):
         # KD. the student learns from the teacher on the generators' images
         student, held_out = ctx.run(DISTILL, warmup, prototypes, teacher, generators)
         return Distilled(student, held_out, teacher, shared)
+
+
+def _check_joint(section: GeneratorConfig) -> None:
+    """Raise ``RequestError`` where a client's generator cannot draw samples of several modalities."""
+    for knob, wrong, instead in (
+        ("family", not section.labelled, "cvae or cgan"), ("feature_weight", section.feature_weight, "0"),
+        ("discriminator", section.family != "cvae" and section.discriminator != "dcgan", "dcgan"),
+        ("gan_range", section.family != "cvae" and section.gan_range == "model_norm", "pm1_then_renorm"),
+    ):  # fmt: skip
+        if wrong and section.steps + section.epochs:
+            raise RequestError(
+                f"generator.{knob} = {shown(getattr(section, knob))}: samples have several modalities, which "
+                f"generators draw with generator.{knob}={instead} alone"
+            )
 
 
 MOSAIC = Mosaic()
