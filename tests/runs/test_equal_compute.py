@@ -9,6 +9,8 @@ import pytest
 import torch
 from cli_runner import ask, refusal
 from helpers import FACTS, TINY, shard_of, stripes
+from signs import FACTS as SIGNS
+from signs import signs
 from torch import nn
 from trials import printed, trial
 
@@ -34,19 +36,22 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("knobs", FAMILIES)
-def test_counted_steps_are_those_of_the_training_code(knobs, monkeypatch):
+@pytest.mark.parametrize(
+    "knobs, several", [*((knobs, False) for knobs in FAMILIES), *((knobs, True) for knobs in FAMILIES[1:3])]
+)
+def test_counted_steps_are_those_of_the_training_code(knobs, several, monkeypatch):
     """What one more step of the real code, with real numbers, adds."""
     config = override(TINY, knobs | {"partition.num_clients": 1, "model.width": 3})
-    context = ClientContext(config, FACTS, torch.device("cpu"))
-    weights, shard = initial_weights(context), shard_of(stripes(40))
+    facts, samples = (SIGNS, signs(40, 0)) if several else (FACTS, stripes(40))
+    context = ClientContext(config, facts, torch.device("cpu"))
+    weights, shard = initial_weights(context), shard_of(samples)
     for module in (generator_training, cvae_training):
         monkeypatch.setattr(module, "snapshot_steps", lambda steps: ())
     cvae = config.generator.family == "cvae"
 
     def generator(steps: int) -> None:
         section, model = override(config, {"generator.steps": steps}).generator, context.classifier(weights)
-        rest = (shard, section, FACTS, (0, 0), "fp32")
+        rest = (shard, section, facts, (0, 0), "fp32")
         if cvae:
             features = context.classifier(weights) if section.feature_weight else None
             cvae_training.train_cvae(model, *rest, features=features)
@@ -55,10 +60,10 @@ def test_counted_steps_are_those_of_the_training_code(knobs, monkeypatch):
 
     def local(steps: int) -> None:
         plan = LocalTrainingConfig(steps, config.warmup.batch_size, 0.1)
-        train_locally(context.classifier(weights), shard, plan, FACTS, (0, "local", 0, 0), "fp32")
+        train_locally(context.classifier(weights), shard, plan, facts, (0, "local", 0, 0), "fp32")
 
     steps = [operations(lambda n=n, work=work: work(n)) for work in (generator, local) for n in (1, 2)]
-    assert client_costs(config, FACTS) == (steps[1] - steps[0], steps[3] - steps[2])
+    assert client_costs(config, facts) == (steps[1] - steps[0], steps[3] - steps[2])
 
 
 def test_a_classifiers_step_by_hand():
