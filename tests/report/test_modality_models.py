@@ -130,6 +130,11 @@ def test_generators_give_their_clients_modalities_in_the_data_sets_units(run: Ru
         module(z)
 
 
+def test_the_generators_of_a_gan_are_found_from_the_configuration_alone(tmp_path: Path) -> None:
+    run = made(tmp_path, REHEARSAL | {"generator.family": "cgan"})
+    assert list(run.generators) == [0, 1, 2] and [*run.model(generator=1)(3)] == ["text", "v"]
+
+
 def test_texts_become_the_data_sets_tokens(run: Run) -> None:
     facts = DataFacts("x", 2, 1, 8, (0.0,), (1.0,), modalities=(Modality("t", "text", (8,), 257),))
     module = SampleClassifier(torch.nn.Identity(), facts, {"standardisation": {}})

@@ -34,7 +34,6 @@ def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
     section = inputs.config.generator
     small = inputs.sizes is None or inputs.sizes[client_id] < section.tau
     inverts = section.family != "cvae" and small and section.lambda_i * section.inversion_scale != 0
-    inverts = inverts and not (inputs.facts and inputs.facts.modalities)
     without = ("family", "conditional", *(() if inverts else ("tau", "lambda_i", "inversion_scale")))
     if section.labelled:  # the label takes the place of diversity
         without = (*without, "lambda_d", "div_support")
