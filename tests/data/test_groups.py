@@ -260,7 +260,7 @@ def test_samples_of_several_modalities_are_dealt_by_column_and_by_file(place, ba
     for part in Path("p").glob("*.parquet"):
         table = pq.read_table(part)
         pq.write_table(table.append_column("note", pa.array([f"row {n}" for n in range(len(table))])), part)
-    data = load(place, "parquet:p", modalities=("image", "note"), text_length=8, skip_bad=bool(bad))
+    data = load(place, "parquet:p", modalities=("img", "note"), text_length=8, skip_bad=bool(bad))
     kept = [writer for row, writer in enumerate(WRITERS) if row not in bad]
     capsys.readouterr()
     words = sorted({writer for writer in kept if writer})
@@ -284,11 +284,11 @@ def test_what_clients_hold_goes_with_any_sampler(place, sampler):
         pq.write_table(table.append_column("note", pa.array([f"row {n}" for n in range(len(table))])), part)
     write_rows("rows.csv", [(row // 2 % 3, row) for row in range(12)])
     words = ["--dataset", "parquet:p", "--sampler", sampler, "--clients", "3", "--json"]
-    sets = ("data.modalities=[image,note]", "partition.modalities=[image,note]", "partition.min_size=1")
+    sets = ("data.modalities=[img,note]", "partition.modalities=[img,note]", "partition.min_size=1")
     result = ask("partition", *words, *(word for knob in sets for word in ("--set", knob)))
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["modalities"] == [["image"], ["note"], ["image"]] and sum(map(sum, found["label_counts"])) == 12
+    assert found["modalities"] == [["img"], ["note"], ["img"]] and sum(map(sum, found["label_counts"])) == 12
 
 
 def test_other_columns_are_refused(place, monkeypatch):
