@@ -195,6 +195,10 @@ class PrototypesConfig:
         "what is held out: centroids, or a share of each client's images of a class, which get centroids of their own",
         choices=("cells", "halves"),
     )
+    subsets: str = knob(
+        "held", "sets of a sample's modalities whose features are taken: all that it has, or each set of these",
+        choices=("held", "all"),
+    )  # fmt: skip
 
     @property
     def judging(self) -> float:
@@ -208,6 +212,10 @@ class MetaConfig:
         "global", "a class that nobody owns: the global model, or an error (F2)", choices=("global", "error")
     )
     input: str = knob("head", "what the experts show the meta model (M6)", choices=("head", "full"))
+    tokens: str = knob(
+        "expert", "what one token of the meta model is: an expert, or an expert and a modality (model.fusion=late)",
+        choices=("expert", "modality"),
+    )  # fmt: skip
     data: str = knob(
         "prototypes",
         "training data: prototypes, or synthetic images labelled by their client's model or by the experts' vote",
@@ -255,6 +263,10 @@ class DistillConfig:
     label_weight: float = knob(
         0.0, "share of the label that a generator was asked for in the target of its image; the rest is the teacher's",
         low=0.0, high=0.99,
+    )  # fmt: skip
+    modality_dropout: float = knob(
+        0.0, "chance that the student does not see a modality of a synthetic sample, of which the teacher sees all",
+        low=0.0, high=0.9,
     )  # fmt: skip
     student_bn: str = knob("frozen", "batch-norm statistics during distillation (K2)", choices=("frozen", "train"))
     anchor_weight: float = knob(1.0, "weight of the head's cross-entropy on prototypes", low=0.0)

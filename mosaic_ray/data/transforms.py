@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from ..core.types import DataFacts
+from ..core.types import DataFacts, Modality
 
 
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
@@ -148,13 +148,25 @@ def drop_modalities(records: torch.Tensor, count: int, rate: float, generator: t
         records: uint8; their last ``count`` bytes are the mask.
         generator: on the CPU, so that CPU and GPU make equal draws.
     """
-    draws = torch.rand(len(records), count, generator=generator).to(records.device)
-    there = records[:, 0, 0, -count:] > 0
-    draws = draws.masked_fill(~there, -1.0)
-    kept = there & ((draws >= rate) | (draws == draws.max(1, keepdim=True).values))
+    kept = _kept_modalities(records[:, 0, 0, -count:] > 0, rate, generator)
     changed = records.clone()
     changed[:, 0, 0, -count:] = kept.to(torch.uint8)
     return changed
+
+
+def drop_from_rows(
+    x: torch.Tensor, modalities: Sequence[Modality], rate: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Return a classifier's input [B, D + M] with zeros for modalities that are drawn as in ``drop_modalities``."""
+    kept = _kept_modalities(x[:, -len(modalities) :] > 0, rate, generator)
+    sizes = torch.tensor([modality.size for modality in modalities], device=x.device)
+    return x * torch.cat([kept.repeat_interleave(sizes, 1), kept], 1)
+
+
+def _kept_modalities(there: torch.Tensor, rate: float, generator: torch.Generator) -> torch.Tensor:
+    draws = torch.rand(*there.shape, generator=generator).to(there.device)
+    draws = draws.masked_fill(~there, -1.0)
+    return there & ((draws >= rate) | (draws == draws.max(1, keepdim=True).values))
 
 
 AUGMENTATIONS: dict[str, Callable[[torch.Tensor, Draws], torch.Tensor]] = {"crop": crop, "flip": flip}

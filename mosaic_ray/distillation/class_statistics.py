@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from ..federated.client import ClientContext, Task
 from ..federated.client_models import Models
 from ..federated.local_training import Shard, batches
 from ..models.optimizers import SGD
-from .prototypes import extract_features
+from .prototypes import extract_features, feature_sets, part_done, seen_with
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ClassStatisticsTask(Task[Models, None, ClassStatistics | ModalityStatistic
     """Compute a client's class statistics under its architecture's global model, which runs forward only.
 
     Where every modality has a head (``model.fusion = late``) they are those of each modality's features, unless
-    ``per_class``.
+    ``per_class``. With ``prototypes.subsets = all`` a sample counts once for each set of its modalities.
     """
 
     per_class: bool
@@ -110,9 +111,16 @@ class ClassStatisticsTask(Task[Models, None, ClassStatistics | ModalityStatistic
         name = context.federation.classifiers[client_id]
         model = context.classifier(broadcast[name], name)
         precision = context.config.runtime.precision
-        features = extract_features(model, shard, context.facts, precision, progress=context.progress)
-        labels, late = shard.labels.cpu().numpy(), context.config.model.fusion == "late"
+        late = context.config.model.fusion == "late"
         columns = context.federation.head_columns(name) if late and not self.per_class else {}
+        sets = "held" if columns else context.config.prototypes.subsets  # the statistics of a modality suit every set
+        kept = feature_sets(shard, context.facts, sets)
+        found, classes = [], []
+        for number, these in enumerate(kept):
+            (_, seen), report = seen_with(shard, these), partial(part_done, context.progress, number, len(kept))
+            found.append(extract_features(model, seen, context.facts, precision, progress=report))
+            classes.append(seen.labels.cpu().numpy())
+        features, labels = np.concatenate(found), np.concatenate(classes)
         if not columns:
             return class_statistics(features, labels, per_class=self.per_class)
         parts = {}

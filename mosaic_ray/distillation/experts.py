@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ..core.health import SINGLE_OWNER_BELOW
 from ..core.types import Weights
-from ..federated.aggregation import PartialAverage, RunningAverage
+from ..federated.aggregation import ModalityAverage, PartialAverage, RunningAverage
 from ..models.submodel import ChannelIndices, ChannelLayout
 
 #: A client and its weights; with partial-width clients also its channels, None for all.
@@ -71,6 +73,18 @@ def redundancy(experts: Sequence[Weights], index: np.ndarray, counts: np.ndarray
     return float(np.mean(pairs)) if pairs else 0.0
 
 
+@dataclass(frozen=True)
+class Holdings:
+    """Which modalities each client holds, and which weights belong to a modality.
+
+    ``held``: the modalities of each client. ``owner``: the modality of an entry, or "". ``columns``: those of the head.
+    """
+
+    held: Sequence[Sequence[str]]
+    owner: Callable[[str], str]
+    columns: Mapping[str, slice]
+
+
 def form_experts(
     client_weights: Iterable[ClientWeights],
     counts: np.ndarray,
@@ -78,6 +92,7 @@ def form_experts(
     *,
     whole: Weights | None = None,
     channels: ChannelLayout | None = None,
+    holdings: Holdings | None = None,
 ) -> tuple[list[Weights], np.ndarray]:
     """Return distinct experts theta_{E_c} = sum_k n_{k,c} theta_k / sum_k n_{k,c}, and the class -> expert index [C].
 
@@ -86,18 +101,33 @@ def form_experts(
 
     With partial-width clients it yields (client, part, channels), with None for the channels of a full client, and
     ``channels`` and ``whole``, the global model theta_g, are required. Each coordinate is averaged over the clients
-    that hold both it and the class; if there is none it is taken from theta_g (docs/algorithm.md 1.6).
+    that hold both it and the class; if there is none it is taken from theta_g (docs/algorithm.md 1.6). ``holdings``,
+    for samples of several modalities, requires ``whole``, too: the weights of a modality are averaged in the same way
+    over the clients that hold both it and the class.
     """
     representatives, index = distinct_experts(counts)
-    averages: list[RunningAverage | PartialAverage] = [
-        RunningAverage() if channels is None or whole is None else PartialAverage(whole, channels)
-        for _ in representatives
-    ]
+
+    def empty() -> RunningAverage | PartialAverage | ModalityAverage:
+        if whole is not None and channels is not None:
+            return PartialAverage(whole, channels)
+        if whole is not None and holdings is not None:
+            return ModalityAverage(whole, holdings.owner, holdings.columns)
+        return RunningAverage()
+
+    averages = [empty() for _ in representatives]
     for client_id, weights, *sets in client_weights:
         for average, label in zip(averages, representatives, strict=True):
-            if counts[client_id, label]:
-                part = (sets[0],) if sets and isinstance(average, PartialAverage) else ()
-                average.add(weights, int(counts[client_id, label]), *part)
+            count = int(counts[client_id, label])
+            if not count:
+                continue
+            samples = dict.fromkeys(holdings.held[client_id], count) if holdings else {}
+            if isinstance(average, PartialAverage):
+                by_entry = partial(_held, holdings.owner, samples, count) if holdings else None
+                average.add(weights, count, sets[0] if sets else None, held=by_entry)
+            elif isinstance(average, ModalityAverage):
+                average.add(weights, count, samples)
+            else:
+                average.add(weights, count)
     experts = []
     for average, label in zip(averages, representatives, strict=True):
         if counts[:, label].sum():
@@ -107,3 +137,9 @@ def form_experts(
         else:
             experts.append({name: value.copy() for name, value in fallback.items()})
     return experts, index
+
+
+def _held(owner: Callable[[str], str], samples: Mapping[str, int], count: int, entry: str) -> float:
+    """Return the weight of ``entry``: that of its modality in ``samples``, 0 without; ``count`` if it has none."""
+    modality = owner(entry)
+    return samples.get(modality, 0) if modality else count

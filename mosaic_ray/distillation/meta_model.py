@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config.schema import MetaConfig
 from ..core.seeding import seeded, stream
-from ..core.types import Prototypes
+from ..core.types import DataFacts, Prototypes
 from ..federated.local_training import no_progress
 from ..models.optimizers import Adam
 from .linear_head import sample_losses, scores, surely_lower
@@ -42,10 +42,14 @@ class MetaModel(nn.Module):
     (948,206 parameters at C = 10; attention takes 4 MB per row at C = 100): token_dim = -1. Ours is equal up to ten
     classes and has at most ten heads and d = 200. Without ``expert_embedding`` the output does not depend on the order
     of the experts (M3).
+
+    With ``modalities`` M > 0 a token is what one expert says of one modality: logits [B, M E, C], modality by modality,
+    and ``absent`` bool [B, M E] leaves out those that a sample lacks. An embedding of the modality is added.
     """
 
-    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig) -> None:
+    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig, modalities: int = 0) -> None:
         super().__init__()
+        self.modalities, self.num_experts = modalities, num_experts
         dim, heads = token_size(config.token_dim, num_classes)
         self.expand = nn.Linear(num_classes, dim)
         layer = nn.TransformerEncoderLayer(dim, heads, config.feedforward, config.dropout, batch_first=True)
@@ -56,36 +60,69 @@ class MetaModel(nn.Module):
         )
         self.out = nn.Linear(dim, num_classes)
         self.identity = nn.Parameter(0.02 * torch.randn(num_experts, dim)) if config.expert_embedding else None
-        self.pool = config.pool
-        self.max_rows = max(1, MAX_NUMBERS // (num_experts * max(dim, config.feedforward, heads * num_experts)))
+        self.kind = nn.Parameter(0.02 * torch.randn(modalities, dim)) if modalities else None
+        self.pool, count = config.pool, num_experts * max(1, modalities)
+        self.max_rows = max(1, MAX_NUMBERS // (count * max(dim, config.feedforward, heads * count)))
 
-    def forward(self, expert_logits: Tensor) -> Tensor:
+    def forward(self, expert_logits: Tensor, absent: Tensor | None = None) -> Tensor:
         tokens = self.expand(expert_logits)
         if self.identity is not None:
-            tokens = tokens + self.identity
-        tokens = self.transformer(tokens, tokens)
-        logits: Tensor = self.out(tokens.mean(1) if self.pool == "mean" else tokens.sum(1))
-        return logits
+            tokens = tokens + self.identity.repeat(max(1, self.modalities), 1)
+        if self.kind is not None:
+            tokens = tokens + self.kind.repeat_interleave(self.num_experts, 0)
+        if absent is None:
+            tokens = self.transformer(tokens, tokens)
+            logits: Tensor = self.out(tokens.mean(1) if self.pool == "mean" else tokens.sum(1))
+            return logits
+        masks = dict.fromkeys(("src_key_padding_mask", "tgt_key_padding_mask", "memory_key_padding_mask"), absent)
+        tokens = self.transformer(tokens, tokens, **masks).masked_fill(absent[:, :, None], 0.0)
+        pooled = tokens.sum(1)
+        if self.pool == "mean":
+            pooled = pooled / (~absent).sum(1, keepdim=True).clamp(min=1)
+        found: Tensor = self.out(pooled)
+        return found
 
 
 class Teacher(nn.Module):
     """The meta model, for ``meta.init = prototype_head`` as a correction of a linear head: H phi + h + g meta(experts).
 
     ``skip`` (H, h) starts at the refitted head and the gain g at 0, so training starts from that head's logits.
+    ``modalities``: see ``modality_tokens``.
     """
 
-    def __init__(self, num_experts: int, num_classes: int, config: MetaConfig, feature_dim: int) -> None:
+    def __init__(
+        self, num_experts: int, num_classes: int, config: MetaConfig, feature_dim: int, modalities: int = 0
+    ) -> None:
         super().__init__()
-        self.meta = MetaModel(num_experts, num_classes, config)
+        self.meta = MetaModel(num_experts, num_classes, config, modalities)
         warm = config.init == "prototype_head"
         self.skip = nn.Linear(feature_dim, num_classes) if warm else None
         self.gain = nn.Parameter(torch.zeros(())) if warm else None
 
     def forward(self, expert_logits: Tensor, features: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.meta(expert_logits)
+        absent = None
+        if self.meta.modalities and features is not None:
+            absent = by_modality(features, self.meta.modalities)[1].logical_not()
+            absent = absent.repeat_interleave(self.meta.num_experts, 1)
+        logits: Tensor = self.meta(expert_logits, absent)
         if self.skip is not None and self.gain is not None:
             logits = self.skip(features) + self.gain * logits
         return logits
+
+
+def modality_tokens(config: MetaConfig, facts: DataFacts) -> int:
+    """Return the number of modalities where each of them has tokens of its own (``meta.tokens``), else 0."""
+    return len(facts.modalities) if config.tokens == "modality" else 0
+
+
+def by_modality(features: Tensor, modalities: int) -> tuple[Tensor, Tensor]:
+    """Return each modality's block of late-fused features [B, M (d + 1)] at share 1, and which are there, bool [B, M].
+
+    The blocks [B, M, d + 1] are features and a one (``models.multimodal.Fusion``), zeros where absent.
+    """
+    blocks = features.unflatten(1, (modalities, -1))
+    shares = blocks[:, :, -1]
+    return blocks / torch.where(shares > 0, shares, 1)[:, :, None], shares > 0
 
 
 @torch.no_grad()
@@ -107,7 +144,8 @@ def gates(teacher: Teacher, expert_logits: Callable[[Tensor], Tensor], features:
         asked = teacher(given, features[rows]).gather(1, labels[rows, None]).sum()
         (slopes,) = torch.autograd.grad(asked, given)
         opinion = given.detach() - given.detach().mean(2, keepdim=True)
-        effect = (opinion * slopes).sum(2).abs()  # [B, E]
+        effect = (opinion * slopes).sum(2)
+        effect = effect.unflatten(1, (-1, teacher.meta.num_experts)).sum(1).abs()  # [B, E], over all modalities
         parts.append(effect.new_zeros(effect.shape[1], len(counts)).index_add_(1, labels[rows], effect.T))
     return np.asarray((torch.stack(parts).sum(0) / counts.clamp(min=1)).cpu())
 

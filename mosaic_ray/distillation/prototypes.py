@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..config.schema import PrototypesConfig
 from ..core.seeding import numpy_stream, stream
 from ..core.types import DataFacts, Prototypes
+from ..data.records import subsets
 from ..data.transforms import augment, to_input
 from ..federated.communication import num_judging
 from ..federated.local_training import Shard, batches, no_progress
@@ -74,7 +76,8 @@ def client_prototypes(
     """Compute one client's prototypes in the features of ``model``; ``address`` is (seed, round, client).
 
     ``progress(done, total)`` counts batches of images, then classes. With ``split`` = halves a share of each class's
-    images, the same in every round, gets centroids of its own, which judge what is fitted to the others.
+    images, the same in every round, gets centroids of its own, which judge what is fitted to the others. With
+    ``subsets`` = all each set of modalities has centroids of its own.
     """
     seed, round_num, client_id = address
     judging = judging_images(shard.labels.cpu().numpy(), config.judging, seed, client_id)
@@ -85,7 +88,30 @@ def client_prototypes(
     if config.augment:
         draws = stream(seed, "prototypes/augment", round_num, client_id)
         shard = Shard(augment(shard.images, facts.augmentations, draws), shard.labels)
-    labels = shard.labels.cpu().numpy()
+    sets, parts = feature_sets(shard, facts, config.subsets), []
+    for number, kept in enumerate(sets):
+        (having, seen), report = seen_with(shard, kept), partial(part_done, progress, number, len(sets))
+        parts += _centroids_of(model, seen, judging[having], config, facts, client_id, precision, report)
+    return Prototypes.concatenate(parts)
+
+
+def part_done(progress: Callable[[int, int], None], number: int, count: int, done: int, total: int) -> None:
+    """Report ``done`` of ``total`` steps of part ``number`` among ``count`` parts of equal length."""
+    progress(number * total + done, count * total)
+
+
+def _centroids_of(
+    model: Classifier,
+    shard: Shard,
+    judging: np.ndarray,
+    config: PrototypesConfig,
+    facts: DataFacts,
+    client_id: int,
+    precision: str,
+    progress: Callable[[int, int], None],
+) -> list[Prototypes]:
+    """Return the centroids of each class of ``shard``, of the samples that fit and of those ``judging``, bool [n]."""
+    labels, judging = shard.labels.cpu().numpy(), judging.copy()
     owned, batches_done = np.unique(labels), 0
 
     def batch(done: int, total: int) -> None:
@@ -107,7 +133,38 @@ def client_prototypes(
                 marks = np.full(len(sizes), judges) if config.judging else None
                 parts.append(Prototypes(vectors, labelled, sizes, sent, marks))
         progress(number, batches_done + len(owned))
-    return Prototypes.concatenate(parts)
+    return parts
+
+
+def feature_sets(shard: Shard, facts: DataFacts, sets: str) -> list[torch.Tensor | None]:
+    """Return the sets of modalities, bool [M], under which a client's features are taken, or None: samples as they are.
+
+    ``sets``: as ``prototypes.subsets``; ``all``: each of ``records.subsets`` of the modalities that the client holds,
+    if one of its samples has all of the set.
+    """
+    if sets != "all" or not facts.modalities:
+        return [None]
+    count = len(facts.modalities)
+    present = shard.images[:, 0, 0, -count:] > 0
+    held = present.any(0).nonzero()[:, 0]
+    found: list[torch.Tensor | None] = []
+    for chosen in subsets(len(held)):
+        kept = torch.zeros(count, dtype=torch.bool, device=present.device)
+        kept[held[list(chosen)]] = True
+        if bool(present[:, kept].all(1).any()):
+            found.append(kept)
+    return found
+
+
+def seen_with(shard: Shard, kept: torch.Tensor | None) -> tuple[np.ndarray, Shard]:
+    """Return the rows int64 [n] of samples that have all of a set of modalities, and these without their others."""
+    if kept is None:
+        return np.arange(len(shard)), shard
+    present = shard.images[:, 0, 0, -len(kept) :] > 0
+    rows = present[:, kept].all(1).nonzero()[:, 0]
+    images = shard.images[rows].clone()
+    images[:, 0, 0, -len(kept) :] = kept.to(images.dtype)
+    return rows.cpu().numpy(), Shard(images, shard.labels[rows])
 
 
 def judging_images(labels: np.ndarray, share: float, seed: int, client_id: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from ..config.schema import ExperimentConfig
 from ..core.health import PLATEAU_MIN_WINDOW, PLATEAU_WINDOW
 from ..core.seeding import stream
 from ..core.types import DataFacts, ImageSet, Prototypes, Weights
+from ..data.transforms import drop_from_rows
 from ..federated.client import ClientContext
 from ..federated.evaluation import logits_on
 from ..federated.local_training import no_progress
@@ -79,14 +80,15 @@ class Batcher:
         }
 
     @torch.no_grad()
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return classifier inputs float32 [B, channels, H, W] of ``step``, in client order, without gradients (K3).
 
-        With them the labels int64 [B] that conditional generators were asked for; empty where generators take none.
+        With them what the student sees of them, and the labels int64 [B] that conditional generators were asked for;
+        empty where generators take none.
         """
         task, config = self.task, self.task.config
-        images = [torch.empty(0, *task.facts.input_shape, device=self.device)]
-        labels = [torch.empty(0, dtype=torch.int64, device=self.device)]
+        images, rate = [torch.empty(0, *task.facts.input_shape, device=self.device)], config.distill.modality_dropout
+        seen, labels = images.copy(), [torch.empty(0, dtype=torch.int64, device=self.device)]
         for k, generator in self.generators.items():
             draws = stream(config.seed, "distill/z", step, k)
             with use_precision(config.runtime.precision, self.device):
@@ -94,7 +96,11 @@ class Batcher:
                 fake = generator(*inputs).float()
             images.append(classifier_view(fake, config.generator.gan_range, task.facts))
             labels += inputs[1:]
-        return torch.cat(images), torch.cat(labels)
+            if rate:
+                left_out = stream(config.seed, "distill/modalities", step, k)
+                seen.append(drop_from_rows(images[-1], task.facts.modalities, rate, left_out))
+        whole = torch.cat(images)
+        return whole, torch.cat(seen) if rate else whole, torch.cat(labels)
 
 
 #: The name under which steps of the second training are reported.
@@ -210,7 +216,7 @@ def train_student(
     seen = torch.zeros(task.facts.num_classes, device=device)
     window, late = min(PLATEAU_WINDOW, steps // 2), torch.zeros(4, device=device)
     for step in range(1, steps + 1):
-        images, asked = batch_of(step)
+        images, seen_by_student, asked = batch_of(step)
         with torch.no_grad(), use_precision(config.runtime.precision, device):
             features = student.features(images).float() if shared else None
             target = teacher(images, features).float()
@@ -220,7 +226,8 @@ def train_student(
         normaliser = weights.sum()
         dist.sum_(normaliser)
         with use_precision(config.runtime.precision, device):
-            logits = (student.head(features) if shared else student(images)).float()
+            known = shared and seen_by_student is images
+            logits = (student.head(features) if known else student(seen_by_student)).float()
         loss, parts = distillation_loss(target, logits, distill, weights, normaliser=normaliser)
         if step > steps - 2 * window:
             last = int(step > steps - window)
@@ -284,7 +291,7 @@ def inspect_student(task: DistillTask, student: Weights, device: torch.device) -
     ``teacher.shift``.
     """
     config, num_classes = task.config, task.facts.num_classes
-    images, _ = Batcher(task, DistContext(), device)(0)  # training uses steps from 1
+    images, _, _ = Batcher(task, DistContext(), device)(0)  # training uses steps from 1
     teacher = build_teacher(config, task.facts, task.teacher).to(device)
     network = ClientContext(config, task.facts, device).classifier(student).eval()
     with use_precision(config.runtime.precision, device):

@@ -14,7 +14,7 @@ from ..config.schema import ExperimentConfig
 from ..core.types import DataFacts, Weights
 from ..models.classifiers import Classifier, build_classifier
 from ..models.state_dict import freeze, head_of, load_weights
-from .meta_model import Teacher, teacher_logits
+from .meta_model import Teacher, by_modality, modality_tokens, teacher_logits
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,12 @@ def heads_only(weights: Weights) -> Weights:
     return {name: value for name, value in weights.items() if name.startswith("head.")}
 
 
-def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Tensor], Tensor]:
-    """Return a function: features phi [B, d] -> logits V_e phi + b_e of the class experts, [B, C experts, C]."""
+def head_logits(experts: tuple[Weights, ...], index: np.ndarray, modalities: int = 0) -> Callable[[Tensor], Tensor]:
+    """Return a function: features phi [B, d] -> logits V_e phi + b_e of the class experts, [B, C experts, C].
+
+    With ``modalities`` M > 0 features are those of ``model.fusion = late``, and the logits are those of each modality
+    alone, [B, M C, C], modality by modality, zeros where it is absent. Their mean over what is there is V_e phi + b_e.
+    """
     heads = [head_of(e) for e in experts]
     matrices = torch.tensor(np.stack([v for v, _ in heads]))
     biases = torch.tensor(np.stack([b for _, b in heads]))
@@ -86,6 +90,10 @@ def head_logits(experts: tuple[Weights, ...], index: np.ndarray) -> Callable[[Te
         nonlocal matrices, biases, order
         if matrices.device != features.device:
             matrices, biases, order = (part.to(features.device) for part in (matrices, biases, order))
+        if modalities:
+            blocks, there = by_modality(features, modalities)
+            each = torch.einsum("bmd,ecmd->bmec", blocks, matrices.unflatten(2, (modalities, -1))) + biases
+            return (each * there[:, :, None, None])[:, :, order].flatten(1, 2)
         return (torch.einsum("bd,ecd->bec", features, matrices) + biases)[:, order]
 
     return logits
@@ -108,10 +116,11 @@ class TeacherNet(nn.Module):
         self.backbone = network(state.backbone)
         self.full = config.meta.input == "full"
         self.experts = nn.ModuleList([network(e) for e in state.experts] if self.full else [])
-        self.head_logits = head_logits(state.experts, state.index)
+        modalities = modality_tokens(config.meta, facts)
+        self.head_logits = head_logits(state.experts, state.index, modalities)
         self.register_buffer("index", torch.tensor(state.index))
         self.meta = load_weights(
-            Teacher(len(state.index), facts.num_classes, config.meta, self.backbone.feature_dim), state.meta
+            Teacher(len(state.index), facts.num_classes, config.meta, self.backbone.feature_dim, modalities), state.meta
         )
         self._backbone = state.backbone
         freeze(self)

@@ -17,11 +17,11 @@ from ..core.types import Prototypes, Weights
 from ..federated.client import ClientContext
 from ..models.state_dict import freeze, head_of, load_weights, to_weights, use_precision
 from ..models.submodel import ChannelLayout
-from .experts import ClientWeights, effective_owners, expert_weights, form_experts, redundancy
+from .experts import ClientWeights, Holdings, effective_owners, expert_weights, form_experts, redundancy
 from .generator_training import classifier_view, draw, load_generator
 from .image_quality import domain_auc
 from .linear_head import fit_heads, scores
-from .meta_model import Teacher, gates, teacher_logits, train_meta
+from .meta_model import Teacher, gates, modality_tokens, teacher_logits, train_meta
 from .prototypes import split_held_out
 from .teacher import TeacherState, head_logits, heads_only
 
@@ -94,19 +94,21 @@ def class_experts(
     client_weights: Iterable[ClientWeights],
     counts: np.ndarray,
     channels: ChannelLayout | None = None,
+    holdings: Holdings | None = None,
 ) -> tuple[tuple[Weights, ...], np.ndarray]:
     """Average the clients' models to distinct class experts; return them and the index of each class's, int64 [C].
 
     ``counts`` int64 [K, C]: images per client and class. With ``meta.input = head`` only heads are averaged, which read
     the global model's features like the prototypes; with ``full`` full models are (see M6). Weights of partial-width
-    clients come with their channels, and ``channels`` is the network's layout.
+    clients come with their channels, and ``channels`` is the network's layout. ``holdings``: the clients' modalities,
+    where samples have several.
     """
     whole = global_weights
     if config.meta.input == "head":
         client_weights = ((k, heads_only(w), sets[0] if sets else None) for k, w, *sets in client_weights)
         whole = heads_only(global_weights)
     fallback = whole if config.meta.expert_fallback == "global" else None
-    experts, index = form_experts(client_weights, counts, fallback, whole=whole, channels=channels)
+    experts, index = form_experts(client_weights, counts, fallback, whole=whole, channels=channels, holdings=holdings)
     return tuple(experts), index
 
 
@@ -131,6 +133,7 @@ def fit_teacher(
         real, ensemble = kept, expert_mean_logits(context, experts, index)
         kept = synthetic_prototypes(context, global_weights, sources, ensemble, real)
         figures["domain_auc"] = domain_auc(real.vectors, kept.vectors, config.seed)
+    modalities = modality_tokens(config.meta, facts)
     own, weighting = head_of(global_weights), config.prototypes.weighting
     evaluated = held_out if len(held_out) else kept
     student = torch.tensor(evaluated.vectors) @ torch.tensor(own[0]).T + torch.tensor(own[1])
@@ -140,11 +143,11 @@ def fit_teacher(
         head: Weights, meta: MetaConfig, kept: Prototypes, held_out: Prototypes, report: Callable[..., None]
     ) -> tuple[Weights, dict[str, float]]:
         with seeded(config.seed, "init", "meta"):
-            teacher = Teacher(facts.num_classes, facts.num_classes, meta, own[0].shape[1])
+            teacher = Teacher(facts.num_classes, facts.num_classes, meta, own[0].shape[1], modalities)
         if teacher.skip is not None:
             start = {name.removeprefix("head."): torch.tensor(value) for name, value in head.items()}
             teacher.skip.load_state_dict(start)
-        logits = head_logits(experts, index)
+        logits = head_logits(experts, index, modalities)
         made, found = train_meta(
             teacher.to(context.device), logits, kept, held_out, meta, weighting, config.seed, report, context.progress
         )
@@ -197,9 +200,10 @@ def inspect_teacher(
     config, num_classes, device = context.config, context.facts.num_classes, context.device
     kept, held_out = split_held_out(prototypes, config.prototypes.held_out, config.seed)
     evaluated = held_out if len(held_out) else kept
-    teacher = Teacher(num_classes, num_classes, config.meta, head_of(state.backbone)[0].shape[1])
+    modalities = modality_tokens(config.meta, context.facts)
+    teacher = Teacher(num_classes, num_classes, config.meta, head_of(state.backbone)[0].shape[1], modalities)
     freeze(load_weights(teacher, state.meta)).to(device)
-    expert_logits = head_logits(state.experts, state.index)
+    expert_logits = head_logits(state.experts, state.index, modalities)
     features, labels = (torch.tensor(part, device=device) for part in (evaluated.vectors, evaluated.labels))
     named = teacher_logits(teacher, expert_logits, features).argmax(1)
     votes = torch.cat([expert_logits(part).mean(1) for part in features.split(teacher.meta.max_rows)])

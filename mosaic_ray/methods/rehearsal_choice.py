@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..pipeline.graph import Graph, KeyInputs, Knobs, Stage
-from ..pipeline.stages import CHOICE, driver_knobs, rehearsal_trials, rehearses_early
+from ..pipeline.stages import CHOICE, driver_knobs, prototype_knobs, rehearsal_trials, rehearses_early, subset_knobs
 from .closing_head import closing_head
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def _choice(trials: tuple[str, ...]) -> Stage:
 
 def _knobs(inputs: KeyInputs) -> Knobs:
     head = closing_head(inputs.config)
-    own = {} if head is None else {"head": head.name} | head.fit.knobs(inputs)
+    own: Knobs = {} if head is None else {"head": head.name} | head.fit.knobs(inputs) | subset_knobs(inputs.config)
+    if head is not None and head.name == "prototype_head":
+        own["prototypes"] = prototype_knobs(inputs.config)
     return own | {"held_back": inputs.config.rehearsal.held_back} | driver_knobs(inputs.config)
 
 

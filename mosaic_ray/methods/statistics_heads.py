@@ -18,7 +18,7 @@ from ..config.fields import knob
 from ..config.plugins import own_knobs, section_of
 from ..core.about import About, Paper
 from ..pipeline.graph import KeyInputs, Knobs, Stage
-from ..pipeline.stages import driver_knobs
+from ..pipeline.stages import driver_knobs, subset_knobs
 from .base import Distilled, Method
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class StatisticsHead(Method):
     ) -> None:  # fmt: skip
         self.name, self.per_class, self.knobs = name, per_class, knobs
         self.statistics = Stage(
-            names[0], 1, lambda inputs: {"per_class": per_class},
+            names[0], 1, lambda inputs: {"per_class": per_class} | subset_knobs(inputs.config),
             f"{_HERE}:collect_statistics", upstream=(after,), kind="class_statistics", unit="client",
             total=lambda config: config.partition.num_clients,
             work=lambda config: {"clients": config.partition.num_clients},

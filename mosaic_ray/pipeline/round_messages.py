@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..config.plugins import strategy_named
+from ..data.records import subsets
 from ..distillation.rehearsal import generator_size
 from ..federated.client_models import Federation
 from ..federated.communication import (
@@ -105,7 +106,8 @@ def add_prototypes(federation: Federation, counts: np.ndarray, tally: Tally, tim
     """Add each client's prototypes, ``times`` [K] times."""
     section = federation.config.prototypes
     for k, name in enumerate(federation.classifiers):
-        count = int(num_prototypes(counts[k], section).sum())
+        sets = len(subsets(len(federation.modalities[k]))) if section.subsets == "all" else 1
+        count = sets * int(num_prototypes(counts[k], section).sum())
         feature_dim = federation.entries(name)["head.weight"][0][1]
         message = size_of_entries(prototype_entries(count, feature_dim, section.judging > 0))
         tally.add("uplink", "prototypes", k, message, times=int(times[k]))

@@ -55,7 +55,8 @@ def numbers_depend_on(config: ExperimentConfig) -> Knobs:
 
 def prototype_split(config: ExperimentConfig) -> Knobs:
     """Return the knobs that divide prototypes into kept and held out, and weigh them."""
-    making = ("k", "model", "rounds", "samples", "augment", "cap", "split")  # these show in the prototypes themselves
+    # these show in the prototypes themselves
+    making = ("k", "model", "rounds", "samples", "augment", "cap", "split", "subsets")
     return changed_knobs(config.prototypes, *making) | {"seed": config.seed} | driver_knobs(config)
 
 
@@ -64,6 +65,11 @@ def prototype_knobs(config: ExperimentConfig) -> Knobs:
     section = config.prototypes
     judging = {"judging": section.judging} if section.judging else {}
     return changed_knobs(section, "held_out", "weighting", "split") | judging
+
+
+def subset_knobs(config: ExperimentConfig) -> Knobs:
+    """Return the sets of modalities that class statistics are taken of, where they are not those held."""
+    return {"subsets": "all"} if config.prototypes.subsets == "all" else {}
 
 
 def driver_knobs(config: ExperimentConfig) -> Knobs:

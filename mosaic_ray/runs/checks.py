@@ -41,12 +41,29 @@ def check_models(config: ExperimentConfig, facts: DataFacts) -> None:
             f"federation.strategy = {config.federation.strategy}: it is about samples of several modalities, and those "
             f"of {config.data.name} have one; see docs/howto/modalities.md"
         )
+    _check_sets(config, facts)
     for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
         norm_depths(config.model, facts.num_classes, facts.channels, facts.image_size, name, facts.modalities)
     if trains_generators(config):
         check_image_size(facts.image_size)
     load("methods", config.method).check_networks(config, facts)
     Federation(config, facts).check()
+
+
+def _check_sets(config: ExperimentConfig, facts: DataFacts) -> None:
+    """Raise ``RequestError`` where switches about several modalities have nothing to act on."""
+    asked = {
+        "prototypes.subsets": config.prototypes.subsets == "all", "meta.tokens": config.meta.tokens == "modality",
+        "warmup.modality_dropout": config.warmup.modality_dropout > 0,
+        "distill.modality_dropout": config.distill.modality_dropout > 0,
+    }  # fmt: skip
+    for name in (name for name, is_set in asked.items() if is_set and not facts.modalities):
+        raise RequestError(f"{name}: samples of {config.data.name} have one modality; leave it at its default")
+    if config.meta.tokens == "modality" and (config.model.fusion != "late" or config.meta.input != "head"):
+        raise RequestError(
+            "meta.tokens = modality: the modalities of a sample can be told apart in the features of model.fusion = "
+            "late alone, read by experts' heads; set model.fusion=late and meta.input=head"
+        )
 
 
 def _check_several(config: ExperimentConfig) -> None:

@@ -348,10 +348,10 @@ def test_workers_share_a_batch_of_conditional_generators():
     nothing = np.zeros((0, 1), np.float32)
     task = DistillTask(config, FACTS, {}, None, made, np.array([4, 3, 5]), nothing, nothing)
     alone = Batcher(task, DistContext(), CPU)
-    images, labels = alone(1)
+    images, _, labels = alone(1)
     assert images.shape == (12, 1, 8, 8) and torch.equal(images, alone(1)[0]) and not torch.equal(images, alone(2)[0])
     first, second = (Batcher(task, DistContext(rank, 2), CPU)(1) for rank in range(2))
-    for whole, one, other in zip((images, labels), first, second, strict=True):
+    for whole, one, other in zip((images, images, labels), first, second, strict=True):
         assert torch.equal(torch.cat([one[:4], other, one[4:]]), whole)
     assert labels[:4].tolist() == [0] * 4 and set(labels[4:7].tolist()) == {1, 2}, "the labels of its client's images"
 

@@ -209,7 +209,7 @@ def test_s2_labels_that_were_asked_for_move_the_target_where_they_have_weight(ta
     for weight in (0.0, 0.99):
         knobs = {"distill.label_weight": weight, "distill.lr": 0.5}
         student, _ = distil(with_knobs(asked, knobs), CPU, DistContext(), _quiet)
-        images, labels = Batcher(asked, DistContext(), CPU)(1)
+        images, _, labels = Batcher(asked, DistContext(), CPU)(1)
         assert set(labels.tolist()) == {2}
         with torch.no_grad():
             named = ClientContext(TINY, FACTS, CPU).classifier(student).eval()(images).argmax(1)

@@ -14,6 +14,12 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.runs import runner
 
+DISTILLED = {
+    "algorithm": "distilled", "generator.family": "cvae", "method": "mosaic", "partition.modalities": SOME,
+    "prototypes.subsets": "all", "meta.tokens": "modality", "distill.modality_dropout": 0.5,
+}  # fmt: skip
+
+
 
 @pytest.fixture(autouse=True)
 def signs_as_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +84,9 @@ def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
         {"algorithm": "distilled", "generator.family": "cvae", "method": "mosaic"},
         {"algorithm": "distilled", "generator.family": "cgan", "method": "mosaic"},
         REHEARSAL | {"generator.family": "cgan"},
+        {"model.fusion": "zero_fill", "method": "lda_head", "prototypes.subsets": "all"},
+        {"finetune.head": "prototype_head", "prototypes.subsets": "all"},
+        DISTILLED | {"meta.input": "full", "model.fusion": "gated", "meta.tokens": "expert", "meta.init": "random"},
         REHEARSAL | {"rehearsal.modalities": "single", "rehearsal.weight": 0.0, "rehearsal.candidates": (1.0,)},
         REHEARSAL | {"rehearsal.begins": "warmup", "generator.stage": "before"},
         REHEARSAL | {"federation.widths": (1.0, 0.5), "federation.strategy": "heterofl", "model.fusion": "gated"},
@@ -125,7 +134,9 @@ def test_pmcmfl_is_about_several_modalities(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "knobs", [REHEARSAL, PMCMFL, REHEARSAL | {"generator.family": "cgan"}], ids=["rehearsal", "pmcmfl", "cgan"]
+    "knobs",
+    [REHEARSAL, PMCMFL, REHEARSAL | {"generator.family": "cgan"}, DISTILLED],
+    ids=["rehearsal", "pmcmfl", "cgan", "distilled"],
 )
 def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up, knobs: dict) -> None:
     serial = go(tmp_path / "serial", knobs)
@@ -148,9 +159,40 @@ def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up, knobs: dict) -> N
         ({"partition.modalities": ("image", "text")}, "no client holds v"),
         ({"federation.widths": (0.5,), "model.fusion": "late", "federation.strategy": "fedrolex"}, "cannot be cut"),
         ({"model.fusion": "prototypes"}, "take pmcmfl"),
+        (DISTILLED | {"model.fusion": "mean"}, "meta.tokens = modality"),
+        (DISTILLED | {"meta.input": "full"}, "meta.tokens = modality"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_starts(tmp_path: Path, knobs: dict, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         go(tmp_path, {"method": "fedavg"} | knobs)
     assert not list(tmp_path.rglob("objects/*"))
+
+
+def test_a_teacher_with_tokens_by_modality_sends_what_is_predicted_and_is_found_again(tmp_path: Path) -> None:
+    summary = go(tmp_path, DISTILLED)
+    assert summary["communication"]["measured_over_predicted"] == 1
+    again = go(tmp_path, DISTILLED)
+    assert all(stage["cached"] for stage in again["stages"].values())
+    assert again["accuracy"] == summary["accuracy"]
+    plain = go(tmp_path, DISTILLED | {"prototypes.subsets": "held"})
+    sent = [run["communication_bytes"]["uplink"]["prototypes"] for run in (plain, summary)]
+    assert sent[1] > 2.5 * sent[0]  # a client with two modalities sends prototypes of three sets
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"prototypes.subsets": "all"},
+        {"meta.tokens": "modality"},
+        {"warmup.modality_dropout": 0.5},
+        {"distill.modality_dropout": 0.5},
+    ],
+)
+def test_switches_about_several_modalities_are_refused_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, knobs: dict
+) -> None:
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    monkeypatch.setattr("mosaic_ray.data.load.known_facts", lambda config: stripes_dataset().facts)
+    with pytest.raises(RequestError, match=f"{next(iter(knobs))}: samples of .* have one modality"):
+        go(tmp_path, knobs)

@@ -74,8 +74,15 @@ PROTOTYPES = Stage(
     messages=f"{_HERE}.client_uploads:prototype_messages",
 )  # fmt: skip
 
+
+def _teacher_knobs(inputs: KeyInputs) -> Knobs:
+    several = inputs.facts is not None and bool(inputs.facts.modalities)
+    found = {"meta": changed_knobs(inputs.config.meta), "split": prototype_split(inputs.config)}
+    return found | ({"experts": "by modality"} if several and inputs.config.model.fusion != "zero_fill" else {})
+
+
 TEACHER = Stage(
-    "teacher", 4, lambda inputs: {"meta": changed_knobs(inputs.config.meta), "split": prototype_split(inputs.config)},
+    "teacher", 4, _teacher_knobs,
     f"{_HERE}.server:train_teacher",
     # generators matter where the meta model learns from their images
     upstream=lambda config: (

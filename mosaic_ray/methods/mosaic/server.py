@@ -11,14 +11,15 @@ from ...config.schema import ExperimentConfig
 from ...core.errors import RunError
 from ...core.health import SINGLE_OWNER_BELOW, distill_findings, teacher_findings
 from ...core.types import Finding, Prototypes, Weights
-from ...distillation.experts import effective_owners
-from ...distillation.meta_model import Teacher
+from ...distillation.experts import Holdings, effective_owners
+from ...distillation.meta_model import Teacher, modality_tokens
 from ...distillation.student_training import AGAIN, make_task
 from ...distillation.teacher import MixedTeacher, TeacherState, group_shares
 from ...distillation.teacher_training import class_experts, teach
 from ...federated.client import ClientContext
 from ...federated.client_models import Federation, Models, group_counts
 from ...federated.communication import Tally, size_of_entries
+from ...models.multimodal import modality_of
 from ...models.state_dict import load_weights
 from ...pipeline.context import Facts, RunContext, known
 from ...pipeline.evaluate import log_validation, validation_images
@@ -98,7 +99,7 @@ def _teach(
     makers = zip(generators.clients, generators.results, strict=True)
     sources = ((k, warmup.client(k), made.load("generator")) for k, made in makers)
     try:
-        experts, index = class_experts(ctx.config, backbone, models, counts, channels)
+        experts, index = class_experts(ctx.config, backbone, models, counts, channels, _holdings(federation, name))
     except ValueError as error:  # a class without an owner, where that is asked to be an error
         raise RunError(str(error)) from error
     synthetic = ctx.config.meta.data != "prototypes"
@@ -106,6 +107,13 @@ def _teach(
         teach, backbone, experts, index, counts, prototypes, sources if synthetic else (), report=look
     )
     return replace(state, backbone=backbone, experts=experts), figures, arrays
+
+
+def _holdings(federation: Federation, name: str) -> Holdings | None:
+    """Return which modalities the clients hold, for averages among those of the architecture ``name``."""
+    if not federation.facts.modalities or federation.config.model.fusion == "zero_fill":
+        return None  # all clients have trained all weights
+    return Holdings(federation.modalities, modality_of, federation.head_columns(name))
 
 
 def _prefix(federation: Federation, name: str, number: int) -> str:
@@ -143,7 +151,8 @@ def _read_group(
             check_entries(expert, entries if context.config.meta.input == "full" else heads, finite=False)
         if index.shape != (classes,) or not (index.min() >= 0 and index.max() < len(experts)):
             raise ValueError("its index names other experts")
-        meta = Teacher(classes, classes, context.config.meta, heads["head.weight"][0][1])
+        modalities = modality_tokens(context.config.meta, context.facts)
+        meta = Teacher(classes, classes, context.config.meta, heads["head.weight"][0][1], modalities)
         for trained_meta in filter(None, (state.meta, state.trial_meta)):
             load_weights(meta, trained_meta)
         for head in filter(None, (state.head, state.trial_head)):
