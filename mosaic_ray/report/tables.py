@@ -60,7 +60,8 @@ def closing_table(content: Mapping[str, Any]) -> RenderableType:
     if summary.stages:
         parts += [_stages(summary.stages), ""]
     if summary.communication_bytes:
-        parts += [_communication(summary.communication_bytes), ""]
+        modalities = (summary.communication and summary.communication.modalities) or []
+        parts += [_communication(summary.communication_bytes, modalities), ""]
     if summary.communication:
         parts += [_comparison(summary.communication), ""]
     if summary.health:
@@ -150,11 +151,14 @@ def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _communication(moved: Mapping[str, Mapping[str, float]]) -> Table:
+def _communication(moved: Mapping[str, Mapping[str, float]], modalities: Sequence[Mapping[str, Any]] = ()) -> Table:
     up, down = moved.get("uplink", {}), moved.get("downlink", {})
     table = _table("communication", "uplink", "downlink")
     for kind in dict.fromkeys([*up, *down]):
         table.add_row(Text(kind), size(up.get(kind, 0)), size(down.get(kind, 0)))
+        for row in modalities if kind == "weights" else ():
+            what = f"of {row['modality']}, {row['clients']} clients" if row["modality"] else "of what all share"
+            table.add_row(Text(f"  {what}", style="dim"), size(row["uplink"]), size(row["downlink"]))
     table.add_row("total", size(sum(up.values())), size(sum(down.values())), style="bold")
     return table
 

@@ -6,7 +6,9 @@ The control is a comparison that a deployment would not send, and is left out of
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,11 +19,14 @@ from ..core.errors import RequestError
 from ..core.types import DataFacts
 from ..distillation.rehearsal import generator_size
 from ..federated.client_models import Federation
-from ..federated.communication import Tally, num_parameters, size_of_entries
+from ..federated.communication import Entries, Tally, num_parameters, size_of_entries
 from ..methods.mosaic.client_uploads import exchanged
+from ..models.multimodal import modality_of
 from ..pipeline.context import RunContext
 from ..pipeline.graph import load_function
 from .plan import graph_of
+
+T = TypeVar("T")
 
 #: Stages that a deployment would not run.
 COMPARISONS = ("control", "control_warmup")
@@ -54,6 +59,44 @@ def predicted(config: ExperimentConfig, facts: DataFacts, counts: np.ndarray | N
         if stage.messages:
             load_function(stage.messages)(federation, counts, tally)
     return tally
+
+
+@dataclass(frozen=True)
+class _OneModality(Federation):
+    """A federation whose messages are counted for the weights of one modality alone; "": those of none."""
+
+    modality: str = ""
+
+    def entries(self, name: str, width: float = 1.0) -> Entries:
+        return self._own(super().entries(name, width))
+
+    def trained_entries(self, client_id: int, entries: Mapping[str, T], whole: bool = False) -> dict[str, T]:
+        return self._own(super().trained_entries(client_id, entries, whole))
+
+    def _own(self, entries: Mapping[str, T]) -> dict[str, T]:
+        return {entry: what for entry, what in entries.items() if modality_of(entry) == self.modality}
+
+
+def by_modality(config: ExperimentConfig, facts: DataFacts) -> list[dict[str, Any]]:
+    """Return the bytes of weights that rounds send of each modality's encoder, and of what all share ("").
+
+    A row has the ``modality``, how many ``clients`` hold it, and the bytes in both directions, from the configuration
+    alone. The rows of samples with one modality are none.
+    """
+    rows, clients = [], config.partition.num_clients
+    config = override(config, {"prototypes.rounds": "last"})  # prototypes are no weights
+    held = Federation(config, facts).modalities
+    for modality in (*(part.name for part in facts.modalities), "") if facts.modalities else ():
+        federation, tally = _OneModality(config, facts, modality), Tally(1, clients)
+        for stage in graph_of(config):
+            if stage.messages and stage.kind in ("warmup", "rounds"):
+                load_function(stage.messages)(federation, np.zeros((clients, facts.num_classes), np.int64), tally)
+        owners = sum(modality in own for own in held) if modality else clients
+        totals = tally.totals()
+        rows.append(
+            {"modality": modality, "clients": owners} | {way: kinds.get("weights", 0) for way, kinds in totals.items()}
+        )
+    return rows
 
 
 def baselines(config: ExperimentConfig, facts: DataFacts) -> dict[str, Tally]:
@@ -97,4 +140,5 @@ def communication(ctx: RunContext, counts: np.ndarray) -> dict[str, Any]:
         "generator_bytes": generator_size(config, facts).payload if "generators" in ctx.log else None,
         "widths": widths,
         "clients": clients,
+        **({"modalities": by_modality(config, facts)} if facts.modalities else {}),
     }

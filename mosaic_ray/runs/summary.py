@@ -54,6 +54,7 @@ class CommunicationRecord:
     generator_bytes: Amount | None = None
     widths: list[dict[str, Any]] | None = None
     clients: list[dict[str, Any]] | None = None
+    modalities: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

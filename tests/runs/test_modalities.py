@@ -62,6 +62,18 @@ def test_rehearsal_runs_with_every_fusion_and_sends_what_is_predicted(tmp_path: 
     assert all(stage["cached"] for stage in again["stages"].values())
 
 
+@pytest.mark.parametrize("knobs", [REHEARSAL, {"method": "fedavg", "partition.modalities": SOME}], ids=["m", "f"])
+def test_the_weights_of_all_modalities_are_all_weights_of_the_rounds(tmp_path: Path, knobs: dict) -> None:
+    knobs = knobs | {"finetune.head": "keep", "prototypes.rounds": "all"}
+    summary = go(tmp_path, knobs)
+    rows = summary["communication"]["modalities"]
+    assert [(row["modality"], row["clients"]) for row in rows] == [("image", 2), ("text", 2), ("v", 2), ("", 3)]
+    for way in ("uplink", "downlink"):
+        assert sum(row[way] for row in rows) == summary["communication_bytes"][way]["weights"]
+    sizes = {row["modality"]: row["uplink"] for row in rows}
+    assert sizes["image"] > sizes["v"] > 0
+
+
 def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
     whole, some = (go(tmp_path, {"method": "fedavg", "partition.modalities": held}) for held in ((), SOME))
     assert some["communication_bytes"]["uplink"]["weights"] < 0.8 * whole["communication_bytes"]["uplink"]["weights"]
