@@ -219,7 +219,7 @@ def train_student(
         images, seen_by_student, asked = batch_of(step)
         with torch.no_grad(), use_precision(config.runtime.precision, device):
             features = student.features(images).float() if shared else None
-            target = teacher(images, features).float()
+            target = teacher(images, features, asked if len(asked) else None).float()
             if distill.label_weight:
                 target = with_asked_labels(target, asked, distill.label_weight)
         weights = sample_weights(target, distill.confidence, distill.class_balance, dist)

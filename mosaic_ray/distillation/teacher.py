@@ -48,8 +48,9 @@ class MixedTeacher:
 
     A meta model reads features of one network, so each architecture has its own, trained on the prototypes of its
     clients. Their logits are combined as t_c = sum_g s_{g,c} log softmax(t_g)_c with ``shares`` [G, C], the share of
-    class c's samples that clients of architecture g hold, as FedFTG and DFRD weight clients (docs/algorithm.md 3.9,
-    3.10). An architecture without samples of a class has no influence on it.
+    class c's samples that clients of architecture g hold. An architecture without samples of a class has no influence
+    on it. Of an image that was drawn for the class y, all outputs of g have the weight s_{g,y}, as FedFTG and DFRD
+    weigh clients (docs/algorithm.md 1.7, 3.9, 3.10).
     ``student``: index of the student's architecture in ``groups``.
     """
 
@@ -133,8 +134,11 @@ class TeacherNet(nn.Module):
             if not name.startswith("head.")
         )
 
-    def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
-        """Map images to logits [B, C]; pass ``features`` [B, d] of the backbone if they are known."""
+    def forward(self, images: Tensor, features: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
+        """Map images to logits [B, C]; pass ``features`` [B, d] of the backbone if they are known.
+
+        ``asked`` is for ``MixedTeacherNet``; one teacher alone answers without it.
+        """
         if not self.full:
             return self.by_heads(images, features)
         rows = torch.stack([expert(images) for expert in self.experts], 1)[:, self.index]
@@ -167,12 +171,16 @@ class MixedTeacherNet(nn.Module):
         """Check whether the teacher of the student's architecture reads the student's features."""
         return self.teachers[self.student].reads_student_features(student)
 
-    def forward(self, images: Tensor, features: Tensor | None = None) -> Tensor:
-        """Map images to logits [B, C]; pass ``features`` [B, d] of the student's backbone if they are known."""
+    def forward(self, images: Tensor, features: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
+        """Map images to logits [B, C]; pass ``features`` [B, d] of the student's backbone if they are known.
+
+        ``asked`` int64 [B]: the classes that the images were drawn for, where generators take labels.
+        """
         logits = images.new_zeros(len(images), self.shares.shape[1], dtype=torch.float32)
         for number, (teacher, shares) in enumerate(zip(self.teachers, self.shares, strict=True)):
             own = teacher(images, features if number == self.student else None)
-            logits = logits + shares * own.float().log_softmax(1)
+            weight = shares if asked is None else shares[asked, None]
+            logits = logits + weight * own.float().log_softmax(1)
         return logits
 
 

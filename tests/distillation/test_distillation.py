@@ -58,7 +58,7 @@ def test_o29_a_uniform_batch_holds_m_images_of_every_generator(task):
     uniform = make_task(config, FACTS, task.student, task.teacher, task.generators, [{}] * 3, np.ones(3), task.kept)
     assert uniform.counts.tolist() == [5, 5, 5]
     batcher = Batcher(uniform, DistContext(), CPU)
-    images, labels = batcher(1)
+    images, _, labels = batcher(1)
     assert labels.shape == (0,)
     assert images.shape == (15, 1, 8, 8)
     assert not images.requires_grad

@@ -13,7 +13,7 @@ from torch import nn
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.types import Update
-from mosaic_ray.distillation.teacher import MixedTeacher, TeacherState, build_teacher, group_shares
+from mosaic_ray.distillation.teacher import MixedTeacher, MixedTeacherNet, TeacherState, build_teacher, group_shares
 from mosaic_ray.federated.client import ClientContext, ClientRound, Round, TrainTask, initial_models
 from mosaic_ray.federated.client_models import Federation, RoundAggregator, RoundStart, group_counts
 from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
@@ -168,3 +168,18 @@ def test_a_mixed_teacher_is_the_weighted_sum_of_log_probabilities():
     other = torch.tensor([1.0, 2.0, 3.0]).log_softmax(0)
     left, right = (torch.tensor(row).float() for row in shares)
     torch.testing.assert_close(got[0], left * logits[0].log_softmax(0) + right * other)
+
+
+def test_s12_teachers_without_a_class_in_common_are_weighed_by_the_label_asked_for():
+    """By class they tie on an image of class 0: each is sure of a class of its own. By label the owner answers."""
+    net = MixedTeacherNet.__new__(MixedTeacherNet)
+    torch.nn.Module.__init__(net)
+    net.groups = torch.nn.ModuleList([Fixed([9.0, 0.0, 0.0]), Fixed([0.0, 9.0, 0.0])])
+    net.student, net.shares = 0, torch.tensor([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
+    images = torch.zeros(3, 1, 8, 8)
+    by_class, asked = net(images)[0], torch.tensor([0, 1, 2])
+    torch.testing.assert_close(by_class[0], by_class[1])
+    found = net(images, None, asked)
+    ours, theirs = (group(images)[0].log_softmax(0) for group in net.groups)
+    torch.testing.assert_close(found, torch.stack([ours, theirs, (ours + theirs) / 2]))
+    assert found[:2].argmax(1).tolist() == [0, 1]

@@ -97,7 +97,10 @@ def _distill_knobs(inputs: KeyInputs) -> Knobs:
     section = changed_knobs(inputs.config.distill)
     if inputs.config.distill.train_workers < 2:  # 0 (in process) and 1 are the same arithmetic; more differ in rounding
         section.pop("workers", None)
-    return {"distill": section, "split": prototype_split(inputs.config)} | driver_knobs(inputs.config)
+    # several teachers are weighed by the label asked for (``MixedTeacher``)
+    asked = inputs.config.generator.labelled and len(groups(inputs.config)) > 1
+    found = {"distill": section, "split": prototype_split(inputs.config)} | driver_knobs(inputs.config)
+    return found | ({"teachers": "by label"} if asked else {})
 
 
 DISTILL = Stage(
