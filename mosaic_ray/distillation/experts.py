@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.health import SINGLE_OWNER_BELOW
 from ..core.types import Weights
-from ..federated.aggregation import ModalityAverage, PartialAverage, RunningAverage
+from ..federated.aggregation import ModalityAverage, PartialAverage, RunningAverage, entry_weight
 from ..models.submodel import ChannelIndices, ChannelLayout
 
 #: A client and its weights; with partial-width clients also its channels, None for all.
@@ -122,7 +122,7 @@ def form_experts(
                 continue
             samples = dict.fromkeys(holdings.held[client_id], count) if holdings else {}
             if isinstance(average, PartialAverage):
-                by_entry = partial(_held, holdings.owner, samples, count) if holdings else None
+                by_entry = partial(entry_weight, holdings.owner, samples, count) if holdings else None
                 average.add(weights, count, sets[0] if sets else None, held=by_entry)
             elif isinstance(average, ModalityAverage):
                 average.add(weights, count, samples)
@@ -137,9 +137,3 @@ def form_experts(
         else:
             experts.append({name: value.copy() for name, value in fallback.items()})
     return experts, index
-
-
-def _held(owner: Callable[[str], str], samples: Mapping[str, int], count: int, entry: str) -> float:
-    """Return the weight of ``entry``: that of its modality in ``samples``, 0 without; ``count`` if it has none."""
-    modality = owner(entry)
-    return samples.get(modality, 0) if modality else count

@@ -169,6 +169,15 @@ class PartialAverage:
         return averages
 
 
+def entry_weight(owner: Callable[[str], str], samples: Mapping[str, float], weight: float, entry: str) -> float:
+    """Return an entry's weight in an average: that of its modality in ``samples``, or 0; ``weight`` if it has none.
+
+    ``owner``: the modality that an entry belongs to, or "".
+    """
+    modality = owner(entry)
+    return samples.get(modality, 0.0) if modality else weight
+
+
 def _checked(weight: float) -> float:
     weight = float(weight)
     if not (math.isfinite(weight) and weight >= 0):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..models.classifiers import CLASSIFIERS, build_classifier, norm_depths
 from ..models.multimodal import SIDE_BY_SIDE, modality_of
 from ..models.state_dict import shapes_only
 from ..models.submodel import ChannelIndices, ChannelLayout, channel_layout, check_width, extract, num_kept
-from .aggregation import ModalityAverage, PartialAverage, RunningAverage
+from .aggregation import ModalityAverage, PartialAverage, RunningAverage, entry_weight
 from .communication import Entries, entries_of
 from .static_batch_norm import passes
 
@@ -207,12 +207,10 @@ class RoundAggregator:
             self._averages[name] = PartialAverage(start.models[name], start.federation.channels(name))
         classes = start.counts[client_id] > 0 if self._masked else None
         indices = start.federation.indices(client_id, start.phase, start.round_num)
-        partial = self._averages[name]
-        assert isinstance(partial, PartialAverage)
-        held = None
-        if samples is not None:
-            held = lambda entry: samples.get(modality, 0.0) if (modality := modality_of(entry)) else update.num_samples  # noqa: E731
-        partial.add(update.weights, update.num_samples, sets=indices, classes=classes, held=held)
+        average = self._averages[name]
+        assert isinstance(average, PartialAverage)
+        held = None if samples is None else partial(entry_weight, modality_of, samples, update.num_samples)
+        average.add(update.weights, update.num_samples, sets=indices, classes=classes, held=held)
 
     def result(self) -> Models:
         """Return the new models; an architecture from which no update came keeps its old one."""

@@ -96,7 +96,7 @@ def _rounds_messages(
         if exact_bn_at_end(config, bn) and num_rounds:
             network = federation.entries(maker[0])
             for layers in federation.statistics_passes(maker[0]):
-                tally.add("downlink", "weights", k, size_of_entries(network))
+                tally.add("downlink", "weights", k, size_of_entries(federation.trained_entries(k, network, whole=True)))
                 read = federation.trained_entries(k, dict.fromkeys(layers))  # absent modalities are in no sum
                 tally.add("uplink", "statistics", k, size_of_entries(statistics_entries(network, read)))
     return collected

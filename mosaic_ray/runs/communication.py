@@ -19,7 +19,7 @@ from ..core.errors import RequestError
 from ..core.types import DataFacts
 from ..distillation.rehearsal import generator_size
 from ..federated.client_models import Federation
-from ..federated.communication import Entries, Tally, num_parameters, size_of_entries
+from ..federated.communication import Tally, num_parameters, size_of_entries
 from ..methods.mosaic.client_uploads import exchanged
 from ..models.multimodal import modality_of
 from ..pipeline.context import RunContext
@@ -67,26 +67,21 @@ class _OneModality(Federation):
 
     modality: str = ""
 
-    def entries(self, name: str, width: float = 1.0) -> Entries:
-        return self._own(super().entries(name, width))
-
     def trained_entries(self, client_id: int, entries: Mapping[str, T], whole: bool = False) -> dict[str, T]:
-        return self._own(super().trained_entries(client_id, entries, whole))
-
-    def _own(self, entries: Mapping[str, T]) -> dict[str, T]:
-        return {entry: what for entry, what in entries.items() if modality_of(entry) == self.modality}
+        sent = super().trained_entries(client_id, entries, whole)
+        return {entry: what for entry, what in sent.items() if modality_of(entry) == self.modality}
 
 
 def by_modality(config: ExperimentConfig, facts: DataFacts) -> list[dict[str, Any]]:
     """Return the bytes of weights that rounds send of each modality's encoder, and of what all share ("").
 
     A row has the ``modality``, how many ``clients`` hold it, and the bytes in both directions, from the configuration
-    alone. The rows of samples with one modality are none.
+    alone.
     """
     rows, clients = [], config.partition.num_clients
     config = override(config, {"prototypes.rounds": "last"})  # prototypes are no weights
     held = Federation(config, facts).modalities
-    for modality in (*(part.name for part in facts.modalities), "") if facts.modalities else ():
+    for modality in (*(part.name for part in facts.modalities), ""):
         federation, tally = _OneModality(config, facts, modality), Tally(1, clients)
         for stage in graph_of(config):
             if stage.messages and stage.kind in ("warmup", "rounds"):

@@ -99,6 +99,9 @@ def test_clients_that_lack_a_modality_send_less(tmp_path: Path) -> None:
         {"model.fusion": "zero_fill", "method": "lda_head", "prototypes.subsets": "all"},
         {"finetune.head": "prototype_head", "prototypes.subsets": "all"},
         DISTILLED | {"meta.input": "full", "model.fusion": "gated", "meta.tokens": "expert", "meta.init": "random"},
+        DISTILLED
+        | {"federation.widths": (1.0, 0.5), "federation.strategy": "fedrolex"}
+        | {"model.fusion": "mean", "meta.tokens": "expert"},
         REHEARSAL | {"rehearsal.modalities": "single", "rehearsal.weight": 0.0, "rehearsal.candidates": (1.0,)},
         REHEARSAL | {"rehearsal.begins": "warmup", "generator.stage": "before"},
         REHEARSAL | {"federation.widths": (1.0, 0.5), "federation.strategy": "heterofl", "model.fusion": "gated"},
