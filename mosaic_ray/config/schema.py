@@ -147,6 +147,9 @@ class GeneratorConfig:
     lambda_d: float = knob(5.0, "weight of the diversity loss; none with cgan", low=0.0)
     lambda_i: float = knob(10.0, "weight of the inversion loss", low=0.0)
     inversion_scale: float = knob(1e-3, "scale of the inversion sum before lambda_i", low=0.0)
+    inversion_network: str = knob(
+        "client", "the network whose batch norms' inputs meet the global statistics (S13)", choices=("client", "global")
+    )
     tau: int = knob(300, "clients with fewer samples than this use the inversion loss", low=0)
     div_support: str = knob(
         "owned", "classes that diversity spreads over (G8); shares: the owned ones, as often as the client has them",

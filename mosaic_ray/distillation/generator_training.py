@@ -151,14 +151,16 @@ def train_generator(
     address: tuple[int, int],
     precision: str,
     progress: Callable[[int, int], None] = no_progress,
+    global_model: Classifier | None = None,
 ) -> TrainedGenerator:
     """Train one client's generator; ``address`` is (seed, client).
 
     Minimises L_G = L_adv + lambda_e L_ent + lambda_d L_div + lambda_i 1[n_k < tau] scale L_inv (if ``conditional``
     lambda_e L_y replaces the two middle terms) with one discriminator and one generator step per batch, Adam for both.
     ``classifier`` is the client's, frozen and in eval mode unless ``classifier_mode`` is train (as the authors': batch
-    statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv.
-    ``progress(done, total)`` counts steps, and then batches of the images that are measured.
+    statistics of synthetic images). ``bn_targets``: the global model's state dict, running statistics for L_inv, which
+    are met by ``global_model`` if given, else by the client's network. ``progress(done, total)`` counts steps, and then
+    batches of the images that are measured.
 
     Samples of several modalities meet a ``JointDiscriminator``, and no inversion loss; the classifier reads their texts
     as weights of tokens.
@@ -178,6 +180,8 @@ def train_generator(
     if config.labelled:
         generator.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
     freeze(classifier)
+    if global_model is not None:
+        freeze(global_model)
     classifier.train(config.classifier_mode == "train")
     counts = torch.bincount(shard.labels, minlength=facts.num_classes)
     support = None if config.div_support == "all" else counts > 0
@@ -225,9 +229,12 @@ def train_generator(
 
         with contextlib.ExitStack() as block:
             block.enter_context(relaxed_texts(classifier, texts))
-            inversion = block.enter_context(inversion_probe(classifier, bn_targets)) if inverts else None
+            probed = global_model or classifier
+            inversion = block.enter_context(inversion_probe(probed, bn_targets)) if inverts else None
             block.enter_context(use_precision(precision, device))
             logits = classifier(seen).float()
+            if inverts and global_model is not None:
+                global_model(seen)
         entropy, diversity = entropy_loss(logits), diversity_loss(logits, support, shares)
         loss_g = adversarial_loss(discriminate(fake, asked))
         if asked:

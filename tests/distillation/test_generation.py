@@ -151,3 +151,20 @@ def test_collapse_and_low_coverage_are_reported_and_a_sound_generator_is_not():
     assert generator_findings(3, sound | {"marginal_entropy": 0.1})[0].code == "generator.mode_collapse"
     assert generator_findings(3, sound | {"coverage": 0.25})[0].code == "generator.low_coverage"
     assert generator_findings(3, {"owned_classes": 1.0, "marginal_entropy": 0.0, "coverage": 1.0}) == []
+
+
+def test_s13_the_inversion_loss_can_be_read_on_the_global_network():
+    """Where it is and no other loss reads the client's network, that network changes nothing."""
+    knobs = {
+        "generator.steps": 3, "generator.discriminator": "dcgan", "generator.lambda_e": 0.0, "generator.lambda_d": 0.0,
+        "generator.lambda_i": 10.0, "generator.inversion_scale": 1.0, "generator.tau": 1000,
+    }  # fmt: skip
+    moved = {name: value * 1.5 if value.ndim == 4 else value for name, value in START.items()}
+    for network, reads_own in (("client", True), ("global", False)):
+        config = override(TINY, knobs | {"generator.inversion_network": network})
+        context = ClientContext(config, FACTS, CONTEXT.device)
+        one, other = (generate(context, shard_of(stripes(60)), 1, START, own).weights for own in (START, moved))
+        same = all(np.array_equal(one[name], other[name]) for name in one)
+        assert same is not reads_own
+    at_start = [make(knobs | {"generator.inversion_network": network}).weights for network in ("client", "global")]
+    assert_same(*at_start)  # the client's network is the global one

@@ -16,6 +16,9 @@ from ...pipeline.stages import (
 )
 from ..statistics_heads import JUDGE
 
+#: Knobs that act where the inversion loss does.
+INVERSION = ("tau", "lambda_i", "inversion_scale", "inversion_network")
+
 _HERE = "mosaic_ray.methods.mosaic"
 
 
@@ -34,7 +37,7 @@ def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
     section = inputs.config.generator
     small = inputs.sizes is None or inputs.sizes[client_id] < section.tau
     inverts = section.family != "cvae" and small and section.lambda_i * section.inversion_scale != 0
-    without = ("family", "conditional", *(() if inverts else ("tau", "lambda_i", "inversion_scale")))
+    without = ("family", "conditional", *(() if inverts else INVERSION))
     if section.labelled:  # the label takes the place of diversity
         without = (*without, "lambda_d", "div_support")
     family: Knobs = {"conditional": True} if section.labelled else {}
