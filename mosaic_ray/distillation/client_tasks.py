@@ -71,8 +71,8 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
             features = context.client_classifier(client_id, targets) if knobs.feature_weight else None
             made = train_cvae(classifier, shard, knobs, facts, address, precision, progress, features)
         else:
-            whole = context.client_classifier(client_id, targets) if knobs.inversion_network == "global" else None
-            made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress, whole)
+            start = context.client_classifier(client_id, targets) if knobs.inversion_network == "global" else None
+            made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress, start)
         if not all(map(math.isfinite, made.figures.values())):
             raise RunError(f"its generator diverged (generator.lr {knobs.learning_rate:g})", client=client_id)
         if facts.modalities:
