@@ -9,7 +9,6 @@ import re
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -142,8 +141,7 @@ def _flush_stdout(earlier: Exception | None) -> str:
     """
     try:
         sys.stdout.flush()
-        prints = {frame.name for frame in traceback.extract_tb(earlier.__traceback__ if earlier else None)}
-        if isinstance(earlier, OSError) and prints & {"echo", "_write_buffer"}:  # of click, of rich
+        if isinstance(earlier, OSError) and _frames(earlier) & {"echo", "_write_buffer"}:  # of click, of rich
             raise earlier
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # Python tries once more at its end
@@ -152,6 +150,12 @@ def _flush_stdout(earlier: Exception | None) -> str:
     except (AttributeError, ValueError):  # it was closed
         pass
     return ""
+
+
+def _frames(error: Exception) -> set[str]:
+    import traceback  # here, so that the command starts quickly
+
+    return {frame.name for frame in traceback.extract_tb(error.__traceback__)}
 
 
 def _spare_stderr() -> None:
@@ -168,6 +172,7 @@ def _kept(error: Exception) -> str:
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     with contextlib.suppress(OSError, MemoryError):
         import tempfile
+        import traceback
 
         path = os.path.join(tempfile.mkdtemp(prefix="mosaic-"), "error.log")
         with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -1,7 +1,5 @@
 """The sections of a configuration: every knob with its default, meaning and range."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +8,8 @@ from .fields import knob
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The data set: where its samples come from, and their form."""
+
     name: str = knob("digits", "data set; or folder:PATH, parquet:PATH, hf:OWNER/NAME, imported:NAME")
     root: str = knob("", "where data sets lie; empty: $MOSAIC_DATA, else ~/.cache/mosaic_ray")
     image_size: int = knob(0, "pixels a side; 0: the data set's own", low=0, high=512)
@@ -27,6 +27,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
+    """How samples are dealt to clients."""
+
     num_clients: int = knob(10, "clients", low=1, high=1_000_000)
     omega: float = knob(0.1, "Dirichlet concentration; small is skewed", above=0.0, high=1e6)
     sampler: str = knob(
@@ -49,6 +51,8 @@ class PartitionConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The networks of clients, server and student."""
+
     classifier: str = knob("cnn", "network of clients and student; see `mosaic methods`, or module:function")
     classifiers: tuple[str, ...] = knob((), "networks of the clients, dealt in turn; none: all have model.classifier")
     student: str = knob(
@@ -65,6 +69,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FederationConfig:
+    """What all federated rounds have in common."""
+
     strategy: str = knob(
         "fedavg", "federated strategy of all rounds (`mosaic methods`), or module:object; names joined by + combine"
     )
@@ -88,6 +94,8 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class WarmupConfig:
+    """The first federated rounds, and the clients' loss in all of them."""
+
     num_rounds: int = knob(30, "federated rounds", low=0)
     local_steps: int = knob(10, "optimiser steps per client and round", low=1)
     batch_size: int = knob(64, "images per step", low=1, high=1_000_000)
@@ -119,6 +127,8 @@ class WarmupConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
+    """The clients' generators."""
+
     family: str = knob(
         "dcgan",
         "what a client trains: a GAN, a GAN whose players get labels, or a variational autoencoder that gets labels",
@@ -185,6 +195,8 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class PrototypesConfig:
+    """The centroids of features that clients send."""
+
     k: int = knob(10, "centroids per class and client", low=1)
     model: str = knob("global", "the model that computes the features (P1)", choices=("global", "client"))
     rounds: str = knob("last", "upload once, or after every warm-up round and keep all (P3)", choices=("last", "all"))
@@ -211,6 +223,8 @@ class PrototypesConfig:
 
 @dataclass(frozen=True)
 class MetaConfig:
+    """The meta model, which weighs the experts."""
+
     expert_fallback: str = knob(
         "global", "a class that nobody owns: the global model, or an error (F2)", choices=("global", "error")
     )
@@ -246,6 +260,8 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
+    """Distillation into the global model."""
+
     steps: int = knob(
         300, "distillation steps; 0: no teacher, and the closing rounds begin at the warm-up's model", low=0
     )
@@ -300,6 +316,8 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
+    """The closing federated rounds."""
+
     num_rounds: int = knob(3, "closing federated rounds", low=0)
     lr: float = knob(1e-4, "SGD learning rate", above=0.0)
     lr_decay: float = knob(1.0, "factor of the learning rate after each round", above=0.0, high=1.0)
@@ -324,6 +342,8 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class RehearsalConfig:
+    """Synthetic images in clients' training."""
+
     weight: float = knob(
         0.0, "weight of the loss on synthetic images in the student's closing rounds; 0: no rehearsal", low=0.0
     )
@@ -353,6 +373,8 @@ class RehearsalConfig:
 
 @dataclass(frozen=True)
 class StudentConfig:
+    """Training of ``model.student``."""
+
     steps: int = knob(1500, "steps of model.student", low=1)
     batch_size: int = knob(64, "synthetic images per step", low=2, high=1_000_000)
     lr: float = knob(0.05, "SGD learning rate at the start; it falls to 0 along a cosine", above=0.0)
@@ -364,6 +386,8 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
+    """Where and how a run computes."""
+
     host: str = knob("ray", "where clients run", choices=("ray", "serial"))
     cpus_per_client: float = knob(1.0, "CPUs of a client actor; threads follow", above=0.0)
     device: str = knob(
@@ -406,6 +430,8 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
+    """The configuration of one experiment."""
+
     method: str = knob("mosaic", "see `mosaic methods`; or module:object of your own")
     algorithm: str = knob("distilled", "algorithm preset", choices=("fixed", "distilled", "paper", "reference"))
     seed: int = knob(0, "one seed for everything", low=0, high=2**31 - 6000)

@@ -12,7 +12,6 @@ import inspect
 import os
 import re
 import sys
-import traceback
 import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -133,6 +132,8 @@ def _load_source(what: str, source: str) -> types.ModuleType:
 
 def _blame(what: str, error: BaseException) -> NoReturn:
     """``error`` in one line, with the user's own file and line: where it begins, not the library it ends in."""
+    import traceback  # here, so that the command starts quickly
+
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_machinery(frame.filename)]
     file, line, reason = None, None, str(error)
     if isinstance(error, RequestError) and not frames:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -58,6 +57,8 @@ class OutOfGpuMemory(RunError):
 
 def neighbours(word: str, known: Iterable[str], lister: str = "`mosaic show demo`", limit: int = 3) -> str:
     """Return ``'did you mean "x" or "y"?'`` with up to ``limit`` names close to ``word``, else a list of all names."""
+    import difflib  # here, so that the command starts quickly
+
     known = sorted(known)
     last = {name.rsplit(".", 1)[-1]: name for name in known}
     near = difflib.get_close_matches(word, known, limit, 0.6)

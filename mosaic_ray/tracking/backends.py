@@ -143,6 +143,25 @@ class Wandb:
     def _quiet() -> contextlib.AbstractContextManager[None]:
         return _environment(WANDB_ERROR_REPORTING="false", WANDB_SILENT="true")
 
+    @staticmethod
+    @contextlib.contextmanager
+    def _without_launch() -> Iterator[None]:
+        """Keep ``wandb.init`` from loading W&B Launch, half of its cost, within the block; inputs that the user staged
+        for Launch are taken all the same, as those have loaded it.
+        """
+        from wandb.sdk.wandb_run import Run
+
+        name = "_detect_and_apply_job_inputs"  # private: where it is missing, Launch is loaded
+        original = None if "wandb.sdk.launch" in sys.modules else getattr(Run, name, None)
+        if original is None:
+            yield
+            return
+        setattr(Run, name, lambda run: None)
+        try:
+            yield
+        finally:
+            setattr(Run, name, original)
+
     def _mode(self) -> str | None:
         """Return the mode in the user's files, or ``offline`` where there is no key either; wandb would ask for one."""
         if any(map(os.environ.get, ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))):
@@ -160,7 +179,7 @@ class Wandb:
         return _own("WANDB_") | {"WANDB_DIR": self._folder} | ({"WANDB_MODE": mode} if mode else {})
 
     def open(self, info: RunInfo, known: str) -> str:
-        with self._quiet():
+        with self._quiet(), self._without_launch():
             settings = self._wandb.Settings(
                 silent=True, console="off", disable_code=True, disable_git=True, x_disable_stats=True,
                 x_save_requirements=False, reinit="create_new", finish_timeout=CLOSE_SECONDS,

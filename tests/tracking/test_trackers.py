@@ -542,6 +542,19 @@ def test_wandb_groups_a_sweeps_runs_and_stays_offline_without_a_key(offline, tmp
     assert wandb.run is None and "WANDB_ERROR_REPORTING" not in os.environ
 
 
+def test_wandb_loads_launch_only_where_the_user_has(offline, tmp_path):
+    code = (
+        "import sys; from mosaic_ray.tracking.backends import RunInfo, Wandb\n"
+        "to = Wandb(); to.open(RunInfo('n', 'run'), ''); print('wandb.sdk.launch' in sys.modules); to.close('done')\n"
+        "from wandb.sdk.wandb_run import Run; found = []; own = Run._detect_and_apply_job_inputs\n"
+        "import wandb.sdk.launch; Run._detect_and_apply_job_inputs = lambda run: found.append(run)\n"
+        "to = Wandb(); to.open(RunInfo('n', 'run'), ''); to.close('done'); print(own.__name__, len(found))"
+    )
+    repo = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repo)
+    assert done.stdout.split() == ["False", "_detect_and_apply_job_inputs", "1"]
+
+
 # --- Trackio ---------------------------------------------------------------------------------------------------------
 
 TRACKIO = """
