@@ -229,7 +229,7 @@ class Mlflow:
             self._client.update_run(known, status="RUNNING")
             self._id = known
             return known
-        tags = {"mosaic_ray.kind": info.kind}
+        tags = {"mosaic_ray.kind": info.kind, "mlflow.source.name": "mosaic_ray", "mlflow.source.type": "LOCAL"}
         if info.group:
             tags["mosaic_ray.group"] = info.group
         if "mlflow" in info.parents:
@@ -244,7 +244,9 @@ class Mlflow:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             with contextlib.suppress(Exception):  # another process made it in this moment
-                return str(self._client.create_experiment(name))
+                # which of its pages MLflow opens: training in place of generative AI
+                kind = {"mlflow.experimentKind": "custom_model_development"}
+                return str(self._client.create_experiment(name, tags=kind))
             found = self._client.get_experiment_by_name(name)
         return str(found.experiment_id)
 

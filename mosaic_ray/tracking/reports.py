@@ -48,14 +48,15 @@ class Record:
 
     ``request`` is a digest of the configuration and of the tracker's server or folder. ``steps`` and ``images``: by
     tag, the steps of all points; ``tables``: digests by name; ``number``: how many points and tables were sent.
-    ``sending``: numbers [tag, step, value, time] of which a kill left unknown whether they were sent; they are sent
-    again as the same points.
+    ``status``: how the run ended last, empty where it has not. ``sending``: numbers [tag, step, value, time] of which a
+    kill left unknown whether they were sent; they are sent again as the same points.
     """
 
     request: str
     run: str = ""
     number: Annotated[int, (0, 1 << 53)] = 0
     configured: bool = False
+    status: str = ""
     tables: dict[str, str] = field(default_factory=dict)
     steps: dict[str, list[int]] = field(default_factory=dict)
     images: dict[str, list[int]] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class _Sender:
 
     def _serve(self) -> None:
         self._record = self._read()
-        if self._record.sending or not self._record.configured:
+        if self._record.sending or not self._record.configured or self._record.status in ("failed", "killed"):
             self._begin()
         left = self._record.counts()
         self._known.set()
@@ -155,6 +156,8 @@ class _Sender:
                 elif kind == "close":
                     if self._open:
                         self._backend.close(*content)
+                        [self._record.status] = content
+                        self._save()
                     return
 
     def _gather(self) -> list[tuple[str, tuple[Any, ...]]]:

@@ -147,6 +147,20 @@ def test_tracking_changes_no_number_no_key_and_no_name(memory, tmp_path):
     assert tracked == plain
 
 
+def test_a_run_that_failed_is_open_again_when_it_goes_on_and_ends_as_done_without_a_new_point(memory, tmp_path):
+    def reported() -> Any:
+        return Tracking(("memory",)).open(Store(str(tmp_path)).files, "x/", "n", "run", {}, print)
+
+    with pytest.raises(RuntimeError, match="stopped"), reported() as to:
+        to.scalar("a", 1, 2.0)
+        raise RuntimeError("stopped")
+    [run] = memory.runs.values()
+    for opened in (2, 2):  # a run that is done is left alone
+        with reported() as to:
+            to.scalar("a", 1, 2.0)
+        assert (run["ends"], run["opened"], len(run["points"])) == (["failed", "done"], opened, 1)
+
+
 def test_an_interrupted_run_goes_on_in_the_same_run_and_a_fresh_one_does_not(memory, tmp_path):
     with interrupted(in_round=2):
         go(tmp_path, "memory")
@@ -381,6 +395,8 @@ def test_mlflow_holds_the_run_also_one_that_was_interrupted(mlflow, tmp_path, ca
     assert run.info.run_id == state(summary, "mlflow")["run"] and run.info.status == "FINISHED"
     assert run.info.run_name == Path(summary["paths"]["run"]).name
     assert metrics_of(mlflow, run) == logged(summary)
+    kind = mlflow.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert (kind, run.data.tags["mlflow.source.name"]) == ("custom_model_development", "mosaic_ray")
     assert run.data.params["partition.omega"] == "0.3" and run.data.params["method"] == "fedavg"
     table = json.loads(Path(mlflow.download_artifacts(run.info.run_id, "final.json", str(tmp_path))).read_text())
     assert table["columns"][:2] == ["model", "accuracy"]
