@@ -185,9 +185,11 @@ def build_summary(config: ExperimentConfig, run: Any, results: Mapping[str, Any]
 
 
 def final_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """Return columns and rows of the accuracies in summary.json's content: one row for each model."""
+    """Return columns and rows of the accuracies in summary.json's content: one row for each model, no empty column."""
+    columns: dict[str, Mapping[str, Any]]
     columns = {"accuracy": summary["accuracy"], "validation": summary.get("validation_accuracy") or {}}
     columns |= {name: {r: row[name] for r, row in summary["calibration"].items()} for name in ("nll", "ece")}
+    columns = {name: values for name, values in columns.items() if any(v is not None for v in values.values())}
     roles = [role for role, value in summary["accuracy"].items() if value is not None]
     return ["model", *columns], [[role, *(values.get(role) for values in columns.values())] for role in roles]
 
