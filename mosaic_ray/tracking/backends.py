@@ -244,9 +244,7 @@ class Mlflow:
         found = self._client.get_experiment_by_name(name)
         if found is None:
             with contextlib.suppress(Exception):  # another process made it in this moment
-                # which of its pages MLflow opens: training in place of generative AI
-                kind = {"mlflow.experimentKind": "custom_model_development"}
-                return str(self._client.create_experiment(name, tags=kind))
+                return str(self._client.create_experiment(name))
             found = self._client.get_experiment_by_name(name)
         return str(found.experiment_id)
 
