@@ -125,7 +125,8 @@ def test_the_other_shells(tmp_path):
 def test_answers_load_nothing_heavy():
     ask_it = (
         "import os, sys, contextlib; os.environ.update(_MOSAIC_COMPLETE='bash_complete', COMP_CWORD='', "
-        "COMP_LINE='mosaic sweep --space '); os._exit = sys.exit; from mosaic_ray.cli import main; sys.stdout = sys.stderr\n"
+        "COMP_LINE='mosaic sweep --space '); os._exit = sys.exit; from mosaic_ray.cli import main\n"
+        "sys.stdout = sys.stderr\n"
         "with contextlib.suppress(SystemExit): main()\n"
         "sys.stdout = sys.__stdout__"
     )
