@@ -116,7 +116,10 @@ def _local_step(config: ExperimentConfig) -> float | None:
 
 
 def _shape(config: ExperimentConfig) -> DataFacts | None:
-    """Return the shape of the images without decoding any, as far as a count needs it; None where it is not known."""
+    """Return the form of the samples without reading any, as far as a count needs it; None where it is not known."""
+    facts = known_facts(config.data)
+    if facts and facts.modalities:
+        return facts
     shape, data = shape_of(config.data), config.data
     if shape is None or not (side := data.image_size or shape.side):
         return None

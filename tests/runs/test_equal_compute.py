@@ -20,6 +20,7 @@ from mosaic_ray.config.registry import STRATEGIES
 from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.types import DataFacts
+from mosaic_ray.data.load import known_facts
 from mosaic_ray.distillation import cvae_training, generator_training
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalStart, LocalTrainingConfig, train_locally
@@ -259,3 +260,12 @@ def test_the_command_adds_a_row():
     # 400 steps of a GAN are the work of 715 steps of this network, so of 71.5 rounds of 10 steps
     assert steps[1] - 2 * steps[0] == 2 * 72 * 10 * 10
     assert "--equal-compute: none of --methods" in refusal(ask(*words, "--equal-compute", "--methods", "fedavg"))
+
+
+def test_samples_of_several_modalities_are_counted_as_what_they_are():
+    """A generator of six views costs what its decoders and encoders do, not what one of an 8 x 8 image would."""
+    knobs = {"data.name": "mfeat", "method": "mosaic", "generator.family": "cvae", "generator.steps": 10}
+    config = override(TINY, knobs | {"distill.steps": 0, "rehearsal.weight": 1.0, "finetune.num_rounds": 0})
+    generators, step = client_costs(config, known_facts(config.data))
+    rounds = config.warmup.num_rounds * config.warmup.local_steps
+    assert client_steps(config) == pytest.approx(rounds + 10 * generators / step)
