@@ -33,7 +33,8 @@ class ReportQueue(Working):
     """Hold the reports and signs of Ray Train's workers, which the driver cannot ask. A Ray actor."""
 
     def __init__(self) -> None:
-        self.curve, self.counts = [], False
+        self.curve: Curve = []
+        self.counts = False
         self._workers: list[Any] = []
 
     def put(self, step: int, metrics: dict[str, float]) -> None:
@@ -97,8 +98,9 @@ class ReportForwarder:
                 if self._report:
                     asked = asked or source.reports.options(concurrency_group=SIGNS).remote(self._last)
                     if ray.wait([asked], timeout=0)[0]:  # a source that hangs is not waited for
-                        self.flush(ray.get(asked))
-                        asked = None
+                        answer, asked = asked, None
+                        with contextlib.suppress(ray.exceptions.ActorUnavailableError):  # it did not answer in time
+                            self.flush(ray.get(answer))
                 if self._watch.is_due() and (sign := self._watch.look(source)).silent > self._watch.limit:
                     self._kill(workers(), sign.silent)
                     self._watch.begin(source)

@@ -54,13 +54,12 @@ class ServerActor(ClientActor):
 
         Until the first report or step it is enough that the process answers.
         """
+        curve = self.curve = []  # before the imports: the driver asks for it meanwhile
+        self.counts = False
         import ray
         import torch
 
         from ..federated.client import ClientContext
-
-        curve = self.curve = []
-        self.counts = False
 
         def note(step: int, metrics: Mapping[str, float]) -> None:
             curve.append((step, dict(metrics)))
@@ -78,7 +77,10 @@ class ServerActor(ClientActor):
                     raise OutOfGpuMemory(SERVER_TOO_LARGE) from error
                 raise
 
-        return self._thread.submit(work).result(), curve
+        try:
+            return self._thread.submit(work).result(), curve
+        finally:
+            self.curve = ()  # the next call's driver may ask before that call begins
 
 
 class Server:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Working:
     """
 
     counts = True
-    curve: Curve
+    curve: Sequence[tuple[int, dict[str, float]]] = ()
     now, _polls = ("", 0, 0), 0
 
     def progress(self) -> tuple[str, int, int]:

@@ -6,13 +6,15 @@ import threading
 
 import pytest
 import ray
+from helpers import FACTS, TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
 from mosaic_ray.core.errors import RunError
 from mosaic_ray.execution import reports, watch
 from mosaic_ray.execution.reports import ReportForwarder, ReportQueue
+from mosaic_ray.execution.server import ServerActor
 
 CURVE = [(step, {"loss": 1 / step}) for step in range(1, 6)]
 
@@ -94,6 +96,27 @@ def test_when_the_queue_dies_the_curve_comes_at_the_end(at_once):
         pass
     forwarder.flush(CURVE)
     assert seen == [1, 2, 3, 4, 5]
+
+
+def test_a_worker_that_is_starting_again_is_asked_again(at_once):
+    seen, box = [], Box([CURVE[:1], ActorUnavailableError("starting", None), CURVE[1:3]])
+    with ReportForwarder(lambda step, metrics: seen.append(step), 0.0).live(box, nobody):
+        assert box.empty.wait(60)
+    assert seen == [1, 2, 3]
+
+
+def test_a_worker_has_no_reports_before_and_after_its_work():
+    """The driver asks from the start of a call, also while a new process still imports what the call needs."""
+    actor, meanwhile = ServerActor(0.0), []
+    assert actor.reports(-1) == []
+
+    def train(context, *, report):
+        report(0, {"loss": 2.0})
+        meanwhile.extend(actor.reports(-1))
+        return "done"
+
+    assert actor.call(train, TINY, FACTS, (), True) == ("done", [(0, {"loss": 2.0})])
+    assert meanwhile == [(0, {"loss": 2.0})] and actor.reports(-1) == []
 
 
 def test_a_report_that_fails_ends_the_run_with_its_own_words(at_once):
