@@ -97,6 +97,12 @@ STAGES = {
     "methods/fedcvae.py:FedCvae.check": [
         ([*dry("generator.family=dcgan"), "--method", "fedcvae"], ["method fedcvae", "generator.family=cvae"])
     ],
+    "methods/mosaic/method.py:_check_joint": [
+        (
+            [*dry("generator.family=dcgan"), "--dataset", "mfeat", "--algorithm", "distilled"],
+            ["samples have several modalities", "cvae or cgan"],
+        )
+    ],
     "methods/mosaic/method.py:Mosaic.check": [
         (dry("rehearsal.candidates=[]", "rehearsal.weight=0"), ["distill.steps = 0"])
     ],

@@ -161,7 +161,7 @@ def test_gates_name_the_experts_that_the_meta_model_uses():
         def __init__(self):
             super().__init__()
             self.meta = torch.nn.Module()
-            self.meta.out, self.meta.max_rows = torch.nn.Linear(1, 3), 2
+            self.meta.out, self.meta.max_rows, self.meta.num_experts = torch.nn.Linear(1, 3), 2, 3
 
         def forward(self, expert_logits, features):
             return 2 * expert_logits[:, 1]
