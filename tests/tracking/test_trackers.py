@@ -494,7 +494,7 @@ def records(path: Path) -> Iterator[Any]:
 
 def files_of(offline: Path, ident: str = "") -> list[Path]:
     """The files of all offline runs, or of one, in order; wandb's own process may write a file's end late."""
-    files = sorted(offline.glob(f"offline-run-*{ident}*/*.wandb"))
+    files = sorted(offline.glob(f"offline-run-*{ident}/*.wandb"))
     for path in files:
         for _ in range(300):
             if any(record.HasField("exit") for record in records(path)):
