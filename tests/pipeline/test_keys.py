@@ -97,6 +97,16 @@ def test_rounds_before_a_new_head_do_not_follow_the_students_head():
     assert plain["finetune"] != own["finetune"] and plain["control"] == own["control"]
 
 
+@pytest.mark.parametrize(
+    "head, knob", [("prototype_head", {"prototypes.k": 3}), ("refit", {"prototypes.subsets": "all"})]
+)
+def test_the_choice_of_a_weight_follows_what_its_trials_heads_are_made_from(head, knob):
+    knobs = {"method": "mosaic", "generator.family": "cvae", "distill.steps": 0, "rehearsal.candidates": (1.0,)}
+    base = override(TINY, knobs | {"finetune.head": head})
+    found = changed(stage_keys(base), stage_keys(override(base, knob)))
+    assert "rehearsal" in found and "finetune" in found and not {"warmup", "generators", "trial_1"} & found
+
+
 def test_kernels_that_sum_in_any_order_are_in_the_keys_of_gpus_alone():
     any_order = {"runtime.deterministic": False}
     assert stage_keys(TINY) == stage_keys(override(TINY, any_order))
