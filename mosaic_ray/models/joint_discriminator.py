@@ -1,7 +1,7 @@
 """The discriminator of samples of several modalities, and the relaxed texts that it and classifiers read.
 
-A text enters as weights of its tokens [B, V, L], which times the embedding matrix are what the tokens' embeddings are
-for a text that is read. So a gradient reaches the generator through it.
+A synthetic text enters as weights of its tokens [B, V, L]. Their product with the embedding matrix takes the place of
+the embeddings that are looked up for a real text, so a gradient reaches the generator.
 
 Initialisers draw from torch's global generator, so build networks inside ``seeding.seeded(...)``.
 """
