@@ -254,30 +254,39 @@ def in_turn(*ways: Callable[[], dict[str, float]], repeats: int) -> list[dict[st
     return [{name: statistics.median(run[name] for run in of) for name in of[0]} for of in zip(*runs, strict=True)]
 
 
-def rounds(bench: OnCpu) -> Iterator[Row]:
+def few_clients(bench: OnCpu) -> Iterator[Row]:
+    """Steady rounds with few clients."""
+    return rounds(bench, "rounds", *((2, 3) if bench.pretend else (10, 25)))
+
+
+def more_clients(bench: OnCpu) -> Iterator[Row]:
+    """Steady rounds with more clients."""
+    return rounds(bench, "larger rounds", *((4, 3) if bench.pretend else (100, 8)))
+
+
+def rounds(bench: OnCpu, check: str, clients: int, count: int) -> Iterator[Row]:
     """Steady rounds of FedAvg: this project's two hosts, their floors, and Flower where it is installed."""
-    repeats = 1 if bench.pretend else 3
     names = [name for name in WAYS if name != "Flower" or find_spec("flwr")]
-    for clients, count in ((2, 3), (4, 3)) if bench.pretend else ((10, 25), (100, 8)):
-        ways = [partial(apart, name, clients, count) for name in names]
-        found = dict(zip(names, in_turn(*ways, repeats=repeats), strict=True))
-        for name in names:
-            against = "one process" if name == "serial host" else "floor"
-            yield Row(
-                "rounds", f"a round of {clients} clients: {name}", found[name]["wall"], "s",
-                found[name]["wall"] / found[against]["wall"], against,
-            )  # fmt: skip
-        driver = 1000 * found["Ray host"]["cpu"] / clients
-        yield Row("rounds", f"CPU time of the driver, a client of {clients} and round", driver, "ms")
+    ways = [partial(apart, name, clients, count) for name in names]
+    found = dict(zip(names, in_turn(*ways, repeats=1 if bench.pretend else 3), strict=True))
+    for name in names:
+        against = "one process" if name == "serial host" else "floor"
+        yield Row(
+            check, f"a round of {clients} clients: {name}", found[name]["wall"], "s",
+            found[name]["wall"] / found[against]["wall"], against,
+        )  # fmt: skip
+    driver = 1000 * found["Ray host"]["cpu"] / clients
+    yield Row(check, f"CPU time of the driver, a client of {clients} and round", driver, "ms")
 
 
 def growth(bench: OnCpu) -> Iterator[Row]:
     """More clients for as many local steps in all: seconds a round on Ray."""
     sizes = (2, 4) if bench.pretend else (10, 100, 1000)
-    ways = [partial(apart, "Ray host", clients, 4, STEPS * sizes[-1] // clients) for clients in sizes]
+    steps = 2 * sizes[-1]
+    ways = [partial(apart, "Ray host", clients, 4, steps // clients) for clients in sizes]
     for clients, found in zip(sizes, times := in_turn(*ways, repeats=1 if bench.pretend else 2), strict=True):
         yield Row(
-            "growth", f"a round of {STEPS * sizes[-1]:,} local steps on {clients:,} clients", found["wall"], "s",
+            "growth", f"a round of {steps:,} local steps on {clients:,} clients", found["wall"], "s",
             found["wall"] / times[0]["wall"], f"{sizes[0]} clients",
         )  # fmt: skip
 
@@ -307,7 +316,7 @@ def many_clients(bench: OnCpu) -> Iterator[Row]:
 
 
 def generators(bench: OnCpu) -> Iterator[Row]:
-    """A generator's step, in steps of the classifier on as many images."""
+    """A generator's step, in steps of the classifier on as many images, and against a bare loop."""
     from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
 
     weights, shard = bench.weights(), bench.shard()
@@ -320,6 +329,39 @@ def generators(bench: OnCpu) -> Iterator[Row]:
         config = bench.with_knobs(generator__family=family, generator__lambda_i=0.0)
         step, own = bench.per_step(bench.generates(config, weights, shard), classifier)
         yield Row("generators", f"a step: {family}", 1000 * step, "ms", step / own, "a classifier's step")
+    config = bench.with_knobs(generator__family="dcgan", generator__lambda_i=0.0)
+    step, plain = bench.per_step(bench.generates(config, weights, shard), plain_gan(bench, weights))
+    yield Row("generators", "a step: dcgan", 1000 * step, "ms", step / plain, "a bare loop")
+
+
+def plain_gan(bench: OnCpu, weights: Any) -> Callable[[int], None]:
+    """Train a generator against a discriminator and a frozen classifier: the forward and backward passes alone."""
+    import torch
+    from torch.nn.functional import cross_entropy, softplus
+
+    from mosaic_ray.models.discriminator import build_discriminator
+    from mosaic_ray.models.generator import build_generator
+
+    config, shape = bench.config.generator, (bench.facts.channels, bench.facts.image_size)
+    real = torch.randn(config.batch_size, shape[0], shape[1], shape[1])
+
+    def work(steps: int) -> None:
+        classifier = bench.context().classifier(weights).eval().requires_grad_(False)
+        generator, discriminator = build_generator(config, *shape), build_discriminator(config, *shape)
+        adams = [torch.optim.Adam(network.parameters()) for network in (generator, discriminator)]
+        for _ in range(steps):
+            fake = generator(torch.randn(config.batch_size, config.latent_dim))
+            loss = softplus(-discriminator(real)).mean() + softplus(discriminator(fake.detach())).mean()
+            adams[1].zero_grad(set_to_none=True)
+            loss.backward()
+            adams[1].step()
+            logits = classifier(fake)
+            loss = softplus(-discriminator(fake)).mean() + cross_entropy(logits, logits.argmax(1))
+            adams[0].zero_grad(set_to_none=True)
+            loss.backward()
+            adams[0].step()
+
+    return work
 
 
 def server(bench: OnCpu) -> Iterator[Row]:
@@ -399,6 +441,27 @@ def commands(bench: OnCpu) -> Iterator[Row]:
         yield Row("commands", "a stage that is in the storage", (again - shown) / stages, "s")
 
 
+def whole_run(bench: OnCpu) -> Iterator[Row]:
+    """The small schedule of Fashion-MNIST from the command to its table, and of its stages the longest ones."""
+    if not bench.pretend and not Path(os.environ.get("MOSAIC_DATA", ""), "FashionMNIST").is_dir():
+        yield Row("whole run", "fmnist_small", status="skipped", note="MOSAIC_DATA has no Fashion-MNIST")
+        return
+    with tempfile.TemporaryDirectory(prefix="mb", dir="/tmp") as folder:
+        preset = ["--preset", "demo", *QUICK] if bench.pretend else ["--preset", "fmnist_small"]
+        words = ["run", *preset, "--storage", folder, "--name", "whole"]
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "mosaic_ray", *words], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        whole = time.perf_counter() - began
+        summary = json.loads(Path(folder, "runs", "whole", "summary.json").read_text())
+    yield Row("whole run", "fmnist_small", whole, "s")
+    taken = {name: stage["seconds"] for name, stage in summary["stages"].items()}
+    for name, seconds in sorted(taken.items(), key=lambda item: -item[1])[:5]:
+        yield Row("whole run", f"of it: {name}", seconds, "s", seconds / whole, "the run")
+
+
 QUICK = [
     *("--host", "serial", "--clients", "2"),
     *(word for knob in ("warmup.num_rounds=1", "generator.steps=1", "meta.updates=1", "distill.steps=1",
@@ -407,8 +470,9 @@ QUICK = [
 
 #: The checks in order, each with the seconds that it may take.
 CHECKS: dict[str, tuple[Callable[[OnCpu], Iterator[Row]], float]] = {
-    "rounds": (rounds, 900), "growth": (growth, 600), "training": (training, 300), "many clients": (many_clients, 300),
-    "generators": (generators, 300), "server": (server, 300), "commands": (commands, 600),
+    "rounds": (few_clients, 900), "larger rounds": (more_clients, 1200), "growth": (growth, 900),
+    "training": (training, 300), "many clients": (many_clients, 300), "generators": (generators, 300),
+    "server": (server, 300), "commands": (commands, 600), "whole run": (whole_run, 1800),
 }  # fmt: skip
 
 

@@ -155,43 +155,42 @@ class Bench:
         times = self.in_turn(*runs, repeats=max(1, self.sizes.repeats - 2))
         return [(long - short) / more for short, long in zip(times[::2], times[1::2], strict=True)]
 
-    def trains(self, config: Any, weights: Any, shard: Any, by_pixel: bool = False) -> Callable[[], Any]:
+    def trains(self, config: Any, weights: Any, shard: Any, by_row: bool = False) -> Callable[[], Any]:
         """Local training as a client does it; it returns the model."""
         import torch
 
         from mosaic_ray.federated.local_training import LocalTrainingConfig, train_locally
+        from mosaic_ray.federated.recorded_steps import record_cuda_graph
 
         warmup = config.warmup
         plan = LocalTrainingConfig(self.sizes.steps, warmup.batch_size, warmup.lr, warmup.weight_decay, warmup.momentum)
 
         def work() -> Any:
             model = self.context(config).classifier(weights)
-            model = model.to(memory_format=torch.channels_last) if by_pixel else model
-            train_locally(model, shard, plan, self.facts, (0, "bench", 0, 0), config.runtime.precision)
+            model = model.to(memory_format=torch.contiguous_format) if by_row else model
+            record = record_cuda_graph if config.runtime.cuda_graphs and self.device.type == "cuda" else None
+            precision, address = config.runtime.precision, (0, "bench", 0, 0)
+            train_locally(model, shard, plan, self.facts, address, precision, record=record)
             return model
 
         return work
 
     def bare(self, weights: Any, shard: Any) -> Callable[[], None]:
-        """The same number of steps in the plainest loop: the fastest kernels, no augmentation; on a GPU channels_last.
-
-        On a CPU the gradients of a narrow ResNet corrupt memory in that layout (oneDNN issue 6035).
-        """
+        """The same number of steps in the plainest loop: the fastest kernels, channels_last, no augmentation."""
         import torch
 
         from mosaic_ray.data.transforms import normalise
 
         warmup = self.config.warmup
         config = self.with_knobs(runtime__deterministic=False)
-        layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
 
         def work() -> None:
-            model = self.context(config).classifier(weights).to(memory_format=layout).train()
+            model = self.context(config).classifier(weights).to(memory_format=torch.channels_last).train()
             optimiser = torch.optim.SGD(model.parameters(), lr=warmup.lr, weight_decay=warmup.weight_decay)
             for _ in range(self.sizes.steps):
                 rows = torch.randint(len(shard), (warmup.batch_size,), device=self.device)
                 images = normalise(shard.images[rows], self.facts.mean, self.facts.std)
-                images = images.clone(memory_format=layout)
+                images = images.clone(memory_format=torch.channels_last)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.runtime.precision == "bf16"):
                     loss = torch.nn.functional.cross_entropy(model(images), shard.labels[rows])
                 optimiser.zero_grad(set_to_none=True)
@@ -361,13 +360,14 @@ def training(bench: Bench) -> Iterator[Row]:
     ours, bare = bench.in_turn(usual, bench.bare(weights, shard))
     yield Row("training", "bare loop, bf16, channels_last", images / bare, "images/s")
     yield Row("training", "local training, ResNet-18, bf16", images / ours, "images/s", bare / ours, "bare loop")
-    for what, knobs, by_pixel in (
+    for what, knobs, by_row in (
         ("runtime.deterministic=false", {"runtime__deterministic": False}, False),
-        ("channels_last", {}, True),
-        ("channels_last, runtime.deterministic=false", {"runtime__deterministic": False}, True),
+        ("convolutions stored by row", {}, True),
+        ("convolutions stored by row, runtime.deterministic=false", {"runtime__deterministic": False}, True),
         ("fp32", {"runtime__precision": "fp32"}, False),
+        ("runtime.cuda_graphs=true", {"runtime__cuda_graphs": True}, False),
     ):
-        other = bench.trains(bench.with_knobs(**knobs), weights, shard, by_pixel)
+        other = bench.trains(bench.with_knobs(**knobs), weights, shard, by_row)
         ours, changed = bench.in_turn(usual, other)
         yield Row("training", f"the same with {what}", images / changed, "images/s", ours / changed, "local training")
 
@@ -383,6 +383,16 @@ def many_clients(bench: Bench) -> Iterator[Row]:
     for size, seconds in zip(sizes[1:], many, strict=True):
         what = f"the same with runtime.clients_per_batch={size}"
         yield Row("many clients", what, count / seconds, "clients/s", one / seconds, "each by itself")
+    weights, shard = small.weights(), small.shard()
+    usual, graphs = (
+        small.trains(small.with_knobs(runtime__cuda_graphs=recorded), weights, shard) for recorded in (False, True)
+    )
+    plain, recorded = small.in_turn(usual, graphs)
+    images = small.sizes.steps * small.config.warmup.batch_size
+    yield Row(
+        "many clients", f"one client of {small.sizes.steps} steps with runtime.cuda_graphs=true", images / recorded,
+        "images/s", plain / recorded, "without",
+    )  # fmt: skip
 
 
 def generator(bench: Bench) -> Iterator[Row]:

@@ -67,9 +67,7 @@ def layouts(pairs: int) -> None:
     config = GeneratorConfig(ngf=16, ndf=16)
     images = torch.randn(64, *SHAPE)
     makers: dict[str, tuple[nn.Module, torch.Tensor]] = {
-        name: (build_classifier(ModelConfig(name), 10, 3, 32), images)
-        for name in CLASSIFIERS
-        if not name.startswith("resnet")  # their rows are kept (`channels_last` says why)
+        name: (build_classifier(ModelConfig(name), 10, 3, 32), images) for name in CLASSIFIERS
     }
     makers["generator, ngf 16"] = build_generator(config, 3, 32), torch.randn(64, config.latent_dim)
     makers["discriminator, ndf 16"] = build_discriminator(config, 3, 32), images

@@ -78,13 +78,15 @@ def difference(left: Weights, right: Weights) -> Weights:
 # --- clients ---------------------------------------------------------------------------------------------------------
 
 
-def trained(device: str, classifier: str = "cnn", **knobs: Any) -> tuple[Weights, Any]:
+def trained(
+    device: str, classifier: str = "cnn", plan: LocalTrainingConfig = PLAN, **knobs: Any
+) -> tuple[Weights, Any]:
     """The weights that client 1, of half width where the strategy can, began with; and its update."""
     context = context_on(device, model__classifier=classifier, **knobs)
     models = initial_models(context)
     indices = context.federation.indices(1, "warmup", 0)
     start = Round(models, strategy_named(context.config.federation.strategy).initial_state(models))
-    update = TrainTask("warmup", 0, PLAN).run(context, shard_on(context), 1, start, ClientRound(indices))
+    update = TrainTask("warmup", 0, plan).run(context, shard_on(context), 1, start, ClientRound(indices))
     return context.federation.submodel(1, models, indices), update
 
 
@@ -117,6 +119,19 @@ def test_a_client_trains_other_networks(device, classifier):
     start, here = trained("cpu", classifier)
     _, there = trained(device, classifier)
     assert far_apart(difference(start, here.weights), difference(start, there.weights)) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("classifier", ["cnn", "resnet18", "mobilenet"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_steps_give_the_same_bits(classifier, precision):
+    plan = dataclasses.replace(PLAN, steps=12)
+    taken, recorded = (
+        trained("cuda", classifier, plan, runtime__precision=precision, runtime__cuda_graphs=graphs)[1]
+        for graphs in (False, True)
+    )
+    assert_same(taken.weights, recorded.weights)
+    assert taken.metrics == recorded.metrics
 
 
 @on_each_device

@@ -402,6 +402,9 @@ class RuntimeConfig:
         "results differ; auto: 8 where small networks are trained on GPUs, else 1",
         low=1,
     )
+    cuda_graphs: bool = knob(
+        False, "record a client's local step on a GPU once and replay it, where it is that of plain training; same bits"
+    )
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
     client_timeout: float = knob(
         0.0,

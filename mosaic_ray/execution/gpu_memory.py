@@ -30,8 +30,8 @@ PATIENCE_SECONDS = 60.0
 #: Clients measured per sweep: those whose estimate is the largest.
 MOST_MEASURED = 4
 
-#: Steps of each kind of work while it is measured.
-STEPS = 3
+#: Steps of each kind of work while it is measured: enough to record and replay one (``runtime.cuda_graphs``).
+STEPS = 5
 
 #: A network of at most so many parameters is built to count its outputs, for an input of at most so many numbers.
 MOST_BUILT, MOST_SEEN = 2**25, 2**14
@@ -222,7 +222,8 @@ def estimated_bytes(work: ClientWork) -> int:
     """Estimate the bytes that one client takes at its peak, context included, from the networks' shapes."""
     config, images = work.config, work.samples * math.prod(work.facts.input_shape)
     nets = [_classifier(config, work.facts, name, config.warmup.batch_size) for name in _names(config)]
-    peak = max(4 * net.parameters + 2 * net.outputs for net in nets)
+    recorded = 2 if config.runtime.cuda_graphs else 1  # a recording keeps memory of its own
+    peak = max(4 * net.parameters + 2 * recorded * net.outputs for net in nets)
     if (together := min(clients_together(config), config.partition.num_clients)) > 1:
         peak, images = together * (peak + images), together * images  # each batch's images are copied side by side
     if "generators" in _stages(config):
@@ -276,7 +277,8 @@ def largest(works: Sequence[ClientWork]) -> list[ClientWork]:
         config, knobs = work.config, work.config.generator
         shapes = (knobs.family, knobs.ngf, knobs.ndf, knobs.latent_dim, knobs.batch_size, knobs.discriminator)
         known = (work.facts, config.model, config.federation.strategy, config.federation.widths, config.method)
-        alike = (*known, config.warmup.batch_size, knobs.tau, config.runtime.precision, shapes)
+        runtime = config.runtime.precision, config.runtime.cuda_graphs
+        alike = (*known, config.warmup.batch_size, knobs.tau, *runtime, shapes)
         found[alike] = max(work, found.get(alike, work), key=lambda other: other.samples)
     return sorted(found.values(), key=estimated_bytes, reverse=True)[:MOST_MEASURED]
 

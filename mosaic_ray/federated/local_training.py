@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from ..data.transforms import augment, drop_modalities, to_input
 from ..models.classifiers import Classifier
 from ..models.optimizers import SGD
 from ..models.state_dict import use_precision
+from .recorded_steps import RecordedStep, Recorder, own_stream
 
 
 def no_progress(done: int, total: int) -> None:
@@ -188,6 +190,7 @@ def train_locally(
     objective: Objective | None = None,
     adjust: LogitAdjustment | None = None,
     rehearsed: Rehearsed | None = None,
+    record: Recorder | None = None,
     progress: Callable[[int, int], None] = no_progress,
 ) -> dict[str, float]:
     """Train ``model`` in place on ``shard``; ``address`` is (seed, phase, round, client).
@@ -202,6 +205,9 @@ def train_locally(
     With ``plan.loss`` = adjusted the loss sees the logits plus the log of the class shares of the shard (Menon et al.
     2021): a class that it lacks is left out of the softmax, masked or not. Synthetic images' logits stay as they are.
     ``progress(done, total)`` is called after each step.
+
+    ``record``: how steps are recorded and replayed (``recorded_steps``); for plain training of a network without
+    dropout.
 
     A last mini-batch of one image is skipped (``rows_of_steps``).
     """
@@ -226,34 +232,42 @@ def train_locally(
             changed = drop_modalities(changed, len(facts.modalities), plan.modality_dropout, dropped)
         return to_input(changed, facts)
 
-    with torch.random.fork_rng(devices=devices):
+    def step(images: Tensor, labels: Tensor, *others: Tensor) -> None:
+        """Take a step on normalised images, synthetic ones last; ``others`` are those ones' labels."""
+        with use_precision(precision, device):
+            outputs = objective.forward(model, images)
+        logits = outputs[: len(labels)]
+        if missing is not None:
+            logits = logits.masked_fill(missing, 0.0)
+        adjusted = logits.float() if adjust is None else adjust(logits.float())
+        adjusted = adjusted if shift is None else adjusted + shift
+        loss = objective.loss(model, adjusted, labels)
+        if rehearsed is not None:
+            extra = nn.functional.cross_entropy(outputs[len(labels) :].float(), others[0])
+            loss = loss + rehearsed.weight * extra
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        objective.correct_gradients(model)
+        optimiser.step()
+        total_loss.add_(loss.detach() * len(labels))
+        total_right.add_((logits.detach().argmax(1) == labels).sum())
+
+    take_step = step if record is None else RecordedStep(step, record)
+    with contextlib.ExitStack() as block:
+        block.enter_context(torch.random.fork_rng(devices=devices))
         torch.manual_seed(derive(seed, phase + "/dropout", round_num, client_id))
+        if record is not None and device.type == "cuda":
+            block.enter_context(own_stream(device))
         for drawn in rows_of_steps(len(shard), plan, address, rehearsed):
-            rows = drawn.own.to(device)
+            rows, others = drawn.own.to(device), []
             labels = shard.labels[rows]
             images = seen_as(shard.images[rows])
             if rehearsed is not None and drawn.synthetic is not None:
-                others = drawn.synthetic.to(device)
-                images = torch.cat([images, seen_as(rehearsed.shard.images[others])])
-            with use_precision(precision, device):
-                outputs = objective.forward(model, images)
-            logits = outputs[: len(rows)]
-            if missing is not None:
-                logits = logits.masked_fill(missing, 0.0)
-            adjusted = logits.float() if adjust is None else adjust(logits.float())
-            adjusted = adjusted if shift is None else adjusted + shift
-            loss = objective.loss(model, adjusted, labels)
-            if rehearsed is not None:
-                synthetic = outputs[len(rows) :].float()
-                extra = nn.functional.cross_entropy(synthetic, rehearsed.shard.labels[others])
-                loss = loss + rehearsed.weight * extra
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            objective.correct_gradients(model)
-            optimiser.step()
+                synthetic = drawn.synthetic.to(device)
+                images = torch.cat([images, seen_as(rehearsed.shard.images[synthetic])])
+                others = [rehearsed.shard.labels[synthetic]]
+            take_step(images, labels, *others)
             objective.after_step(model, images[: len(rows)], labels)
-            total_loss += loss.detach() * len(rows)
-            total_right += (logits.detach().argmax(1) == labels).sum()
             seen += len(rows)
             steps += 1
             progress(steps, plan.steps)

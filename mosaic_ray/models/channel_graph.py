@@ -324,11 +324,11 @@ def _shape(x: TensorLayout) -> tuple[_AxisSize, ...]:
 
 
 def _getitem(x: TensorLayout, index: Any) -> TensorLayout | None:
-    """Handle indices such as [:, :, None, None]."""
+    """Handle indices such as [:, :, None, None] and [:, :, ::2, ::2], which take some of the pixels of each channel."""
     everything = slice(None)
     if not isinstance(index, tuple) or index[:2] != (everything, everything):
         return None
-    if not all(part is None or part == everything for part in index[2:]):
+    if not all(part is None or isinstance(part, slice) for part in index[2:]):
         return None
     return replace(x, ndim=x.ndim + index.count(None))
 

@@ -11,10 +11,19 @@ from torch.nn import functional as F
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """Build the shortcut: empty if the shape does not change, else a 1x1 convolution with batch norm (option B)."""
+    """Build the shortcut: empty if the shape does not change, else a 1x1 convolution with batch norm (option B).
+
+    In place of a stride the convolution reads every ``stride``-th pixel (``_every``), which gives the same numbers: a
+    strided 1x1 convolution must not meet images that are stored by pixel (``state_dict.channels_last``).
+    """
     if stride == 1 and inputs == outputs:
         return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+
+
+def _every(x: Tensor, stride: int) -> Tensor:
+    """Return maps [B, channels, H, W] at the pixels 0, ``stride``, 2 ``stride`` ... of either axis."""
+    return x if stride == 1 else x[:, :, ::stride, ::stride]
 
 
 class BasicBlock(nn.Module):
@@ -24,6 +33,7 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -32,7 +42,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(_every(x, self.stride)))
 
 
 class Bottleneck(nn.Module):
@@ -45,6 +55,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         outputs = self.expansion * width
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -57,7 +68,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(_every(x, self.stride)))
 
 
 def resnet(

@@ -88,12 +88,9 @@ def channels_last(module: ModuleT) -> ModuleT:
     """Convert the module in place to channels-last memory format, in which convolutions are fastest.
 
     Values and shapes of the state dict do not change; the order of summation does. Not for networks of users: ``view``
-    can fail on the output of such a convolution. A network with a strided 1x1 convolution (the shortcuts of ResNets)
-    is left unchanged: on a CPU, with fewer than 16 channels, oneDNN writes its gradient past the end of a buffer in
-    this format (uxlfoundation/oneDNN issue 6035).
+    can fail on the output of such a convolution. Not for strided 1x1 convolutions with fewer than 16 input channels: on
+    a CPU oneDNN writes their gradient past the end of a buffer in this format (uxlfoundation/oneDNN issue 6035).
     """
-    if any(isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) != part.stride for part in module.modules()):
-        return module
     return module.to(memory_format=torch.channels_last)
 
 

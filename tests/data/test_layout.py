@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def networks() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     return made
 
 
-@pytest.mark.parametrize("name", ["cnn", "mobilenet", "generator", "discriminator"])
+@pytest.mark.parametrize("name", [*CLASSIFIERS, "generator", "discriminator"])
 def test_the_layout_changes_no_number_but_by_rounding(name):
     network, inputs = networks()[name]
     assert by_pixel(network) and all(by_pixel(network))
@@ -83,9 +84,27 @@ def test_gradients_of_few_channels_stay_in_their_buffers():
     assert done.returncode == 0, done.stderr[-500:]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
-def test_networks_with_strided_pointwise_convolutions_keep_their_rows(name):
-    assert not any(by_pixel(build_classifier(ModelConfig(name, width=16), 10, 3, 32)))
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_no_network_has_a_strided_pointwise_convolution(name):
+    convolutions = [part for part in networks()[name][0].modules() if isinstance(part, nn.Conv2d)]
+    assert not [part for part in convolutions if part.kernel_size == (1, 1) != part.stride]
+
+
+@pytest.mark.parametrize("size", [16, 17])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_shortcut_of_every_second_pixel_is_the_strided_one(name, size):
+    torch.manual_seed(0)
+    network, images = build_classifier(ModelConfig(width=8), 10, 3, size, name).double(), torch.randn(4, 3, size, size)
+    strided = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    for block in strided.modules():
+        if getattr(block, "stride", 1) == 2 and hasattr(block, "shortcut"):
+            block.stride, block.shortcut[0].stride = 1, (2, 2)
+    outputs = [net(images.double()) for net in (network, strided)]
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(network.parameters(), strided.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_weights_leave_and_enter_in_rows():
