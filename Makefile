@@ -45,7 +45,7 @@ gpu-check: ## tests and measurements on a GPU, under 8 minutes; writes benchmark
 	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## what Mosaic adds to the work itself, on CPUs (an hour, nothing beside it); writes benchmarks/bench.json
+bench: $(STAMP) ## what Mosaic adds to the work itself, on CPUs (an hour and a half, nothing beside it); writes benchmarks/bench.json
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 .PHONY: lint

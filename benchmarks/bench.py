@@ -472,7 +472,7 @@ QUICK = [
 CHECKS: dict[str, tuple[Callable[[OnCpu], Iterator[Row]], float]] = {
     "rounds": (few_clients, 900), "larger rounds": (more_clients, 1200), "growth": (growth, 900),
     "training": (training, 300), "many clients": (many_clients, 300), "generators": (generators, 300),
-    "server": (server, 300), "commands": (commands, 600), "whole run": (whole_run, 1800),
+    "server": (server, 300), "commands": (commands, 600), "whole run": (whole_run, 3600),
 }  # fmt: skip
 
 
