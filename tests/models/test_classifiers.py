@@ -155,7 +155,9 @@ def test_networks_show_their_graph(name, sums):
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(traced(x), net(x), rtol=0, atol=0)
     calls = Counter(node.target for node in traced.graph.nodes if node.op == "call_function")
-    assert calls.pop(operator.add, 0) == sums and set(calls) <= {nn.functional.relu}
+    assert calls.pop(operator.add, 0) == sums
+    assert calls.pop(operator.getitem, 0) == 3 * name.startswith("resnet")  # every second pixel: strided shortcuts
+    assert set(calls) <= {nn.functional.relu}
     leaves = {type(traced.get_submodule(node.target)) for node in traced.graph.nodes if node.op == "call_module"}
     pools = {nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten}
     assert leaves <= {nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.ReLU, nn.ReLU6} | pools
