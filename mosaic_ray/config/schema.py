@@ -403,7 +403,7 @@ class RuntimeConfig:
         low=1,
     )
     cuda_graphs: bool = knob(
-        False, "record a client's local step on a GPU once and replay it, where it is that of plain training; same bits"
+        False, "plain local training on a GPU records a client's step once a round and replays it; same bits"
     )
     max_hosts: int = knob(0, "client actors at once; 0: as many as fit", low=0)
     client_timeout: float = knob(

@@ -29,7 +29,7 @@ from .batched_training import train_together
 from .client_models import Federation, Models
 from .evaluation import confusion, logits_on, own_accuracy, per_class_accuracy
 from .local_training import LocalStart, LocalTrainingConfig, Objective, Rehearsed, Shard, no_progress, train_locally
-from .recorded_steps import Recorder, draws_numbers, record_cuda_graph
+from .recorded_steps import Recorder, record_cuda_graph
 from .static_batch_norm import Moments, moments, pooled
 
 B = TypeVar("B")
@@ -241,15 +241,14 @@ class TrainTask(Task[Round, ClientRound, Update]):
             metrics = train_locally(
                 model, shard, self.plan, context.facts, self._address(context, client_id), config.runtime.precision,
                 masked=config.federation.masked, objective=objective, adjust=strategy.adjust_logits(start),
-                rehearsed=others, record=self._recorder(context, client_id, model), progress=context.progress,
+                rehearsed=others, record=self._recorder(context, client_id), progress=context.progress,
             )  # fmt: skip
         return self._update(context, shard, client_id, model, metrics, objective, others)
 
-    def _recorder(self, context: ClientContext, client_id: int, model: Classifier) -> Recorder | None:
+    def _recorder(self, context: ClientContext, client_id: int) -> Recorder | None:
         """Return how local steps are recorded; None where ``runtime.cuda_graphs`` does not apply."""
         asked = context.config.runtime.cuda_graphs and context.device.type == "cuda"
-        plain = asked and self.alike(context, client_id) is not None and not draws_numbers(model)
-        return record_cuda_graph if plain else None
+        return record_cuda_graph if asked and self.alike(context, client_id) is not None else None
 
     def alike(self, context: ClientContext, client_id: int) -> Hashable:
         """Return network and width, where local steps are those of plain training on images with a network of ours."""

@@ -206,8 +206,7 @@ def train_locally(
     2021): a class that it lacks is left out of the softmax, masked or not. Synthetic images' logits stay as they are.
     ``progress(done, total)`` is called after each step.
 
-    ``record``: how steps are recorded and replayed (``recorded_steps``); for plain training of a network without
-    dropout.
+    ``record``: how steps are recorded and replayed (``RecordedStep``); for plain training of networks without dropout.
 
     A last mini-batch of one image is skipped (``rows_of_steps``).
     """

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 #: Steps of each shape that are taken as usual before one is recorded: libraries choose kernels and buffers in them.
 WARM_UP = 3
@@ -39,7 +39,7 @@ class RecordedStep:
         record: how work is recorded.
     """
 
-    def __init__(self, step: Callable[..., None], record: Recorder = record_cuda_graph) -> None:
+    def __init__(self, step: Callable[..., None], record: Recorder) -> None:
         self._step, self._record = step, record
         self._taken: Counter[tuple[torch.Size, ...]] = Counter()
         self._recorded: dict[tuple[torch.Size, ...], tuple[list[Tensor], Callable[[], None]]] = {}
@@ -68,8 +68,3 @@ def own_stream(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     around.wait_stream(stream)
-
-
-def draws_numbers(model: nn.Module) -> bool:
-    """Return whether a forward pass in training mode draws random numbers: whether the network has dropout."""
-    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in model.modules())

@@ -15,12 +15,15 @@ import torch
 from helpers import FACTS, TINY, assert_same, shard_of, stripes
 from torch import nn
 
+from mosaic_ray.config.registry import CLASSIFIERS
 from mosaic_ray.config.resolve import override
+from mosaic_ray.config.schema import ModelConfig
 from mosaic_ray.execution import gpu_memory
 from mosaic_ray.federated import client
 from mosaic_ray.federated.client import ClientContext, ClientRound, Round, TrainTask, initial_models, initial_weights
 from mosaic_ray.federated.local_training import LocalTrainingConfig, Rehearsed, train_locally
-from mosaic_ray.federated.recorded_steps import WARM_UP, RecordedStep, draws_numbers, record_cuda_graph
+from mosaic_ray.federated.recorded_steps import WARM_UP, RecordedStep, record_cuda_graph
+from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.state_dict import to_weights
 
 PLAN = LocalTrainingConfig(14, 16, 0.05, 1e-3, 0.9)
@@ -96,10 +99,10 @@ def test_inputs_of_each_shape_are_recorded_once():
     assert seen == [[4, 3], [4, 1]] * (WARM_UP + 2)
 
 
-def test_dropout_draws_numbers():
-    assert not draws_numbers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    assert not draws_numbers(nn.Sequential(nn.Dropout(0.0)))
-    assert draws_numbers(nn.Sequential(nn.Linear(2, 2), nn.Dropout2d(0.1)))
+def test_no_network_that_is_recorded_draws_numbers():
+    for name in CLASSIFIERS:
+        model = build_classifier(ModelConfig(name, width=4), 3, 1, 8)
+        assert not [part for part in model.modules() if isinstance(part, nn.modules.dropout._DropoutNd)]
 
 
 @pytest.mark.parametrize(
@@ -114,9 +117,8 @@ def test_dropout_draws_numbers():
 )
 def test_plain_steps_on_a_gpu_are_recorded_where_it_is_asked(device, knobs, recorded):
     context = ClientContext(override(TINY, knobs), FACTS, torch.device(device))
-    found = TrainTask("local", 0, PLAN)._recorder(context, 0, nn.Linear(2, 2))
+    found = TrainTask("local", 0, PLAN)._recorder(context, 0)
     assert found is (record_cuda_graph if recorded else None)
-    assert TrainTask("local", 0, PLAN)._recorder(context, 0, nn.Dropout(0.5)) is None
 
 
 def test_a_client_trains_with_the_recorder_that_it_is_given(monkeypatch):
