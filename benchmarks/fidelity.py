@@ -5,11 +5,12 @@
 The arm ``blur s`` draws, for each image that a client asks for, a real training image of that class from the client
 whose generator would draw it, blurred by a Gaussian of s pixels. So blur 0 is a perfect generator, an upper bound that
 no federation may use, and larger blurs are worse ones. ``generators`` are the preset's own, and ``real only`` has no
-such images. All arms share one warm-up and end with the same head. Accuracies are on test images, for reporting alone.
+such images. ``--arm NAME KNOBS`` adds other generators, as ``--arm GAN "generator.family=cgan generator.steps=800"``.
+All arms share one warm-up and end with the same head. Accuracies are on test images, for reporting alone.
 
 ``domain AUC``: how well a linear classifier tells the drawn images from real ones by the features of the warmed-up
 model (0.5: not at all). ``agreement``: the share that an LDA head on those features assigns to the class asked for.
-It is below 1 for real images (blur 0), too.
+It is below 1 for real images (blur 0), too. ``cost``: what the generators cost a client, in steps of local training.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from mosaic_ray.models.state_dict import freeze, load_weights
 from mosaic_ray.pipeline.partition import deal
 from mosaic_ray.pipeline.rounds import warm_up
 from mosaic_ray.runs import runner
+from mosaic_ray.runs.equal_compute import client_steps
 from mosaic_ray.storage.store import Store
 from mosaic_ray.tracking.tracker import Tracker
 
@@ -139,6 +141,12 @@ class ImageQuality:
         return domain_auc(real, features, self._seed), agreement
 
 
+def cost(config: ExperimentConfig) -> str:
+    """Return what the generators of ``config`` cost a client, in steps of local training, or a dash if it has none."""
+    with_them, without = (client_steps(override(config, own)) for own in ({}, {"generator.steps": 0}))
+    return "–" if with_them is None or without is None or with_them == without else f"{with_them - without:.0f}"
+
+
 @click.command()
 @click.option("--preset", default="fmnist_small", show_default=True)
 @click.option("--dataset", default=None, help="As for mosaic run.")
@@ -146,13 +154,14 @@ class ImageQuality:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--blur", default="0,1,2", show_default=True, help="Pixels; empty: none of these arms.")
 @click.option("--generators/--no-generators", default=True, show_default=True, help="The preset's own generators.")
+@click.option("--arm", "others", nargs=2, multiple=True, metavar="NAME KNOBS", help="Generators with other knobs.")
 @click.option("--rounds", default=15, show_default=True, help="Closing rounds.")
 @click.option("--weight", default=1.0, show_default=True, help="Of the loss on synthetic images.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any knob.")
 @click.option("--storage", default="./fidelity", show_default=True, help="A folder; each arm has one below it.")
 def main(
-    preset: str, dataset: str | None, omega: float, seed: int, blur: str, generators: bool, rounds: int, weight: float,
-    sets: tuple[str, ...], storage: str,
+    preset: str, dataset: str | None, omega: float, seed: int, blur: str, generators: bool,
+    others: tuple[tuple[str, str], ...], rounds: int, weight: float, sets: tuple[str, ...], storage: str,
 ) -> None:  # fmt: skip
     """Print a row for each arm as it ends."""
     torch.set_num_threads(1)
@@ -160,25 +169,29 @@ def main(
         "runtime.host": "serial", "runtime.device": "cpu", "runtime.precision": "fp32", "runtime.eval_rounds": 0,
         "finetune.num_rounds": rounds, "rehearsal.candidates": (),
     }  # fmt: skip
-    config = parse_config(preset=preset, dataset=dataset, omega=str(omega), seed=str(seed), sets=sets)
-    config = override(config, knobs)
-    data = load_dataset(config.data)
-    arms: dict[str, tuple[Any, dict[str, Any]]] = {"real only": (None, {"method": "lda_head"})}
-    for sigma in filter(None, blur.split(",")):
-        own = {"generator.steps": 0, "rehearsal.weight": weight}
-        arms[f"blur {sigma}"] = RealImages(config, data, float(sigma)), own
-    if generators:
-        arms["generators"] = None, {"rehearsal.weight": weight}
 
-    click.echo("| images | test accuracy | over real only | domain AUC | agreement |\n|---|---|---|---|---|")
+    def read(own: tuple[str, ...] = ()) -> ExperimentConfig:
+        words = {"omega": str(omega), "seed": str(seed), "sets": (*sets, *own)}
+        return override(parse_config(preset=preset, dataset=dataset, **words), knobs)
+
+    config = read()
+    data = load_dataset(config.data)
+    arms: dict[str, tuple[Any, ExperimentConfig]] = {"real only": (None, override(config, {"method": "lda_head"}))}
+    for sigma in filter(None, blur.split(",")):
+        own = override(config, {"generator.steps": 0, "rehearsal.weight": weight})
+        arms[f"blur {sigma}"] = RealImages(config, data, float(sigma)), own
+    for name, words in (*((("generators", ""),) if generators else ()), *others):
+        arms[name] = None, override(read(tuple(words.split())), {"rehearsal.weight": weight})
+
+    click.echo("| images | test accuracy | over real only | domain AUC | agreement | cost |\n|---|---|---|---|---|---|")
     base, floor, quality_of = Path(storage) / "real-only", 0.0, None
-    for name, (draw, own) in arms.items():
+    for name, (draw, asked) in arms.items():
         place = Path(storage) / name.replace(" ", "-")
         if place != base and not place.exists():
             shutil.copytree(base, place)  # the warm-up
         with drawing(draw) as seen:
-            found = runner.run(override(config, own), storage=str(place), name=f"s{seed}-w{omega}")["accuracy"]["final"]
-        quality_of = quality_of or ImageQuality(override(config, own), data, base)
+            found = runner.run(asked, storage=str(place), name=f"s{seed}-w{omega}")["accuracy"]["final"]
+        quality_of = quality_of or ImageQuality(asked, data, base)
         floor = floor or found
         kept, quality = place / f"quality-s{seed}-w{omega}.txt", "– | –"
         if seen:
@@ -187,7 +200,7 @@ def main(
             kept.write_text(f"{auc:.2f} | {agreement:.1%}")
         if kept.exists():  # written when the stored result was computed
             quality = kept.read_text()
-        click.echo(f"| {name} | {found:.1%} | {100 * (found - floor):+.1f} | {quality} |")
+        click.echo(f"| {name} | {found:.1%} | {100 * (found - floor):+.1f} | {quality} | {cost(asked)} |")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,9 @@ class GeneratorConfig:
     )  # fmt: skip
     drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
     gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
+    diff_augment: bool = knob(
+        False, "change images at random before the discriminator sees them, with a gradient, as DiffAugment"
+    )
     conditional: bool = knob(False, "another way to ask for generator.family = cgan")
     latent_dim: int = knob(100, "size of z", low=1, high=1_000_000)
     ngf: int = knob(64, "generator channels", low=1, high=4096)

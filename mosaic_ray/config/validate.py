@@ -11,7 +11,7 @@ from .schema import ExperimentConfig
 #: Knobs of generators that only a GAN's training reads.
 GAN_ONLY = {
     "classifier_source", "classifier_mode", "classifier_epochs", "discriminator", "gan_range", "lambda_e", "lambda_d",
-    "lambda_i", "inversion_scale", "tau", "div_support", "beta1", "beta2",
+    "lambda_i", "inversion_scale", "tau", "div_support", "diff_augment", "beta1", "beta2",
 }  # fmt: skip
 
 

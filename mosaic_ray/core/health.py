@@ -86,7 +86,7 @@ LOW_LABEL_AGREEMENT = Rule(
 # Accuracy on real and on synthetic images, over the last quarter of training: the generator gets almost no gradient.
 DISCRIMINATOR_OVERPOWER = Rule(
     "generator.discriminator_overpower", "generators", "warning", 0.99,
-    "lower generator.ndf or generator.lr, or set generator.gan_augment=true",
+    "lower generator.ndf or generator.lr, or set generator.diff_augment=true",
 )  # fmt: skip
 # Values out of the range of tanh give real images away to the discriminator; in [-1, 1] there are none.
 OUT_OF_RANGE = Rule("generator.out_of_range", "generators", "warning", 0.05, "set generator.gan_range=pm1_then_renorm")

@@ -35,6 +35,7 @@ from ..models.joint_discriminator import JointDiscriminator, JointSamples, read_
 from ..models.multimodal_generator import MultimodalGenerator
 from ..models.optimizers import Adam
 from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights, uninitialised, use_precision
+from .diff_augment import diff_augment
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
 AnyGenerator = Generator | MultimodalGenerator
@@ -195,8 +196,10 @@ def train_generator(
     snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)
     snapshot_input = draw(generator, NUM_SNAPSHOT_IMAGES, stream(seed, "generator/watched", client_id), device)
     shared = config.discriminator == "shared_trunk"
+    changes = stream(seed, "generator/diff_augment", client_id)
 
     def discriminate(images: Any, labels: Sequence[Tensor] = ()) -> Tensor:
+        images = diff_augment(images, changes) if config.diff_augment else images
         # A shared trunk belongs to a classifier, so it always reads classifier inputs.
         images = classifier_view(images, config.gan_range, facts) if shared else images
         with use_precision(precision, device):

@@ -168,6 +168,7 @@ def test_both_hosts_give_the_same_bits(tmp_path: Path, ray_up, knobs: dict) -> N
         ({"federation.strategy": "scaffold", "partition.modalities": SOME}, "scaffold"),
         ({"method": "mosaic"}, "generator.family=cvae or cgan"),
         ({"method": "mosaic", "generator.family": "cvae", "generator.feature_weight": 1.0}, "feature_weight=0"),
+        ({"method": "mosaic", "generator.family": "cgan", "generator.diff_augment": True}, "diff_augment=false"),
         ({"method": "mosaic", "generator.family": "cgan", "generator.discriminator": "shared_trunk"}, "dcgan"),
         ({"method": "mosaic", "generator.family": "cgan", "generator.gan_range": "model_norm"}, "pm1_then_renorm"),
         ({"partition.modalities": ("image+sound",)}, "sound"),

@@ -68,6 +68,29 @@ def test_an_owner_at_rest_does_not_come_back_as_dead(bucket_only: Path, clock: C
         clock(10 * TTL_SECONDS)
 
 
+def test_an_owner_that_claims_again_keeps_its_claim_from_a_rival_that_found_it_gone(
+    bucket_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rival reads no heartbeat, the owner claims anew, and only then does the rival remove what it found dead."""
+    owner, rival = Store(bucket_only), Store(bucket_only)
+    first = held(owner.try_lease(KEY))
+    read, again = rival.files.read, list[Lease]()
+
+    def late(name: str) -> bytes:
+        if "~" in name and not again:
+            first.release()
+            again.append(held(owner.try_lease(KEY)))
+            raise FileNotFoundError(name)
+        return read(name)
+
+    monkeypatch.setattr(rival.files, "read", late)
+    assert rival.try_lease(KEY) is None and again
+    again[0].release()
+    with held(rival.try_lease(KEY)):
+        pass
+    assert remains(rival) == []
+
+
 def test_a_dead_owners_leases_are_all_free_at_once(bucket_only: Path, clock: Callable[[float], None]) -> None:
     owner, watcher = Store(bucket_only), Store(bucket_only)
     lost = [held(owner.try_lease(key)) for key in (KEY, OTHER_KEY)]

@@ -89,6 +89,7 @@ def _check_joint(section: GeneratorConfig) -> None:
     """Raise ``RequestError`` where a client's generator cannot draw samples of several modalities."""
     for knob, wrong, instead in (
         ("family", not section.labelled, "cvae or cgan"), ("feature_weight", section.feature_weight, "0"),
+        ("diff_augment", section.diff_augment, "false"),
         ("discriminator", section.family != "cvae" and section.discriminator != "dcgan", "dcgan"),
         ("gan_range", section.family != "cvae" and section.gan_range == "model_norm", "pm1_then_renorm"),
     ):  # fmt: skip
