@@ -131,9 +131,9 @@ def compared(request: SweepRequest, outcome: Outcome, storage: str) -> Compariso
     from ..report.comparison import compare
     from ..report.export import files
     from ..storage.store import Store
-    from ..sweeps.results import _rows
+    from ..sweeps.results import result_rows
 
-    found = compare(_rows(outcome.results), request.plan.points, request.config, request.against)
+    found = compare(result_rows(outcome.results), request.plan.points, request.config, request.against)
     store = Store(storage)
     for name, data in files(found).items():
         store.write(f"sweeps/{outcome.name}/{name}", data)

@@ -123,7 +123,7 @@ def _row(result: TrialResult) -> Row:
     return row
 
 
-def _rows(results: Iterable[TrialResult]) -> list[Row]:
+def result_rows(results: Iterable[TrialResult]) -> list[Row]:
     """Return the rows by point and seed, all with the same names."""
     rows = [_row(result) for result in sorted(results, key=lambda result: (result.point, result.seed))]
     names = dict.fromkeys(name for row in rows for name in row)
@@ -137,14 +137,14 @@ def results_table(results: Iterable[TrialResult]) -> pa.Table:
     the time it took the trial that computed it.
     """
     results = list(results)
-    rows, swept = _rows(results), {name for result in results for name in result.knobs}
+    rows, swept = result_rows(results), {name for result in results for name in result.knobs}
     more = [name for name in next(iter(rows), ()) if name not in SCHEMA.names and (name in swept or name not in KNOBS)]
     return pa.Table.from_pylist(rows, schema=pa.schema([*SCHEMA, *((name, _type(name)) for name in more)]))
 
 
 def final_table(results: Iterable[TrialResult], swept: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
     """Return columns and rows of what trackers show of a sweep: its trials, their swept knobs, their accuracies."""
-    rows = _rows(results)
+    rows = result_rows(results)
     named = ["trial", "point", "seed", *(name for name in swept if name != "seed"), "status", "selection", "gain"]
     named += [f"{kind}_{role}" for kind in ("accuracy", "validation") for role in ROLES]
     columns = [name for name in named if any(row.get(name) is not None for row in rows)]
