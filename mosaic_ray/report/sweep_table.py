@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config.fields import short_names, shown
-from ..sweeps.results import Point, Row, TrialResult, _rows
+from ..sweeps.results import Point, Row, TrialResult, result_rows
 from .tables import CEILING, MOST_FINDINGS, _places, _seconds, _table
 from .text import address
 
@@ -33,7 +33,7 @@ def sweep_table(
     ``instead``: what to show in place of the best configurations.
     Print it with ``crop=False``: paths are never broken.
     """
-    return _SweepTable(_rows(results), conditions, swept, folder, instead)
+    return _SweepTable(result_rows(results), conditions, swept, folder, instead)
 
 
 def best_sections(
