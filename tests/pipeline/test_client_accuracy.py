@@ -30,7 +30,7 @@ from mosaic_ray.report.tables import closing_table
 from mosaic_ray.runs import runner
 from mosaic_ray.runs.plan import stage_keys
 from mosaic_ray.storage.store import StageResult, Store
-from mosaic_ray.sweeps.results import TrialResult, _rows, results_table
+from mosaic_ray.sweeps.results import TrialResult, result_rows, results_table
 
 QUICK = {
     "method": "fedavg", "partition.num_clients": 4, "warmup.num_rounds": 2, "finetune.num_rounds": 1,
@@ -201,7 +201,7 @@ def test_tables_pages_and_columns_show_them(tmp_path):
     results = [TrialResult(f"p{n}s0", n, 0, {}, summary) for n in range(2)]
     assert results_table(results).to_pylist()[0]["clients_own_worst_tenth"] == figures["own"]["worst_tenth"]
     points = [{"method": "mosaic"}, {"method": "fedavg"}]
-    table = compare(_rows(results), points, None)
+    table = compare(result_rows(results), points, None)
     cells = dict(zip(table.heads, table.cells(table.sections[None][0]), strict=True))
     assert cells["client"] == f"{100 * figures['final']['mean']:.1f}"
     assert cells["sd own"] == f"{100 * figures['own']['sd']:.1f}"
@@ -210,4 +210,4 @@ def test_tables_pages_and_columns_show_them(tmp_path):
     Console(file=narrow, width=80).print(table)
     assert max(map(len, narrow.getvalue().splitlines())) <= 80 and narrow.getvalue().count("worst own") == 1
     older = [TrialResult("p0s0", 0, 0, {}, {n: v for n, v in summary.items() if n != "client_accuracy"})]
-    assert not compare(_rows(older), points, None).at_clients
+    assert not compare(result_rows(older), points, None).at_clients

@@ -20,7 +20,7 @@ from mosaic_ray.report.comparison import Comparison, compare
 from mosaic_ray.report.export import files, latex, markdown, tex
 from mosaic_ray.report.figures.sweep import bars
 from mosaic_ray.report.html.render import render
-from mosaic_ray.sweeps.results import TrialResult, _rows
+from mosaic_ray.sweeps.results import TrialResult, result_rows
 
 OMEGAS, METHODS = (0.01, 0.1), ("mosaic", "fedavg", "prototype_head")
 POINTS = [{OMEGA: omega, "method": method} for omega in OMEGAS for method in METHODS]
@@ -40,7 +40,7 @@ def trials(finals: np.ndarray, points: Sequence[dict] = POINTS) -> list[TrialRes
 
 
 def table(results: list[TrialResult], against: str = "", points: Sequence[dict] = POINTS) -> Comparison:
-    return compare(_rows(results), points, CONFIG, against)
+    return compare(result_rows(results), points, CONFIG, against)
 
 
 def test_differences_are_paired_by_seed_and_seeds_without_a_result_are_left_out():
@@ -101,7 +101,7 @@ def test_one_seed_has_differences_and_no_test():
 
 @pytest.mark.parametrize("head", ["keep", "refit"])
 def test_a_head_that_was_made_anew_is_named_below_the_table(head):
-    rows = [row | {"finetune.head": head} for row in _rows(trials(FINALS))]
+    rows = [row | {"finetune.head": head} for row in result_rows(trials(FINALS))]
     said = " ".join(compare(rows, POINTS, CONFIG, "").caption)
     assert ("with a head made anew" in said) == (head == "refit")
 
@@ -139,7 +139,7 @@ fedavg & $60.0 \pm 10.0$ & $50.0 \pm 0.0$ & $+10.0 \pm 10.0$ & $-11.0 \pm 1.0^{*
 
 def test_latex_as_expected():
     """Of a configuration that is not known, so without steps; and a name with LaTeX's special characters."""
-    found = compare(_rows(trials(FINALS[:2], POINTS[:2])), POINTS[:2], None, "mosaic")
+    found = compare(result_rows(trials(FINALS[:2], POINTS[:2])), POINTS[:2], None, "mosaic")
     renamed = Comparison("mosaic_&", found.seeds, found.sections)
     assert latex(renamed).endswith(LATEX)
     assert r"\usepackage{booktabs}" in latex(found)

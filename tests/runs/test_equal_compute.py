@@ -28,7 +28,7 @@ from mosaic_ray.models.state_dict import to_weights
 from mosaic_ray.report.comparison import compare
 from mosaic_ray.runs import equal_compute
 from mosaic_ray.runs.equal_compute import client_costs, client_steps, extra_rounds, operations, with_controls
-from mosaic_ray.sweeps.results import _rows
+from mosaic_ray.sweeps.results import result_rows
 
 FAMILIES = [
     {}, {"generator.family": "cgan"}, {"generator.family": "cvae"},
@@ -139,7 +139,7 @@ def test_each_strategy_with_generators_gets_its_control(monkeypatch):
         {"method": "fedavg", "warmup.num_rounds": rounds + 7},
         {"method": "fedavg", "federation.strategy": "fedprox", "warmup.num_rounds": rounds + 7},
     )
-    table = compare(_rows([trial(4, knobs={"method": "fedavg"})]), found, TINY)
+    table = compare(result_rows([trial(4, knobs={"method": "fedavg"})]), found, TINY)
     names = [method.name for method in table.sections[None]]
     assert names == ["fedavg", "mosaic", "lda_head", "mosaic+fedprox", "fedavg (+7 rounds)", "fedprox (+7 rounds)"]
     assert any("(+N rounds): as many more rounds" in line for line in printed(table, 200))
