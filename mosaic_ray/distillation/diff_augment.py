@@ -28,7 +28,7 @@ def diff_augment(images: Tensor, draws: torch.Generator) -> Tensor:
 
 def _recoloured(images: Tensor, numbers: Tensor) -> Tensor:
     """Change brightness, saturation and contrast by ``numbers`` [3, B, 1, 1, 1] in [0, 1)."""
-    brightness, saturation, contrast = numbers
+    brightness, saturation, contrast = numbers.unbind()
     images = images + (brightness - 0.5)
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * (2 * saturation)
