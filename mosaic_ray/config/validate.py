@@ -65,10 +65,12 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
             f"model.student = {new}: clients hold this network; name one that none of them holds",
         )
         shares = config.rehearsal.weight or config.rehearsal.candidates
+        taught = any(stage.role == "server_student" for stage in load("methods", config.method).graph(config))
         need(
-            trains_generators(config) and config.generator.labelled and shares,
+            taught or (trains_generators(config) and config.generator.labelled and shares),
             f"model.student = {new}: it learns from generators that take labels and are shared for rehearsal, and "
-            f"method {config.method} has none; take --method mosaic with generator.family=cvae or cgan and rehearsal",
+            f"method {config.method} has none; take --method mosaic with generator.family=cvae or cgan and rehearsal, "
+            "or --method dense",
         )
     need(
         not mixed or clients % len(mixed) == 0,

@@ -128,9 +128,13 @@ class LabelledGenerator(nn.Module):
         return self.network(h).float(), h
 
 
-def open_student(context: ClientContext, weights: Weights, bn: str) -> Classifier:
-    """Build the student in the mode for training; ``bn`` = frozen keeps its batch-norm statistics."""
-    return context.classifier(weights).train(bn == "running").requires_grad_(True)
+def open_student(context: ClientContext, weights: Weights, bn: str, network: str = "") -> Classifier:
+    """Build the student in the mode for training; ``bn`` = frozen keeps its batch-norm statistics.
+
+    ``network``: its architecture, where that is not ``model.classifier``.
+    """
+    student = context.classifier(weights, network or context.config.model.classifier)
+    return student.train(bn == "running").requires_grad_(True)
 
 
 def first_student(context: ClientContext, weights: Weights, start: str) -> Weights:
@@ -196,15 +200,15 @@ class PoolRule:
 
 def teach_from_pool(
     context: ClientContext, state: State, begin: int, end: int, clients: Mapping[int, Weights], rule: PoolRule,
-    report: Report,
+    network: str = "", *, report: Report,
 ) -> State:  # fmt: skip
     """Do the epochs ``begin`` to ``end``: each makes a batch of images, and the student learns from all so far.
 
     ``state``: ``global`` (the student), ``optimizer``, ``ensemble`` (weights [K], equal at first), ``pool`` (uint8
-    images and labels).
+    images and labels). ``network``: the student's architecture, as in ``open_student``.
     """
     own, facts, seed = rule.knobs, context.facts, context.config.seed
-    ensemble, student = Ensemble(context, clients), open_student(context, state["global"], own.bn)
+    ensemble, student = Ensemble(context, clients), open_student(context, state["global"], own.bn, network)
     optimizer = SGD(student.parameters(), lr=own.lr, momentum=own.momentum, weight_decay=own.weight_decay)
     load_slots(optimizer, student, state.get("optimizer", {}))
     count = len(ensemble.models)

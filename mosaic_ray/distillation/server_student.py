@@ -25,6 +25,12 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
 
+def first_weights(context: ClientContext) -> Weights:
+    """Return the weights with which ``model.student`` begins, as they are drawn."""
+    with seeded(context.config.seed, "student/init"):
+        return to_weights(context.classifier(name=context.config.model.student))
+
+
 def train_server_student(context: ClientContext, teacher_weights: Weights, shared: SharedGenerators) -> Weights:
     """Return ``model.student`` after ``student.steps`` steps on images drawn anew from the generators ``shared``.
 
@@ -37,8 +43,7 @@ def train_server_student(context: ClientContext, teacher_weights: Weights, share
     """
     config, facts, section = context.config, context.facts, context.config.student
     precision = config.runtime.precision
-    with seeded(config.seed, "student/init"):
-        model = context.classifier(name=config.model.student)
+    model = context.classifier(first_weights(context), config.model.student)
     teacher = context.classifier(teacher_weights).eval()
     optimizer = SGD(
         model.parameters(), lr=section.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True

@@ -26,13 +26,15 @@ class Distilled:
     """The result of a method: the student, and its teacher if there is one.
 
     ``held_out``: the student's accuracy on held-out prototypes, None without prototypes. ``shared``: generators with
-    which clients rehearse in the closing rounds (``rehearsal.weight``), where the method has any.
+    which clients rehearse in the closing rounds (``rehearsal.weight``), where the method has any. ``new_student``: the
+    network ``model.student``, where a stage of the method with the role "server_student" trains it.
     """
 
     student: Weights
     held_out: float | None = None
     teacher: Model | None = None
     shared: SharedGenerators | None = None
+    new_student: Model | None = None
 
 
 class Method:

@@ -13,8 +13,8 @@ from ..config.fields import knob
 from ..config.plugins import own_knobs, section_of
 from ..core.errors import RequestError
 from ..core.types import Finding, Weights
-from ..pipeline.graph import KeyInputs, Knobs, Stage
-from ..pipeline.stages import driver_knobs
+from ..pipeline.graph import Graph, KeyInputs, Knobs, Stage
+from ..pipeline.stages import driver_knobs, student_network
 from .base import Distilled, Method
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..core.types import DataFacts
     from ..distillation.ensemble import Game, PoolRule, State
     from ..federated.client_models import Models
+    from ..models.classifiers import Classifier
     from ..pipeline.context import Facts, RunContext
     from ..pipeline.rounds import FinishedRound, Warmup
     from ..storage.store import StageResult, StageWriter
@@ -98,17 +99,19 @@ def uploaded_models(warmup: Warmup) -> dict[int, Weights]:
 
 def in_parts(
     ctx: RunContext, stage: Stage, begin: Callable[[], State], work: Callable[..., State], *arguments: Any,
-    every: int, findings: tuple[Finding, ...] = (),
+    every: int, findings: tuple[Finding, ...] = (), network: str = "",
 ) -> StageResult:  # fmt: skip
     """Return a stage's result; compute it in parts of ``every`` units, with a checkpoint after each.
 
     ``work(context, state, begin, end, *arguments, report=...)`` runs on the server and returns the new state, whose
     parts ``KEPT`` are the result; ``begin()`` returns the first one. A run that was killed goes on at the last
-    checkpoint and ends with the same numbers.
+    checkpoint and ends with the same numbers. ``network``: the student's architecture, if it is ``model.student``; the
+    result then has the part ``student`` for it.
     """
     from ..pipeline.stored import check_entries, check_facts
 
     [key] = ctx.client_keys(stage)
+    trained = network or ctx.config.model.classifier
 
     def compute(writer: StageWriter, progress: StageProgress) -> Facts:
         checkpoint, total = ctx.store.load_checkpoint(key), stage.total(ctx.config)
@@ -117,7 +120,7 @@ def in_parts(
             with checkpoint.read_as("checkpoint"):
                 check_facts(checkpoint.facts)
                 state, done = {part: checkpoint.load(part) for part in checkpoint.parts}, checkpoint.facts["done"]
-                check_entries(state["global"], ctx.client_context.federation.entries(ctx.config.model.classifier))
+                check_entries(state["global"], ctx.client_context.federation.entries(trained))
                 if not 0 < done < total:
                     raise ValueError(f"it was made after {done} of {total}")
             progress.resume(checkpoint.facts["curve"], done)
@@ -136,7 +139,7 @@ def in_parts(
             if done < total:
                 ctx.store.save_checkpoint(key, {"done": done, "curve": [list(r) for r in progress.recorded]}, state)
         for part in KEPT & state.keys():
-            writer.add(part, state[part])
+            writer.add("student" if network and part == "global" else part, state[part])
         return {"findings": [finding.to_json() for finding in findings]}
 
     return ctx.find_or_compute(stage, compute)
@@ -162,7 +165,15 @@ class PoolMethod(Method):
             "distill", 1, self._knobs, f"{_HERE}:teach", upstream=("warmup",), kind=self.name, role="distilled",
             unit="epoch", total=lambda config: self.own(config).epochs, work=self._work,
         )  # fmt: skip
+        self.new_student = Stage(
+            "server_student", 1, self._new_knobs, f"{_HERE}:teach_new", upstream=("warmup",),
+            kind=f"{self.name}_student", role="server_student", unit="epoch",
+            total=lambda config: self.own(config).epochs, work=self._work,
+        )  # fmt: skip
         self.stages = (self.stage,)
+
+    def graph(self, config: ExperimentConfig) -> Graph:
+        return (self.stage, self.new_student) if config.model.student else self.stages
 
     def own(self, config: ExperimentConfig) -> PoolKnobs:
         """Return its knobs."""
@@ -170,6 +181,9 @@ class PoolMethod(Method):
 
     def _knobs(self, inputs: KeyInputs) -> Knobs:
         return own_knobs(inputs.config, self.name) | {"seed": inputs.config.seed} | driver_knobs(inputs.config)
+
+    def _new_knobs(self, inputs: KeyInputs) -> Knobs:
+        return self._knobs(inputs) | student_network(inputs.config)
 
     def _work(self, config: ExperimentConfig) -> dict[str, int]:
         own = self.own(config)
@@ -194,7 +208,9 @@ class PoolMethod(Method):
         raise NotImplementedError
 
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
-        return Distilled(ctx.run(self.stage, warmup, self))
+        student = ctx.run(self.stage, warmup, self)
+        new = ctx.run(self.new_student, warmup, self) if ctx.config.model.student else None
+        return Distilled(student, new_student=new)
 
 
 def teach(ctx: RunContext, stage: Stage, warmup: Warmup, method: PoolMethod) -> Weights:
@@ -208,6 +224,23 @@ def teach(ctx: RunContext, stage: Stage, warmup: Warmup, method: PoolMethod) -> 
 
     clients, rule = uploaded_models(warmup), method.rule(ctx.config)
     return student_of(ctx, stage, in_parts(ctx, stage, begin, teach_from_pool, clients, rule, every=5))
+
+
+def teach_new(ctx: RunContext, stage: Stage, warmup: Warmup, method: PoolMethod) -> Classifier:
+    """Return ``model.student``, which begins as drawn and which the clients' ensemble taught from a pool of its own."""
+    from ..distillation.ensemble import teach_from_pool
+    from ..distillation.server_student import first_weights
+
+    network, rule = ctx.config.model.student, method.rule(ctx.config)
+    rule = replace(rule, knobs=replace(rule.knobs, bn="running"))
+
+    def begin() -> State:
+        return {"global": first_weights(ctx.client_context)}
+
+    clients = uploaded_models(warmup)
+    result = in_parts(ctx, stage, begin, teach_from_pool, clients, rule, network, every=5, network=network)
+    with result.read_as("student"):
+        return ctx.client_context.classifier(result.load("student"), network)
 
 
 def fine_tune(ctx: RunContext, finished: FinishedRound, game: Game, knobs: Any) -> tuple[Models, Weights]:

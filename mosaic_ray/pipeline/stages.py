@@ -276,15 +276,20 @@ def final_models(after: str) -> Stage:
     )  # fmt: skip
 
 
+def student_network(config: ExperimentConfig) -> Knobs:
+    """Return what names the network ``model.student`` in a key: with a user's own, a digest of its source."""
+    source = digest_of(config.model.student, f"model.student = {config.model.student}")
+    found: Knobs = {"network": config.model.student, "width": config.model.width}
+    return found | ({"source": source} if source else {})
+
+
 def server_student(after: str) -> Stage:
     """Return the training of ``model.student`` on synthetic images, taught by the model of the stage ``after``."""
 
     def knobs(inputs: KeyInputs) -> Knobs:
         config = inputs.config
-        source = digest_of(config.model.student, f"model.student = {config.model.student}")
-        found = {"network": config.model.student, "width": config.model.width, "seed": config.seed}
-        found |= {"student": changed_knobs(config.student), "runtime": numbers_depend_on(config)}
-        return found | driver_knobs(config) | ({"source": source} if source else {})
+        own = {"seed": config.seed, "student": changed_knobs(config.student), "runtime": numbers_depend_on(config)}
+        return student_network(config) | own | driver_knobs(config)
 
     return Stage(
         "server_student", 1, knobs, "mosaic_ray.pipeline.server_student:train",

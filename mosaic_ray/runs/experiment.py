@@ -55,7 +55,9 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
         models["teacher"] = distilled.teacher
     if "ceiling" in stages:
         models["ceiling"] = ctx.run(stages["ceiling"], warmup.weights)
-    if "server_student" in stages:
+    if distilled and distilled.new_student is not None:
+        models["server_student"] = distilled.new_student
+    elif "server_student" in stages:
         assert shared is not None  # the configuration was checked
         models["server_student"] = ctx.run(stages["server_student"], final, shared)
     personal = ctx.run(stages["personal"], warmup) if "personal" in stages else None

@@ -37,9 +37,10 @@ def graph_of(config: ExperimentConfig) -> Graph:
     trials, in_rounds = choice_stages(config, student_of(own)), method.after_round is not None
     final = head.fit.name if head else "finetune"
     start = "warmup" if head and method.head_only else student_of(own)
+    taught = any(stage.role == "server_student" for stage in own)  # by the method itself
     further = (
         (ceiling(), config.runtime.ceiling),
-        (server_student(final), config.model.student),
+        (server_student(final), config.model.student and not taught),
         (PERSONAL if strategy_named(config.federation.strategy).personal_models else OWN_MODELS, True),
         (final_models(final), config.finetune.adapt_steps or len(groups(config)) > 1),
     )

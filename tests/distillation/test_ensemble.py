@@ -134,9 +134,9 @@ def test_parts_of_a_pool_are_the_whole(method):
     def report(step, metrics):
         log.append(step)
 
-    whole = teach_from_pool(made, {"global": start}, 0, 5, clients, rule, report)
-    part = teach_from_pool(made, {"global": start}, 0, 2, clients, rule, report)
-    part = teach_from_pool(made, part, 2, 5, clients, rule, report)
+    whole = teach_from_pool(made, {"global": start}, 0, 5, clients, rule, report=report)
+    part = teach_from_pool(made, {"global": start}, 0, 2, clients, rule, report=report)
+    part = teach_from_pool(made, part, 2, 5, clients, rule, report=report)
     assert log == [1, 2, 3, 4, 5] * 2
     assert whole.keys() == part.keys() == {"global", "optimizer", "ensemble", "pool"}
     for name in whole:

@@ -12,6 +12,7 @@ from helpers import FACTS, TINY, assert_same, stripes_dataset
 
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.core.errors import RequestError
+from mosaic_ray.distillation import ensemble
 from mosaic_ray.distillation.rehearsal import SharedGenerators
 from mosaic_ray.distillation.server_student import student_loss, train_server_student
 from mosaic_ray.federated.client import ClientContext, initial_weights
@@ -94,6 +95,34 @@ def test_serial_and_ray_train_the_same_network(tmp_path, ray_up):
     serial = weights_of(tmp_path / "serial", go(tmp_path / "serial", runtime__host="serial"))
     ray = weights_of(tmp_path / "ray", go(tmp_path / "ray", runtime__host="ray"))
     assert_same(ray, serial)
+
+
+@pytest.mark.parametrize("method", ["dense", "co_boosting"])
+def test_a_method_that_teaches_from_a_pool_teaches_it_itself(tmp_path, monkeypatch, method):
+    """By a pool of its own, beside the other student, which stays as it is; a kill among its epochs costs no bit."""
+    pool = {"epochs": 6, "generator_steps": 2, "student_steps": 2, "batch_size": 8, "channels": 4, "bn_weight": 0.0}
+    knobs = {"method": method, "rehearsal__weight": 0.0, "warmup__num_rounds": 2}
+    knobs |= {f"{method}__{knob}": value for knob, value in pool.items()}
+    plain, found = go(tmp_path, **knobs, model__student=""), go(tmp_path, **knobs)
+    assert {name for name, stage in found["stages"].items() if not stage["cached"]} == {"server_student", "evaluate"}
+    assert found["accuracy"]["server_student"] is not None
+    assert found["accuracy"] | {"server_student": None} == plain["accuracy"]
+
+    teach, begun = ensemble.teach_from_pool, []
+
+    def dies_once(context, state, begin, end, clients, rule, network="", *, report):
+        if network:
+            begun.append(begin)
+            if begun == [0, 5]:
+                raise KeyboardInterrupt
+        return teach(context, state, begin, end, clients, rule, network, report=report)
+
+    monkeypatch.setattr(ensemble, "teach_from_pool", dies_once)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "killed", **knobs)
+    again = go(tmp_path / "killed", **knobs)
+    assert begun == [0, 5, 5]
+    assert_same(weights_of(tmp_path / "killed", again), weights_of(tmp_path, found))
 
 
 @pytest.mark.parametrize(

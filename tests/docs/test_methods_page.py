@@ -68,7 +68,7 @@ def server_steps(method: str) -> int:
         rule, once = made.rule(config), {"global": start}
 
         def epochs(count):
-            return operations(lambda: teach_from_pool(context, once, 0, count, clients, rule, quiet))
+            return operations(lambda: teach_from_pool(context, once, 0, count, clients, rule, report=quiet))
 
         first, second = epochs(1), epochs(2)  # the weights of the ensemble are learnt from the second epoch on
         found = first + (made.own(config).epochs - 1) * (second - first)

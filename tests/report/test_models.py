@@ -137,6 +137,8 @@ def test_other_roles_of_a_run(run_of):
     run = run_of(**knobs, rehearsal__weight=1.0, finetune__head="lda_head")
     for role in ("ceiling", "server_student", "final"):
         assert np.array_equal(table(run.model(role)), run.confusion(role))
+    taught = run_of(method="dense", dense__epochs=2, model__student="mobilenet")
+    assert np.array_equal(table(taught.model("server_student")), taught.confusion("server_student"))
 
 
 def test_a_network_of_ones_own_is_built_by_its_name(run_of, tmp_path, monkeypatch):
