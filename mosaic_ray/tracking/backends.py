@@ -264,7 +264,8 @@ class Mlflow:
         for point in points:
             if not isinstance(point.value, float):
                 when = round(1000 * point.time)
-                self._client.log_image(self._id, point.value, key=_key(point.tag), step=point.step, timestamp=when)
+                key = _key(point.tag, re.ASCII)  # letters of other scripts are for numbers alone
+                self._client.log_image(self._id, point.value, key=key, step=point.step, timestamp=when)
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], number: int) -> None:
         table = {"columns": list(columns), "data": [list(row) for row in rows]}
@@ -285,9 +286,10 @@ def _absolute(uri: str) -> str:
     return uri if re.match(r"[\w+-]+:|databricks|uc$", uri) else Path(uri).resolve().as_uri()
 
 
-def _key(tag: str) -> str:
+def _key(tag: str, letters: re.RegexFlag = re.UNICODE) -> str:
     """Return ``tag`` with the characters that MLflow takes, and no empty or dotted part of a path."""
-    return "/".join(part for part in re.sub(r"[^/\w.\- ]", "_", tag).split("/") if part.strip("."))[:250] or "_"
+    words = re.sub(r"[^/\w.\- ]", "_", tag, flags=letters).split("/")
+    return "/".join(part for part in words if part.strip("."))[:250] or "_"
 
 
 class Trackio:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import interrupted, stripes_dataset
 from tracked import QUICK, go, logged, state
@@ -165,8 +167,20 @@ def test_a_run_that_was_killed_goes_on_in_its_run_of_mlflow(mlflow, tmp_path):
     assert metrics_of(mlflow, run) == logged(json.loads(done.stdout)) and run.info.status == "FINISHED"
 
 
+def test_mlflow_takes_images_and_numbers_whose_tags_have_accents(mlflow, tmp_path):
+    tracker = backends.Mlflow()
+    tracker.open(backends.RunInfo("one", "run"), "")
+    image = np.zeros((4, 4), np.uint8)
+    tracker.write([backends.Point("t\u00eate", 0, 0.5, 1.0, 0), backends.Point("t\u00eate", 0, image, 1.0, 1)])
+    tracker.close("done")
+    [run] = runs_of(mlflow, tmp_path.name)
+    assert metrics_of(mlflow, run) == {("t\u00eate", 0, 0.5): 1}
+    assert any("t_te" in found.path for found in mlflow.list_artifacts(run.info.run_id, "images"))
+
+
 def test_tags_that_mlflow_refuses_are_changed():
     assert backends._key("a//../b:c/\u00e9\\x1b!") == "a/b_c/\u00e9_x1b_"
+    assert backends._key("generator/\u00e9", re.ASCII) == "generator/_"
     assert backends._absolute("sqlite:///x.db") == f"sqlite:///{os.getcwd()}/x.db"
     assert backends._absolute("./mlruns") == Path("mlruns").resolve().as_uri()
     for uri in ("sqlite:////a/x.db", "http://h:5000", "databricks", "file:///a", "postgresql+psycopg2://h/d"):
