@@ -11,10 +11,12 @@ from ..methods.closing_head import closing_head
 from ..methods.rehearsal_choice import choose_weight
 from ..pipeline.context import RunContext
 from ..pipeline.evaluate import Model, evaluate
+from ..pipeline.graph import Stage
 from ..pipeline.partition import deal
 from ..pipeline.personal import client_accuracy
 from ..pipeline.rounds import close, load_models, warm_up
 from ..pipeline.stages import models_of, rehearses_early
+from ..storage.store import StageResult
 from .checks import check_owned
 from .plan import graph_of
 
@@ -44,9 +46,10 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
     if head and method.head_only:
         start = warmup.models  # then all such methods and the control share these rounds
     weight = choose_weight(ctx, stages, start, shared)
-    closed = close(ctx, stages["finetune"], start, shared, weight)
+    same = shared is not None and not weight and student is plain.weights  # they are the control's
+    done = _stored(ctx, stages["control"]) if same else None
+    closed = close(ctx, stages["finetune"], start, shared, weight, same=done)
     final = head.renew(ctx, load_models(warmup.federation, closed)) if head else closed.load("global")
-    same = shared is not None and not weight and student is plain.weights  # the control's rounds are these
     control = close(ctx, stages["control"], plain.models, same=closed if same else None).load("global")
 
     # the accuracy of each of them on test images
@@ -82,3 +85,10 @@ def run_experiment(ctx: RunContext) -> dict[str, Any]:
             "label_counts": ctx.shards.counts.tolist(),
             "student": final,
         }
+
+
+def _stored(ctx: RunContext, stage: Stage) -> StageResult | None:
+    """Return a result that is stored before the stage runs; None with several modalities, whose rounds send more."""
+    [key] = ctx.client_keys(stage)
+    found = None if ctx.dataset.facts.modalities else ctx.store.get(key)
+    return found and ctx.checked(found)

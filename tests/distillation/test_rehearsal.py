@@ -226,6 +226,13 @@ def test_with_weight_0_chosen_the_closing_rounds_are_the_controls_and_run_once(t
         curves.setdefault(section, []).append((leaf, row["step"], row["value"]))
     assert curves["finetune"] == curves["control"] and len(curves["finetune"]) > 2
 
+    go(tmp_path / "after", **run | {"method": "fedavg", "rehearsal__candidates": ()})  # it stores them
+    ran.clear()
+    after = go(tmp_path / "after", **run)
+    assert ran == ["trial_0", "trial_0.3", "trial_1"] and after["stages"]["control"]["cached"]
+    assert_same(student(after), student(chosen))
+    assert after["accuracy"] == chosen["accuracy"] and after["communication"] == chosen["communication"]
+
 
 def test_a_trial_leaves_the_held_back_images_out_of_training(tmp_path, monkeypatch):
     seen = []
