@@ -55,11 +55,12 @@ class Client:
         """A row's figures for this client."""
         knobs, shard = self.config.generator, shard_of(self.images)
         began = time.process_time()
-        weights, _, own, _ = train_generator(
+        made = train_generator(
             self.classifier, to_weights(self.classifier), shard, knobs, facts, (self.config.seed, 0), "fp32"
         )
+        own = made.figures
         seconds = time.process_time() - began
-        generator = load_generator(knobs, facts, weights)
+        generator = load_generator(knobs, facts, made.weights)
         seen = as_judged(generator, judge, self.num_classes, self.config, facts)
         figures = {"coverage": own["coverage"], "owned mass": own["owned_mass"], "seconds": seconds}
         figures |= {"agreement": own["label_agreement"]} if "label_agreement" in own else {}

@@ -10,7 +10,8 @@ All arms share one warm-up and end with the same head. Accuracies are on test im
 
 ``domain AUC``: how well a linear classifier tells the drawn images from real ones by the features of the warmed-up
 model (0.5: not at all). ``agreement``: the share that an LDA head on those features assigns to the class asked for.
-It is below 1 for real images (blur 0), too. ``cost``: what the generators cost a client, in steps of local training.
+It is below 1 for real images (blur 0), too. ``variety``: total variance of the features, relative to real images of the
+same classes. ``cost``: the steps of local training that cost a client as much as its generator.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import click
@@ -30,7 +31,7 @@ from mosaic_ray.cli.request import parse_config
 from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.seeding import numpy_stream
-from mosaic_ray.core.types import Dataset
+from mosaic_ray.core.types import Dataset, Weights
 from mosaic_ray.data.load import load_dataset
 from mosaic_ray.data.partition import partition, split_validation
 from mosaic_ray.data.transforms import normalise
@@ -41,7 +42,7 @@ from mosaic_ray.federated.local_training import Shard
 from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.state_dict import freeze, load_weights
 from mosaic_ray.pipeline.partition import deal
-from mosaic_ray.pipeline.rounds import warm_up
+from mosaic_ray.pipeline.rounds import Warmup, warm_up
 from mosaic_ray.runs import runner
 from mosaic_ray.runs.equal_compute import client_steps
 from mosaic_ray.storage.store import Store
@@ -106,18 +107,34 @@ def drawing(draw: Any) -> Iterator[list[Shard]]:
         yield seen
 
 
-class ImageQuality:
-    """Measures drawn images by the features of the warmed-up model: how real they look, and whether they fit labels."""
+def warmed(config: ExperimentConfig, data: Dataset, storage: Path) -> Warmup:
+    """Return the warm-up of ``config``, computed or found in ``storage``."""
+    with (
+        Tracker(None, progress=False) as tracker,
+        runner.open_run(config, data, Store(str(storage)), tracker, Placement()) as run,
+    ):
+        deal(run)
+        return warm_up(run)
 
-    def __init__(self, config: ExperimentConfig, data: Dataset, storage: Path) -> None:
+
+class Quality(NamedTuple):
+    """Domain AUC, label agreement and variety of images; real images have 0.5, less than 1, and 1."""
+
+    auc: float
+    agreement: float
+    variety: float
+
+    def cells(self) -> str:
+        """Return the cells of a table."""
+        return f"{self.auc:.2f} | {self.agreement:.1%} | {self.variety:.2f}"
+
+
+class ImageQuality:
+    """Measures drawn images by the features of the warmed-up model ``weights``."""
+
+    def __init__(self, config: ExperimentConfig, data: Dataset, weights: Weights) -> None:
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-        with (
-            Tracker(None, progress=False) as tracker,
-            runner.open_run(config, data, Store(str(storage)), tracker, Placement()) as run,
-        ):
-            deal(run)
-            weights = warm_up(run).weights
         facts = data.facts
         network = build_classifier(config.model, facts.num_classes, facts.channels, facts.image_size)
         self._network, self._facts, self._seed = freeze(load_weights(network, weights)), facts, config.seed
@@ -132,13 +149,14 @@ class ImageQuality:
             found = [self._network.features(normalise(p, self._facts.mean, self._facts.std)).numpy() for p in parts]
         return np.concatenate(found)
 
-    def measure(self, shard: Shard) -> tuple[float, float]:
-        """Return domain AUC and agreement of drawn images with their labels; real ones are drawn to match."""
+    def measure(self, shard: Shard) -> Quality:
+        """Compare drawn images with as many real ones of the same labels."""
         features, labels = self._features(shard.images.numpy()), shard.labels.numpy()
         draws = numpy_stream(self._seed, "fidelity", "matched")
         real = self._real[[draws.choice(np.flatnonzero(self._labels == label)) for label in labels.tolist()]]
         agreement = float((self._head.predict(features) == labels).mean())
-        return domain_auc(real, features, self._seed), agreement
+        variety = float(features.var(0).sum() / real.var(0).sum())
+        return Quality(domain_auc(real, features, self._seed), agreement, variety)
 
 
 def cost(config: ExperimentConfig) -> str:
@@ -183,7 +201,8 @@ def main(
     for name, words in (*((("generators", ""),) if generators else ()), *others):
         arms[name] = None, override(read(tuple(words.split())), {"rehearsal.weight": weight})
 
-    click.echo("| images | test accuracy | over real only | domain AUC | agreement | cost |\n|---|---|---|---|---|---|")
+    head = ("images", "test accuracy", "over real only", "domain AUC", "agreement", "variety", "cost")
+    click.echo(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     base, floor, quality_of = Path(storage) / "real-only", 0.0, None
     for name, (draw, asked) in arms.items():
         place = Path(storage) / name.replace(" ", "-")
@@ -191,13 +210,12 @@ def main(
             shutil.copytree(base, place)  # the warm-up
         with drawing(draw) as seen:
             found = runner.run(asked, storage=str(place), name=f"s{seed}-w{omega}")["accuracy"]["final"]
-        quality_of = quality_of or ImageQuality(asked, data, base)
+        quality_of = quality_of or ImageQuality(asked, data, warmed(asked, data, base).weights)
         floor = floor or found
-        kept, quality = place / f"quality-s{seed}-w{omega}.txt", "– | –"
+        kept, quality = place / f"quality-s{seed}-w{omega}.txt", "– | – | –"
         if seen:
             drawn = Shard(torch.cat([shard.images for shard in seen]), torch.cat([shard.labels for shard in seen]))
-            auc, agreement = quality_of.measure(drawn)
-            kept.write_text(f"{auc:.2f} | {agreement:.1%}")
+            kept.write_text(quality_of.measure(drawn).cells())
         if kept.exists():  # written when the stored result was computed
             quality = kept.read_text()
         click.echo(f"| {name} | {found:.1%} | {100 * (found - floor):+.1f} | {quality} | {cost(asked)} |")

@@ -1,15 +1,11 @@
-"""What clients' generators of several kinds draw, and what they cost: a few clients, no rounds after the warm-up.
+"""Compare the images of clients' generators of several kinds, and their cost: a few clients, no closing rounds.
 
     python benchmarks/generator_quality.py --preset cifar10_small --omega 0.1 --clients 3 --storage ./real-only \\
         --arm CVAE "" --arm GAN "generator.family=cgan generator.steps=800" --pictures ./pictures
 
 Each arm trains the generators of the same clients, evenly spaced by their number of images, beside the same warm-up,
-and draws images with the client's own label shares. The first row is of images that clients hold.
-
-``domain AUC`` and ``agreement`` are those of ``fidelity.py``: how well a linear classifier tells the images from real
-ones of the same classes (0.5: not at all), and the share that an LDA head of all real images assigns to the class asked
-for. ``variety``: total variance of features, relative to a client's real images. ``cost``: as many steps of local
-training cost a client the same.
+and draws images with the client's own label shares. Two more rows are of images that these clients hold, as they are
+and blurred by a Gaussian of one pixel. The columns are those of ``fidelity.py``; figures are means over the clients.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from fidelity import ImageQuality, cost, shards_of
+from fidelity import ImageQuality, Quality, blurred, cost, shards_of, warmed
 from PIL import Image
 
 from mosaic_ray.cli.request import parse_config
@@ -27,29 +23,14 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.config.schema import ExperimentConfig
 from mosaic_ray.core.seeding import stream
 from mosaic_ray.core.types import Dataset
+from mosaic_ray.data.image_ops import image_grid
 from mosaic_ray.data.load import load_dataset
 from mosaic_ray.distillation.client_tasks import GeneratorInput, GeneratorTask
 from mosaic_ray.distillation.generator_training import TrainedGenerator, draw, load_generator, to_pixels
-from mosaic_ray.execution.placement import Placement
 from mosaic_ray.federated.client import ClientContext
 from mosaic_ray.federated.local_training import Shard
-from mosaic_ray.pipeline.partition import deal
-from mosaic_ray.pipeline.rounds import Warmup, warm_up
-from mosaic_ray.runs import runner
-from mosaic_ray.storage.store import Store
-from mosaic_ray.tracking.tracker import Tracker
 
 PICTURED = 12  # images of a client in a picture
-
-
-def warmed(config: ExperimentConfig, data: Dataset, storage: str) -> Warmup:
-    """Return the warm-up of ``config``, computed or found in ``storage``."""
-    with (
-        Tracker(None, progress=False) as tracker,
-        runner.open_run(config, data, Store(storage), tracker, Placement()) as run,
-    ):
-        deal(run)
-        return warm_up(run)
 
 
 def drawn(config: ExperimentConfig, data: Dataset, client_id: int, made: TrainedGenerator, count: int) -> Shard:
@@ -59,14 +40,6 @@ def drawn(config: ExperimentConfig, data: Dataset, client_id: int, made: Trained
         z, labels = draw(generator, count, stream(config.seed, "quality", client_id), cpu)
         images = to_pixels(generator(z, labels).float(), config.generator.gan_range, data.facts)
     return Shard(torch.from_numpy(images), labels)
-
-
-def save(path: Path, rows: list[np.ndarray]) -> None:
-    """Save rows of images uint8 [n, C, H, W] as one PNG, three times as large."""
-    image = np.concatenate([np.concatenate(list(row.transpose(0, 2, 3, 1)), 1) for row in rows])
-    picture = Image.fromarray(image.squeeze())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path)
 
 
 @click.command()
@@ -95,35 +68,37 @@ def main(
     config = read()
     data = load_dataset(config.data)
     configs = {name: read(words) for name, words in arms}
-    warmup, shards = warmed(config, data, storage), shards_of(config, data)
-    quality = ImageQuality(config, data, Path(storage))
+    warmup, shards = warmed(config, data, Path(storage)), shards_of(config, data)
+    quality = ImageQuality(config, data, warmup.weights)
     by_size = sorted(range(len(shards)), key=lambda k: -len(shards[k]))
     chosen = [by_size[i] for i in np.linspace(0, len(by_size) - 1, clients).round().astype(int)]
     own = {k: Shard(torch.from_numpy(data.train.images[shards[k]]), torch.from_numpy(data.train.labels[shards[k]]))
            for k in chosen}  # fmt: skip
-    said = ", ".join(f"{k} ({len(own[k])} images)" for k in chosen)
-    click.echo(f"clients {said}\n\n| images | domain AUC | agreement | variety | cost |\n|---|---|---|---|---|")
+    click.echo(f"clients {', '.join(f'{k} ({len(own[k])} images)' for k in chosen)}\n")
+    head = ("images", "domain AUC", "agreement", "variety", "agreement of each client", "cost")
+    click.echo(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
 
-    def show(name: str, found: list[Shard], variety: str, price: str) -> None:
+    def show(name: str, found: list[Shard], price: str = "–") -> None:
         parts = [quality.measure(shard) for shard in found]
-        auc, agreement = np.mean(parts, 0)
+        mean, each = Quality(*np.mean(parts, 0)), ", ".join(f"{part.agreement:.0%}" for part in parts)
+        click.echo(f"| {name} | {mean.cells()} | {each} | {price} |")
         if pictures:
-            save(Path(pictures) / f"{name}.png", [shard.images[:PICTURED].numpy() for shard in found])
-        each = ", ".join(f"{value:.0%}" for _, value in parts)
-        click.echo(f"| {name} | {auc:.2f} | {agreement:.1%} ({each}) | {variety} | {price} |")
+            Path(pictures).mkdir(parents=True, exist_ok=True)
+            grid = image_grid(np.concatenate([shard.images[:PICTURED].numpy() for shard in found]), PICTURED)
+            Image.fromarray(grid.transpose(1, 2, 0).squeeze()).save(Path(pictures) / f"{name}.png")
 
     real = []
     for k in chosen:
         rows = torch.randperm(len(own[k]), generator=stream(seed, "quality", "real", k))[:images]
         real.append(Shard(own[k].images[rows], own[k].labels[rows]))
-    show("real images", real, "1", "–")
+    show("real images", real)
+    show("blurred", [Shard(torch.from_numpy(blurred(one.images.numpy(), 1.0)), one.labels) for one in real])
     for name, asked in configs.items():
-        context, found, variety = ClientContext(asked, data.facts, torch.device("cpu")), [], []
+        context, found = ClientContext(asked, data.facts, torch.device("cpu")), []
         for k in chosen:
             made = GeneratorTask().run(context, own[k], k, warmup.models, GeneratorInput(warmup.client(k)))
             found.append(drawn(asked, data, k, made, images))
-            variety.append(made.figures["variety"])
-        show(name, found, f"{np.mean(variety):.2f}", cost(asked))
+        show(name, found, cost(asked))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class GeneratorConfig:
     drop_class0_bug: bool = knob(False, "leave class 0 out of the real batches, as the authors' code does (G1)")
     gan_augment: bool = knob(False, "train on augmented (cropped, flipped) images (D12)")
     diff_augment: bool = knob(
-        False, "change images at random before the discriminator sees them, with a gradient, as DiffAugment"
+        False, "DiffAugment: change the images of a GAN at random before the discriminator sees them"
     )
     conditional: bool = knob(False, "another way to ask for generator.family = cgan")
     latent_dim: int = knob(100, "size of z", low=1, high=1_000_000)

@@ -1,7 +1,7 @@
 """Change images before a discriminator sees them, with a gradient: DiffAugment (Zhao et al. 2020, NeurIPS).
 
-A discriminator of few images learns them by heart, and its answers then say nothing about the data. So it never sees an
-image as it is, real or synthetic: both are changed at random, and the generator's gradient passes through the change.
+A discriminator that trains on few images memorises them, and no longer guides the generator. So it sees no image
+unchanged, real or synthetic: both are changed at random, and the generator's gradient passes through the change.
 """
 
 from __future__ import annotations

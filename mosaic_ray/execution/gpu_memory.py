@@ -265,7 +265,7 @@ def surely_taken(work: ClientWork) -> dict[str, tuple[tuple[str, ...], int]]:
     if "distill" in stages:
         drawn = config.distill.samples_per_generator * clients * image
         found["distill"] = ("distill.samples_per_generator", "partition.num_clients"), drawn
-    if config.model.student:
+    if config.model.student and "generators" in stages:  # DENSE and Co-Boosting draw no more than a batch at once
         found["server_student"] = ("student.batch_size",), config.student.batch_size * image
     return found
 

@@ -277,7 +277,7 @@ def final_models(after: str) -> Stage:
 
 
 def student_network(config: ExperimentConfig) -> Knobs:
-    """Return what names the network ``model.student`` in a key: with a user's own, a digest of its source."""
+    """Return the part of a key that names ``model.student``, with a digest of the source of a user's network."""
     source = digest_of(config.model.student, f"model.student = {config.model.student}")
     found: Knobs = {"network": config.model.student, "width": config.model.width}
     return found | ({"source": source} if source else {})

@@ -149,7 +149,7 @@ def _living_owners(files: Files, owners: set[str]) -> set[str]:
 
 class _Claims:
     def __init__(self, files: Files) -> None:
-        self._files, self.owner = files, ""  # an owner is named when it claims, and anew after it held nothing
+        self._files, self.owner = files, ""  # set by ``take``; a new one after nothing was held
         self._guard = threading.Lock()  # not taken by the heartbeat thread
         self._held: set[str] = set()
         self._count = 0  # never reset: equal counts mean that no heartbeat came in between
@@ -164,7 +164,7 @@ class _Claims:
             with Lease() as undo:
                 undo.callback(self._stop_heartbeat)
                 if self._heartbeat is None:
-                    self.owner = uuid.uuid4().hex  # a rival may be about to remove files of the one before
+                    self.owner = uuid.uuid4().hex  # a rival may be removing the last name's files
                     self._write_heartbeat()
                     self._stop.clear()
                     self._heartbeat = threading.Thread(target=self._run_heartbeat, daemon=True, name="lease-heartbeat")
