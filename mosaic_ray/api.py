@@ -115,22 +115,25 @@ def sweep(
 def compare(
     methods: Sequence[str] = ("fedavg", "prototype_head", "mosaic"), knobs: Knobs | None = None, *,
     preset: str | None = None, seeds: Sequence[int] = (0, 1, 2), omegas: Sequence[float] | None = None,
-    against: str | None = None, equal_compute: bool = False, max_concurrent: int | None = None,
-    storage: str | Path = "./mosaic_runs", name: str | None = None, address: str | None = None, fresh: bool = False,
-    strict_health: bool = False, progress: bool | None = None, track: Sequence[str] = (), **options: Any,
+    own: Mapping[str, Knobs] | None = None, against: str | None = None, equal_compute: bool = False,
+    max_concurrent: int | None = None, storage: str | Path = "./mosaic_runs", name: str | None = None,
+    address: str | None = None, fresh: bool = False, strict_health: bool = False, progress: bool | None = None,
+    track: Sequence[str] = (), **options: Any,
 ) -> Sweep:  # fmt: skip
     """Run methods on the same partitions, as `mosaic compare` does; ``.comparison`` of the result is their table.
 
     Args:
         methods: methods, strategies, or both joined by +, such as ``mosaic+fedrolex``.
         omegas: compare at each of these values.
+        own: knobs of one of the methods alone, as ``{"scaffold": {"warmup.momentum": 0.0}}``.
         against: the method that differences are taken to; by default fedavg, or else the first.
         equal_compute: add federated averaging of the same client compute.
 
     The other arguments are those of ``sweep``.
     """
     words = ",".join(methods)
-    plan = compare_plan(words, None if omegas is None else ",".join(map(str, omegas)))
+    alone = [(name, *knob) for name, chosen in (own or {}).items() for knob in _typed(chosen, {}).items()]
+    plan = compare_plan(words, None if omegas is None else ",".join(map(str, omegas)), alone)
     return _swept(
         "compare", plan, preset, knobs, options, storage, address, seeds=seeds, max_concurrent=max_concurrent,
         how={"name": name, "fresh": fresh, "strict_health": strict_health, "progress": progress, "track": track},

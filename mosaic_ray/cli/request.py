@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 ConfigOptions = Mapping[str, Any]
 #: Tells whether the clients of a configuration find GPUs.
 HasGpus = Callable[[ExperimentConfig], bool]
+#: A knob of one compared method alone: the method's name as in ``--methods``, the knob, its value.
+OwnKnob = tuple[str, str, Any]
 
 
 #: Refusals of `mosaic compare` by knob.
@@ -122,11 +124,11 @@ def grid_plan(words: Sequence[str]) -> SweepPlan:
     return SweepPlan(summary=f"a grid over {', '.join(knobs)}", knobs=knobs)
 
 
-def compare_plan(methods: str, omegas: str | None = None) -> SweepPlan:
+def compare_plan(methods: str, omegas: str | None = None, own: Sequence[OwnKnob] = ()) -> SweepPlan:
     """Return a plan with one point for each METHOD, STRATEGY (with method fedavg) or METHOD+STRATEGY, and a ceiling.
 
     A method or strategy is named as in its knob; strategies joined by + combine. ``omegas``: 0.01,0.1 for all points at
-    each of these.
+    each of these. ``own``: knobs of one point.
     """
     from ..sweeps.space import SweepPlan
 
@@ -135,11 +137,41 @@ def compare_plan(methods: str, omegas: str | None = None) -> SweepPlan:
     strategies = [p["federation.strategy"] for p in points if "federation.strategy" in p]
     # where each point names its own, narrow widths need not suit the default one
     base = {"federation.strategy": strategies[0]} if len(strategies) == len(points) else {}
+    points = _with_own(points, methods, own)
     if omegas is not None:
         points = tuple(point | {"partition.omega": omega} for omega in _omegas(omegas) for point in points)
     return SweepPlan(
         summary=f"methods side by side: {', '.join(words)}", points=points, base={"runtime.ceiling": True} | base
     )
+
+
+def own_knobs(words: Sequence[tuple[str, str]]) -> list[OwnKnob]:
+    """Return what ``--for METHOD KEY=VALUE`` sets, with checked values."""
+    found = []
+    for name, word in words:
+        key, equals, text = word.partition("=")
+        if not (equals and key.strip()):
+            raise RequestError(f"--for {name} {word}: it takes METHOD KEY=VALUE, such as scaffold warmup.momentum=0")
+        knob = plugins.ALIASES.get(key.strip(), key.strip())
+        plugins.load_named({knob: text.strip()})
+        try:
+            found.append((name, knob, check_value(knob, text.strip(), text=True)))
+        except RequestError as error:
+            raise RequestError(f"--for {name} {word}: {error}") from None
+    return found
+
+
+def _with_own(points: tuple[dict[str, Any], ...], methods: str, own: Sequence[OwnKnob]) -> tuple[dict[str, Any], ...]:
+    """Return the points of ``methods`` with the knobs that some of them have for themselves."""
+    found = [dict(point) for point in points]
+    for name, knob, value in own:
+        point = found[points.index(_one_of(methods, name, "--for"))]
+        if knob in ("method", "federation.strategy", "seed", "preset") or knob.startswith(("data.", "partition.")):
+            raise RequestError(f"--for {name} {knob}: methods are compared on the same data, partitions and seeds")
+        if knob in point:
+            raise RequestError(f"--for {name} {knob}: it is given twice")
+        point[knob] = value
+    return tuple(found)
 
 
 def _omegas(text: str) -> list[float]:
@@ -156,12 +188,15 @@ def reference(methods: str, against: str | None) -> str:
     """Return the name of the method that ``--against`` names, one of ``--methods``; empty where it is not given."""
     from ..sweeps.space import point_name
 
-    if against is None:
-        return ""
-    point = _compared(against.strip(), "--against")
+    return "" if against is None else point_name(_one_of(methods, against, "--against"))
+
+
+def _one_of(methods: str, name: str, option: str) -> dict[str, Any]:
+    """Return the point of ``name``, in any spelling, which must be one of ``methods``."""
+    point = _compared(name.strip(), option)
     if point not in [_compared(word.strip()) for word in methods.split(",")]:
-        raise RequestError(f"--against {against}: it takes one of the methods that are compared, {methods}")
-    return point_name(point)
+        raise RequestError(f"{option} {name}: it takes one of the methods that are compared, {methods}")
+    return point
 
 
 def _compared(word: str, option: str = "--methods") -> dict[str, Any]:

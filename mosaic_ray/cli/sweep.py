@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from .options import GRID, RunOptions, common_options, listing, print_plan, print_result, run_options, stdout_for_json
-from .request import compare_plan, gpus_at, reference, sweep_request
+from .request import compare_plan, gpus_at, own_knobs, reference, sweep_request
 
 if TYPE_CHECKING:
     from ..execution.resource_plan import Node
@@ -64,16 +64,20 @@ def sweep(
 )
 @click.option("--omegas", metavar="W,W,...", help="Compare at each of these values of --omega.")
 @click.option(
+    "--for", "own", nargs=2, multiple=True, metavar="M KEY=VALUE",
+    help="A knob of one of the methods alone; repeatable.",
+)  # fmt: skip
+@click.option(
     "--against", metavar="M", help="The method that differences are taken to.  [default: fedavg, or else the first]"
 )
 @_AT_ONCE
 @run_options("strict_health", "dry_run", "calibrate")
 def compare(
-    methods: str, seeds: str, equal_compute: bool, omegas: str | None, against: str | None, max_concurrent: str | None,
-    place: RunOptions, **typed: Any,
+    methods: str, seeds: str, equal_compute: bool, omegas: str | None, own: tuple[tuple[str, str], ...],
+    against: str | None, max_concurrent: str | None, place: RunOptions, **typed: Any,
 ) -> None:  # fmt: skip
     """Run several methods on the same partitions: one table with paired differences, for a paper; resumable."""
-    plan, has_gpus = compare_plan(methods, omegas), gpus_at(place.address)
+    plan, has_gpus = compare_plan(methods, omegas, own_knobs(own)), gpus_at(place.address)
     request = sweep_request("compare", typed, has_gpus, plan=plan, seeds=seeds, max_concurrent=max_concurrent)
     request = replace(request, against=reference(methods, against))
     if equal_compute:

@@ -6,7 +6,7 @@ Differences are between final accuracies on test images, paired by seed. Last st
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from ..config.fields import shown
+from ..config.plugins import ALIASES
 from ..config.resolve import override
 from ..config.schema import ExperimentConfig
 from ..core.errors import RequestError
@@ -37,6 +38,9 @@ AT_CLIENTS = {
     "worst adapted": "clients_adapted_worst_tenth",
 }  # fmt: skip
 
+#: Knobs of a point that its row is named by, or that all rows of a section share.
+NAMED = ("method", "federation.strategy", "warmup.num_rounds", OMEGA)
+
 #: Behind the name of a control with equal client compute.
 MORE = " (+{} rounds)"
 
@@ -47,6 +51,7 @@ class Compared:
 
     ``finals``: its final accuracies in [0, 1] by seed; ``differences``: these minus the reference's, for the seeds that
     both have, None for the reference itself. ``steps``: a client's compute (``client_steps``), None where unknown.
+    ``own``: the knobs that it has for itself.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Compared:
     finals: Mapping[int, float]
     differences: list[float] | None
     steps: float | None
+    own: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def mean(self) -> float | None:
@@ -149,6 +155,9 @@ class Comparison:
             lines.append(f"{CEILING.capitalize()}.")
         if any(MORE[-8:] in method.name for methods in self.sections.values() for method in methods):
             lines.append("(+N rounds): as many more rounds as generators, or longer steps, cost the clients.")
+        alone = {method.name: method.own for methods in self.sections.values() for method in methods if method.own}
+        own = [f"{name} {', '.join(f'{k} = {shown(v)}' for k, v in knobs.items())}" for name, knobs in alone.items()]
+        lines += [f"With knobs of their own: {'; '.join(own)}."] if own else []
         absent = [
             f"{method.name}{f' at omega {shown(omega)}' if omega is not None else ''} seed {seed}"
             for omega, methods in self.sections.items() for method in methods for seed in self.seeds
@@ -220,7 +229,8 @@ def compare(
         other = finals[reference[omega]] if omega in reference else {}
         paired = None if reference.get(omega) == number else [own[seed] - other[seed] for seed in own if seed in other]
         trials = [row for row in rows if row["point"] == number and row["status"] == "done"]
-        method = Compared(names[number], trials, own, paired, _steps(config, point))
+        alone = {name: value for name, value in point.items() if name not in (*NAMED, *ALIASES)}
+        method = Compared(names[number], trials, own, paired, _steps(config, point), alone)
         sections.setdefault(omega, []).append(method)
     return Comparison(against, sorted({row["seed"] for row in rows}), sections)
 

@@ -259,9 +259,10 @@ def with_controls(config: ExperimentConfig, points: Sequence[Point]) -> tuple[Po
     Where generators do, it is the same strategy with ``extra_rounds`` more; where the strategy's steps do, it is plain
     averaging with ``longer_steps`` more. Points change knobs of ``config``. ``RequestError`` where none costs more.
     """
-    controls, rounds = list[Point](), config.warmup.num_rounds
+    controls = list[Point]()
     for point in points:
         there = override(config, point)
+        rounds = there.warmup.num_rounds
         if trains_generators(there):
             controls.append({**point, "method": "fedavg", "warmup.num_rounds": rounds + extra_rounds(there)})
         elif more := longer_steps(there):

@@ -106,6 +106,17 @@ def test_a_head_that_was_made_anew_is_named_below_the_table(head):
     assert ("with a head made anew" in said) == (head == "refit")
 
 
+def test_knobs_of_one_method_alone_are_named_below_the_table():
+    own = {"mosaic": {"warmup.lr": 0.02, "warmup.momentum": 0.0}}
+    points = [point | own.get(point["method"], {}) for point in POINTS]
+    said = table(trials(FINALS, points), points=points).caption
+    assert "With knobs of their own: mosaic warmup.lr = 0.02, warmup.momentum = 0." in said
+    assert not any("of their own" in line for line in table(trials(FINALS)).caption)
+    control = [{"method": "fedavg"}, {"method": "fedavg", "warmup.num_rounds": CONFIG.warmup.num_rounds + 7}]
+    found = table(trials(FINALS[:2], control), points=control)
+    assert found.sections[None][1].name == "fedavg (+7 rounds)" and not any("of their own" in x for x in found.caption)
+
+
 def test_the_highest_mean_is_bold_and_last_states_alone_count():
     found = table(trials(FINALS))
     assert found.best(0.01) == ["mosaic"] and found.best(0.1) == ["prototype_head"]

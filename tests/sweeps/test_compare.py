@@ -11,7 +11,7 @@ import pytest
 from cli_runner import ask, refusal
 from helpers import TINY, stripes_dataset
 
-from mosaic_ray.cli.request import compare_plan, reference, sweep_request
+from mosaic_ray.cli.request import compare_plan, own_knobs, reference, sweep_request
 from mosaic_ray.config.resolve import to_toml
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.report.api import load_sweep
@@ -63,6 +63,9 @@ def test_widths_are_allowed_where_every_point_names_its_strategy():
     assert found == {"runtime.ceiling": True}, "mosaic means the strategy that is configured"
 
 
+SAME = "methods are compared on the same data, partitions and seeds"
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -80,6 +83,16 @@ def test_widths_are_allowed_where_every_point_names_its_strategy():
         (["--omegas", ""], "--omegas : "),
         (["--omegas", "0.1,0.10"], "--omegas 0.1,0.10: it takes numbers, each once"),
         (["--against", "mosiac"], '--against mosiac: unknown method; did you mean "mosaic"?'),
+        (["--for", "scaffold", "warmup.lr=0.1"], "--for scaffold: it takes one of the methods that are compared,"),
+        (["--for", "mosiac", "warmup.lr=0.1"], '--for mosiac: unknown method; did you mean "mosaic"?'),
+        (["--for", "mosaic", "warmup.lr"], "--for mosaic warmup.lr: it takes METHOD KEY=VALUE"),
+        (["--for", "mosaic", "warmup.lr=-1"], "--for mosaic warmup.lr=-1: "),
+        (["--for", "mosaic", "warmup.lrr=1"], 'did you mean "warmup.lr"'),
+        (["--for", "mosaic", "partition.omega=1"], SAME),
+        (["--for", "mosaic", "method=dense"], SAME),
+        (["--for", "mosaic", "federation.strategy=fedprox"], SAME),
+        (["--for", "mosaic", "warmup.lr=0.1", "--for", "mosaic", "warmup.lr=0.2"], "warmup.lr: it is given twice"),
+        (["--methods", "fedavg,scaffold", "--set", "warmup.momentum=0.9"], "--for scaffold warmup.momentum=0"),
         (["--against", "lda_head"], "--against lda_head: it takes one of the methods that are compared, fedavg,"),
     ],
 )
@@ -105,6 +118,19 @@ def test_omegas_times_methods_share_one_partition_and_warm_up_an_omega_and_seed(
     counted = dict(re.findall(r"^(\w+) +\d+ +(\d+)", result.stdout, re.MULTILINE))
     assert (counted["partition"], counted["warmup"], counted["generators"]) == ("4", "4", "20")
     assert [point["partition.omega"] for point in compare_plan("fedavg,mosaic", "0.1,1").points] == [0.1, 0.1, 1.0, 1.0]
+
+
+def test_a_method_has_knobs_for_itself_at_every_omega():
+    """Their rows differ from the others by these knobs alone, and another spelling names the same row."""
+    words = {"seed": None, "sets": ("warmup.momentum=0.9",)}
+    own = own_knobs([("fedavg+scaffold", "warmup.momentum=0"), (" mosaic", "warmup.lr = 0.02")])
+    plan = compare_plan("fedavg,scaffold,mosaic", "0.1,1", own)
+    configs = [trial.config for trial in prepare(sweep_request("compare", words, plan=plan, seeds="0")).trials]
+    assert [config.warmup.momentum for config in configs] == [0.9, 0.0, 0.9] * 2
+    lr = configs[0].warmup.lr
+    assert [config.warmup.lr for config in configs] == [lr, lr, 0.02] * 2 and lr != 0.02
+    with pytest.raises(RequestError, match=r"--for scaffold warmup\.momentum=0"):
+        prepare(sweep_request("compare", words, plan=compare_plan("fedavg,scaffold"), seeds="0"))
 
 
 def test_the_reference_is_one_of_the_methods_in_any_spelling():

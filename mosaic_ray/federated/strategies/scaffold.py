@@ -86,7 +86,10 @@ class Scaffold(Strategy):
 
     def check(self, config: ExperimentConfig) -> None:
         if config.warmup.momentum:
-            raise RequestError(f"warmup.momentum = {config.warmup.momentum:g}: scaffold needs plain SGD, momentum 0")
+            raise RequestError(
+                f"warmup.momentum = {config.warmup.momentum:g}: scaffold needs plain SGD, momentum 0; in a comparison "
+                "give --for scaffold warmup.momentum=0"
+            )
         if len(set(config.model.classifiers)) > 1:
             raise RequestError("model.classifiers: scaffold needs one network, since control variates have its shape")
 
