@@ -131,8 +131,9 @@ class GeneratorConfig:
 
     family: str = knob(
         "dcgan",
-        "what a client trains: a GAN, a GAN whose players get labels, or a variational autoencoder that gets labels",
-        choices=("dcgan", "cgan", "cvae"),
+        "what a client trains: a GAN, a GAN whose players get labels, a variational autoencoder that gets labels, or "
+        "a few condensed images of each class",
+        choices=("dcgan", "cgan", "cvae", "condensed"),
     )
     stage: str = knob(
         "after_warmup",
@@ -176,12 +177,21 @@ class GeneratorConfig:
     ndf: int = knob(64, "discriminator channels", low=1, high=4096)
     steps: int = knob(800, "steps per client; 0: the untrained network; unused when epochs > 0", low=0)
     epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
-    batch_size: int = knob(64, "images per step", low=1, high=1_000_000)
+    batch_size: int = knob(64, "images per step; with condensed, of each class", low=1, high=1_000_000)
+    images_per_class: int = knob(20, "condensed images of each class", low=1, high=100_000)
+    matching_channels: int = knob(
+        64, "channels of the random networks in which condensed images match real ones", low=1, high=4096
+    )  # fmt: skip
+    image_scale: int = knob(
+        2, "sides of an image over those that a condensed one is stored with; it is enlarged bilinearly", low=1, high=64
+    )  # fmt: skip
     feature_weight: float = knob(
         0.0, "weight of the reconstruction loss in the feature space of the global model, with cvae; 0: pixels alone",
         low=0.0,
     )  # fmt: skip
-    lr: float = knob(0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae", low=0.0)
+    lr: float = knob(
+        0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae, 0.02 for condensed", low=0.0
+    )  # fmt: skip
     beta1: float = knob(0.5, "Adam beta1", low=0.0, high=0.9999)
     beta2: float = knob(0.999, "Adam beta2", low=0.0, high=0.99999)
 
@@ -193,7 +203,7 @@ class GeneratorConfig:
     @property
     def learning_rate(self) -> float:
         """``lr``, or the family's own where that is 0."""
-        return self.lr or (2e-3 if self.family == "cvae" else 2e-4)
+        return self.lr or {"cvae": 2e-3, "condensed": 0.02}.get(self.family, 2e-4)
 
 
 @dataclass(frozen=True)

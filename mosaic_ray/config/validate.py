@@ -13,6 +13,8 @@ GAN_ONLY = {
     "classifier_source", "classifier_mode", "classifier_epochs", "discriminator", "gan_range", "lambda_e", "lambda_d",
     "lambda_i", "inversion_scale", "tau", "div_support", "diff_augment", "beta1", "beta2",
 }  # fmt: skip
+#: And those that only condensed images have.
+CONDENSED_ONLY = {"images_per_class", "image_scale", "matching_channels"}
 
 
 def check(config: ExperimentConfig) -> ExperimentConfig:
@@ -69,8 +71,8 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         need(
             taught or (trains_generators(config) and config.generator.labelled and shares),
             f"model.student = {new}: it learns from generators that take labels and are shared for rehearsal, and "
-            f"method {config.method} has none; take --method mosaic with generator.family=cvae or cgan and rehearsal, "
-            "or --method dense",
+            f"method {config.method} has none; take --method mosaic with generator.family=cvae, cgan or condensed and "
+            "rehearsal, or --method dense",
         )
     need(
         not mixed or clients % len(mixed) == 0,
@@ -106,7 +108,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         need(not value or trains or knob == "candidates", f"{needs}, and method {config.method} trains none")
         need(
             not value or not trains or config.generator.labelled,
-            f"{needs} that take labels; set generator.family=cvae or cgan, not {config.generator.family}",
+            f"{needs} that take labels; set generator.family=cvae, cgan or condensed, not {config.generator.family}",
         )
     early = f"rehearsal.begins = {rehearsal.begins}: "
     need(
@@ -120,7 +122,7 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
     need(
         not trains or config.generator.labelled or not config.distill.label_weight,
         f"distill.label_weight = {config.distill.label_weight:g}: generators of {config.generator.family} take no "
-        "labels; set generator.family=cvae or cgan",
+        "labels; set generator.family=cvae, cgan or condensed",
     )
     judged = not trains or config.generator.judge == "client"
     need(
@@ -138,11 +140,19 @@ def check(config: ExperimentConfig) -> ExperimentConfig:
         f"generator.feature_weight: it weighs a reconstruction, and generator.family = {config.generator.family} has "
         "none; take generator.family=cvae",
     )
-    if config.generator.family == "cvae":
+    bank = config.generator.family == "condensed"
+    unread = set() if bank else changed_knobs(config.generator).keys() & CONDENSED_ONLY
+    need(
+        not unread,
+        f"generator.{min(unread, default='')}: only condensed images have it, and generator.family = "
+        f"{config.generator.family}; take generator.family=condensed",
+    )
+    if config.generator.family in ("cvae", "condensed"):
         without = changed_knobs(config.generator).keys() & GAN_ONLY
         need(
             not without,
-            f"generator.{min(without, default='')}: only a GAN has it, and generator.family = cvae; take "
+            f"generator.{min(without, default='')}: only a GAN has it, and generator.family = "
+            f"{config.generator.family}; take "
             "generator.family=dcgan, or --algorithm distilled for the whole path of the paper",
         )
     need(cohort <= clients, f"federation.cohort_size = {cohort}: there are {clients} clients (partition.num_clients)")

@@ -18,6 +18,7 @@ from ..federated.client_models import Models
 from ..federated.local_training import LocalTrainingConfig, Rehearsed, Shard, train_locally
 from ..models.state_dict import to_weights
 from ..models.submodel import ChannelIndices
+from .condensation import train_condensed
 from .cvae_training import train_cvae
 from .generator_training import TrainedGenerator, num_steps, train_generator
 from .prototypes import client_prototypes
@@ -70,6 +71,8 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
         if knobs.family == "cvae":
             features = context.client_classifier(client_id, targets) if knobs.feature_weight else None
             made = train_cvae(classifier, shard, knobs, facts, address, precision, progress, features)
+        elif knobs.family == "condensed":
+            made = train_condensed(classifier, shard, knobs, facts, address, precision, progress)
         else:
             start = context.client_classifier(client_id, targets) if knobs.inversion_network == "global" else None
             made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress, start)

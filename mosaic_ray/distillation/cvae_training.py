@@ -23,15 +23,14 @@ from ..models.classifiers import Classifier
 from ..models.encoder import build_encoder
 from ..models.multimodal_generator import MultimodalEncoder, MultimodalGenerator
 from ..models.optimizers import Adam
-from ..models.state_dict import freeze, to_weights, use_precision
+from ..models.state_dict import freeze, use_precision
 from .generator_training import (
     NUM_SNAPSHOT_IMAGES,
     TrainedGenerator,
-    compare_with_real,
     draw,
-    evaluate_generator,
     generator_for,
     label_cdf,
+    measured,
     num_steps,
     real_batches,
     snapshot_steps,
@@ -188,13 +187,5 @@ def train_cvae(
                 snapshots[step + 1] = to_pixels(generator.eval()(*snapshot_input).float(), config.gan_range, facts)
             generator.train()
         progress(step + 1, steps)
-    freeze(generator)
-    freeze(classifier)
-    counts = torch.bincount(shard.labels, minlength=facts.num_classes)
-    figures, pixels = evaluate_generator(
-        generator, classifier, counts, config, facts, address, lambda done, total: progress(steps + done, steps + total)
-    )
-    figures |= compare_with_real(generator, classifier, shard, config, facts, address)
-    snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken
-    pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
-    return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures, ("loss", "reconstruction", "kl"))
+    losses = "loss", "reconstruction", "kl"
+    return measured(generator, classifier, shard, config, facts, address, snapshots, curve, progress, losses)

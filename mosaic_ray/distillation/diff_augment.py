@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def diff_augment(images: Tensor, draws: torch.Generator) -> Tensor:
+def diff_augment(images: Tensor, draws: torch.Generator, *, alike: bool = False) -> Tensor:
     """Return ``images`` in other colours, moved, and with a square cut out: all three policies of the paper, in order.
 
     Brightness gets a number in [-0.5, 0.5), saturation and contrast are multiplied by one in [0, 2) and [0.5, 1.5). An
@@ -21,8 +21,11 @@ def diff_augment(images: Tensor, draws: torch.Generator) -> Tensor:
     Args:
         images: float32 [B, C, H, W], in [-1, 1] or normalised; the result has the same shape, and is not clipped.
         draws: on the CPU, so that all devices get the same numbers. Each image has numbers of its own.
+        alike: give all images the same numbers (Zhao and Bilen 2021, "differentiable siamese augmentation").
     """
-    colours, places = torch.rand(3, len(images), 1, 1, 1, generator=draws), torch.rand(4, len(images), generator=draws)
+    count = 1 if alike else len(images)
+    colours, places = torch.rand(3, count, 1, 1, 1, generator=draws), torch.rand(4, count, generator=draws)
+    places = places.expand(4, len(images))
     return _cut(_moved(_recoloured(images, colours.to(images.device)), places[:2]), places[2:])
 
 

@@ -31,6 +31,7 @@ from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
 from ..models.generator import Generator, build_generator
+from ..models.image_bank import ImageBank, build_image_bank
 from ..models.joint_discriminator import JointDiscriminator, JointSamples, read_samples, relaxed_texts, straight_through
 from ..models.multimodal_generator import MultimodalGenerator
 from ..models.optimizers import Adam
@@ -38,7 +39,7 @@ from ..models.state_dict import bn_statistics, freeze, load_weights, to_weights,
 from .diff_augment import diff_augment
 from .losses import adversarial_loss, discriminator_loss, diversity_loss, entropy_loss, inversion_probe
 
-AnyGenerator = Generator | MultimodalGenerator
+AnyGenerator = Generator | MultimodalGenerator | ImageBank
 
 NUM_SAMPLES = 64  # sample images that are stored
 NUM_EVALUATED = 512  # images for the health figures, at least
@@ -103,7 +104,7 @@ def draw(generator: AnyGenerator, count: int, draws: torch.Generator, device: to
     return z, torch.searchsorted(generator.label_cdf, places.to(device), right=True)
 
 
-def sample(generator: Generator, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
+def sample(generator: AnyGenerator, count: int, draws: torch.Generator, device: torch.device) -> Tensor:
     """Generate ``count`` images float32 [count, channels, H, W] in [-1, 1], with drawn labels if conditional."""
     images: Tensor = generator(*draw(generator, count, draws, device))
     return images.float()
@@ -129,6 +130,9 @@ def real_batches(
         yield real, shard.labels[rows]
 
 
+GAN_LOSSES = ("loss", "discriminator_loss", "entropy", "diversity")
+
+
 class TrainedGenerator(NamedTuple):
     """Weights, ``NUM_SAMPLES`` uint8 images, health figures, and a curve of rows [step, *losses named in ``losses``].
 
@@ -140,7 +144,7 @@ class TrainedGenerator(NamedTuple):
     figures: dict[str, float]
     curve: list[list[float]]
     progress: Weights
-    losses: tuple[str, ...] = ("loss", "discriminator_loss", "entropy", "diversity")
+    losses: tuple[str, ...] = GAN_LOSSES
 
 
 def train_generator(
@@ -258,19 +262,42 @@ def train_generator(
             generator.train()
         progress(step + 1, steps)
 
+    more: dict[str, float] = {}
+    if discriminator_hits:
+        real_known, fake_known = torch.stack(discriminator_hits).mean(0).tolist()
+        more = {"discriminator_real": real_known, "discriminator_fake": fake_known}
+        more["discriminator_accuracy"] = min(real_known, fake_known)
+    made = measured(generator, classifier, shard, config, facts, address, snapshots, curve, progress)
+    return made._replace(figures={**made.figures, **more})
+
+
+def measured(
+    generator: AnyGenerator,
+    classifier: Classifier,
+    shard: Shard,
+    config: GeneratorConfig,
+    facts: DataFacts,
+    address: tuple[int, int],
+    snapshots: dict[int, np.ndarray],
+    curve: list[list[float]],
+    progress: Callable[[int, int], None],
+    losses: tuple[str, ...] = GAN_LOSSES,
+) -> TrainedGenerator:
+    """Freeze a generator, and the classifier, and measure it: ``evaluate_generator`` and ``compare_with_real``.
+
+    ``snapshots``: uint8 images by number of steps. ``progress`` goes on behind the steps of ``config``.
+    """
+    steps = num_steps(config, len(shard))
     freeze(generator)
     freeze(classifier)
+    counts = torch.bincount(shard.labels, minlength=facts.num_classes)
     figures, pixels = evaluate_generator(
         generator, classifier, counts, config, facts, address, lambda done, total: progress(steps + done, steps + total)
     )
-    if discriminator_hits:
-        real_known, fake_known = torch.stack(discriminator_hits).mean(0).tolist()
-        figures |= {"discriminator_real": real_known, "discriminator_fake": fake_known}
-        figures["discriminator_accuracy"] = min(real_known, fake_known)
     figures |= compare_with_real(generator, classifier, shard, config, facts, address)
     snapshots = snapshots or {0: pixels[:NUM_SNAPSHOT_IMAGES]}  # no step was taken
     pictures = {"images": np.stack([*snapshots.values()]), "steps": np.array([*snapshots], np.int64)}
-    return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures)
+    return TrainedGenerator(to_weights(generator), pixels, figures, curve, pictures, losses)
 
 
 def relaxed(
@@ -302,7 +329,7 @@ def snapshot_steps(steps: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def evaluate_generator(
-    generator: Generator,
+    generator: AnyGenerator,
     classifier: Classifier,
     counts: Tensor,
     config: GeneratorConfig,
@@ -357,7 +384,7 @@ def evaluate_generator(
 
 @torch.no_grad()
 def compare_with_real(
-    generator: Generator,
+    generator: AnyGenerator,
     classifier: Classifier,
     shard: Shard,
     config: GeneratorConfig,
@@ -418,9 +445,11 @@ def allocate(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def generator_for(config: GeneratorConfig, facts: DataFacts) -> Any:
-    """Build a fresh ``Generator``, or a ``MultimodalGenerator``, for this data set; call it inside ``seeded``."""
+    """Build a fresh generator of ``config.family`` for this data set; call it inside ``seeded``."""
     if facts.modalities:
         return MultimodalGenerator(config, facts.modalities, facts.num_classes)
+    if config.family == "condensed":
+        return build_image_bank(config, facts.channels, facts.image_size, facts.num_classes)
     return build_generator(config, facts.channels, facts.image_size, facts.num_classes)
 
 

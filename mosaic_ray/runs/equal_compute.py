@@ -193,9 +193,10 @@ def _classifier_step(config: ExperimentConfig, facts: DataFacts, model: Classifi
 
 
 def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifier) -> None:
-    """Do what ``distillation.generator_training`` or ``cvae_training`` does in a step, as in ``_classifier_step``."""
+    """Do what a step of ``distillation.generator_training``, ``cvae_training`` or ``condensation`` costs."""
     import torch
 
+    from ..distillation.condensation import matching_loss, random_network
     from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
     from ..models.encoder import build_encoder
     from ..models.generator import build_generator
@@ -213,6 +214,11 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
             mean, spread = MultimodalEncoder(knobs, facts.modalities, facts.num_classes)(real, labels)
             parts = MultimodalGenerator(knobs, facts.modalities, facts.num_classes).parts(mean + spread * z, labels)
             torch.cat([part.flatten(1) for part in parts.values()], 1).sum().backward()
+            return
+        if knobs.family == "condensed":
+            network = random_network(facts.channels, knobs.matching_channels, facts.image_size)
+            made = torch.empty(knobs.images_per_class, *facts.input_shape, requires_grad=True)
+            matching_loss(network, real, made, torch.Generator()).backward()
             return
         generator = build_generator(knobs, *shape)
         if knobs.family == "cvae":

@@ -34,9 +34,9 @@ def go(folder: Path, **knobs: Any) -> dict[str, Any]:
     return runner.run(check(config), storage=str(folder), progress=False)
 
 
-@pytest.mark.parametrize("family", ["cgan", "cvae", "dcgan"])
+@pytest.mark.parametrize("family", ["cgan", "cvae", "condensed", "dcgan"])
 def test_the_judge_measures_what_generators_show(tmp_path, family):
-    found = go(tmp_path, generator__family=family, **WITHOUT_GAN if family == "cvae" else {})
+    found = go(tmp_path, generator__family=family, **{} if family.endswith("gan") else WITHOUT_GAN)
     store, keys = Store(str(tmp_path)), {name: stage["key"] for name, stage in found["stages"].items()}
     assert list(keys).index("judge") < list(keys).index("generators")
     assert found["communication"]["measured_over_predicted"] == 1

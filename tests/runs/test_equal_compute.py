@@ -21,7 +21,7 @@ from mosaic_ray.config.resolve import override
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.types import DataFacts
 from mosaic_ray.data.load import known_facts
-from mosaic_ray.distillation import cvae_training, generator_training
+from mosaic_ray.distillation import condensation, cvae_training, generator_training
 from mosaic_ray.federated.client import ClientContext, initial_weights
 from mosaic_ray.federated.local_training import LocalStart, LocalTrainingConfig, train_locally
 from mosaic_ray.models.state_dict import to_weights
@@ -34,6 +34,8 @@ FAMILIES = [
     {}, {"generator.family": "cgan"}, {"generator.family": "cvae"},
     {"generator.family": "cvae", "generator.feature_weight": 1.0}, {"generator.discriminator": "shared_trunk"},
     {"generator.lambda_e": 0.0, "generator.lambda_d": 0.0}, {"generator.tau": 0, "generator.ngf": 6},
+    {"generator.family": "condensed", "generator.images_per_class": 3, "generator.matching_channels": 6,
+     "generator.batch_size": 8},
 ]  # fmt: skip
 
 
@@ -46,7 +48,7 @@ def test_counted_steps_are_those_of_the_training_code(knobs, several, monkeypatc
     facts, samples = (SIGNS, signs(40, 0)) if several else (FACTS, stripes(40))
     context = ClientContext(config, facts, torch.device("cpu"))
     weights, shard = initial_weights(context), shard_of(samples)
-    for module in (generator_training, cvae_training):
+    for module in (generator_training, cvae_training, condensation):
         monkeypatch.setattr(module, "snapshot_steps", lambda steps: ())
     cvae = config.generator.family == "cvae"
 
@@ -56,6 +58,8 @@ def test_counted_steps_are_those_of_the_training_code(knobs, several, monkeypatc
         if cvae:
             features = context.classifier(weights) if section.feature_weight else None
             cvae_training.train_cvae(model, *rest, features=features)
+        elif config.generator.family == "condensed":
+            condensation.train_condensed(model, *rest)
         else:
             generator_training.train_generator(model, weights, *rest)
 

@@ -36,12 +36,13 @@ def _client_knobs(inputs: KeyInputs, client_id: int) -> Knobs:
     """A client with n_k >= tau never meets the inversion term: its key leaves the term out (O15)."""
     section = inputs.config.generator
     small = inputs.sizes is None or inputs.sizes[client_id] < section.tau
-    inverts = section.family != "cvae" and small and section.lambda_i * section.inversion_scale != 0
+    gan = section.family in ("dcgan", "cgan")
+    inverts = gan and small and section.lambda_i * section.inversion_scale != 0
     without = ("family", "conditional", *(() if inverts else INVERSION))
     if section.labelled:  # the label takes the place of diversity
         without = (*without, "lambda_d", "div_support")
     family: Knobs = {"conditional": True} if section.labelled else {}
-    family |= {"family": section.family} if section.family == "cvae" else {}
+    family |= {} if gan else {"family": section.family}
     return {"client": client_id, "inverts": inverts, "generator": changed_knobs(section, *without) | family}
 
 

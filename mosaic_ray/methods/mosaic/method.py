@@ -55,12 +55,15 @@ class Mosaic(Method):
 
     def check_networks(self, config: ExperimentConfig, facts: DataFacts) -> None:
         from ...models.classifiers import norm_depths
+        from ...models.image_bank import check_image_scale
 
         section = config.generator
         if facts.modalities:
             _check_joint(section)
             return
-        if config.generator.family == "cvae" or not (config.generator.lambda_i > 0 and config.generator.tau > 0):
+        if section.family == "condensed":
+            check_image_scale(section, facts.image_size)
+        if section.family in ("cvae", "condensed") or not (config.generator.lambda_i > 0 and config.generator.tau > 0):
             return
         for name in dict.fromkeys((config.model.classifier, *config.model.classifiers)):
             shape = facts.num_classes, facts.channels, facts.image_size
@@ -88,7 +91,8 @@ class Mosaic(Method):
 def _check_joint(section: GeneratorConfig) -> None:
     """Raise ``RequestError`` where a client's generator cannot draw samples of several modalities."""
     for knob, wrong, instead in (
-        ("family", not section.labelled, "cvae or cgan"), ("feature_weight", section.feature_weight, "0"),
+        ("family", not section.labelled or section.family == "condensed", "cvae or cgan"),
+        ("feature_weight", section.feature_weight, "0"),
         ("diff_augment", section.diff_augment, "false"),
         ("discriminator", section.family != "cvae" and section.discriminator != "dcgan", "dcgan"),
         ("gan_range", section.family != "cvae" and section.gan_range == "model_norm", "pm1_then_renorm"),
