@@ -178,9 +178,12 @@ class GeneratorConfig:
     steps: int = knob(800, "steps per client; 0: the untrained network; unused when epochs > 0", low=0)
     epochs: int = knob(0, "passes over the client's data; 0: use steps", low=0)
     batch_size: int = knob(64, "images per step; with condensed, of each class", low=1, high=1_000_000)
-    images_per_class: int = knob(20, "condensed images of each class", low=1, high=100_000)
+    images_per_class: int = knob(50, "condensed images of each class", low=1, high=100_000)
     matching_channels: int = knob(
         64, "channels of the random networks in which condensed images match real ones", low=1, high=4096
+    )  # fmt: skip
+    matching_global: float = knob(
+        0.5, "share of the steps in which they match in the global model's features instead", low=0.0, high=1.0
     )  # fmt: skip
     image_scale: int = knob(
         2, "sides of an image over those that a condensed one is stored with; it is enlarged bilinearly", low=1, high=64
@@ -190,7 +193,7 @@ class GeneratorConfig:
         low=0.0,
     )  # fmt: skip
     lr: float = knob(
-        0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae, 0.02 for condensed", low=0.0
+        0.0, "Adam learning rate; 0: 2e-4 for both players of a GAN, 2e-3 for cvae, 0.05 for condensed", low=0.0
     )  # fmt: skip
     beta1: float = knob(0.5, "Adam beta1", low=0.0, high=0.9999)
     beta2: float = knob(0.999, "Adam beta2", low=0.0, high=0.99999)
@@ -203,7 +206,7 @@ class GeneratorConfig:
     @property
     def learning_rate(self) -> float:
         """``lr``, or the family's own where that is 0."""
-        return self.lr or {"cvae": 2e-3, "condensed": 0.02}.get(self.family, 2e-4)
+        return self.lr or {"cvae": 2e-3, "condensed": 0.05}.get(self.family, 2e-4)
 
 
 @dataclass(frozen=True)

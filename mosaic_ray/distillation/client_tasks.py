@@ -72,7 +72,8 @@ class GeneratorTask(Task[Models, GeneratorInput, TrainedGenerator]):
             features = context.client_classifier(client_id, targets) if knobs.feature_weight else None
             made = train_cvae(classifier, shard, knobs, facts, address, precision, progress, features)
         elif knobs.family == "condensed":
-            made = train_condensed(classifier, shard, knobs, facts, address, precision, progress)
+            known = context.client_classifier(client_id, targets) if knobs.matching_global else None
+            made = train_condensed(classifier, shard, knobs, facts, address, precision, progress, known)
         else:
             start = context.client_classifier(client_id, targets) if knobs.inversion_network == "global" else None
             made = train_generator(classifier, targets, shard, knobs, facts, address, precision, progress, start)

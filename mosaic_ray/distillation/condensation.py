@@ -2,13 +2,15 @@
 
 Distribution matching (Zhao and Bilen, "Dataset Condensation with Distribution Matching", WACV 2023, arXiv 2110.04181):
 the mean features of the images made and of a client's real ones shall agree in networks with random weights, a new one
-in each step, after the same random change of both. The images are stored smaller than they are seen (Kim et al.,
-"Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML 2022), so more of them cost as many bytes.
-Clients of a federation train on such images of each other in FedDM (Xiong et al., CVPR 2023).
+in each step, after the same random change of both. In a share of the steps they shall agree in the federation's global
+model (trained networks among the random ones: IDM, Zhao et al., CVPR 2023, arXiv 2307.09742). The images are stored
+smaller than they are seen (Kim et al., "Dataset Condensation via Efficient Synthetic-Data Parameterization", ICML
+2022), so more of them cost as many bytes. FedDM (Xiong et al., CVPR 2023) lets the server train on such images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 from ..config.schema import GeneratorConfig
 from ..core.seeding import seeded, stream
 from ..core.types import DataFacts
-from ..data.transforms import to_pm1
+from ..data.transforms import pm1_to_normalised, to_pm1
 from ..federated.local_training import Shard, batches, no_progress
 from ..models.classifiers import Classifier
 from ..models.image_bank import ImageBank, build_image_bank, enlarged
 from ..models.optimizers import Adam
 from ..models.state_dict import freeze, use_precision
+from .cvae_training import feature_maps
 from .diff_augment import diff_augment
 from .generator_training import (
     NUM_SNAPSHOT_IMAGES,
@@ -36,6 +39,7 @@ from .generator_training import (
     to_pixels,
 )
 
+FEATURE_SCALE = 64  # makes distances in the global model's features about as large as in a random network's
 FIRST_SPREAD = 0.5  # standard deviation of the noise that images begin as
 
 
@@ -51,24 +55,52 @@ def random_network(channels: int, width: int, side: int) -> nn.Sequential:
     return freeze(nn.Sequential(*layers, nn.Flatten()))
 
 
+#: Maps images in [-1, 1] to sets of features, each [B, d].
+Features = Callable[[Tensor], list[Tensor]]
+
+
+def features_of(network: nn.Module, model: Classifier | None, facts: DataFacts) -> Features:
+    """Return the features of a random ``network``, or those of ``model``, the global one.
+
+    The latter are the outputs of all batch norms after ReLU, averaged over the quarters of an image, and the
+    penultimate features, each set multiplied so that the squared distance of two is ``FEATURE_SCALE`` times their mean
+    squared difference.
+    """
+    if model is None:
+        return lambda images: [network(images)]
+
+    def found(images: Tensor) -> list[Tensor]:
+        *maps, last = feature_maps(model, pm1_to_normalised(images, facts.mean, facts.std))
+        pooled = [nn.functional.adaptive_avg_pool2d(each.relu(), 2).flatten(1) for each in maps if each.dim() == 4]
+        return [each * (FEATURE_SCALE / each.shape[1]) ** 0.5 for each in (*pooled, last)]
+
+    return found
+
+
 def matching_loss(
-    network: nn.Module, real: Tensor, made: Tensor, changes: torch.Generator, precision: str = "fp32"
+    features: Features, real: Tensor, made: Tensor, changes: torch.Generator, precision: str = "fp32"
 ) -> Tensor:
     """Return the squared distance between the mean features of two sets of images, summed over the features.
 
     Both sets are changed alike (``diff_augment``), with numbers drawn from ``changes``.
 
     Args:
-        network: maps images to features [B, d].
+        features: of images; see ``features_of``.
         real: images [B, channels, H, W] in [-1, 1], without a gradient.
         made: images [M, channels, H, W]; the loss is differentiable in these.
     """
     changed = diff_augment(torch.cat([real, made]), changes, alike=True)
     with use_precision(precision, real.device):
         with torch.no_grad():
-            wanted = network(changed[: len(real)].detach()).float().mean(0)
-        distance: Tensor = network(changed[len(real) :]).float().mean(0) - wanted
-    return distance.square().sum()
+            wanted = features(changed[: len(real)].detach())
+        pairs = zip(features(changed[len(real) :]), wanted, strict=True)
+        distances = [(found.float().mean(0) - goal.float().mean(0)).square().sum() for found, goal in pairs]
+    return torch.stack(distances).sum()
+
+
+def matches_globally(turn: int, share: float) -> bool:
+    """Return whether a class's step number ``turn``, from 0, is one of the ``share`` in the global model's features."""
+    return math.floor((turn + 1) * share) > math.floor(turn * share)
 
 
 def train_condensed(
@@ -79,16 +111,19 @@ def train_condensed(
     address: tuple[int, int],
     precision: str,
     progress: Callable[[int, int], None] = no_progress,
+    global_model: Classifier | None = None,
 ) -> TrainedGenerator:
     """Make ``images_per_class`` images of each class that a client holds, by Adam on their pixels.
 
     A step is for one class; the client's classes take turns. It takes ``batch_size`` real images of the class and a
-    new random network of ``matching_channels``. ``address``, ``progress``: as for ``train_generator``. Returns an
-    ``ImageBank``, with rows [step, loss] as its curve. ``classifier``, the client's, measures the result and has no
-    part in it.
+    new random network of ``matching_channels``; or, in a share ``matching_global`` of the steps, ``global_model``.
+    ``address``, ``progress``: as for ``train_generator``. Returns an ``ImageBank``, with rows [step, loss] as its
+    curve. ``classifier``, the client's, measures the result and has no part in it.
     """
     seed, client_id = address
     device, side = shard.images.device, facts.image_size
+    if global_model is not None:
+        freeze(global_model)
     bank = build_image_bank(config, facts.channels, side, facts.num_classes).to(device)
     bank.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
     labels = shard.labels.unique().tolist()
@@ -112,11 +147,13 @@ def train_condensed(
         return bank
 
     for step in range(steps):
-        with seeded(seed, "generator/network", client_id, step):
-            network = random_network(facts.channels, config.matching_channels, side).to(device)
         label = labels[step % len(labels)]
         rows = rows_of[label][next(turns[label]).to(device)]
-        loss = matching_loss(network, to_pm1(shard.images[rows]), enlarged(made[label], side), changes, precision)
+        known = global_model if matches_globally(step // len(labels), config.matching_global) else None
+        with seeded(seed, "generator/network", client_id, step):
+            network = random_network(facts.channels, config.matching_channels, side).to(device)
+        features, real = features_of(network, known, facts), to_pm1(shard.images[rows])
+        loss = matching_loss(features, real, enlarged(made[label], side), changes, precision)
         adam[label].zero_grad(set_to_none=True)
         loss.backward()
         adam[label].step()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -165,10 +165,13 @@ def _costs(config: ExperimentConfig, facts: DataFacts, federation: Any, name: st
         model = build_classifier(config.model, *shape, name, facts.modalities)
     if width < 1:
         model = fit(model, {n: np.zeros(*entry) for n, entry in federation.entries(name, width).items()})
-    model = model.to("meta")
-    return operations(lambda: _generator_step(config, facts, model)), operations(
-        lambda: _classifier_step(config, facts, model)
-    )
+    model, share = model.to("meta"), config.generator.matching_global
+    if config.generator.family == "condensed":
+        known, random = (operations(partial(_condensed_step, config, facts, each)) for each in (model, None))
+        generator = round(share * known + (1 - share) * random)
+    else:
+        generator = operations(lambda: _generator_step(config, facts, model))
+    return generator, operations(lambda: _classifier_step(config, facts, model))
 
 
 def operations(step: Callable[[], None]) -> int:
@@ -192,11 +195,25 @@ def _classifier_step(config: ExperimentConfig, facts: DataFacts, model: Classifi
     model(_images(facts, config.warmup.batch_size)).sum().backward()
 
 
-def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifier) -> None:
-    """Do what a step of ``distillation.generator_training``, ``cvae_training`` or ``condensation`` costs."""
+def _condensed_step(config: ExperimentConfig, facts: DataFacts, model: Classifier | None) -> None:
+    """Do what ``distillation.condensation`` does in a step; in the features of ``model``, or of a random network."""
     import torch
 
-    from ..distillation.condensation import matching_loss, random_network
+    from ..distillation.condensation import features_of, matching_loss, random_network
+    from ..models.state_dict import freeze
+
+    knobs, real = config.generator, _images(facts, config.generator.batch_size)
+    with torch.device("meta"):
+        network = random_network(facts.channels, knobs.matching_channels, facts.image_size)
+        made = torch.empty(knobs.images_per_class, *facts.input_shape, requires_grad=True)
+    features = features_of(network, None if model is None else freeze(model), facts)
+    matching_loss(features, real, made, torch.Generator()).backward()
+
+
+def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifier) -> None:
+    """Do what ``distillation.generator_training`` or ``cvae_training`` does in a step, as in ``_classifier_step``."""
+    import torch
+
     from ..models.discriminator import SharedTrunkDiscriminator, build_discriminator
     from ..models.encoder import build_encoder
     from ..models.generator import build_generator
@@ -214,11 +231,6 @@ def _generator_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
             mean, spread = MultimodalEncoder(knobs, facts.modalities, facts.num_classes)(real, labels)
             parts = MultimodalGenerator(knobs, facts.modalities, facts.num_classes).parts(mean + spread * z, labels)
             torch.cat([part.flatten(1) for part in parts.values()], 1).sum().backward()
-            return
-        if knobs.family == "condensed":
-            network = random_network(facts.channels, knobs.matching_channels, facts.image_size)
-            made = torch.empty(knobs.images_per_class, *facts.input_shape, requires_grad=True)
-            matching_loss(network, real, made, torch.Generator()).backward()
             return
         generator = build_generator(knobs, *shape)
         if knobs.family == "cvae":

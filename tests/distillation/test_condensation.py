@@ -13,8 +13,15 @@ from torch import nn
 from mosaic_ray.config.resolve import override, resolve
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.core.seeding import seeded
-from mosaic_ray.data.transforms import to_pm1
-from mosaic_ray.distillation.condensation import matching_loss, random_network, train_condensed
+from mosaic_ray.data.transforms import pm1_to_normalised, to_pm1
+from mosaic_ray.distillation.condensation import (
+    FEATURE_SCALE,
+    features_of,
+    matches_globally,
+    matching_loss,
+    random_network,
+    train_condensed,
+)
 from mosaic_ray.distillation.diff_augment import diff_augment
 from mosaic_ray.distillation.generator_training import latents, load_generator, to_pixels
 from mosaic_ray.distillation.rehearsal import generator_size
@@ -32,10 +39,14 @@ def draws(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def trained(shard: Shard, **knobs):
+def classifier():
     with seeded(0, "init", "classifier"):
-        network = build_classifier(TINY.model, FACTS.num_classes, FACTS.channels, FACTS.image_size).eval()
-    return train_condensed(network, shard, replace(KNOBS, **knobs), FACTS, (0, 1), "fp32")
+        return build_classifier(TINY.model, FACTS.num_classes, FACTS.channels, FACTS.image_size).eval()
+
+
+def trained(shard: Shard, **knobs):
+    config = replace(KNOBS, **knobs)
+    return train_condensed(classifier(), shard, config, FACTS, (0, 1), "fp32", global_model=classifier())
 
 
 def bank(images: torch.Tensor, scale: int = 1) -> ImageBank:
@@ -92,7 +103,8 @@ def test_the_loss_by_hand():
     changed = diff_augment(torch.cat([real, made]), draws(5), alike=True)
     features = network(changed)
     wanted = sum((float(a) - float(b)) ** 2 for a, b in zip(features[:6].mean(0), features[6:].mean(0), strict=True))
-    assert float(matching_loss(network, real, made, draws(5))) == pytest.approx(wanted, rel=1e-4)
+    loss = matching_loss(features_of(network, None, FACTS), real, made, draws(5))
+    assert float(loss) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_sets_with_the_same_images_have_no_loss_and_no_gradient():
@@ -100,11 +112,11 @@ def test_sets_with_the_same_images_have_no_loss_and_no_gradient():
         network = random_network(3, 5, 8)
     real = torch.rand(6, 3, 8, 8, generator=draws(3)) * 2 - 1
     made = real.flip(0).clone().requires_grad_()
-    loss = matching_loss(network, real, made, draws(5))
+    loss = matching_loss(features_of(network, None, FACTS), real, made, draws(5))
     loss.backward()
     assert loss.item() < 1e-10 and float(made.grad.abs().max()) < 1e-5
     other = (-real).requires_grad_()
-    far = matching_loss(network, real, other, draws(5))
+    far = matching_loss(features_of(network, None, FACTS), real, other, draws(5))
     far.backward()
     assert far.item() > 1e-3 and float(other.grad.abs().max()) > 1e-5
 
@@ -116,6 +128,42 @@ def test_images_that_are_changed_alike_get_the_same_numbers():
     assert torch.equal(alike, alike[:1].expand_as(alike)) and not torch.equal(apart, apart[:1].expand_as(apart))
     one = diff_augment(images[:1], draws(7))
     torch.testing.assert_close(alike[:1], one)
+
+
+def test_the_global_models_features_by_hand():
+    """The distance of two images is FEATURE_SCALE times the sum of the sets' mean squared differences."""
+    model, images = classifier(), torch.rand(2, 1, 8, 8, generator=draws(8)) * 2 - 1
+    with torch.no_grad():
+        sets = features_of(random_network(1, 2, 8), model, FACTS)(images)
+        outputs, x = [], pm1_to_normalised(images, FACTS.mean, FACTS.std)
+        hooks = [
+            part.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+            for part in model.modules() if isinstance(part, nn.BatchNorm2d)
+        ]  # fmt: skip
+        last = model.features(x)
+        for hook in hooks:
+            hook.remove()
+    assert len(sets) == len(outputs) + 1 >= 2
+    for found, output in zip(sets, [*outputs, None], strict=True):
+        plain = last if output is None else output.relu()
+        if output is not None:
+            half = plain.shape[-1] // 2
+            ends = slice(half), slice(half, None)
+            quarters = [plain[..., rows, columns] for rows in ends for columns in ends]
+            plain = torch.stack([quarter.mean((2, 3)) for quarter in quarters], 2).flatten(1)
+        wanted = FEATURE_SCALE * (plain[0] - plain[1]).square().mean()
+        torch.testing.assert_close((found[0] - found[1]).square().sum(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("share, turns", [(0.0, []), (0.5, [1, 3, 5, 7]), (0.25, [3, 7]), (1.0, [*range(8)])])
+def test_a_share_of_a_classs_steps_is_in_the_global_model(share, turns):
+    assert [turn for turn in range(8) if matches_globally(turn, share)] == turns
+
+
+def test_the_global_model_counts_where_it_is_asked():
+    shard = shard_of(stripes(60))
+    found = [trained(shard, steps=6, matching_global=share).weights["pixels"] for share in (0.0, 0.5, 1.0)]
+    assert not any(np.array_equal(a, b) for a, b in ((found[0], found[1]), (found[1], found[2])))
 
 
 def test_a_random_network_has_the_papers_blocks():
@@ -185,4 +233,4 @@ def test_its_knobs_are_in_the_keys_of_its_generators_alone():
         for knobs in (CONDENSED, CONDENSED | {"generator.image_scale": 4}, {"generator.family": "cvae"}, {})
     ]
     assert len({key for keys in found for key in keys}) == 4 * TINY.partition.num_clients
-    assert KNOBS.learning_rate == 0.02 and KNOBS.labelled
+    assert KNOBS.learning_rate == 0.05 and KNOBS.labelled

@@ -34,8 +34,8 @@ FAMILIES = [
     {}, {"generator.family": "cgan"}, {"generator.family": "cvae"},
     {"generator.family": "cvae", "generator.feature_weight": 1.0}, {"generator.discriminator": "shared_trunk"},
     {"generator.lambda_e": 0.0, "generator.lambda_d": 0.0}, {"generator.tau": 0, "generator.ngf": 6},
-    {"generator.family": "condensed", "generator.images_per_class": 3, "generator.matching_channels": 6,
-     "generator.batch_size": 8},
+    *({"generator.family": "condensed", "generator.images_per_class": 3, "generator.matching_channels": 6,
+       "generator.batch_size": 8, "generator.matching_global": share} for share in (0.0, 1.0)),
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_counted_steps_are_those_of_the_training_code(knobs, several, monkeypatc
             features = context.classifier(weights) if section.feature_weight else None
             cvae_training.train_cvae(model, *rest, features=features)
         elif config.generator.family == "condensed":
-            condensation.train_condensed(model, *rest)
+            condensation.train_condensed(model, *rest, global_model=context.classifier(weights))
         else:
             generator_training.train_generator(model, weights, *rest)
 
