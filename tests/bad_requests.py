@@ -90,6 +90,15 @@ MEMORY = [
         ["sweep", "--dry-run", "--grid", "generator.ngf=16,4096", "--set", "generator.latent_dim=1000000"],
         ["generator.ngf = 4096", "GiB of memory at least"],
     ),
+    (
+        [*DRY, "--set", "generator.family=condensed", "--set", "generator.images_per_class=100000", "--clients", "100",
+         "--set", "generator.image_scale=1", "--dataset", "cifar100"],
+        ["generator.images_per_class = 100000", "GiB of memory at least"],
+    ),
+    (
+        [*DRY, "--set", "generator.family=condensed", "--set", "generator.image_scale=3"],
+        ["generator.image_scale = 3", "8 pixels"],
+    ),
 ]
 
 #: By function with a refusal of its own, as ``FILE:FUNCTION``: requests that it refuses.

@@ -59,15 +59,18 @@ def random_network(channels: int, width: int, side: int) -> nn.Sequential:
 Features = Callable[[Tensor], list[Tensor]]
 
 
-def features_of(network: nn.Module, model: Classifier | None, facts: DataFacts) -> Features:
-    """Return the features of a random ``network``, or those of ``model``, the global one.
+def random_features(network: nn.Module) -> Features:
+    """Return the one set of features that a random ``network`` gives."""
+    return lambda images: [network(images)]
 
-    The latter are the outputs of all batch norms after ReLU, averaged over the quarters of an image, and the
-    penultimate features, each set multiplied so that the squared distance of two is ``FEATURE_SCALE`` times their mean
-    squared difference.
+
+def global_features(model: Classifier, facts: DataFacts) -> Features:
+    """Return the features that ``model``, the global one, gives.
+
+    They are the outputs of all batch norms after ReLU, averaged over the quarters of an image, and the penultimate
+    features, each set multiplied so that the squared distance of two is ``FEATURE_SCALE`` times their mean squared
+    difference.
     """
-    if model is None:
-        return lambda images: [network(images)]
 
     def found(images: Tensor) -> list[Tensor]:
         *maps, last = feature_maps(model, pm1_to_normalised(images, facts.mean, facts.std))
@@ -85,7 +88,7 @@ def matching_loss(
     Both sets are changed alike (``diff_augment``), with numbers drawn from ``changes``.
 
     Args:
-        features: of images; see ``features_of``.
+        features: ``random_features`` or ``global_features``.
         real: images [B, channels, H, W] in [-1, 1], without a gradient.
         made: images [M, channels, H, W]; the loss is differentiable in these.
     """
@@ -149,11 +152,14 @@ def train_condensed(
     for step in range(steps):
         label = labels[step % len(labels)]
         rows = rows_of[label][next(turns[label]).to(device)]
-        known = global_model if matches_globally(step // len(labels), config.matching_global) else None
-        with seeded(seed, "generator/network", client_id, step):
-            network = random_network(facts.channels, config.matching_channels, side).to(device)
-        features, real = features_of(network, known, facts), to_pm1(shard.images[rows])
-        loss = matching_loss(features, real, enlarged(made[label], side), changes, precision)
+        if global_model is not None and matches_globally(step // len(labels), config.matching_global):
+            features = global_features(global_model, facts)
+        else:
+            with seeded(seed, "generator/network", client_id, step):
+                network = random_network(facts.channels, config.matching_channels, side)
+            features = random_features(network.to(device))
+        real, images = to_pm1(shard.images[rows]), enlarged(made[label], side)
+        loss = matching_loss(features, real, images, changes, precision)
         adam[label].zero_grad(set_to_none=True)
         loss.backward()
         adam[label].step()

@@ -252,10 +252,10 @@ def surely_taken(work: ClientWork) -> dict[str, tuple[tuple[str, ...], int]]:
     trained = max(2 * net.parameters + net.outputs // 2 for net in nets)
     found: dict[str, tuple[tuple[str, ...], int]] = {"warmup": (("model.width", "warmup.batch_size"), trained)}
     if "generators" in stages:
-        knobs = config.generator
-        made = _shapes_of_generator(knobs, facts.channels, facts.image_size)
+        knobs, bank = config.generator, config.generator.family == "condensed"
+        made = _bank(config, facts)[0] if bank else _shapes_of_generator(knobs, facts.channels, facts.image_size)
         moments, batches = (4, made.outputs // 2) if knobs.steps or knobs.epochs else (1, 0)
-        sizes = "generator.latent_dim", "generator.ngf"
+        sizes = ("generator.images_per_class",) if bank else ("generator.latent_dim", "generator.ngf")
         found["generators"] = (*sizes, "generator.batch_size"), moments * made.parameters + batches
         found["all clients' generators"] = (*sizes, "partition.num_clients"), clients * made.parameters
     if "teacher" in stages:
@@ -275,7 +275,8 @@ def largest(works: Sequence[ClientWork]) -> list[ClientWork]:
     found: dict[Any, ClientWork] = {}
     for work in works:
         config, knobs = work.config, work.config.generator
-        shapes = (knobs.family, knobs.ngf, knobs.ndf, knobs.latent_dim, knobs.batch_size, knobs.discriminator)
+        bank = knobs.images_per_class, knobs.image_scale, knobs.matching_channels
+        shapes = (knobs.family, knobs.ngf, knobs.ndf, knobs.latent_dim, knobs.batch_size, knobs.discriminator, bank)
         known = (work.facts, config.model, config.federation.strategy, config.federation.widths, config.method)
         runtime = config.runtime.precision, config.runtime.cuda_graphs
         alike = (*known, config.warmup.batch_size, knobs.tau, *runtime, shapes)
@@ -311,6 +312,9 @@ def _shapes_of_classifier(model: Any, facts: DataFacts, name: str, batch: int) -
 
 
 def _generator_pair(config: ExperimentConfig, facts: DataFacts) -> _Shapes:
+    if config.generator.family == "condensed":
+        images, network = _bank(config, facts)
+        return _Shapes(images.parameters + network.parameters, images.outputs + network.outputs)
     return _shapes_of_pair(config.generator, facts.channels, facts.image_size)
 
 
@@ -322,6 +326,21 @@ def _shapes_of_pair(knobs: Any, channels: int, image_size: int) -> _Shapes:
     size = (knobs.batch_size, channels, image_size, image_size)
     other = _shapes(lambda: build_discriminator(knobs, channels, image_size), size)
     return _Shapes(one.parameters + other.parameters, one.outputs + other.outputs)
+
+
+def _bank(config: ExperimentConfig, facts: DataFacts) -> tuple[_Shapes, _Shapes]:
+    """Return condensed images of all classes, and a random network on those of one class and a batch of real ones."""
+    knobs = config.generator
+    images = 4 * facts.num_classes * knobs.images_per_class * math.prod(facts.input_shape) // knobs.image_scale**2
+    batch = knobs.images_per_class + knobs.batch_size
+    return _Shapes(images, 0), _shapes_of_random_network(knobs.matching_channels, facts, batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes_of_random_network(width: int, facts: DataFacts, batch: int) -> _Shapes:
+    from ..distillation.condensation import random_network
+
+    return _shapes(lambda: random_network(facts.channels, width, facts.image_size), (batch, *facts.input_shape))
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ class ImageBank(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         count = self.pixels.shape[1]
-        places = (torch.special.ndtr(z.flatten(1)[:, 0].double()) * count).long().clamp(max=count - 1)
+        places = (torch.special.ndtr(z.flatten(1)[:, 0]) * count).long().clamp(max=count - 1)
         return enlarged(self.pixels[labels, places].float() / 127.5 - 1, self.side)
 
     @torch.no_grad()

@@ -109,7 +109,7 @@ class ImageGenerator(nn.Module):
     def forward(self, z: Tensor | int, labels: Tensor | None = None) -> Tensor:
         """Map latents, and labels where it is conditional, to images."""
         if isinstance(z, int):
-            z, *drawn = draw(self.network, z, torch.default_generator, next(self.parameters()).device)
+            z, *drawn = draw(self.network, z, torch.default_generator, next(iter(self.state_dict().values())).device)
             labels = drawn[0] if drawn and labels is None else labels
         if (labels is not None) != bool(self.network.num_classes):
             raise ValueError(f"this generator takes {'z and labels' if labels is None else 'z alone'}")

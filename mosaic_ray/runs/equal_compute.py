@@ -199,14 +199,14 @@ def _condensed_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
     """Do what ``distillation.condensation`` does in a step; in the features of ``model``, or of a random network."""
     import torch
 
-    from ..distillation.condensation import features_of, matching_loss, random_network
+    from ..distillation.condensation import global_features, matching_loss, random_features, random_network
     from ..models.state_dict import freeze
 
     knobs, real = config.generator, _images(facts, config.generator.batch_size)
     with torch.device("meta"):
         network = random_network(facts.channels, knobs.matching_channels, facts.image_size)
         made = torch.empty(knobs.images_per_class, *facts.input_shape, requires_grad=True)
-    features = features_of(network, None if model is None else freeze(model), facts)
+    features = random_features(network) if model is None else global_features(freeze(model), facts)
     matching_loss(features, real, made, torch.Generator()).backward()
 
 

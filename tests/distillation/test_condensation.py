@@ -16,9 +16,10 @@ from mosaic_ray.core.seeding import seeded
 from mosaic_ray.data.transforms import pm1_to_normalised, to_pm1
 from mosaic_ray.distillation.condensation import (
     FEATURE_SCALE,
-    features_of,
+    global_features,
     matches_globally,
     matching_loss,
+    random_features,
     random_network,
     train_condensed,
 )
@@ -103,7 +104,7 @@ def test_the_loss_by_hand():
     changed = diff_augment(torch.cat([real, made]), draws(5), alike=True)
     features = network(changed)
     wanted = sum((float(a) - float(b)) ** 2 for a, b in zip(features[:6].mean(0), features[6:].mean(0), strict=True))
-    loss = matching_loss(features_of(network, None, FACTS), real, made, draws(5))
+    loss = matching_loss(random_features(network), real, made, draws(5))
     assert float(loss) == pytest.approx(wanted, rel=1e-4)
 
 
@@ -112,11 +113,11 @@ def test_sets_with_the_same_images_have_no_loss_and_no_gradient():
         network = random_network(3, 5, 8)
     real = torch.rand(6, 3, 8, 8, generator=draws(3)) * 2 - 1
     made = real.flip(0).clone().requires_grad_()
-    loss = matching_loss(features_of(network, None, FACTS), real, made, draws(5))
+    loss = matching_loss(random_features(network), real, made, draws(5))
     loss.backward()
     assert loss.item() < 1e-10 and float(made.grad.abs().max()) < 1e-5
     other = (-real).requires_grad_()
-    far = matching_loss(features_of(network, None, FACTS), real, other, draws(5))
+    far = matching_loss(random_features(network), real, other, draws(5))
     far.backward()
     assert far.item() > 1e-3 and float(other.grad.abs().max()) > 1e-5
 
@@ -134,7 +135,7 @@ def test_the_global_models_features_by_hand():
     """The distance of two images is FEATURE_SCALE times the sum of the sets' mean squared differences."""
     model, images = classifier(), torch.rand(2, 1, 8, 8, generator=draws(8)) * 2 - 1
     with torch.no_grad():
-        sets = features_of(random_network(1, 2, 8), model, FACTS)(images)
+        sets = global_features(model, FACTS)(images)
         outputs, x = [], pm1_to_normalised(images, FACTS.mean, FACTS.std)
         hooks = [
             part.register_forward_hook(lambda _, inputs, output: outputs.append(output))

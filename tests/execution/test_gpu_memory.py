@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pickle
 import sys
@@ -32,6 +33,7 @@ from mosaic_ray.execution.gpu_memory import (
     measure,
     run_twice,
     steps_of,
+    surely_taken,
     work_of,
 )
 from mosaic_ray.execution.placement import Placement
@@ -188,6 +190,17 @@ def test_precision_follows_the_gpus_and_not_what_was_measured(monkeypatch):
 def test_a_larger_client_is_estimated_to_take_more(knobs):
     assert estimated_bytes(work(**knobs)) > estimated_bytes(work()) > CONTEXT_BYTES
     assert least_bytes(work()) < estimated_bytes(work())
+
+
+def test_condensed_images_are_estimated_by_their_number_and_at_any_size():
+    family = {"generator__family": "condensed", "generator__image_scale": 1}
+    few, many = (work(**family, generator__images_per_class=count) for count in (200, 40_000))
+    assert estimated_bytes(many) > estimated_bytes(few) > CONTEXT_BYTES
+    knobs, needs = surely_taken(many)["generators"]
+    pixels = 4 * many.facts.num_classes * 40_000 * math.prod(many.facts.input_shape)
+    assert knobs == ("generator.images_per_class", "generator.batch_size") and needs >= 4 * pixels
+    odd = replace(few, facts=replace(few.facts, image_size=20))  # no GAN draws 20 pixels a side
+    assert surely_taken(odd)["generators"][1] > surely_taken(few)["generators"][1]
 
 
 def test_an_estimate_is_near_what_shapes_add_up_to():

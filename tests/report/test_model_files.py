@@ -104,6 +104,23 @@ def test_onnx_runtime_answers_alike(role, run, tmp_path, monkeypatch):
     assert json.loads(kept)["role"] == role
 
 
+def test_condensed_images_are_drawn_by_onnx_runtime_and_torchscript(tmp_path, monkeypatch):
+    _, *_, runtime = (pytest.importorskip(package) for package in ONNX)
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    knobs = {"generator.family": "condensed", "generator.steps": 2, "generator.images_per_class": 5}
+    made = runner.run(override(TINY, knobs), storage=str(tmp_path / "store"), progress=False)
+    run = load_run(made["paths"]["run"])
+    module, place = run.model("generator:0"), exported(run, tmp_path, "--to", "onnx", "--role", "generator:0")
+    inputs = inputs_of(module, 11)
+    wanted = module(*inputs.values()).numpy()
+    [found] = runtime.InferenceSession(str(place)).run(None, {name: x.numpy() for name, x in inputs.items()})
+    assert np.array_equal(found, wanted) and wanted.std() > 10
+    place.unlink()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is deprecated
+        again = torch.jit.load(exported(run, tmp_path, "--to", "torchscript", "--role", "generator:0"))
+    assert np.array_equal(again(*inputs.values()).numpy(), wanted)
+
+
 @pytest.mark.parametrize("to", ["onnx", "torchscript", "hub"])
 def test_a_file_that_answers_otherwise_is_not_written(to, run, tmp_path, monkeypatch):
     if to == "onnx":

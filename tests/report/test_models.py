@@ -112,8 +112,9 @@ def test_generators_draw_what_their_clients_drew(tiny):
         module(z, torch.zeros(len(z), dtype=torch.int64))
 
 
-def test_conditional_generators_take_labels(run_of):
-    run = run_of(generator__family="cvae")
+@pytest.mark.parametrize("family", ["cvae", "condensed"])
+def test_conditional_generators_take_labels(run_of, family):
+    run = run_of(generator__family=family)
     module, labels = run.model(generator=1), torch.arange(3).repeat(4)
     z = torch.randn(12, module.network.latent_dim)
     images = module(z, labels)
