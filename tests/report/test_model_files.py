@@ -114,11 +114,11 @@ def test_condensed_images_are_drawn_by_onnx_runtime_and_torchscript(tmp_path, mo
     inputs = inputs_of(module, 11)
     wanted = module(*inputs.values()).numpy()
     [found] = runtime.InferenceSession(str(place)).run(None, {name: x.numpy() for name, x in inputs.items()})
-    assert np.array_equal(found, wanted) and wanted.std() > 10
+    assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 1 and wanted.std() > 10
     place.unlink()
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch.jit is deprecated
         again = torch.jit.load(exported(run, tmp_path, "--to", "torchscript", "--role", "generator:0"))
-    assert np.array_equal(again(*inputs.values()).numpy(), wanted)
+    assert np.abs(again(*inputs.values()).numpy().astype(int) - wanted.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("to", ["onnx", "torchscript", "hub"])
