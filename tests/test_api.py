@@ -163,6 +163,8 @@ def test_a_ray_that_was_there_stays(tmp_path, ray_up):
         (lambda: mr.sweep({"seed": [1, 2]}, {"seed": 3}), "seed"),
         (lambda: mr.sweep("smoke", samples=0), "--samples 0"),
         (lambda: mr.compare(["nosuch"]), "nosuch"),
+        (lambda: mr.compare(["fedavg"], own={"dense": {"warmup.lr": 0.1}}), "one of the methods that are compared"),
+        (lambda: mr.compare(["fedavg"], own={"fedavg": {"warmup.lr": -1.0}}), "warmup.lr"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_starts(call, line, tmp_path, monkeypatch):

@@ -180,7 +180,7 @@ class GeneratorConfig:
     batch_size: int = knob(64, "images per step; with condensed, of each class", low=1, high=1_000_000)
     images_per_class: int = knob(50, "condensed images of each class", low=1, high=100_000)
     matching_channels: int = knob(
-        64, "channels of the random networks in which condensed images match real ones", low=1, high=4096
+        32, "channels of the random networks in which condensed images match real ones", low=1, high=4096
     )  # fmt: skip
     matching_global: float = knob(
         0.5, "share of the steps in which they match in the global model's features instead", low=0.0, high=1.0

@@ -73,15 +73,15 @@ MODE_COLLAPSE = Rule(
 )
 # Share of the real images' variance in feature space; a cosine of .98 between features leaves 2 % of their square.
 LOW_VARIETY = Rule(
-    "generator.mode_collapse", "generators", "warning", 0.02, "raise generator.steps, or lower generator.lambda_e"
+    "generator.mode_collapse", "generators", "warning", 0.02, "raise generator.steps; lower a GAN's generator.lambda_e"
 )
 # Share of the client's images in classes that are shown, so that classes of one or two images count little. Below one
 # half, distillation harms the student (docs/algorithm.md 8).
 LOW_COVERAGE = Rule(
-    "generator.low_coverage", "generators", "warning", 0.5, "raise generator.steps or generator.lambda_d"
+    "generator.low_coverage", "generators", "warning", 0.5, "raise generator.steps, or a GAN's generator.lambda_d"
 )
 LOW_LABEL_AGREEMENT = Rule(
-    "generator.label_agreement", "generators", "warning", 0.5, "raise generator.steps or generator.lambda_e"
+    "generator.label_agreement", "generators", "warning", 0.5, "raise generator.steps, or a GAN's generator.lambda_e"
 )
 # Accuracy on real and on synthetic images, over the last quarter of training: the generator gets almost no gradient.
 DISCRIMINATOR_OVERPOWER = Rule(
@@ -118,7 +118,7 @@ TEACHER_BELOW_STUDENT = Rule(
 # Share of the classes that clients hold that the teacher predicts on synthetic images.
 UNSEEN_CLASSES = Rule(
     "generator.low_coverage", "distill", "warning", 0.5,
-    "raise generator.steps or generator.lambda_d; see the generators' findings",
+    "raise generator.steps, or a GAN's generator.lambda_d; see the generators' findings",
 )  # fmt: skip
 # Share of the synthetic images on which the two inputs of the teacher give different classes.
 INPUT_SHIFT = Rule(

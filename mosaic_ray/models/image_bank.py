@@ -36,7 +36,7 @@ class ImageBank(nn.Module):
 
     @torch.no_grad()
     def keep(self, label: int, images: Tensor) -> None:
-        """Hold ``images`` [M, channels, side / scale, side / scale] in [-1, 1] as those of the class ``label``."""
+        """Make ``images`` [M, channels, side / scale, side / scale] in [-1, 1] the images of the class ``label``."""
         self.pixels[label] = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

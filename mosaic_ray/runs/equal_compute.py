@@ -206,7 +206,8 @@ def _condensed_step(config: ExperimentConfig, facts: DataFacts, model: Classifie
     with torch.device("meta"):
         network = random_network(facts.channels, knobs.matching_channels, facts.image_size)
         made = torch.empty(knobs.images_per_class, *facts.input_shape, requires_grad=True)
-    features = random_features(network) if model is None else global_features(freeze(model), facts)
+    plain = replace(facts, mean=(0.0,) * facts.channels, std=(1.0,) * facts.channels)  # known without the images
+    features = random_features(network) if model is None else global_features(freeze(model), plain)
     matching_loss(features, real, made, torch.Generator()).backward()
 
 
