@@ -157,9 +157,10 @@ def generated(device: str, **knobs: Any) -> Any:
         {"generator__conditional": True},
         {"generator__discriminator": "shared_trunk"},
         {"generator__family": "cvae", "generator__lr": 2e-4},
+        {"generator__family": "condensed", "generator__lr": 1e-3},
         {"generator__classifier_source": "fresh", "generator__classifier_epochs": 1, "generator__gan_augment": True},
     ],
-    ids=["plain", "inversion", "conditional", "shared trunk", "cvae", "fresh classifier"],
+    ids=["plain", "inversion", "conditional", "shared trunk", "cvae", "condensed", "fresh classifier"],
 )
 def test_a_client_trains_every_kind_of_generator(device, knobs):
     here, there = generated("cpu", **knobs), generated(device, **knobs)
