@@ -157,7 +157,7 @@ def generated(device: str, **knobs: Any) -> Any:
         {"generator__conditional": True},
         {"generator__discriminator": "shared_trunk"},
         {"generator__family": "cvae", "generator__lr": 2e-4},
-        {"generator__family": "condensed", "generator__lr": 1e-3},
+        {"generator__family": "condensed", "generator__lr": 1e-3, "generator__least_images": 1},
         {"generator__classifier_source": "fresh", "generator__classifier_epochs": 1, "generator__gan_augment": True},
     ],
     ids=["plain", "inversion", "conditional", "shared trunk", "cvae", "condensed", "fresh classifier"],

@@ -14,7 +14,7 @@ GAN_ONLY = {
     "lambda_i", "inversion_scale", "tau", "div_support", "diff_augment", "beta1", "beta2",
 }  # fmt: skip
 #: And those that only condensed images have.
-CONDENSED_ONLY = {"images_per_class", "image_scale", "matching_channels", "matching_global"}
+CONDENSED_ONLY = {"images_per_class", "image_scale", "least_images", "matching_channels", "matching_global"}
 
 
 def check(config: ExperimentConfig) -> ExperimentConfig:

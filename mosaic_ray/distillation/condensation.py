@@ -116,7 +116,10 @@ def train_condensed(
     progress: Callable[[int, int], None] = no_progress,
     global_model: Classifier | None = None,
 ) -> TrainedGenerator:
-    """Make ``images_per_class`` images of each class that a client holds, by Adam on their pixels.
+    """Make ``images_per_class`` images of each class of which a client has ``least_images``, by Adam on their pixels.
+
+    Of a class with few images they would be copies: the features of a single image are the mean to be reached. The bank
+    stays grey where no class has enough.
 
     A step is for one class; the client's classes take turns. It takes ``batch_size`` real images of the class and a
     new random network of ``matching_channels``; or, in a share ``matching_global`` of the steps, ``global_model``.
@@ -128,14 +131,17 @@ def train_condensed(
     if global_model is not None:
         freeze(global_model)
     bank = build_image_bank(config, facts.channels, side, facts.num_classes).to(device)
-    bank.label_cdf.copy_(label_cdf(shard.labels, facts.num_classes))
-    labels = shard.labels.unique().tolist()
+    counts = torch.bincount(shard.labels, minlength=facts.num_classes)
+    enough = counts >= config.least_images
+    labels = torch.nonzero(enough)[:, 0].tolist()
+    if labels:
+        bank.label_cdf.copy_(label_cdf(shard.labels[enough[shard.labels]], facts.num_classes))
     rows_of = {label: torch.nonzero(shard.labels == label)[:, 0] for label in labels}
     noise = stream(seed, "generator/init", client_id)
     shape = config.images_per_class, *bank.pixels.shape[2:]
     made = {c: (FIRST_SPREAD * torch.randn(shape, generator=noise)).to(device).requires_grad_() for c in labels}
     adam = {label: Adam([images], lr=config.learning_rate) for label, images in made.items()}
-    steps, curve = num_steps(config, len(shard)), list[list[float]]()
+    steps, curve = num_steps(config, len(shard)) if labels else 0, list[list[float]]()
     snapshots, moments = dict[int, np.ndarray](), snapshot_steps(steps)
     snapshot_input = draw(bank, NUM_SNAPSHOT_IMAGES, stream(seed, "generator/watched", client_id), device)
     changes = stream(seed, "generator/diff_augment", client_id)

@@ -25,7 +25,7 @@ from mosaic_ray.distillation.condensation import (
 )
 from mosaic_ray.distillation.diff_augment import diff_augment
 from mosaic_ray.distillation.generator_training import latents, load_generator, to_pixels
-from mosaic_ray.distillation.rehearsal import generator_size
+from mosaic_ray.distillation.rehearsal import SharedGenerators, generator_size, rehearsal_images
 from mosaic_ray.federated.local_training import Shard
 from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.image_bank import ImageBank, enlarged
@@ -45,8 +45,8 @@ def classifier():
         return build_classifier(TINY.model, FACTS.num_classes, FACTS.channels, FACTS.image_size).eval()
 
 
-def trained(shard: Shard, **knobs):
-    config = replace(KNOBS, **knobs)
+def trained(shard: Shard, least_images: int = 1, **knobs):
+    config = replace(KNOBS, least_images=least_images, **knobs)
     return train_condensed(classifier(), shard, config, FACTS, (0, 1), "fp32", global_model=classifier())
 
 
@@ -208,9 +208,33 @@ def test_the_figures_and_the_curve_are_those_of_the_steps():
     assert_same(made.weights, again.weights)
 
 
-def test_a_client_with_one_image_makes_images_of_its_class():
-    made = trained(shard_of(stripes(3).take(np.array([1]))), steps=3)
-    assert (made.weights["pixels"][[0, 2]] == 128).all() and len(made.curve) == 3
+def test_images_of_a_class_with_one_image_would_be_copies_of_it():
+    """The reason for ``least_images``: correlations with the one image, of 4 images made from noise."""
+    one = stripes(3).take(np.array([1]))
+    made = trained(shard_of(one), steps=400, image_scale=1, lr=0.05)
+    pixels = made.weights["pixels"][1].reshape(4, -1).astype(float)
+    assert (made.weights["pixels"][[0, 2]] == 128).all()
+    assert min(np.corrcoef(row, one.images[0].ravel())[0, 1] for row in pixels) > 0.8
+
+
+def test_classes_with_too_few_images_are_neither_made_nor_asked_for():
+    """20 images of class 0, 19 of class 1, none of class 2; then a client without enough of any."""
+    images = stripes(60)
+    rows = np.flatnonzero(images.labels == 0), np.flatnonzero(images.labels == 1)[:19]
+    shard = shard_of(images.take(np.concatenate(rows)))
+    made = trained(shard, least_images=20, steps=4)
+    assert (made.weights["pixels"][1:] == 128).all() and not (made.weights["pixels"][0] == 128).all()
+    assert made.weights["label_cdf"].tolist() == [1.0, 1.0, 1.0]
+    none = trained(shard, least_images=21, steps=4)
+    assert (none.weights["pixels"] == 128).all() and none.curve == [] and none.progress["steps"].tolist() == [0]
+
+    shared = SharedGenerators((made.weights, none.weights), (1, 2), np.array([[20, 19, 0], [0, 19, 30]]))
+    config = override(TINY, CONDENSED | {"generator.least_images": 20})
+    drawn = rehearsal_images(config, FACTS, shared, np.array([1, 0, 0]), ("finetune", 0, 0), 50, torch.device("cpu"))
+    assert drawn is not None and set(drawn.labels.tolist()) == {2}
+    fewer = override(TINY, CONDENSED | {"generator.least_images": 5})
+    drawn = rehearsal_images(fewer, FACTS, shared, np.array([1, 0, 0]), ("finetune", 0, 0), 50, torch.device("cpu"))
+    assert drawn is not None and set(drawn.labels.tolist()) == {1, 2}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_onnx_runtime_answers_alike(role, run, tmp_path, monkeypatch):
 def test_condensed_images_are_drawn_by_onnx_runtime_and_torchscript(tmp_path, monkeypatch):
     _, *_, runtime = (pytest.importorskip(package) for package in ONNX)
     monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
-    knobs = {"generator.family": "condensed", "generator.steps": 2, "generator.images_per_class": 5}
+    knobs = {"generator.family": "condensed", "generator.steps": 2, "generator.least_images": 1}
     made = runner.run(override(TINY, knobs), storage=str(tmp_path / "store"), progress=False)
     run = load_run(made["paths"]["run"])
     module, place = run.model("generator:0"), exported(run, tmp_path, "--to", "onnx", "--role", "generator:0")

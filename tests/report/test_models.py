@@ -112,9 +112,9 @@ def test_generators_draw_what_their_clients_drew(tiny):
         module(z, torch.zeros(len(z), dtype=torch.int64))
 
 
-@pytest.mark.parametrize("family", ["cvae", "condensed"])
-def test_conditional_generators_take_labels(run_of, family):
-    run = run_of(generator__family=family)
+@pytest.mark.parametrize("knobs", [{"family": "cvae"}, {"family": "condensed", "least_images": 1}])
+def test_conditional_generators_take_labels(run_of, knobs):
+    run = run_of(**{f"generator__{name}": value for name, value in knobs.items()})
     module, labels = run.model(generator=1), torch.arange(3).repeat(4)
     z = torch.randn(12, module.network.latent_dim)
     images = module(z, labels)

@@ -34,8 +34,11 @@ FAMILIES = [
     {}, {"generator.family": "cgan"}, {"generator.family": "cvae"},
     {"generator.family": "cvae", "generator.feature_weight": 1.0}, {"generator.discriminator": "shared_trunk"},
     {"generator.lambda_e": 0.0, "generator.lambda_d": 0.0}, {"generator.tau": 0, "generator.ngf": 6},
-    *({"generator.family": "condensed", "generator.images_per_class": 3, "generator.matching_channels": 6,
-       "generator.batch_size": 8, "generator.matching_global": share} for share in (0.0, 1.0)),
+    *(
+        {"generator.family": "condensed", "generator.images_per_class": 3, "generator.matching_channels": 6,
+         "generator.batch_size": 8, "generator.least_images": 1, "generator.matching_global": share}
+        for share in (0.0, 1.0)
+    ),
 ]  # fmt: skip
 
 
