@@ -180,7 +180,7 @@ class GeneratorConfig:
     batch_size: int = knob(64, "images per step; with condensed, of each class", low=1, high=1_000_000)
     images_per_class: int = knob(50, "condensed images of each class", low=1, high=100_000)
     least_images: int = knob(
-        50, "classes of which a client has fewer images get no condensed ones, which would be copies of them", low=1
+        50, "images of a class that a client must have to condense it; of very few they would be copies", low=1
     )  # fmt: skip
     matching_channels: int = knob(
         32, "channels of the random networks in which condensed images match real ones", low=1, high=4096

@@ -42,6 +42,12 @@ class SharedGenerators:
     counts: np.ndarray
 
 
+def drawable(config: ExperimentConfig, counts: np.ndarray) -> np.ndarray:
+    """Return the label ``counts`` [K, C] without those of classes that a client's generator was not trained on."""
+    section = config.generator
+    return np.where(counts >= section.least_images, counts, 0) if section.family == "condensed" else counts
+
+
 def lacking_classes(counts: np.ndarray) -> np.ndarray:
     """Return the classes, int64, that a client with label ``counts`` [C] lacks."""
     return np.flatnonzero(counts < LACKING_BELOW * counts.sum() / len(counts))
@@ -54,16 +60,14 @@ def allocate_draws(
     count: int,
     draws: np.random.Generator,
     richer: np.ndarray | None = None,
-    least: int = LEAST_IMAGES,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the place in ``shared`` and the label of ``count`` images: int64 [count] each, empty if nobody can draw.
 
     Labels spread evenly over the classes ``wanted`` that another client's generator can draw; among those the generator
     is drawn with probabilities proportional to its client's images of the class. ``richer`` bool [G]: generators of
-    which all classes are wanted, since they draw modalities that the client lacks. ``least``: the images of a class
-    that a client must have for its generator to draw it.
+    which all classes are wanted, since they draw modalities that the client lacks.
     """
-    able = np.where(shared.counts >= least, shared.counts, 0).astype(np.float64)
+    able = np.where(shared.counts >= LEAST_IMAGES, shared.counts, 0).astype(np.float64)
     able[[k == client_id for k in shared.clients]] = 0
     if richer is not None:
         asked = np.isin(np.arange(able.shape[1]), wanted)
@@ -125,9 +129,7 @@ def rehearsal_images(
     if facts.modalities:
         held = client_modalities(config, [modality.name for modality in facts.modalities])
         richer = np.array([not {*held[k]} <= {*held[client_id]} for k in shared.clients])
-    knobs = config.generator
-    least = max(LEAST_IMAGES, knobs.least_images if knobs.family == "condensed" else 0)
-    places, labels = allocate_draws(shared, client_id, list(wanted), count, draws, richer, least)
+    places, labels = allocate_draws(shared, client_id, list(wanted), count, draws, richer)
     if not len(labels):
         return None
     noise = stream(config.seed, phase + "/rehearsal/z", round_num, client_id)

@@ -329,7 +329,7 @@ def _shapes_of_pair(knobs: Any, channels: int, image_size: int) -> _Shapes:
 
 
 def _bank(config: ExperimentConfig, facts: DataFacts) -> tuple[_Shapes, _Shapes]:
-    """Return condensed images of all classes, and a random network on those of one class and a batch of real ones."""
+    """Return all condensed images, and a random network that reads those of a class and a batch of real ones."""
     knobs = config.generator
     images = 4 * facts.num_classes * knobs.images_per_class * math.prod(facts.input_shape) // knobs.image_scale**2
     batch = knobs.images_per_class + knobs.batch_size

@@ -101,7 +101,7 @@ class FedCvae(Method):
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
         generators = ctx.run(GENERATORS, warmup)
         student = ctx.run(LEARN, warmup, generators)
-        return Distilled(student, shared=generators.shared(ctx.shards.counts) if rehearses(ctx.config) else None)
+        return Distilled(student, shared=generators.shared(ctx) if rehearses(ctx.config) else None)
 
 
 def learn(ctx: RunContext, stage: Stage, warmup: Warmup, generators: Generators) -> Weights:

@@ -435,7 +435,7 @@ def warm_up(
         stage.name, ADDRESS, section.num_rounds, plan, section.lr_decay, keep_clients=True, send_counts=True,
         after_round=after_round, exact_bn=exact_bn_at_end(config, section.bn),
         prototype_rounds=PROTOTYPE_HISTORY if config.prototypes.rounds == "all" else 0,
-        shared=generators and generators.shared(ctx.shards.counts), weight=config.rehearsal.weight,
+        shared=generators and generators.shared(ctx), weight=config.rehearsal.weight,
         whole=generators is not None,
     )  # fmt: skip
     result = _find_or_compute(ctx, stage, rounds, initial_models(ctx.client_context))

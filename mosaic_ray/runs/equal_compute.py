@@ -27,6 +27,9 @@ from .plan import graph_of
 #: Values of knobs by dotted name.
 Point = Mapping[str, Any]
 
+#: Beginnings of knobs that nothing reads without generators.
+GENERATORS_ONLY = ("generator.", "rehearsal.", "distill.", "meta.", "student.")
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -283,7 +286,8 @@ def with_controls(config: ExperimentConfig, points: Sequence[Point]) -> tuple[Po
         there = override(config, point)
         rounds = there.warmup.num_rounds
         if trains_generators(there):
-            controls.append({**point, "method": "fedavg", "warmup.num_rounds": rounds + extra_rounds(there)})
+            plain = {name: value for name, value in point.items() if not name.startswith(GENERATORS_ONLY)}
+            controls.append({**plain, "method": "fedavg", "warmup.num_rounds": rounds + extra_rounds(there)})
         elif more := longer_steps(there):
             plain = {name: value for name, value in point.items() if name != "federation.strategy"}
             plain |= {} if config.federation.strategy == "fedavg" else {"federation.strategy": "fedavg"}

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import FACTS, TINY, assert_same, shard_of, stripes
+from helpers import FACTS, TINY, assert_same, shard_of, stripes, stripes_dataset
 from torch import nn
 
 from mosaic_ray.config.resolve import override, resolve
@@ -25,11 +25,13 @@ from mosaic_ray.distillation.condensation import (
 )
 from mosaic_ray.distillation.diff_augment import diff_augment
 from mosaic_ray.distillation.generator_training import latents, load_generator, to_pixels
-from mosaic_ray.distillation.rehearsal import SharedGenerators, generator_size, rehearsal_images
+from mosaic_ray.distillation.rehearsal import SharedGenerators, drawable, generator_size, rehearsal_images
 from mosaic_ray.federated.local_training import Shard
+from mosaic_ray.methods.mosaic import client_uploads
 from mosaic_ray.models.classifiers import build_classifier
 from mosaic_ray.models.image_bank import ImageBank, enlarged
 from mosaic_ray.models.state_dict import to_weights
+from mosaic_ray.runs import runner
 from mosaic_ray.runs.plan import stage_keys
 
 CONDENSED = {"generator.family": "condensed", "generator.matching_channels": 8, "generator.images_per_class": 4}
@@ -176,7 +178,7 @@ def test_a_random_network_has_the_papers_blocks():
 
 
 def test_training_brings_images_to_their_class():
-    """The nearest class mean of real images, which took no part, knows the class of what was made, not of noise."""
+    """The nearest class mean of real images finds the class of condensed images, and not of noise."""
     real = stripes(120)
     shard = shard_of(real)
     means = np.stack([real.images[real.labels == c].mean(0) for c in range(3)]).reshape(3, -1)
@@ -228,13 +230,26 @@ def test_classes_with_too_few_images_are_neither_made_nor_asked_for():
     none = trained(shard, least_images=21, steps=4)
     assert (none.weights["pixels"] == 128).all() and none.curve == [] and none.progress["steps"].tolist() == [0]
 
-    shared = SharedGenerators((made.weights, none.weights), (1, 2), np.array([[20, 19, 0], [0, 19, 30]]))
-    config = override(TINY, CONDENSED | {"generator.least_images": 20})
-    drawn = rehearsal_images(config, FACTS, shared, np.array([1, 0, 0]), ("finetune", 0, 0), 50, torch.device("cpu"))
-    assert drawn is not None and set(drawn.labels.tolist()) == {2}
-    fewer = override(TINY, CONDENSED | {"generator.least_images": 5})
-    drawn = rehearsal_images(fewer, FACTS, shared, np.array([1, 0, 0]), ("finetune", 0, 0), 50, torch.device("cpu"))
-    assert drawn is not None and set(drawn.labels.tolist()) == {1, 2}
+    counts = np.array([[20, 19, 0], [0, 19, 30]])
+    for least, labels in ((20, {2}), (5, {1, 2})):
+        config = override(TINY, CONDENSED | {"generator.least_images": least})
+        shared = SharedGenerators((made.weights, none.weights), (1, 2), drawable(config, counts))
+        place = ("finetune", 0, 0)
+        drawn = rehearsal_images(config, FACTS, shared, np.array([1, 0, 0]), place, 50, torch.device("cpu"))
+        assert drawn is not None and set(drawn.labels.tolist()) == labels
+    assert drawable(override(TINY, {"generator.family": "cvae"}), counts) is counts
+
+
+def test_a_run_shares_only_classes_that_were_condensed(tmp_path, monkeypatch):
+    """Rehearsal and ``model.student`` both draw from what the stage of the generators shares."""
+    monkeypatch.setattr("mosaic_ray.data.load.load_dataset", lambda config: stripes_dataset())
+    knobs = {"distill.steps": 0, "generator.least_images": 30, "generator.steps": 2, "rehearsal.weight": 1.0}
+    seen = []
+    real = client_uploads.Generators.shared
+    monkeypatch.setattr(client_uploads.Generators, "shared", lambda *a: seen.append(real(*a)) or seen[-1])
+    made = runner.run(override(TINY, CONDENSED | knobs), storage=str(tmp_path), progress=False)
+    counts = np.array(made["label_counts"])
+    assert ((counts > 0) & (counts < 30)).any() and np.array_equal(seen[0].counts, np.where(counts >= 30, counts, 0))
 
 
 @pytest.mark.parametrize(

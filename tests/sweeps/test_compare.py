@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -15,6 +16,7 @@ from mosaic_ray.cli.request import compare_plan, own_knobs, reference, sweep_req
 from mosaic_ray.config.resolve import to_toml
 from mosaic_ray.core.errors import RequestError
 from mosaic_ray.report.api import load_sweep
+from mosaic_ray.runs.equal_compute import with_controls
 from mosaic_ray.sweeps.results import read_results
 from mosaic_ray.sweeps.runner import prepare
 
@@ -131,6 +133,16 @@ def test_a_method_has_knobs_for_itself_at_every_omega():
     assert [config.warmup.lr for config in configs] == [lr, lr, 0.02] * 2 and lr != 0.02
     with pytest.raises(RequestError, match=r"--for scaffold warmup\.momentum=0"):
         prepare(sweep_request("compare", words, plan=compare_plan("fedavg,scaffold"), seeds="0"))
+
+
+def test_the_control_of_equal_compute_has_no_knobs_of_generators():
+    knobs = "rehearsal.candidates=[]", "rehearsal.weight=1", "warmup.lr=0.02"
+    own = own_knobs([("mosaic", knob) for knob in knobs])
+    request = sweep_request("compare", {"preset": "demo"}, plan=compare_plan("fedavg,mosaic", None, own), seeds="0")
+    points = with_controls(request.config, request.plan.points)
+    rounds = request.config.warmup.num_rounds
+    assert points[2].keys() == {"method", "warmup.lr", "warmup.num_rounds"} and points[2]["warmup.num_rounds"] > rounds
+    assert len(prepare(replace(request, plan=replace(request.plan, points=points))).trials) == 3
 
 
 def test_the_reference_is_one_of_the_methods_in_any_spelling():

@@ -14,7 +14,7 @@ from ...core.health import generator_findings, prototype_findings
 from ...core.types import Finding, Prototypes, Weights
 from ...distillation.client_tasks import GeneratorInput, GeneratorTask, PrototypesTask
 from ...distillation.generator_training import num_steps
-from ...distillation.rehearsal import SharedGenerators, generator_size, sent_weights
+from ...distillation.rehearsal import SharedGenerators, drawable, generator_size, sent_weights
 from ...federated.client import initial_models
 from ...federated.client_models import Federation
 from ...federated.communication import Size, Tally, size_of, size_of_entries
@@ -94,8 +94,9 @@ class Generators:
     def weights(self) -> tuple[Weights, ...]:
         return tuple(r.load("generator") for r in self.results)
 
-    def shared(self, counts: np.ndarray) -> SharedGenerators:
-        """Return what clients rehearse with; ``counts`` int64 [K, C] are all clients' label counts."""
+    def shared(self, ctx: RunContext) -> SharedGenerators:
+        """Return the generators that clients rehearse with, and the label counts of classes that each can draw."""
+        counts = drawable(ctx.config, ctx.shards.counts)
         return SharedGenerators(self.weights(), tuple(self.clients), counts[self.clients])
 
 

@@ -76,7 +76,7 @@ class Mosaic(Method):
     def run(self, ctx: RunContext, warmup: Warmup) -> Distilled:
         # G. every client trains a generator beside its frozen classifier
         generators = ctx.run(GENERATORS, warmup)
-        shared = generators.shared(ctx.shards.counts) if rehearses(ctx.config) else None
+        shared = generators.shared(ctx) if rehearses(ctx.config) else None
         if not ctx.config.distill.steps:
             return Distilled(warmup.weights, shared=shared)
         # Q. every client sends the prototypes of its classes
